@@ -1,0 +1,91 @@
+"""A captioner is a model and its processor: load them, save them, write captions with them.
+
+Either system goes through here, in scripts, app and evaluation alike.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from .processing import load_processor
+
+
+def load_captioner(name_or_path: str, trust_remote_code: bool = False) -> tuple:
+    """Model (in eval) and processor from a folder or the Hub.
+
+    System A's class is known once `modeling` is imported, so that neither system needs `trust_remote_code` here.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    return model.eval(), load_processor(name_or_path)
+
+
+def save_captioner(model: PreTrainedModel, processor, folder: str | os.PathLike) -> None:
+    """Save both into a folder, file by file beside and renamed, so that a kill leaves the old model or the new one."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
+        model.save_pretrained(beside)
+        processor.save_pretrained(beside)
+        for path in Path(beside).iterdir():
+            os.replace(path, folder / path.name)
+
+
+def start_token_ids(model: PreTrainedModel) -> list[int]:
+    """What every caption of a model starts from: the start token, and its prompt's tokens where it has a prompt.
+
+    A prompt lives in the generation config alone, as `decoder_start_token_id = [[start, prompt, ...]]`: it is saved and read
+    back with it, and plain `generate()` starts from it.
+    """
+    start = model.generation_config.decoder_start_token_id
+    if start is None:
+        start = model.config.decoder_start_token_id
+    return list(start[0]) if isinstance(start, list) else [start]
+
+
+@torch.inference_mode()
+def generate_captions(model: PreTrainedModel, processor, inputs: dict, **generation) -> list[dict]:
+    """Caption one batch of pictures.
+
+    Args:
+        model: A captioner in eval; its generation config holds the decoding settings.
+        processor: Its processor.
+        inputs: `pixel_values` (batch, 3, height, width), or `encoder_outputs` with states (batch, positions, size).
+        generation: What `generate()` takes, over the generation config.
+
+    Returns:
+        For each picture {"caption": text, "ended": whether EOS ended it before the longest length did}.
+    """
+    sequences = model.generate(**inputs, **generation)  # (batch, start tokens and caption)
+    words = sequences[:, len(start_token_ids(model)) :]
+    ended = (words == processor.tokenizer.eos_token_id).any(dim=1).tolist()
+    texts = processor.batch_decode(words, skip_special_tokens=True)
+    return [{"caption": text.strip(), "ended": end} for text, end in zip(texts, ended, strict=True)]
+
+
+def caption_pictures(
+    model: PreTrainedModel, processor, loader: DataLoader, accelerator: Accelerator, **generation
+) -> list[dict]:
+    """Caption every picture of a prepared loader, under any number of processes.
+
+    Args:
+        model: A captioner in eval, not wrapped.
+        loader: Batches with `index` and what `generate_captions` takes.
+        accelerator: The run's; gathers what each process has written.
+
+    Returns:
+        On every process the same list, in the order of `index`, each picture once.
+    """
+    captions = {}
+    for batch in tqdm(loader, desc="captioning", leave=False, disable=not accelerator.is_local_main_process):
+        inputs = {name: batch[name] for name in ("pixel_values", "encoder_outputs") if name in batch}
+        made = generate_captions(model, processor, inputs, **generation)
+        captions.update(zip(batch["index"].tolist(), made, strict=True))
+    captions = dict(gather_object(list(captions.items())))  # a picture dealt to two processes counts once
+    return [captions[index] for index in sorted(captions)]

@@ -1,0 +1,252 @@
+"""System A: a frozen timm encoder, one trained projection of its last layer, and an LSTM that writes the caption.
+
+Show and Tell (Vinyals et al., 2015, https://arxiv.org/abs/1411.4555, section 3.1) with Inception-ResNet-v2 as encoder: the
+picture's embedding is the first input of the LSTM, in the slot of the start token, and the words follow.
+
+Config, encoder, state and model share this file because the file itself travels to the Hub with every saved model.
+"""
+
+import os
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+
+class InceptionLSTMConfig(PreTrainedConfig):
+    """Sizes of the captioner; the defaults are those of the source report.
+
+    Args:
+        encoder_name: timm architecture. Never a path or a repository: weights are loaded after construction.
+        freeze_encoder: Whether the encoder below the trained projection stays as it is, BatchNorm statistics included.
+        vocab_size: Tokens of the tokenizer, special ones included.
+        image_embed_dim: Length of the picture's embedding, and so of each token's, which take turns as LSTM input.
+        hidden_size: Width of each LSTM layer.
+        num_hidden_layers: LSTM layers.
+        dropout: Share of the LSTM's inputs, of the values between its layers and of its outputs zeroed in training.
+    """
+
+    model_type = "inception_lstm"
+
+    def __init__(
+        self,
+        encoder_name: str = "inception_resnet_v2",
+        freeze_encoder: bool = True,
+        vocab_size: int = 8000,
+        image_embed_dim: int = 1024,
+        hidden_size: int = 1024,
+        num_hidden_layers: int = 3,
+        dropout: float = 0.0,
+        pad_token_id: int = 0,
+        bos_token_id: int = 1,
+        eos_token_id: int = 2,
+        **kwargs,
+    ):
+        self.encoder_name = encoder_name
+        self.freeze_encoder = freeze_encoder
+        self.vocab_size = vocab_size
+        self.image_embed_dim = image_embed_dim
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.dropout = dropout
+        # transformers registers one auto class a model by itself; `AutoModel` has to be named here.
+        kwargs.setdefault("auto_map", {"AutoModel": "modeling_inception_lstm.InceptionLSTMForConditionalGeneration"})
+        kwargs["is_encoder_decoder"] = True  # generate() then runs the encoder once and keeps its output
+        kwargs.setdefault("decoder_start_token_id", bos_token_id)
+        super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
+
+
+class TimmEncoder(nn.Module):
+    """A timm model without its classifier, in the form `generate()` expects of an encoder."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, architecture: str):
+        super().__init__()
+        self.backbone = timm.create_model(architecture, pretrained=False, num_classes=0)
+        # timm has initialised its layers its own way; transformers' `post_init` would do it again, and otherwise.
+        for module in self.modules():
+            module._is_hf_initialized = True
+
+    @property
+    def output_size(self) -> int:
+        """Length of one picture's pooled output, 1,536 for Inception-ResNet-v2."""
+        return getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
+        features = self.backbone(pixel_values)  # (batch, encoder size)
+        return BaseModelOutput(last_hidden_state=features.unsqueeze(1))  # (batch, 1, encoder size)
+
+
+@dataclass
+class LSTMState:
+    """What the LSTM remembers between two words, in the place of a transformer's `past_key_values`.
+
+    hidden, cell: (layers, batch, hidden size); num_tokens: decoder positions read so far.
+    """
+
+    hidden: torch.Tensor
+    cell: torch.Tensor
+    num_tokens: int
+
+    is_compileable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.num_tokens
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep the states of the beams that go on, in their new order."""
+        beam_idx = beam_idx.to(self.hidden.device)
+        self.hidden = self.hidden.index_select(1, beam_idx)
+        self.cell = self.cell.index_select(1, beam_idx)
+
+
+class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Picture in, caption out; trained with teacher forcing.
+
+    `__init__` builds random weights and never downloads; `load_pretrained_encoder` brings a trained encoder in.
+    """
+
+    config_class = InceptionLSTMConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: InceptionLSTMConfig):
+        super().__init__(config)
+        self.encoder = TimmEncoder(config.encoder_name)
+        self.image_projection = nn.Linear(self.encoder.output_size, config.image_embed_dim)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.image_embed_dim)
+        self.lstm = nn.LSTM(
+            config.image_embed_dim,
+            config.hidden_size,
+            config.num_hidden_layers,
+            batch_first=True,
+            dropout=config.dropout if config.num_hidden_layers > 1 else 0.0,
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+        if config.freeze_encoder:
+            self.encoder.requires_grad_(False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """He for linear layers, normal for embeddings (the report), torch's own uniform for the LSTM."""
+        if isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        elif isinstance(module, nn.LSTM):
+            module.reset_parameters()
+
+    def train(self, mode: bool = True):
+        """As always, but a frozen encoder stays in eval: `requires_grad_(False)` alone lets BatchNorm statistics drift."""
+        super().train(mode)
+        if self.config.freeze_encoder:
+            self.encoder.eval()
+        return self
+
+    def load_pretrained_encoder(self, name: str) -> None:
+        """Bring in a trained encoder's weights, classifier excepted.
+
+        Args:
+            name: timm name ("inception_resnet_v2.tf_in1k"), Hub id ("timm/inception_resnet_v2.tf_in1k"), or a local folder
+                with timm's `config.json` and `model.safetensors`.
+        """
+        pretrained = timm.create_model(timm_source(name), pretrained=True, num_classes=0)
+        self.encoder.backbone.load_state_dict(pretrained.state_dict())
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.encoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.token_embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # `generate()` would hand us a cache of keys and values; forward makes an LSTMState instead
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: LSTMState | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> Seq2SeqLMOutput:
+        """Score each next token of the captions, and their loss where `labels` are given.
+
+        Args:
+            pixel_values: float (batch, 3, height, width), normalised as the processor does it.
+            decoder_input_ids: int64 (batch, length). The first is the start token, whose slot the picture takes; made from
+                `labels` where absent. With `past_key_values`, only the tokens not yet read.
+            encoder_outputs: In place of `pixel_values`, what the encoder gave: (batch, 1, encoder size).
+            past_key_values: State of the LSTM after the tokens read before.
+            labels: int64 (batch, length), caption and EOS, -100 where a caption has ended.
+            use_cache: Whether to give the state back; False where `labels` are given.
+            num_items_in_batch: Divisor of the summed loss, in tokens; the batch's own count where absent.
+
+        Returns:
+            `loss` (nats a token), `logits` (batch, length, vocabulary), `past_key_values`.
+        """
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ValueError("Give `decoder_input_ids`, or `labels` to make them from.")
+            decoder_input_ids = self.shift_right(labels)
+        inputs = self.token_embedding(decoder_input_ids)  # (batch, length, image embedding)
+        state = None
+        if past_key_values is None:
+            if encoder_outputs is None:
+                encoder_outputs = self.encoder(pixel_values)
+            pooled = encoder_outputs[0].to(inputs.dtype).mean(1)  # (batch, encoder size)
+            image = self.image_projection(pooled).unsqueeze(1)  # (batch, 1, image embedding)
+            inputs = torch.cat([image, inputs[:, 1:]], dim=1)  # (batch, length, image embedding)
+            num_tokens = 0
+        else:
+            state = (past_key_values.hidden, past_key_values.cell)
+            num_tokens = past_key_values.num_tokens
+
+        outputs, (hidden, cell) = self.lstm(self.dropout(inputs), state)  # (batch, length, hidden)
+        logits = self.lm_head(self.dropout(outputs))  # (batch, length, vocabulary)
+
+        loss = None
+        if labels is not None:
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction=reduction)
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
+        if use_cache is None:
+            use_cache = labels is None
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=LSTMState(hidden, cell, num_tokens + decoder_input_ids.shape[1]) if use_cache else None,
+            encoder_last_hidden_state=None if encoder_outputs is None else encoder_outputs[0],
+        )
+
+    def shift_right(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (batch, length) as decoder inputs: the start token, then every label but the last."""
+        start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
+        shifted = torch.cat([start, labels[:, :-1]], dim=1)
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+
+
+def timm_source(name: str) -> str:
+    """The name as `timm.create_model` wants it: a folder and a Hub id bear a scheme there, a timm name does not."""
+    if os.path.isdir(name):
+        return f"local-dir:{name}"
+    return f"hf-hub:{name}" if "/" in name and ":" not in name else name
+
+
+InceptionLSTMConfig.register_for_auto_class()
+InceptionLSTMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -1,0 +1,49 @@
+"""One processor a model: an image processor and a tokenizer, saved beside the weights, back through `AutoProcessor`."""
+
+import math
+
+import timm
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    VisionTextDualEncoderProcessor,
+)
+from transformers.image_utils import PILImageResampling
+
+
+def timm_image_processor(backbone, image_size: int | None = None) -> CLIPImageProcessor:
+    """The pictures a timm model was trained on, as an image processor that saves: resize, centre crop, normalise.
+
+    Args:
+        backbone: A timm model; its own data configuration is read.
+        image_size: Side of the square given to the model, in pixels; the model's own where None.
+    """
+    data = timm.data.resolve_model_data_config(backbone)
+    crop_size = image_size or data["input_size"][-1]
+    return CLIPImageProcessor(
+        size={"shortest_edge": math.floor(crop_size / data["crop_pct"])},
+        crop_size={"height": crop_size, "width": crop_size},
+        resample=PILImageResampling[data["interpolation"].upper()],
+        image_mean=list(data["mean"]),
+        image_std=list(data["std"]),
+    )
+
+
+def build_processor(image_processor, tokenizer) -> VisionTextDualEncoderProcessor:
+    """Both in one; called with `images=` it gives pixels, with `text=` token ids, and it decodes."""
+    return VisionTextDualEncoderProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def load_processor(name_or_path: str):
+    """The processor saved with a captioner.
+
+    Checkpoints of the time before processors (ViT-GPT2) have a preprocessor and a tokenizer only: those are put together.
+    """
+    processor = AutoProcessor.from_pretrained(name_or_path)
+    if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
+        return processor
+    return build_processor(
+        AutoImageProcessor.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path)
+    )

@@ -1,0 +1,269 @@
+"""Laws of system A's model."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPImageProcessor, GenerationConfig, PreTrainedTokenizerFast
+from transformers.modeling_outputs import BaseModelOutput
+
+from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
+from modeling.captioner import generate_captions, load_captioner, save_captioner
+from modeling.processing import build_processor, timm_image_processor
+
+ENCODER = "test_efficientnet"  # timm's own test model: BatchNorm, 256 numbers a picture
+ROOT = Path(__file__).parent.parent
+
+
+def make_model(**changes) -> InceptionLSTMForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"encoder_name": ENCODER, "vocab_size": 40, "image_embed_dim": 48, "hidden_size": 48, "num_hidden_layers": 2}
+    return InceptionLSTMForConditionalGeneration(InceptionLSTMConfig(**{**sizes, **changes}))
+
+
+def random_batch(num_pictures: int = 4, length: int = 7, vocab_size: int = 40) -> dict:
+    torch.manual_seed(1)
+    return {
+        "pixel_values": torch.randn(num_pictures, 3, 64, 64),
+        "labels": torch.randint(3, vocab_size, (num_pictures, length)),
+    }
+
+
+@pytest.fixture
+def processor():
+    """A word-level tokenizer of a few words, EOS at the end, and a 64-pixel image processor."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "red": 4, "green": 5, "blue": 6, "a": 7, "picture": 8}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    return build_processor(image_processor, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special))
+
+
+def test_first_loss_is_that_of_guessing():
+    model = make_model(vocab_size=5000, image_embed_dim=256, hidden_size=256)
+    loss = model(**random_batch(vocab_size=5000, length=20)).loss.item()
+    assert loss == pytest.approx(math.log(5000), rel=0.02)
+
+
+def test_shapes_and_sizes_are_the_reports():
+    with torch.device("meta"):
+        model = InceptionLSTMForConditionalGeneration(InceptionLSTMConfig())
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert tuple(model.image_projection.weight.shape) == (1024, 1536)
+    assert tuple(model.token_embedding.weight.shape) == (8000, 1024)
+    assert tuple(model.lm_head.weight.shape) == (8000, 1024)
+    assert (model.lstm.num_layers, model.lstm.input_size, model.lstm.hidden_size) == (3, 1024, 1024)
+    assert sizes["lstm"] == 3 * 4 * 1024 * (1024 + 1024 + 2)  # four gates; weights of input and state, two biases
+    assert sizes["encoder"] == 54_306_464  # Inception-ResNet-v2 without its classifier, as the stack counts it
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == sum(sizes.values()) - sizes["encoder"]
+
+
+def test_three_pictures_are_memorised_and_come_back(processor):
+    model = make_model(vocab_size=9, freeze_encoder=False)
+    captions = ["a red picture", "green", "a picture a blue picture"]
+    images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
+    pixel_values = processor(images=images, return_tensors="pt").pixel_values
+    tokens = processor.tokenizer(captions, padding=True, return_tensors="pt")
+    labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        model.train()
+        model(pixel_values=pixel_values, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    made = generate_captions(model.eval(), processor, {"pixel_values": pixel_values}, max_length=12)
+    assert made == [{"caption": caption, "ended": True} for caption in captions]
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [{}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}],
+    ids=["greedy", "beam", "sampling"],
+)
+def test_decoding_with_state_equals_decoding_without(decoding):
+    model = make_model().eval()
+    pixel_values = random_batch()["pixel_values"]
+    sequences = []
+    for use_cache in (True, False):
+        torch.manual_seed(2)
+        sequences.append(model.generate(pixel_values=pixel_values, max_length=15, use_cache=use_cache, **decoding))
+    assert sequences[0].shape[1] > 5
+    assert torch.equal(*sequences)
+
+
+def test_greedy_is_the_likeliest_next_token_of_the_whole_prefix():
+    model = make_model().eval()
+    pixel_values = random_batch()["pixel_values"]
+    tokens = torch.full((4, 1), model.config.decoder_start_token_id)
+    for _ in range(8):
+        logits = model(pixel_values=pixel_values, decoder_input_ids=tokens).logits
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+    generated = model.generate(pixel_values=pixel_values, max_length=9, eos_token_id=None)
+    assert torch.equal(generated, tokens)
+
+
+def test_the_start_token_is_not_read_and_the_picture_is():
+    model = make_model().eval()
+    batch = random_batch()
+    tokens = model.shift_right(batch["labels"])
+    logits = model(pixel_values=batch["pixel_values"], decoder_input_ids=tokens).logits
+    other_start = torch.cat([tokens[:, :1] + 5, tokens[:, 1:]], dim=1)
+    assert torch.equal(model(pixel_values=batch["pixel_values"], decoder_input_ids=other_start).logits, logits)
+    other_picture = model(pixel_values=batch["pixel_values"].flip(0), decoder_input_ids=tokens).logits
+    assert not torch.allclose(other_picture, logits)
+
+
+def test_no_token_sees_what_comes_after_it():
+    model = make_model().eval()
+    batch = random_batch()
+    tokens = model.shift_right(batch["labels"])
+    changed = torch.cat([tokens[:, :4], tokens[:, 4:].flip(1) + 1], dim=1)
+    before = model(pixel_values=batch["pixel_values"], decoder_input_ids=tokens).logits
+    after = model(pixel_values=batch["pixel_values"], decoder_input_ids=changed).logits
+    torch.testing.assert_close(before[:, :4], after[:, :4])
+
+
+def test_padding_changes_no_captions_loss():
+    model = make_model().eval()
+    batch = random_batch()
+    batch["labels"][0, 4:] = batch["labels"][1, 2:] = -100
+    alone = [
+        model(pixel_values=batch["pixel_values"][i : i + 1], labels=row[row != -100][None], num_items_in_batch=1).loss
+        for i, row in enumerate(batch["labels"])
+    ]
+    together = model(**batch, num_items_in_batch=1).loss
+    torch.testing.assert_close(together, sum(alone))
+    torch.testing.assert_close(model(**batch).loss, sum(alone) / (batch["labels"] != -100).sum())
+
+
+def test_encoder_outputs_give_the_loss_and_captions_of_the_pixels():
+    model = make_model().eval()
+    batch = random_batch()
+    states = model.encoder(batch["pixel_values"]).last_hidden_state
+    from_states = model(encoder_outputs=BaseModelOutput(states), labels=batch["labels"]).loss
+    torch.testing.assert_close(from_states, model(**batch).loss)
+    from_half = model(encoder_outputs=BaseModelOutput(states.half().float()), labels=batch["labels"]).loss
+    assert from_half.item() == pytest.approx(model(**batch).loss.item(), rel=1e-3)
+    beams = {"max_length": 12, "num_beams": 2}
+    assert torch.equal(
+        model.generate(encoder_outputs=BaseModelOutput(states), **beams),
+        model.generate(pixel_values=batch["pixel_values"], **beams),
+    )
+
+
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "trained"])
+def test_what_is_frozen_stays_and_the_rest_moves(freeze):
+    model = make_model(freeze_encoder=freeze)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    model(**random_batch()).loss.backward()
+    optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    in_encoder = {name for name in before if name.startswith("encoder.")}
+    assert before.keys() - in_encoder <= moved
+    if freeze:
+        assert not moved & in_encoder
+    else:
+        assert any(name.endswith("running_mean") for name in moved)
+        assert any(name.endswith("conv_stem.weight") for name in moved)
+
+
+def test_a_pretrained_encoder_survives_construction_saving_and_loading(tmp_path):
+    torch.manual_seed(3)
+    trained = timm.create_model(ENCODER, num_classes=10).train()
+    trained(torch.randn(8, 3, 64, 64))  # BatchNorm statistics that no initialisation makes
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    save_file(trained.state_dict(), folder / "model.safetensors")
+    config = {"architecture": ENCODER, "num_classes": 10, "pretrained_cfg": {"classifier": "classifier"}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    model = make_model()
+    model.load_pretrained_encoder(str(folder))
+    model.save_pretrained(tmp_path / "saved")
+    loaded = InceptionLSTMForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    kept = loaded.encoder.backbone.state_dict()
+    assert kept.keys() == {name for name in trained.state_dict() if not name.startswith("classifier.")}
+    for name, value in kept.items():
+        assert torch.equal(value, trained.state_dict()[name]), name
+
+
+def test_timm_initialises_a_fresh_encoder_its_own_way():
+    torch.manual_seed(0)
+    ours = make_model().encoder.backbone.state_dict()
+    torch.manual_seed(0)
+    theirs = timm.create_model(ENCODER, num_classes=0).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+LOAD_ELSEWHERE = """
+import sys, torch
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+if "modeling" in sys.argv:
+    import modeling
+folder, auto = sys.argv[1], {"AutoModel": AutoModel, "AutoModelForImageTextToText": AutoModelForImageTextToText}[sys.argv[2]]
+remote = {"trust_remote_code": True} if "modeling" not in sys.argv else {}
+model = auto.from_pretrained(folder, **remote).eval()
+processor = AutoProcessor.from_pretrained(folder, **remote)
+from PIL import Image
+inputs = processor(images=Image.new("RGB", (90, 70), "purple"), return_tensors="pt")
+ids = model.generate(**inputs)
+print(ids.tolist(), processor.batch_decode(ids, skip_special_tokens=True), model(**inputs, decoder_input_ids=ids).logits.sum().item())
+"""
+
+
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForImageTextToText"])
+@pytest.mark.parametrize("remote", [True, False], ids=["remote code", "import modeling"])
+def test_a_saved_folder_captions_the_same_in_a_fresh_process(processor, tmp_path, auto, remote):
+    model = make_model(vocab_size=9).eval()
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.generation_config.update(max_length=9, num_beams=2)
+    save_captioner(model, processor, tmp_path / "saved")
+    environment = {**os.environ, "PYTHONPATH": "" if remote else str(ROOT), "HF_HOME": str(tmp_path / "home")}
+    arguments = [str(tmp_path / "saved"), auto] + ([] if remote else ["modeling"])
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", LOAD_ELSEWHERE, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    inputs = processor(images=Image.new("RGB", (90, 70), "purple"), return_tensors="pt")
+    ids = model.generate(**inputs)
+    logits = model(**inputs, decoder_input_ids=ids).logits.sum().item()
+    assert elsewhere.stdout.strip() == f"{ids.tolist()} {processor.batch_decode(ids, skip_special_tokens=True)} {logits}"
+
+
+def test_no_buffer_is_lost_in_saving():
+    model = make_model()
+    persistent = model.state_dict().keys()
+    assert [name for name, _ in model.named_buffers() if name not in persistent] == []
+
+
+def test_a_captioner_loads_without_remote_code_here(processor, tmp_path):
+    save_captioner(make_model(vocab_size=9), processor, tmp_path)
+    model, loaded = load_captioner(tmp_path)
+    assert type(model) is InceptionLSTMForConditionalGeneration and not model.training
+    assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_image_processor_gives_timms_own_pixels():
+    backbone = timm.create_model(ENCODER, pretrained=False)
+    image = Image.effect_mandelbrot((310, 200), (-2, -1, 1, 1), 60).convert("RGB")
+    data = timm.data.resolve_model_data_config(backbone)
+    theirs = timm.data.create_transform(**data, is_training=False)(image)
+    ours = timm_image_processor(backbone)(images=image, return_tensors="pt").pixel_values[0]
+    one_grey_level = 1 / 255 / min(data["std"])
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1.01 * one_grey_level
