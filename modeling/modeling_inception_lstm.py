@@ -27,6 +27,7 @@ class InceptionLSTMConfig(PreTrainedConfig):
         hidden_size: Width of each LSTM layer.
         num_hidden_layers: LSTM layers.
         dropout: Share of the LSTM's inputs, of the values between its layers and of its outputs zeroed in training.
+        attention: Whether each word looks at the places of the encoder's grid, in place of the encoder's summary alone.
     """
 
     model_type = "inception_lstm"
@@ -40,6 +41,7 @@ class InceptionLSTMConfig(PreTrainedConfig):
         hidden_size: int = 1024,
         num_hidden_layers: int = 3,
         dropout: float = 0.0,
+        attention: bool = False,
         pad_token_id: int = 0,
         bos_token_id: int = 1,
         eos_token_id: int = 2,
@@ -52,6 +54,7 @@ class InceptionLSTMConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.dropout = dropout
+        self.attention = attention
         # transformers registers one auto class a model by itself; `AutoModel` has to be named here.
         kwargs.setdefault("auto_map", {"AutoModel": "modeling_inception_lstm.InceptionLSTMForConditionalGeneration"})
         kwargs["is_encoder_decoder"] = True  # generate() then runs the encoder once and keeps its output
@@ -60,25 +63,36 @@ class InceptionLSTMConfig(PreTrainedConfig):
 
 
 class TimmEncoder(nn.Module):
-    """A timm model without its classifier, in the form `generate()` expects of an encoder."""
+    """A timm model without its classifier, in the form `generate()` expects of an encoder.
+
+    Args:
+        architecture: timm's name.
+        grid: Whether to give one state for each place of the picture, in place of their one summary.
+    """
 
     main_input_name = "pixel_values"
 
-    def __init__(self, architecture: str):
+    def __init__(self, architecture: str, grid: bool = False):
         super().__init__()
-        self.backbone = timm.create_model(architecture, pretrained=False, num_classes=0)
+        pooling = {"global_pool": ""} if grid else {}
+        self.backbone = timm.create_model(architecture, pretrained=False, num_classes=0, **pooling)
         # timm has initialised its layers its own way; transformers' `post_init` would do it again, and otherwise.
         for module in self.modules():
             module._is_hf_initialized = True
 
     @property
     def output_size(self) -> int:
-        """Length of one picture's pooled output, 1,536 for Inception-ResNet-v2."""
+        """Length of one state, 1,536 for Inception-ResNet-v2."""
         return getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
-        features = self.backbone(pixel_values)  # (batch, encoder size)
-        return BaseModelOutput(last_hidden_state=features.unsqueeze(1))  # (batch, 1, encoder size)
+        features = self.backbone(pixel_values)
+        if features.ndim == 2:  # one summary: (batch, encoder size)
+            features = features.unsqueeze(1)
+        elif features.ndim == 4:  # a grid, the sizes first or last: (batch, encoder size, height, width)
+            channels_first = getattr(self.backbone, "output_fmt", "NCHW") == "NCHW"
+            features = features.flatten(2).transpose(1, 2) if channels_first else features.flatten(1, 2)
+        return BaseModelOutput(last_hidden_state=features)  # (batch, positions, encoder size)
 
 
 @dataclass
@@ -104,6 +118,28 @@ class LSTMState:
         self.cell = self.cell.index_select(1, beam_idx)
 
 
+class GridAttention(nn.Module):
+    """What the LSTM's output at each word sees of the picture.
+
+    Attention after the recurrence (Luong et al., 2015, https://arxiv.org/abs/1508.04025, section 3.1, "general" score): the
+    state of the LSTM does not depend on it, so that all words of a caption are computed at once.
+    """
+
+    def __init__(self, encoder_size: int, hidden_size: int):
+        super().__init__()
+        self.key = nn.Linear(encoder_size, hidden_size)
+        self.value = nn.Linear(encoder_size, hidden_size)
+        self.output = nn.Linear(2 * hidden_size, hidden_size)
+
+    def forward(self, hidden: torch.Tensor, states: torch.Tensor, image_index: torch.Tensor | None) -> torch.Tensor:
+        """Outputs of the LSTM (batch, length, hidden) and grids (pictures, positions, encoder size) to (batch, length, hidden)."""
+        keys, values = self.key(states), self.value(states)  # (pictures, positions, hidden)
+        if image_index is not None:
+            keys, values = keys[image_index], values[image_index]  # (batch, positions, hidden)
+        seen = nn.functional.scaled_dot_product_attention(hidden, keys, values)  # (batch, length, hidden)
+        return torch.tanh(self.output(torch.cat([hidden, seen], dim=-1)))
+
+
 class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Picture in, caption out; trained with teacher forcing.
 
@@ -117,7 +153,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: InceptionLSTMConfig):
         super().__init__(config)
-        self.encoder = TimmEncoder(config.encoder_name)
+        self.encoder = TimmEncoder(config.encoder_name, grid=config.attention)
         self.image_projection = nn.Linear(self.encoder.output_size, config.image_embed_dim)
         self.token_embedding = nn.Embedding(config.vocab_size, config.image_embed_dim)
         self.lstm = nn.LSTM(
@@ -127,6 +163,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             batch_first=True,
             dropout=config.dropout if config.num_hidden_layers > 1 else 0.0,
         )
+        self.attention = GridAttention(self.encoder.output_size, config.hidden_size) if config.attention else None
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
@@ -157,7 +194,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             name: timm name ("inception_resnet_v2.tf_in1k"), Hub id ("timm/inception_resnet_v2.tf_in1k"), or a local folder
                 with timm's `config.json` and `model.safetensors`.
         """
-        pretrained = timm.create_model(timm_source(name), pretrained=True, num_classes=0)
+        pretrained = timm.create_model(timm_source(name), pretrained=True, num_classes=0)  # pooling has no weights
         self.encoder.backbone.load_state_dict(pretrained.state_dict())
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
@@ -180,6 +217,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         encoder_outputs: BaseModelOutput | tuple | None = None,
         past_key_values: LSTMState | None = None,
         labels: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -190,9 +228,12 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: float (batch, 3, height, width), normalised as the processor does it.
             decoder_input_ids: int64 (batch, length). The first is the start token, whose slot the picture takes; made from
                 `labels` where absent. With `past_key_values`, only the tokens not yet read.
-            encoder_outputs: In place of `pixel_values`, what the encoder gave: (batch, 1, encoder size).
+            encoder_outputs: In place of `pixel_values`, what the encoder gave: (batch, positions, encoder size); one position
+                without attention.
             past_key_values: State of the LSTM after the tokens read before.
             labels: int64 (batch, length), caption and EOS, -100 where a caption has ended.
+            image_index: int64 (batch,). Which of the pictures each caption is about, where several captions share one; in their
+                order where absent.
             use_cache: Whether to give the state back; False where `labels` are given.
             num_items_in_batch: Divisor of the summed loss, in tokens; the batch's own count where absent.
 
@@ -204,19 +245,21 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError("Give `decoder_input_ids`, or `labels` to make them from.")
             decoder_input_ids = self.shift_right(labels)
         inputs = self.token_embedding(decoder_input_ids)  # (batch, length, image embedding)
-        state = None
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(pixel_values)
+        states = encoder_outputs[0].to(inputs.dtype)  # (pictures, positions, encoder size)
         if past_key_values is None:
-            if encoder_outputs is None:
-                encoder_outputs = self.encoder(pixel_values)
-            pooled = encoder_outputs[0].to(inputs.dtype).mean(1)  # (batch, encoder size)
-            image = self.image_projection(pooled).unsqueeze(1)  # (batch, 1, image embedding)
-            inputs = torch.cat([image, inputs[:, 1:]], dim=1)  # (batch, length, image embedding)
-            num_tokens = 0
+            image = self.image_projection(states.mean(1))  # (pictures, image embedding)
+            image = image if image_index is None else image[image_index]  # (batch, image embedding)
+            inputs = torch.cat([image.unsqueeze(1), inputs[:, 1:]], dim=1)  # (batch, length, image embedding)
+            memory, num_tokens = None, 0
         else:
-            state = (past_key_values.hidden, past_key_values.cell)
+            memory = (past_key_values.hidden, past_key_values.cell)
             num_tokens = past_key_values.num_tokens
 
-        outputs, (hidden, cell) = self.lstm(self.dropout(inputs), state)  # (batch, length, hidden)
+        outputs, (hidden, cell) = self.lstm(self.dropout(inputs), memory)  # (batch, length, hidden)
+        if self.attention is not None:
+            outputs = self.attention(outputs, states, image_index)  # (batch, length, hidden)
         logits = self.lm_head(self.dropout(outputs))  # (batch, length, vocabulary)
 
         loss = None
@@ -231,7 +274,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=LSTMState(hidden, cell, num_tokens + decoder_input_ids.shape[1]) if use_cache else None,
-            encoder_last_hidden_state=None if encoder_outputs is None else encoder_outputs[0],
+            encoder_last_hidden_state=encoder_outputs[0],
         )
 
     def shift_right(self, labels: torch.Tensor) -> torch.Tensor:

@@ -18,15 +18,23 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import generate_captions, load_captioner, save_captioner
+from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor, timm_image_processor
 
 ENCODER = "test_efficientnet"  # timm's own test model: BatchNorm, 256 numbers a picture
 ROOT = Path(__file__).parent.parent
+WITH_AND_WITHOUT_ATTENTION = pytest.mark.parametrize("attention", [False, True], ids=["plain", "attention"])
 
 
 def make_model(**changes) -> InceptionLSTMForConditionalGeneration:
     torch.manual_seed(0)
-    sizes = {"encoder_name": ENCODER, "vocab_size": 40, "image_embed_dim": 48, "hidden_size": 48, "num_hidden_layers": 2}
+    sizes = {
+        "encoder_name": ENCODER,
+        "vocab_size": 40,
+        "image_embed_dim": 48,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+    }
     return InceptionLSTMForConditionalGeneration(InceptionLSTMConfig(**{**sizes, **changes}))
 
 
@@ -87,13 +95,14 @@ def test_three_pictures_are_memorised_and_come_back(processor):
     assert made == [{"caption": caption, "ended": True} for caption in captions]
 
 
+@WITH_AND_WITHOUT_ATTENTION
 @pytest.mark.parametrize(
     "decoding",
     [{}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}],
     ids=["greedy", "beam", "sampling"],
 )
-def test_decoding_with_state_equals_decoding_without(decoding):
-    model = make_model().eval()
+def test_decoding_with_state_equals_decoding_without(decoding, attention):
+    model = make_model(attention=attention).eval()
     pixel_values = random_batch()["pixel_values"]
     sequences = []
     for use_cache in (True, False):
@@ -125,8 +134,9 @@ def test_the_start_token_is_not_read_and_the_picture_is():
     assert not torch.allclose(other_picture, logits)
 
 
-def test_no_token_sees_what_comes_after_it():
-    model = make_model().eval()
+@WITH_AND_WITHOUT_ATTENTION
+def test_no_token_sees_what_comes_after_it(attention):
+    model = make_model(attention=attention).eval()
     batch = random_batch()
     tokens = model.shift_right(batch["labels"])
     changed = torch.cat([tokens[:, :4], tokens[:, 4:].flip(1) + 1], dim=1)
@@ -135,8 +145,9 @@ def test_no_token_sees_what_comes_after_it():
     torch.testing.assert_close(before[:, :4], after[:, :4])
 
 
-def test_padding_changes_no_captions_loss():
-    model = make_model().eval()
+@WITH_AND_WITHOUT_ATTENTION
+def test_padding_changes_no_captions_loss(attention):
+    model = make_model(attention=attention).eval()
     batch = random_batch()
     batch["labels"][0, 4:] = batch["labels"][1, 2:] = -100
     alone = [
@@ -148,8 +159,9 @@ def test_padding_changes_no_captions_loss():
     torch.testing.assert_close(model(**batch).loss, sum(alone) / (batch["labels"] != -100).sum())
 
 
-def test_encoder_outputs_give_the_loss_and_captions_of_the_pixels():
-    model = make_model().eval()
+@WITH_AND_WITHOUT_ATTENTION
+def test_encoder_outputs_give_the_loss_and_captions_of_the_pixels(attention):
+    model = make_model(attention=attention).eval()
     batch = random_batch()
     states = model.encoder(batch["pixel_values"]).last_hidden_state
     from_states = model(encoder_outputs=BaseModelOutput(states), labels=batch["labels"]).loss
@@ -161,6 +173,44 @@ def test_encoder_outputs_give_the_loss_and_captions_of_the_pixels():
         model.generate(encoder_outputs=BaseModelOutput(states), **beams),
         model.generate(pixel_values=batch["pixel_values"], **beams),
     )
+
+
+@WITH_AND_WITHOUT_ATTENTION
+def test_captions_that_share_a_picture_lose_what_they_lose_alone(attention):
+    model = make_model(attention=attention).eval()
+    batch = random_batch()
+    shared = {"pixel_values": batch["pixel_values"][:2], "image_index": torch.tensor([1, 0, 0, 1])}
+    repeated = batch["pixel_values"][shared["image_index"]]
+    expected = model(pixel_values=repeated, labels=batch["labels"])
+    given = model(**shared, labels=batch["labels"])
+    torch.testing.assert_close(given.logits, expected.logits)
+    torch.testing.assert_close(given.loss, expected.loss)
+
+
+@pytest.mark.parametrize("architecture", ["test_efficientnet", "test_vit", "swin_tiny_patch4_window7_224"])
+def test_any_timm_encoder_gives_a_grid_whose_places_it_keeps(architecture):
+    """Convolutions give sizes first, Swin gives them last, a ViT gives tokens."""
+    encoder = TimmEncoder(architecture, grid=True).eval()
+    side = encoder.backbone.pretrained_cfg["input_size"][-1]
+    pixels = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        states = encoder(pixels).last_hidden_state
+        features = encoder.backbone.forward_features(pixels)
+    assert states.shape[0] == 1 and states.shape[2] == encoder.output_size and states.shape[1] > 1
+    place = (
+        features[0, :, 1, 0]
+        if architecture == "test_efficientnet"
+        else features.reshape(1, -1, encoder.output_size)[0, 3]
+    )
+    row = features.shape[-1] if architecture == "test_efficientnet" else 3
+    torch.testing.assert_close(states[0, row], place)
+
+
+def test_without_attention_there_is_nothing_of_it():
+    plain, attentive = make_model(), make_model(attention=True)
+    extra = attentive.state_dict().keys() - plain.state_dict().keys()
+    assert extra and all(name.startswith("attention.") for name in extra)
+    assert attentive.state_dict().keys() - extra == plain.state_dict().keys()
 
 
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "trained"])
@@ -235,13 +285,19 @@ def test_a_saved_folder_captions_the_same_in_a_fresh_process(processor, tmp_path
     environment = {**os.environ, "PYTHONPATH": "" if remote else str(ROOT), "HF_HOME": str(tmp_path / "home")}
     arguments = [str(tmp_path / "saved"), auto] + ([] if remote else ["modeling"])
     elsewhere = subprocess.run(
-        [sys.executable, "-c", LOAD_ELSEWHERE, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", LOAD_ELSEWHERE, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert elsewhere.returncode == 0, elsewhere.stderr
     inputs = processor(images=Image.new("RGB", (90, 70), "purple"), return_tensors="pt")
     ids = model.generate(**inputs)
     logits = model(**inputs, decoder_input_ids=ids).logits.sum().item()
-    assert elsewhere.stdout.strip() == f"{ids.tolist()} {processor.batch_decode(ids, skip_special_tokens=True)} {logits}"
+    assert (
+        elsewhere.stdout.strip() == f"{ids.tolist()} {processor.batch_decode(ids, skip_special_tokens=True)} {logits}"
+    )
 
 
 def test_no_buffer_is_lost_in_saving():

@@ -1,0 +1,130 @@
+"""System B: a Vision Transformer reads the picture, GPT-2 writes the caption and attends to it at every word.
+
+The model is transformers' own `VisionEncoderDecoderModel`, not a subclass: it loads everywhere without remote code.
+"""
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTImageProcessor,
+)
+
+
+def build_vit_gpt2(
+    encoder: str | PreTrainedConfig,
+    decoder: str | PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str = "",
+    freeze_encoder: bool = True,
+    dropout: float | None = None,
+) -> VisionEncoderDecoderModel:
+    """Put a picture encoder and a language model together.
+
+    Args:
+        encoder: Of the ViT kind. A Hub id or local folder brings its trained weights, a config random ones; of a model with
+            two towers, such as CLIP, the one for pictures is taken.
+        decoder: Of the GPT-2 kind, likewise. Cross attention is added and fresh; a decoder that brings trained cross
+            attention keeps it.
+        tokenizer: The decoder's; BOS starts a caption, EOS ends it.
+        prompt: Text every caption starts with; it is kept in the generation config, so that `generate()` starts from it.
+        freeze_encoder: Whether the encoder stays as it is.
+        dropout: Of the decoder; its own where None.
+
+    Raises:
+        ValueError: The tokenizer has more tokens than the decoder.
+    """
+    decoder_model = _build_decoder(decoder, dropout)
+    if len(tokenizer) > decoder_model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the decoder {decoder_model.config.vocab_size:,}: "
+            "give --tokenizer the one the decoder was trained with"
+        )
+    encoder_model = _build_encoder(encoder)
+    special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    decoder_model.config.update(special_ids)
+    start_ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        encoder_model.config, decoder_model.config, decoder_start_token_id=start_ids[0], **special_ids
+    )
+    model = VisionEncoderDecoderModel(config=config, encoder=encoder_model, decoder=decoder_model)
+    # `generate()` multiplies a column of ones with this: a list in a list starts every caption with all its tokens.
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=[start_ids] if prompt else start_ids[0], **special_ids
+    )
+    if freeze_encoder:
+        freeze(model.encoder)
+    return model
+
+
+def encoder_config(
+    image_size: int, patch_size: int, hidden_size: int, num_hidden_layers: int, num_attention_heads: int
+) -> ViTConfig:
+    """A ViT of these sizes, as wide in its feed-forward layers as they all are: four times."""
+    return ViTConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=4 * hidden_size,
+    )
+
+
+def decoder_config(vocab_size: int, hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> GPT2Config:
+    """A GPT-2 of these sizes; its special tokens come with the tokenizer."""
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_embd=hidden_size,
+        n_layer=num_hidden_layers,
+        n_head=num_attention_heads,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def vit_image_processor(encoder: str | ViTConfig):
+    """What a trained encoder was trained on; for a config, pictures squeezed to its size and scaled to -1 .. 1."""
+    if isinstance(encoder, str):
+        return AutoImageProcessor.from_pretrained(encoder)
+    return ViTImageProcessor(size={"height": encoder.image_size, "width": encoder.image_size})
+
+
+def freeze(encoder: nn.Module) -> None:
+    """Keep an encoder as it is: no gradients, and in eval whenever it runs, though a trainer puts the model in train."""
+    encoder.requires_grad_(False)
+    encoder.register_forward_pre_hook(_stay_in_eval)
+
+
+def _stay_in_eval(module: nn.Module, args: tuple) -> None:
+    module.eval()
+
+
+def _build_encoder(encoder: str | PreTrainedConfig) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(encoder) if isinstance(encoder, str) else encoder
+    config = getattr(config, "vision_config", config)
+    # A pooler would get no gradient; models that know the option have one, the others (DINOv2, CLIP) have not.
+    options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit", "beit", "data2vec-vision") else {}
+    if isinstance(encoder, str):
+        return AutoModel.from_pretrained(encoder, config=config, **options)
+    return AutoModel.from_config(config, **options)
+
+
+def _build_decoder(decoder: str | PreTrainedConfig, dropout: float | None) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(decoder) if isinstance(decoder, str) else decoder
+    config.is_decoder, config.add_cross_attention = True, True
+    if dropout is not None:
+        config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = dropout
+    if isinstance(decoder, str):
+        return AutoModelForCausalLM.from_pretrained(decoder, config=config)
+    return AutoModelForCausalLM.from_config(config)
