@@ -1,0 +1,24 @@
+"""Any source of captioned pictures -> one `DatasetDict`; tokenizer training; feature cache; collator.
+
+Commands:
+    python -m data_scripts.paragraphs       a zip or folder of csvs and split folders, as the source report has it
+    python -m data_scripts.flickr8k         Flickr8k as it is distributed
+    python -m data_scripts.karpathy         Karpathy's json for COCO, Flickr8k and Flickr30k, with a picture folder
+    python -m data_scripts.image_folder     pictures beside a metadata.csv or metadata.jsonl
+    python -m data_scripts.hub              a data set on the Hub or saved on disk
+    python -m data_scripts.scenes           coloured shapes drawn here
+    python -m data_scripts.train_tokenizer  a tokenizer for the captions of any of them
+"""
+
+from typing import Any
+
+__all__ = ["load_captions"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: `python -m data_scripts.scenes` would otherwise find its module imported before it runs.
+    if name == "load_captions":
+        from data_scripts.load import load_captions
+
+        return load_captions
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -1,0 +1,174 @@
+"""From rows of pictures to batches: (picture, caption) pairs by index, their order, and the collator."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
+
+
+class Pictures(torch.utils.data.Dataset):
+    """The rows of a split as the collator wants them, one item a picture.
+
+    Args:
+        rows: Rows with an `image`.
+        features: As many rows of `encoder_features` from `cache_features`; pictures are then not decoded at all.
+    """
+
+    def __init__(self, rows: Dataset, features: Dataset | None = None):
+        if features is None:
+            self.source, self.column = rows, "image"
+        else:
+            self.source, self.column = features.with_format("numpy"), "encoder_features"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        values = self.source[list(indices)][self.column]
+        return [{"index": index, self.column: value} for index, value in zip(indices, values, strict=True)]
+
+
+class CaptionPairs(torch.utils.data.Dataset):
+    """One item a (picture, caption) pair; a picture with five captions is five items and is stored once.
+
+    Args:
+        rows: Rows with `image` and `captions`.
+        tokenizer: Turns captions into token ids; EOS is put behind every caption here, also behind one that is cut.
+        max_length: Longest caption kept, in tokens, EOS included, a prompt not; None keeps all.
+        features: See `Pictures`.
+        start_ids: Tokens every caption starts from: the start token, then a prompt's where there is one; BOS where None.
+        loss_on_prompt: Whether the prompt is learnt as well.
+
+    `lengths` holds the tokens of each caption, EOS included, a prompt not.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        features: Dataset | None = None,
+        start_ids: Sequence[int] | None = None,
+        loss_on_prompt: bool = False,
+    ):
+        self.pictures = Pictures(rows, features)
+        captions = rows["captions"]
+        self.row_of_pair = np.repeat(np.arange(len(rows)), [len(texts) for texts in captions])
+        self.start_ids = list(start_ids or [tokenizer.bos_token_id])
+        prompt_ids = self.start_ids[1:]
+        self.prompt_labels = prompt_ids if loss_on_prompt else [-100] * len(prompt_ids)
+        # Prompt and caption are tokenised apart, so that a caption's tokens do not hang on the prompt's end.
+        blank = " " if prompt_ids else ""
+        texts = [blank + text for texts in captions for text in texts]
+        cut = None if max_length is None else max_length - 1
+        tokens = tokenizer(texts, add_special_tokens=False).input_ids
+        self.token_ids = [[*ids[:cut], tokenizer.eos_token_id] for ids in tokens]
+        self.lengths = np.array([len(ids) for ids in self.token_ids])
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        pictures = self.pictures.__getitems__([int(self.row_of_pair[index]) for index in indices])
+        return [picture | self.tokens(index) for picture, index in zip(pictures, indices, strict=True)]
+
+    def tokens(self, index: int) -> dict:
+        """What the decoder reads and, at the same positions, what it shall say next."""
+        token_ids = self.token_ids[index]
+        return {"decoder_input_ids": self.start_ids + token_ids[:-1], "labels": self.prompt_labels + token_ids}
+
+
+class CaptionSampler(Sampler[int]):
+    """Every pair once an epoch, in an order that only the seed and the epoch decide.
+
+    Args:
+        lengths: Tokens of each pair.
+        batch_size: Pairs in a whole step, over all processes and accumulated batches.
+        group_by_length: Whether pairs of like length share a batch: shuffled, sorted within runs of 50 batches, and the
+            batches shuffled. Saves the padding, keeps the order random between batches.
+        pictures: Picture of each pair, where the captions of a picture are to stand together in place of those of like length:
+            a batch then encodes each of its few pictures once.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        group_by_length: bool = True,
+        seed: int = 0,
+        pictures: Sequence[int] | None = None,
+    ):
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.group_by_length = group_by_length and pictures is None
+        self.pictures = pictures
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng([self.seed, self.epoch])
+        order = random.permutation(len(self.lengths))
+        if self.pictures is not None:
+            turn = random.permutation(max(self.pictures) + 1)
+            order = order[np.argsort(turn[self.pictures[order]], kind="stable")]
+        if self.group_by_length:
+            run = 50 * self.batch_size
+            runs = [order[start : start + run] for start in range(0, len(order), run)]
+            order = np.concatenate([run[np.argsort(self.lengths[run], kind="stable")] for run in runs])
+            whole = len(order) // self.batch_size * self.batch_size  # the short batch stays last
+            batches = order[:whole].reshape(-1, self.batch_size)
+            order = np.concatenate([random.permutation(batches).reshape(-1), order[whole:]])
+        return iter(order.tolist())
+
+
+class CaptionCollator:
+    """Turn items of `Pictures` or `CaptionPairs` into one batch, for either captioner.
+
+    Args:
+        processor: Image processor and tokenizer in one.
+        share_pictures: Whether a picture that several captions of the batch are about goes into it once. The model has to
+            know `image_index` then.
+
+    Called with items {"index", "image" or "encoder_features", and "decoder_input_ids" and "labels" where there are
+    captions}, it gives
+        index: int64 (batch,), the rows of the pictures
+        pixel_values: float32 (batch, 3, height, width), normalised
+        or encoder_outputs: last_hidden_state float32 (batch, positions, size)
+        image_index: int64 (batch,), the picture of each caption among those of the batch, where pictures are shared
+        decoder_input_ids: int64 (batch, longest caption in the batch), start tokens first, padded on the right
+        labels: int64, likewise, -100 where a caption has ended and where its prompt is not learnt
+    """
+
+    def __init__(self, processor, share_pictures: bool = False):
+        self.processor = processor
+        self.share_pictures = share_pictures
+
+    def __call__(self, items: list[dict]) -> dict:
+        batch = {"index": torch.tensor([item["index"] for item in items])}
+        pictures = items
+        if self.share_pictures:
+            pictures = list({item["index"]: item for item in items}.values())
+            place = {item["index"]: place for place, item in enumerate(pictures)}
+            batch["image_index"] = torch.tensor([place[item["index"]] for item in items])
+        if "encoder_features" in items[0]:
+            features = torch.from_numpy(np.stack([item["encoder_features"] for item in pictures]))
+            batch["encoder_outputs"] = BaseModelOutput(last_hidden_state=features.float())
+        else:
+            images = [item["image"].convert("RGB") for item in pictures]
+            batch["pixel_values"] = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        if "labels" in items[0]:
+            # What a decoder reads where a caption has ended is right of all its words, and has no label: any token will do.
+            for name, padding in (("decoder_input_ids", self.processor.tokenizer.pad_token_id), ("labels", -100)):
+                rows = [torch.tensor(item[name]) for item in items]
+                batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+        return batch

@@ -1,0 +1,107 @@
+"""A frozen encoder sees each picture once: its output goes to an Arrow file and is read from there ever after."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import PartialState
+from datasets import Array2D, Dataset, concatenate_datasets
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+SHARD_SIZE = 512  # pictures a file: what a kill can cost
+
+
+def encoder_fingerprint(encoder: torch.nn.Module, image_processor) -> str:
+    """A digest of the encoder's layers, weights and statistics and of all that the image processor does."""
+    digest = hashlib.sha256(f"{image_processor.to_json_string()} {encoder}".encode())
+    for name, value in encoder.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def pictures_fingerprint(pictures: Dataset) -> str:
+    """A digest of the pictures' own bytes, in their order; a picture kept as a path counts with its file's bytes."""
+    digest = hashlib.sha256()
+    for picture in pictures.cast_column("image", datasets.Image(decode=False))["image"]:
+        digest.update(picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes())
+    return digest.hexdigest()
+
+
+def cache_features(
+    dataset: Dataset,
+    encoder: Callable[[torch.Tensor], torch.Tensor],
+    image_processor,
+    fingerprint: str,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+) -> Dataset:
+    """What a frozen encoder says of every picture of a split, computed at most once.
+
+    Args:
+        dataset: Rows with an `image`.
+        encoder: Pixels (batch, 3, height, width) to states (batch, positions, size), without gradient and in eval.
+        image_processor: Pictures to pixels.
+        fingerprint: Of encoder and image processor; another one never meets this one's files.
+        batch_size: Pictures the encoder sees together.
+        device: Where the encoder is.
+
+    Returns:
+        As many rows, in the same order, with the one column `encoder_features`: float16 (positions, size).
+
+    Under several processes each computes its share of the files and waits for the others. Files are written beside and
+    renamed by `datasets`, 512 pictures each, so that after a kill all but the last few are there.
+    """
+    state = PartialState()
+    pictures = dataset.select_columns(["image"])
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "showtell_features" / fingerprint
+    os.makedirs(folder, exist_ok=True)
+
+    def encode(batch: dict) -> dict:
+        pixels = image_processor(images=[image.convert("RGB") for image in batch["image"]], return_tensors="pt")
+        with torch.inference_mode():
+            states = encoder(pixels["pixel_values"].to(device))  # (batch, positions, size)
+        bar.update(len(states))
+        return {"encoder_features": states.half().cpu().numpy()}
+
+    starts = range(0, len(pictures), SHARD_SIZE)
+    shards = [pictures.select(range(start, min(start + SHARD_SIZE, len(pictures)))) for start in starts]
+    paths = [folder / f"{pictures_fingerprint(shard)}.arrow" for shard in shards]
+    missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
+    if missing:
+        with torch.inference_mode():
+            shape = tuple(
+                encoder(
+                    image_processor(images=[shards[0][0]["image"]], return_tensors="pt").to(device)["pixel_values"]
+                ).shape[1:]
+            )
+        num_pictures = sum(len(shard) for shard, _ in missing)
+        megabytes = num_pictures * shape[0] * shape[1] * 2 / 1e6
+        logger.info(
+            f"Encoding {num_pictures:,} pictures once: {shape[0]} x {shape[1]} numbers each, {megabytes:,.0f} MB in {folder}"
+        )
+        mine = missing[state.process_index :: state.num_processes]
+        columns = datasets.Features({"encoder_features": Array2D(shape, "float16")})
+        datasets.disable_progress_bars()  # ours counts pictures over all files
+        with tqdm(
+            total=sum(len(s) for s, _ in mine), unit="picture", desc="encoding", disable=not state.is_main_process
+        ) as bar:
+            for shard, path in mine:
+                shard.map(
+                    encode,
+                    batched=True,
+                    batch_size=batch_size,
+                    remove_columns=["image"],
+                    features=columns,
+                    cache_file_name=str(path),
+                    new_fingerprint=path.stem,
+                )
+        datasets.enable_progress_bars()
+    state.wait_for_everyone()
+    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])

@@ -1,0 +1,118 @@
+"""Prepare any data set on the Hub, or a folder that `datasets` can read or has saved.
+
+    python -m data_scripts.hub OWNER/NAME --image_column image --caption_column caption --output_dir data/name
+
+The caption column holds a text or a list of texts; several columns may be named. Rows that share an `image_id`, where
+there is such a column, are captions of one picture.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+
+from data_scripts.archives import read_file
+from data_scripts.command_line import add_table_options, one_line_errors, prepare
+from data_scripts.row_checks import SourceRow
+from data_scripts.splits import SPLIT_NAMES
+
+CAPTION_COLUMNS = ("captions", "caption", "text")
+
+
+def open_dataset(source: str, revision: str | None = None, config_name: str | None = None) -> DatasetDict:
+    """Open a data set on the Hub, a folder saved with `save_to_disk`, or a folder of parquet files or the like.
+
+    Raises:
+        ValueError: There is no such data set, or it cannot be read.
+    """
+    try:
+        if (Path(source) / "dataset_dict.json").is_file() or (Path(source) / "dataset_info.json").is_file():
+            dataset = load_from_disk(source)
+        else:
+            dataset = load_dataset(source, config_name, revision=revision)
+    except Exception as error:  # datasets, Arrow and the Hub's client each have their own
+        raise ValueError(f"data set '{source}' cannot be opened: {error}") from error
+    return DatasetDict({"train": dataset}) if isinstance(dataset, Dataset) else dataset
+
+
+def dataset_rows(
+    dataset: DatasetDict, image_column: str = "image", caption_columns: Sequence[str] | None = None
+) -> list[SourceRow]:
+    """Return one row per picture. Splits other than training, validation and test are left out.
+
+    Raises:
+        ValueError: A column is missing, or the image column does not hold pictures.
+    """
+    rows = []
+    for split_name, split in dataset.items():
+        if split_name not in SPLIT_NAMES:
+            print(f"split '{split_name}' is not used: it is none of train, validation, test")
+            continue
+        columns = _caption_columns(split, split_name, caption_columns)
+        if not isinstance(split.features.get(image_column), Image):
+            kind = split.features.get(image_column, "missing")
+            raise ValueError(
+                f"column '{image_column}' of split '{split_name}' holds no pictures ({kind}); there are "
+                f"{split.column_names}: name one with --image_column"
+            )
+        pictures = split.select_columns(image_column).cast_column(image_column, Image(decode=False))
+        for image_id, (number, captions) in _gather(split, split_name, columns).items():
+            place = f"{split_name}, row {number}, {image_id}"
+            read = partial(_read_picture, pictures, number, image_column)
+            rows.append(SourceRow(SPLIT_NAMES[split_name], image_id, captions, place, read))
+    return rows
+
+
+def _caption_columns(split: Dataset, split_name: str, names: Sequence[str] | None) -> list[str]:
+    columns = list(names) if names else [name for name in CAPTION_COLUMNS if name in split.column_names][:1]
+    missing = [name for name in columns if name not in split.column_names]
+    if missing or not columns:
+        wanted = f"'{missing[0]}'" if missing else " or ".join(CAPTION_COLUMNS)
+        raise ValueError(
+            f"split '{split_name}' has no column {wanted}, only {split.column_names}: name it with --caption_column"
+        )
+    return columns
+
+
+def _gather(split: Dataset, split_name: str, columns: Sequence[str]) -> dict[str, tuple[int, list[Any]]]:
+    """Return (number of the first row, captions) of each picture, by id."""
+    has_id = "image_id" in split.column_names
+    # Without the picture column this reads texts only.
+    texts = split.select_columns([*columns, "image_id"] if has_id else columns)
+    gathered: dict[str, tuple[int, list[Any]]] = {}
+    for number, row in enumerate(texts):
+        image_id = str(row["image_id"]) if has_id else f"{split_name}_{number}"
+        _, captions = gathered.setdefault(image_id, (number, []))
+        for column in columns:
+            captions += row[column] if isinstance(row[column], list) else [row[column]]
+    return gathered
+
+
+def _read_picture(pictures: Dataset, number: int, column: str) -> bytes:
+    picture = pictures[number][column] or {}
+    if picture.get("bytes") is not None:
+        return picture["bytes"]
+    if not picture.get("path"):
+        raise FileNotFoundError("the row has no picture")
+    return read_file(Path(picture["path"]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="id of a data set on the Hub, or folder")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--caption_column", nargs="+", help="default: captions, caption or text")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--config_name", help="configuration, where the data set has several")
+    add_table_options(parser)
+    arguments = parser.parse_args(argv)
+    with one_line_errors():
+        dataset = open_dataset(arguments.source, arguments.revision, arguments.config_name)
+        prepare(dataset_rows(dataset, arguments.image_column, arguments.caption_column), arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Load captioned pictures by name: what the training scripts call."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+from datasets import DatasetDict, load_from_disk
+from filelock import FileLock
+
+from data_scripts import hub, scenes
+from data_scripts.caption_table import FEATURES, write_caption_table
+from data_scripts.row_checks import SourceRow
+
+
+def load_captions(
+    source: str = "scenes",
+    image_column: str = "image",
+    caption_column: str | Sequence[str] | None = None,
+    revision: str | None = None,
+) -> DatasetDict:
+    """Load captioned pictures: "train", and "validation" and "test" where there are any.
+
+    Args:
+        source: "scenes" for the pictures drawn here; a folder that one of the commands of `data_scripts` has saved; or
+            any other data set on the Hub or on disk, which is then prepared as `data_scripts.hub` does it. What is
+            drawn or prepared here is kept in the cache of `datasets`.
+        image_column, caption_column: Where the pictures and captions of any other data set stand.
+        revision: Branch, tag or commit on the Hub.
+
+    Returns:
+        Rows of image (RGB picture), image_id, captions (list of texts).
+
+    Raises:
+        ValueError: The data set cannot be opened, or has no such columns.
+    """
+    if source == "scenes":
+        # The code is part of the key, so that what an older version drew is not taken for this one's.
+        return _cached(f"scenes-{_digest(Path(scenes.__file__).read_text())}", scenes.scene_rows)
+    dataset = hub.open_dataset(source, revision)
+    if (Path(source) / "dataset_dict.json").is_file() and all(part.features == FEATURES for part in dataset.values()):
+        return dataset
+    caption_columns = [caption_column] if isinstance(caption_column, str) else caption_column
+    fingerprints = [f"{split}={part._fingerprint}" for split, part in dataset.items()]
+    key = _digest(repr((fingerprints, image_column, caption_columns)))
+    return _cached(f"{Path(source).name}-{key}", lambda: hub.dataset_rows(dataset, image_column, caption_columns))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _cached(name: str, make_rows: Callable[[], Sequence[SourceRow]]) -> DatasetDict:
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "showtell" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Under `accelerate launch` several processes come here at once; one prepares, the others wait.
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            print(f"Preparing {name}\n{write_caption_table(make_rows(), folder)}")
+    return load_from_disk(folder)

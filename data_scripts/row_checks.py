@@ -1,0 +1,129 @@
+"""The one place that judges a row: a `SourceRow` of any source comes in, in any state, a `CheckedRow` goes out."""
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Image
+from PIL import Image as PillowImage
+
+PICTURE = Image(mode="RGB")  # how the caption table decodes a picture
+
+MAX_CAPTION_CHARACTERS = 10_000  # the longest paragraph of Stanford's set has some 1,500
+MAX_PICTURE_BYTES = 20 * 2**20  # a hundred of them, as `datasets` writes at once, fit Arrow's 2 GiB
+MAX_PIXELS = 64 * 10**6  # below this Pillow, too, sees no decompression bomb when the picture is read again
+MAX_ASPECT_RATIO = 100  # resized by its short side, a longer picture would fill the memory
+# The readers that need neither another program nor a network; PostScript, say, would start Ghostscript.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa")
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One picture of a source, not yet looked at.
+
+    Args:
+        split: "train", "validation" or "test".
+        image_id: The picture's name in the source.
+        captions: What the source has for captions, text or not.
+        place: Where a person finds the row, for messages: file, line, picture.
+        read: Gives the picture's bytes, or raises OSError.
+    """
+
+    split: str
+    image_id: Any
+    captions: Sequence[Any]
+    place: str
+    read: Callable[[], bytes]
+
+
+@dataclass
+class CheckedRow:
+    """A row that has been looked at: `captions` that can be used, and why the rest, or the picture, cannot."""
+
+    row: SourceRow
+    picture: bytes = b""
+    content_hash: str = ""
+    captions: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    usable: bool = False
+
+
+def caption_problem(caption: Any) -> str | None:
+    """Say why a caption cannot be trained on or scored, or None if it can."""
+    if caption is None or caption != caption:  # a missing cell is None, or NaN, which is unlike itself
+        return "empty caption"
+    if not isinstance(caption, str):
+        return "caption is not text"
+    if not caption.strip():
+        return "empty caption"
+    if not _is_storable(caption):
+        return "caption has a null character or broken Unicode"
+    if not any(character.isalnum() for character in caption):
+        return "caption without a word"
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        return f"caption longer than {MAX_CAPTION_CHARACTERS:,} characters"
+    return None
+
+
+def picture_problem(picture: bytes) -> str | None:
+    """Say why a picture cannot be used, or None if it decodes as the training will decode it."""
+    if not picture:
+        return "picture file is empty"
+    if len(picture) > MAX_PICTURE_BYTES:
+        return f"picture file larger than {MAX_PICTURE_BYTES // 2**20} MiB"
+    try:
+        with PillowImage.open(io.BytesIO(picture), formats=PICTURE_FORMATS) as image:
+            (width, height), mode = image.size, image.mode
+        # Size and mode stand in the header: a bomb is refused before it is unpacked.
+        if width * height > MAX_PIXELS:
+            return f"picture of more than {MAX_PIXELS:,} pixels"
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            return f"picture more than {MAX_ASPECT_RATIO} times as long as it is wide"
+        if mode not in EIGHT_BIT_MODES:
+            return "picture has more than 8 bits a channel, which Pillow would clip to white"
+        PICTURE.decode_example({"bytes": picture, "path": None})
+    except PillowImage.DecompressionBombError:
+        return f"picture of more than {MAX_PIXELS:,} pixels"
+    except Exception:  # on broken bytes Pillow's readers raise almost anything
+        return "picture does not decode"
+    return None
+
+
+def check_row(row: SourceRow) -> CheckedRow:
+    """Read and judge one row. Where the picture or every caption is unusable, so is the row."""
+    checked = CheckedRow(row)
+    for caption in row.captions:
+        problem = caption_problem(caption)
+        if problem:
+            checked.problems.append(problem)
+        else:
+            checked.captions.append(caption.strip())
+    if not checked.captions:
+        checked.problems.append("picture without a usable caption")
+        return checked
+    if not isinstance(row.image_id, str) or not row.image_id or not _is_storable(row.image_id):
+        checked.problems.append("picture without a name, or with a broken one")
+        return checked
+    try:
+        checked.picture = row.read()
+    except FileNotFoundError:
+        checked.problems.append("no such picture file")
+        return checked
+    except OSError:
+        checked.problems.append("picture file cannot be read")
+        return checked
+    problem = picture_problem(checked.picture)
+    if problem:
+        checked.problems.append(problem)
+        return checked
+    checked.content_hash = hashlib.sha256(checked.picture).hexdigest()
+    checked.usable = True
+    return checked
+
+
+def _is_storable(text: str) -> bool:
+    # Lone surrogates, which json and file systems can bring, have no UTF-8.
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)

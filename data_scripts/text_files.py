@@ -1,0 +1,84 @@
+"""Caption files that come as csv, jsonl or json: read whole, with errors that name file and line."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from data_scripts.archives import SourceFiles
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """Return the text of the file `name`, with line ends as they are.
+
+    Raises:
+        ValueError: It is not UTF-8. A byte order mark is accepted.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{name}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+
+
+def read_csv(files: SourceFiles, name: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Give (line on which the row ends, row) of a comma-separated file with a header.
+
+    Raises:
+        ValueError: A column is missing, or the file is no csv.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # so that an endless caption is judged with its row, not here
+    reader = csv.DictReader(io.StringIO(decode_text(files.read(name), name), newline=""))
+    try:
+        for column in columns:
+            if column not in (reader.fieldnames or []):
+                raise ValueError(
+                    f"{name} has no column '{column}', only {list(reader.fieldnames or [])}; "
+                    "columns are separated by commas and named in the first line"
+                )
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{name}, line {reader.line_num}: not readable as csv ({error})") from error
+
+
+def read_jsonl(files: SourceFiles, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Give (line, object) of a file with one json object a line.
+
+    Raises:
+        ValueError: A line holds anything else.
+    """
+    # Not splitlines(), which also cuts at the Unicode line ends that json allows inside a text.
+    for line, text in enumerate(decode_text(files.read(name), name).split("\n"), start=1):
+        if text.strip():
+            row = parse_json(text, f"{name}, line {line}")
+            if not isinstance(row, dict):
+                raise ValueError(f"{name}, line {line}: not a json object")
+            yield line, row
+
+
+def parse_json(text: str, place: str) -> Any:
+    """Return what a json text holds.
+
+    Raises:
+        ValueError: It is not json; the sentence begins with `place`.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{place}: not readable as json ({error})") from error
+
+
+def gather_captions(rows: Iterator[tuple[str, Any, str]]) -> dict[str, tuple[list[Any], str]]:
+    """Put rows of (file name, caption, place) that name the same picture together: name -> (captions, first place).
+
+    The same caption for the same picture twice is one row copied, and counts once.
+    """
+    pictures: dict[str, tuple[list[Any], str]] = {}
+    for file_name, caption, place in rows:
+        captions, _ = pictures.setdefault(file_name, ([], place))
+        if caption not in captions:
+            captions.append(caption)
+    return pictures

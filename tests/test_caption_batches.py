@@ -1,0 +1,143 @@
+"""Laws of pairs, their order, the collator and the feature cache."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPImageProcessor
+
+from data_scripts import load_captions
+from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures
+from data_scripts.features import cache_features, encoder_fingerprint
+from data_scripts.train_tokenizer import train_tokenizer
+from modeling.modeling_inception_lstm import TimmEncoder
+from modeling.processing import build_processor
+
+
+@pytest.fixture(scope="module")
+def rows(small_scenes):
+    return load_captions(small_scenes)["train"]
+
+
+@pytest.fixture(scope="module")
+def processor(rows):
+    tokenizer = train_tokenizer([text for texts in rows["captions"] for text in texts], 120)
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    return build_processor(image_processor, tokenizer)
+
+
+class CountingEncoder:
+    """An encoder that counts the pictures it has seen."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.encoder = TimmEncoder("test_efficientnet").eval()
+        self.num_pictures = 0
+
+    def __call__(self, pixel_values):
+        self.num_pictures += len(pixel_values)
+        return self.encoder(pixel_values).last_hidden_state
+
+
+def test_each_caption_meets_its_own_picture(rows, processor):
+    pairs = CaptionPairs(rows, processor.tokenizer)
+    assert len(pairs) == sum(map(len, rows["captions"]))
+    items = pairs.__getitems__(list(range(len(pairs))))
+    told = [(item["index"], processor.tokenizer.decode(item["labels"], skip_special_tokens=True)) for item in items]
+    assert told == [(row, text) for row, texts in enumerate(rows["captions"]) for text in texts]
+    assert all(item["image"] == rows[item["index"]]["image"] for item in items[::7])
+
+
+def test_eos_is_a_target_also_where_a_caption_is_cut(rows, processor):
+    pairs = CaptionPairs(rows, processor.tokenizer, max_length=5)
+    assert {len(ids) for ids in pairs.token_ids} == {5}
+    batch = CaptionCollator(processor)(pairs.__getitems__([0, 1, 2]))
+    assert (batch["labels"][:, -1] == processor.tokenizer.eos_token_id).all()
+
+
+def test_labels_end_where_the_caption_ends(rows, processor):
+    pairs = CaptionPairs(rows, processor.tokenizer)
+    indices = [int(np.argmin(pairs.lengths)), int(np.argmax(pairs.lengths))]
+    batch = CaptionCollator(processor)(pairs.__getitems__(indices))
+    assert batch["labels"].shape == (2, pairs.lengths.max())
+    for index, labels in zip(indices, batch["labels"].tolist(), strict=True):
+        length = pairs.lengths[index]
+        assert labels[:length] == pairs.token_ids[index] and set(labels[length:]) <= {-100}
+    assert batch["pixel_values"].shape == (2, 3, 64, 64) and batch["pixel_values"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
+def test_an_epoch_holds_every_pair_once_in_an_order_of_its_own(group_by_length):
+    lengths = np.random.default_rng(0).integers(5, 60, 1003)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler = CaptionSampler(lengths, 16, group_by_length, seed=3)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(1003))
+    assert orders[0] == orders[2] != orders[1]
+    assert orders[0] != list(CaptionSampler(lengths, 16, group_by_length, seed=4))
+
+
+def test_grouping_saves_the_padding():
+    lengths = np.random.default_rng(0).integers(5, 60, 3200)
+
+    def padding(group_by_length: bool) -> float:
+        order = list(CaptionSampler(lengths, 16, group_by_length))
+        batches = lengths[order].reshape(-1, 16)
+        return 1 - batches.sum() / (16 * batches.max(axis=1)).sum()
+
+    assert padding(True) < 0.05 < 0.3 < padding(False)
+
+
+def test_batches_of_grouped_pairs_come_in_no_order_of_length():
+    lengths = np.random.default_rng(0).integers(5, 60, 3200)
+    means = lengths[list(CaptionSampler(lengths, 16))].reshape(-1, 16).mean(axis=1)
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
+
+
+def test_features_are_the_encoders_own_in_half_precision_and_computed_once(rows, processor):
+    encoder = CountingEncoder()
+    fingerprint = encoder_fingerprint(encoder.encoder, processor.image_processor)
+    features = cache_features(rows, encoder, processor.image_processor, fingerprint)
+    pixels = processor(images=list(rows["image"]), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = encoder.encoder(pixels).last_hidden_state
+    batch = CaptionCollator(processor)(Pictures(rows, features).__getitems__(range(len(rows))))
+    torch.testing.assert_close(batch["encoder_outputs"].last_hidden_state, expected, atol=1e-3, rtol=1e-3)
+    assert features.features["encoder_features"].dtype == "float16"
+    seen = encoder.num_pictures
+    again = cache_features(rows, encoder, processor.image_processor, fingerprint)
+    assert encoder.num_pictures == seen and len(again) == len(rows)
+
+
+def test_changed_pictures_crop_or_weights_never_meet_old_features(rows, processor):
+    encoder = CountingEncoder()
+    fingerprint = encoder_fingerprint(encoder.encoder, processor.image_processor)
+    cache_features(rows, encoder, processor.image_processor, fingerprint)
+    seen = encoder.num_pictures
+    reordered = rows.select(range(len(rows) - 1, -1, -1))
+    backwards = cache_features(reordered, encoder, processor.image_processor, fingerprint)
+    assert encoder.num_pictures > seen
+    forwards = cache_features(rows, encoder, processor.image_processor, fingerprint)
+    assert backwards[0]["encoder_features"] == forwards[len(rows) - 1]["encoder_features"]
+
+    other_crop = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56})
+    assert encoder_fingerprint(encoder.encoder, other_crop) != fingerprint
+    next(buffer for name, buffer in encoder.encoder.named_buffers() if name.endswith("running_mean"))[0] += 1e-3
+    assert encoder_fingerprint(encoder.encoder, processor.image_processor) != fingerprint
+
+
+def test_a_kill_costs_only_the_files_not_yet_whole(rows, processor, monkeypatch):
+    monkeypatch.setattr("data_scripts.features.SHARD_SIZE", 8)
+    encoder = CountingEncoder()
+
+    def killed_at_the_third_file(pixel_values):
+        if encoder.num_pictures >= 17:  # one picture tells the shape, sixteen are in the first two files
+            raise KeyboardInterrupt
+        return encoder(pixel_values)
+
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(rows, killed_at_the_third_file, processor.image_processor, "killed", batch_size=8)
+    encoder.num_pictures = 0
+    assert len(cache_features(rows, encoder, processor.image_processor, "killed", batch_size=8)) == len(rows)
+    assert encoder.num_pictures == 9  # the third file, and the one that tells the shape

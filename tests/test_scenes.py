@@ -1,0 +1,148 @@
+"""The drawn scenes: the same everywhere, no combination in two splits, and captions that tell what is there."""
+
+import hashlib
+import io
+import math
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_scripts import load_captions, scenes
+
+REPOSITORY = Path(scenes.__file__).parents[1]
+NUMBERS = {"train": 400, "validation": 60, "test": 60}
+
+# The captions are read back by rules of the tests' own, not by the grammar that made them.
+SIZES = {"small": "small", "little": "small", "big": "big", "large": "big"}
+FIRST_IS_FIRST = ("left of", "above", "over")
+FIRST_IS_SECOND = ("right of", "below", "under")
+
+
+def digest(seed: int) -> str:
+    rows = scenes.scene_rows(NUMBERS, seed=seed)
+    return hashlib.sha256(b"".join(row.read() + repr(row.captions).encode() for row in rows)).hexdigest()
+
+
+def figures_told(caption: str) -> list[tuple[str, str, str]]:
+    words = caption.split()
+    return [(SIZES[words[i]], words[i + 1], words[i + 2]) for i in range(len(words) - 2) if words[i] in SIZES]
+
+
+def scene_told(caption: str) -> tuple:
+    """Return (figure, place), or (figure, relation, figure) with the left or upper figure first."""
+    figures = figures_told(caption)
+    if len(figures) == 1:
+        words = ("in the middle", "on the left", "on the right", "at the top", "at the bottom")
+        return (figures[0], next(place for place in words if place in caption))
+    vertical = any(word in caption for word in ("above", "over", "below", "under", "at the top"))
+    if any(word in caption for word in FIRST_IS_SECOND):
+        figures.reverse()
+    else:
+        assert (
+            any(word in caption for word in FIRST_IS_FIRST) or "on the right" in caption or "at the bottom" in caption
+        )
+    return (figures[0], "above" if vertical else "left", figures[1])
+
+
+@pytest.fixture(scope="module")
+def rows() -> list:
+    return scenes.scene_rows(NUMBERS, seed=0)
+
+
+def test_same_seed_same_bytes_in_another_process() -> None:
+    code = "import sys; sys.path.insert(0, 'tests'); from test_scenes import digest; print(digest(5))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert result.stdout.strip() == digest(5) != digest(6)
+
+
+def test_five_different_captions_tell_one_and_the_same_scene(rows: list) -> None:
+    for row in rows:
+        assert len(set(row.captions)) == 5
+        assert len({scene_told(caption) for caption in row.captions}) == 1, row.captions
+
+
+def test_no_combination_is_in_two_splits(rows: list) -> None:
+    told = {split: {scene_told(row.captions[0]) for row in rows if row.split == split} for split in NUMBERS}
+    assert not told["train"] & told["validation"]
+    assert not told["train"] & told["test"]
+    assert not told["validation"] & told["test"]
+
+
+def test_default_size_splits_and_words() -> None:
+    rows = scenes.scene_rows()
+    assert Counter(row.split for row in rows) == {"train": 3000, "validation": 300, "test": 300}
+    singles = Counter(row.split for row in rows if len(figures_told(row.captions[0])) == 1)
+    assert singles == {"train": 600, "validation": 60, "test": 60}
+    words = {split: {w for r in rows if r.split == split for c in r.captions for w in c.split()} for split in NUMBERS}
+    assert words["test"] <= words["train"] and words["validation"] <= words["train"]
+    figures = {split: {f for r in rows if r.split == split for f in figures_told(r.captions[0])} for split in NUMBERS}
+    assert figures["test"] <= figures["train"]  # every figure has been seen, in other company
+
+
+def test_picture_shows_what_the_caption_says(rows: list) -> None:
+    """Colour, size and place of the figures are found again in the pixels."""
+    for row in rows[:150]:
+        told = scene_told(row.captions[0])
+        image = Image.open(io.BytesIO(row.read())).convert("RGB")
+        assert image.size == (64, 64)
+        centres = []
+        for size, colour, _ in [part for part in told if isinstance(part, tuple)]:
+            pixels = [
+                (i % 64, i // 64)
+                for i, pixel in enumerate(image.get_flattened_data())
+                if math.dist(pixel, scenes.COLOURS[colour]) < 32
+            ]
+            assert pixels, (row.captions[0], colour)
+            centres.append([sum(axis) / len(pixels) for axis in zip(*pixels, strict=True)])
+            others = [part for part in told if isinstance(part, tuple) and part[1] == colour]
+            if len(others) == 1:
+                width = max(x for x, _ in pixels) - min(x for x, _ in pixels)
+                assert (width > 15.5) == (size == "big"), (row.captions[0], width)
+        if len(told) == 3 and told[0][1] != told[2][1]:
+            axis = 0 if told[1] == "left" else 1
+            assert centres[0][axis] + 4 < centres[1][axis], row.captions[0]
+        if len(told) == 2:
+            across, down = centres[0]
+            wanted = {
+                "on the left": (16, 32),
+                "on the right": (48, 32),
+                "at the top": (32, 16),
+                "at the bottom": (32, 48),
+            }
+            assert math.dist((across, down), wanted.get(told[1], (32, 32))) < 8
+
+
+def test_figures_stay_on_the_canvas_and_apart() -> None:
+    singles, pairs = scenes.all_scenes()
+    generator = random.Random(0)
+    for scene in generator.sample(pairs, 2000):
+        (x1, y1), (x2, y2) = scenes.place_figures(scene, generator)
+        reach = [scenes.REACH[figure.size] for figure in scene.figures]
+        for x, y, r in ((x1, y1, reach[0]), (x2, y2, reach[1])):
+            assert r - 1e-9 <= x <= 1 - r + 1e-9 and r - 1e-9 <= y <= 1 - r + 1e-9
+        assert math.dist((x1, y1), (x2, y2)) > sum(reach)
+        along, across = (x2 - x1, y2 - y1) if scene.relation == "left" else (y2 - y1, x2 - x1)
+        assert along > abs(across)
+    assert len(set(singles)) == len(singles) and len(set(pairs)) == len(pairs)
+
+
+def test_image_size_is_an_option(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        scenes.main(["--output_dir", str(tmp_path / "out"), "--image_size", "3"])
+    assert stop.value.code == 2 and "16 to 4096" in capsys.readouterr().err
+    image = Image.open(io.BytesIO(scenes.scene_rows(NUMBERS, image_size=96)[0].read()))
+    assert image.size == (96, 96)
+
+
+def test_scenes_load_by_name_and_are_cached() -> None:
+    dataset = load_captions("scenes")
+    assert {split: part.num_rows for split, part in dataset.items()} == scenes.NUM_SCENES
+    row = scenes.scene_rows()[0]
+    assert dataset["train"][0]["captions"] == row.captions
+    assert dataset["train"][0]["image"].tobytes() == Image.open(io.BytesIO(row.read())).tobytes()
+    assert load_captions()["train"].cache_files == dataset["train"].cache_files
