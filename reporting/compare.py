@@ -1,0 +1,117 @@
+"""Several runs side by side: one table and one plot.
+
+python -m reporting.compare outputs/demo/lstm outputs/demo/vit_gpt2 --output compare.png
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from reporting.curves import COLOURS, draw_line, finish_axis, new_figure, points, save_figure, time_key
+from reporting.results import METRIC_TITLES, read_history, read_results
+
+Runs = dict[str, dict]  # folder -> its results
+
+
+def comparison_table(runs: Runs) -> str:
+    """A Markdown table, a run a line: the six scores, CIDEr's interval, the blind CIDEr, the training time.
+
+    A sentence follows it where the runs were not scored on the same pictures.
+    """
+    titles = ["Run", *METRIC_TITLES.values(), "95 % interval", "Blind CIDEr", "Epochs", "Seconds"]
+    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+    for name, results in runs.items():
+        interval = (results.get("intervals") or {}).get("cider")
+        train = results.get("train") or {}
+        cells = [
+            name.replace("|", "\\|"),
+            *(_number(results["metrics"].get(metric)) for metric in METRIC_TITLES),
+            f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "—",
+            _number((results.get("blind") or {}).get("cider")),
+            _number(train.get("epochs"), "g"),
+            _number(train.get("seconds"), ".0f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    scored_on = {(results.get("dataset"), results.get("split"), results.get("num_images")) for results in runs.values()}
+    if len(scored_on) > 1:
+        told = "; ".join(
+            f"{dataset}, {split}, {number} pictures" for dataset, split, number in sorted(scored_on, key=str)
+        )
+        lines += ["", f"These runs were scored on different pictures ({told}): their scores do not compare."]
+    return "\n".join(lines)
+
+
+def draw_comparison(path: Path, runs: Runs, histories: dict[str, list[dict]]) -> Path:
+    """Draw each run's CIDEr with its interval and blind score; beside it CIDEr and validation loss over the training.
+
+    Args:
+        histories: For each folder the rows of its history.json; a panel no history has anything for is left out.
+    """
+    panels = {
+        key: title
+        for key, title in {"cider": "CIDEr", "eval_loss": "Validation loss"}.items()
+        if any(points(history, key)[1] for history in histories.values())
+    }
+    figure, axes = new_figure(1 + len(panels))
+    figure.set_figheight(max(figure.get_figheight(), 1.6 + 0.35 * len(runs)))
+    _draw_final_scores(axes[0], runs)
+    for axis, (key, title) in zip(axes[1:], panels.items(), strict=True):
+        drawn = [history for history in histories.values() if points(history, key)[1]]
+        for index, history in enumerate(histories.values()):
+            draw_line(axis, *points(history, key), label=None, colour=COLOURS[index % len(COLOURS)])
+        finish_axis(
+            axis, title, " or ".join(sorted({time_key(history) for history in drawn})), from_zero=key == "cider"
+        )
+    return save_figure(figure, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the runs, print the table, write the plot. Returns the exit code: 2 where a run cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m reporting.compare", description="One table and one plot of several runs."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a run, with its results.json")
+    parser.add_argument(
+        "--output", default="compare.png", metavar="FILE", help="where the plot goes (default: compare.png)"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        runs = {name: read_results(name) for name in arguments.runs}
+        histories = {name: read_history(name) for name in arguments.runs}
+        print(comparison_table(runs))
+        path = draw_comparison(Path(arguments.output), runs, histories)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"plot: {path}", file=sys.stderr)  # standard output holds the table alone, for a file or a pipe
+    return 0
+
+
+def _draw_final_scores(axis: Axes, runs: Runs) -> None:
+    for index, results in enumerate(runs.values()):
+        colour = COLOURS[index % len(COLOURS)]
+        interval = (results.get("intervals") or {}).get("cider")
+        blind = (results.get("blind") or {}).get("cider")
+        if interval:
+            axis.plot(interval, [index, index], color=colour, linewidth=6, alpha=0.3, solid_capstyle="round")
+        if blind is not None:
+            axis.plot(blind, index, "|", color="#777777", markersize=13, markeredgewidth=2)
+        axis.plot(results["metrics"].get("cider", float("nan")), index, "o", color=colour, markersize=7)
+    finish_axis(axis, "CIDEr with 95 % interval, and blind ( | )", "")
+    axis.set_yticks(range(len(runs)), list(runs))
+    for label, colour in zip(axis.get_yticklabels(), cycle(COLOURS), strict=False):
+        label.set_color(colour)  # the key to the other panels
+    axis.set_ylim(len(runs) - 0.4, -0.6)  # the first run on top
+    axis.set_xlim(left=0)
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "—" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

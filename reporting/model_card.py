@@ -1,0 +1,176 @@
+"""README.md of a trained model: the card the Hub shows."""
+
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from reporting.page import TEMPLATES, known_facts, score_rows
+from reporting.results import METRIC_TITLES, write_file
+
+Kind = Literal["inception-lstm", "vit-gpt2"]
+DESCRIPTIONS = {
+    "inception-lstm": (
+        "A model that looks at a picture and tells what is in it: a convolutional encoder, whose summary of the picture "
+        "is the first thing an LSTM reads before it writes the caption, word by word."
+    ),
+    "vit-gpt2": (
+        "A model that looks at a picture and tells what is in it: a Vision Transformer reads the picture, and GPT-2 "
+        "writes the caption while attending to it. It is a plain `VisionEncoderDecoderModel`; no remote code is needed."
+    ),
+}
+# System A is a class of its own and travels with its code; system B loads by transformers alone.
+LOADERS = {
+    "inception-lstm": (
+        "AutoModelForImageTextToText, AutoProcessor",
+        "AutoModelForImageTextToText",
+        ", trust_remote_code=True",
+    ),
+    "vit-gpt2": ("AutoProcessor, VisionEncoderDecoderModel", "VisionEncoderDecoderModel", ""),
+}
+PACKAGES = ("showtell", "transformers", "torch", "timm", "tokenizers", "datasets", "accelerate")
+
+
+def write_model_card(
+    output_dir: str | os.PathLike,
+    *,
+    kind: Kind,
+    model_name: str,
+    results: dict,
+    command: str,
+    options: dict[str, Any],
+    base_models: Sequence[str] = (),
+    licence: str = "apache-2.0",
+) -> Path:
+    """Write README.md: metadata with a model-index for the Hub, then what it is, use, scores, training, limits.
+
+    Args:
+        model_name: What `from_pretrained` is to be given: a Hub id or a folder.
+        results: What `write_results` writes; whatever is missing is not told.
+        command: The command line that trained the model.
+        options: Every option of that run, as it was resolved.
+        base_models: Hub ids of the pretrained weights it started from; none where it started from random ones.
+        licence: Of these weights, as the Hub names licences.
+
+    Returns:
+        The path of the card. A curves.png beside it is shown on it.
+    """
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {"line": markdown_line, "number": _number}
+    dataset = results.get("dataset") or "an unnamed data set"
+    card = environment.get_template("model_card.md.jinja").render(
+        card_data=card_metadata(kind, model_name, results, base_models, licence).to_yaml(),
+        title=markdown_line(Path(model_name).name or model_name),
+        description=_description(kind, base_models),
+        usage=usage(kind, model_name),
+        scored_on=_scored_on(results),
+        rows=score_rows(results),
+        constant_caption=(results.get("constant") or {}).get("caption"),
+        has_curves=(Path(output_dir) / "curves.png").exists(),
+        facts={
+            "Decoding": known_facts(results.get("decoding")),
+            "What the captions are like": known_facts(results.get("diagnostics")),
+            "Cost": known_facts(results.get("train")),
+        },
+        dataset=dataset,
+        command=command.strip(),
+        options=_yaml(options),
+        licence=licence,
+        versions=_versions(),
+        results=results,
+    )
+    return write_file(Path(output_dir) / "README.md", card.encode("utf-8", "replace"))
+
+
+def usage(kind: Kind, model_name: str) -> str:
+    """The lines of Python that caption one picture with the model."""
+    imports, loader, remote_code = LOADERS[kind]
+    repository = json.dumps(model_name)
+    return f"""\
+from PIL import Image
+from transformers import {imports}
+model = {loader}.from_pretrained({repository}{remote_code})
+processor = AutoProcessor.from_pretrained({repository})
+ids = model.generate(**processor(images=Image.open("picture.jpg").convert("RGB"), return_tensors="pt"))
+print(processor.batch_decode(ids, skip_special_tokens=True)[0])"""
+
+
+def card_metadata(
+    kind: Kind, model_name: str, results: dict, base_models: Sequence[str], licence: str
+) -> ModelCardData:
+    """What the Hub reads: tags, licence, base models, and the scores as a model-index."""
+    dataset = results.get("dataset") or "unnamed"
+    scores = [
+        EvalResult(
+            task_type="image-to-text",
+            task_name="Image captioning",
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-") or "unnamed",
+            dataset_name=dataset,
+            dataset_split=results.get("split"),
+            metric_type=name.split("_")[0],  # the Hub's own names: bleu, rouge, cider
+            metric_name=title,
+            metric_value=round(results["metrics"][name], 4),
+        )
+        for name, title in METRIC_TITLES.items()
+        if name in results.get("metrics", {})
+    ]
+    return ModelCardData(
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="image-to-text",
+        tags=["image-captioning", "showtell", *(["custom_code"] if kind == "inception-lstm" else [])],
+        base_model=list(base_models) or None,
+        metrics=["bleu", "rouge", "cider"],
+        model_name=Path(model_name).name or model_name,
+        eval_results=scores or None,
+    )
+
+
+def markdown_line(text: Any) -> str:
+    """Any text as one line of plain Markdown: no HTML, no markup, no break out of a table."""
+    line = " ".join(str(text).split())
+    return re.sub(r"([\\`*_{}\[\]<>|#!~$&])", r"\\\1", line)
+
+
+def _description(kind: Kind, base_models: Sequence[str]) -> str:
+    links = " and ".join(f"[{name}](https://huggingface.co/{name})" for name in base_models)
+    return f"{DESCRIPTIONS[kind]} It started from {links or 'random weights'}."
+
+
+def _scored_on(results: dict) -> str:
+    split = results.get("split")
+    where = f"the {markdown_line(split)} split of " if split else ""
+    sentence = f"On {where}{markdown_line(results.get('dataset') or 'an unnamed data set')}"
+    if results.get("num_images"):
+        sentence += f", {results['num_images']:,} pictures"
+    if results.get("references_per_image"):
+        sentence += f" with {results['references_per_image']:.3g} references each"
+    return sentence + ":"
+
+
+def _yaml(options: dict[str, Any]) -> str:
+    # By way of JSON, which makes paths and enumerations into the strings one types, where YAML would refuse them.
+    plain = json.loads(json.dumps(options, default=str))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).strip()
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3f}"
+
+
+def _versions() -> str:
+    versions = [f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue  # system B needs no timm, for one
+    return ", ".join(versions)

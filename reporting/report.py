@@ -1,0 +1,74 @@
+"""All that a scored split leaves in the output directory, from plain results."""
+
+import os
+import shlex
+import sys
+from typing import Any
+
+from datasets import Dataset
+from transformers import GenerationConfig
+
+from reporting.page import write_page
+from reporting.results import write_captions, write_results
+
+
+def write_report(
+    output_dir: str | os.PathLike,
+    *,
+    rows: Dataset,
+    dataset: str,
+    split: str,
+    captions: list[str],
+    scores: dict,
+    decoding: GenerationConfig,
+    train: dict | None = None,
+) -> dict:
+    """Write results.json, captions.jsonl and captions.html of one split.
+
+    Args:
+        rows: `image`, `image_id` and `captions` of each picture.
+        dataset: Its name, as the tables shall show it.
+        captions: What the model wrote, one a row.
+        scores: What `metrics.CaptionScorer.report` gives.
+        decoding: The generation config used.
+        train: "epochs", "seconds" and "images_per_second" of the training, where there was one.
+
+    Returns:
+        The results, as they stand in results.json.
+    """
+    scores = dict(scores)
+    per_image = scores.pop("per_image")
+    columns = zip(rows["image_id"], captions, rows["captions"], per_image, strict=True)
+    records = [
+        {"image_id": image_id, "caption": caption, "references": references, **scored}
+        for image_id, caption, references, scored in columns
+    ]
+    results = {
+        "dataset": dataset,
+        "split": split,
+        "num_images": len(rows),
+        "references_per_image": round(sum(map(len, rows["captions"])) / len(rows), 2),
+        "decoding": decoding_settings(decoding),
+        **scores,
+        "train": train,
+    }
+    write_results(output_dir, results)
+    write_captions(output_dir, records)
+    write_page(output_dir, (row["image"] for row in rows), records, results)
+    return results
+
+
+def decoding_settings(config: GenerationConfig) -> dict[str, Any]:
+    """What of a generation config decides on the words: all that differs from the defaults, ids of tokens excepted."""
+    settings = {"num_beams": config.num_beams or 1, "do_sample": bool(config.do_sample)} | config.to_diff_dict()
+    hidden = ("_from_model_config", "transformers_version", "output_attentions", "output_hidden_states")
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in hidden and not name.endswith("token_id") and isinstance(value, bool | int | float | str)
+    }
+
+
+def command_line() -> str:
+    """The command that runs now, as one would type it."""
+    return shlex.join(["accelerate", "launch", os.path.basename(sys.argv[0]), *sys.argv[1:]])

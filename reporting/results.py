@@ -1,0 +1,172 @@
+"""The plain files of a run: results.json, captions.jsonl, history.json."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+# The six scores in the order in which every table shows them, with the names papers give them.
+METRIC_TITLES = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+}
+RESULT_KEYS = (
+    *("dataset", "split", "num_images", "references_per_image", "decoding", "metrics", "intervals", "blind"),
+    *("constant", "diagnostics", "sees_pictures", "warning", "train"),
+)
+
+
+def write_file(path: str | os.PathLike, content: bytes) -> Path:
+    """Write a whole file or none: beside its place first, then renamed over it. Folders are made as needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave the new name on an empty file
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def write_results(output_dir: str | os.PathLike, results: dict) -> Path:
+    """Write results.json, the keys of the contract first and the scores in `METRIC_TITLES` order.
+
+    Raises:
+        ValueError: A number anywhere in `results` is NaN or infinite; the sentence names its place.
+    """
+    ordered = _in_order(results, RESULT_KEYS)
+    for key in ("metrics", "intervals", "blind", "constant"):
+        if isinstance(ordered.get(key), dict):
+            ordered[key] = _in_order(ordered[key], METRIC_TITLES)
+    path = Path(output_dir) / "results.json"
+    for place, number in _numbers(ordered):
+        if not math.isfinite(number):
+            raise ValueError(f"{path} is not written: {place} is {number}, not a finite number")
+    return write_file(path, _json_bytes(ordered, indent=2))
+
+
+def read_results(output_dir: str | os.PathLike) -> dict:
+    """Read the results.json of a run.
+
+    Raises:
+        ValueError: The file is missing, is not JSON, or its metrics are not numbers.
+    """
+    path = Path(output_dir) / "results.json"
+    results = _parse(_read_text(path), str(path))
+    metrics = results.get("metrics") if isinstance(results, dict) else None
+    if not isinstance(metrics, dict) or not all(isinstance(score, int | float) for score in metrics.values()):
+        raise ValueError(f'{path} holds no results: an object with "metrics", each a number, is expected')
+    return results
+
+
+def write_captions(output_dir: str | os.PathLike, records: Iterable[dict]) -> Path:
+    """Write captions.jsonl, one line {"image_id", "caption", "references"} for each record; other keys are left out."""
+    rows = ({key: record[key] for key in ("image_id", "caption", "references")} for record in records)
+    return write_file(Path(output_dir) / "captions.jsonl", b"".join(_json_bytes(row) for row in rows))
+
+
+def read_captions(path: str | os.PathLike) -> list[dict]:
+    """Read a file of captions, one JSON object {"image_id", "caption", "references"} a line; empty lines are skipped.
+
+    Raises:
+        ValueError: The file cannot be read, or a line is not JSON, lacks a key, has one of the wrong type, or
+            names a picture again; the sentence gives file and line.
+    """
+    records, line_of = [], {}
+    # Not splitlines(): that also cuts at U+2028 and its like, which JSON allows inside a caption.
+    for number, line in enumerate(_read_text(Path(path)).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        record = _parse(line, place)
+        _check_record(record, place)
+        earlier = line_of.setdefault(record["image_id"], number)
+        if earlier != number:
+            raise ValueError(f"{place}: image_id {record['image_id']!r} is on line {earlier} already; keep one of them")
+        records.append(record)
+    return records
+
+
+def write_history(output_dir: str | os.PathLike, history: list[dict]) -> Path:
+    """Write history.json, the rows that `draw_curves` draws; a loss that is NaN or infinite becomes null."""
+    # A run that diverged still wants its curve up to there, so nothing is refused here.
+    rows = [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        for row in history
+    ]
+    return write_file(Path(output_dir) / "history.json", _json_bytes(rows, indent=1))
+
+
+def read_history(output_dir: str | os.PathLike) -> list[dict]:
+    """Read the history.json of a run; a run without one has an empty history.
+
+    Raises:
+        ValueError: The file is not a JSON list of objects.
+    """
+    path = Path(output_dir) / "history.json"
+    if not path.exists():
+        return []
+    history = _parse(_read_text(path), str(path))
+    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+        raise ValueError(f"{path} holds no history: a list of objects is expected")
+    return history
+
+
+def _in_order(mapping: dict, keys: Iterable[str]) -> dict:
+    """The same mapping with `keys` first, the others after them as they came."""
+    return {key: mapping[key] for key in keys if key in mapping} | mapping
+
+
+def _numbers(value: Any, place: str = "") -> Iterable[tuple[str, float]]:
+    """Every float in a nest of dicts and lists, with its place, as in ("metrics.cider", 0.9)."""
+    if isinstance(value, float):
+        yield place, value
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(item, f"{place}.{key}" if place else str(key))
+
+
+def _json_bytes(value: Any, indent: int | None = None) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent) + "\n"
+    # Half of a surrogate pair has no UTF-8; written as \udXXX it is the JSON escape of itself and reads back the same.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")  # editors on Windows put a byte order mark first
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{place}: not valid JSON ({error})") from error
+
+
+def _check_record(record: Any, place: str) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f'{place}: an object {{"image_id", "caption", "references"}} is expected')
+    for key in ("image_id", "caption", "references"):
+        if key not in record:
+            raise ValueError(f'{place}: "{key}" is missing')
+    for key in ("image_id", "caption"):
+        if not isinstance(record[key], str):
+            raise ValueError(f'{place}: "{key}" must be a string, not {json.dumps(record[key])[:40]}')
+    references = record["references"]
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+        raise ValueError(f'{place}: "references" must be a list of strings')

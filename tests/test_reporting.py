@@ -1,0 +1,502 @@
+"""Laws of what a run leaves for people: results, captions, the page, the card, the curves."""
+
+import ast
+import base64
+import io
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from reporting.compare import comparison_table, main
+from reporting.curves import draw_curves, points
+from reporting.model_card import markdown_line, usage, write_model_card
+from reporting.page import PICTURE_SIZE, picture_data_uri, write_page
+from reporting.results import (
+    METRIC_TITLES,
+    read_captions,
+    read_history,
+    read_results,
+    write_captions,
+    write_file,
+    write_history,
+    write_results,
+)
+
+HOSTILE = (
+    "<script>document.title = 'hacked'</script>",
+    "</script></style></title><img src=x onerror=\"document.title='hacked'\">",
+    "\" autofocus onfocus=\"document.title='hacked'\" x='",
+    "{{ 7 * 7 }} {% raw %} &lt;b&gt; <!-- ",
+    "a | b\n\n# not a heading\n---\n`code` [link](javascript:alert(1))",
+    "line\u2028separator, half a pair \ud83d, quotes \"'`, 犬が走る",
+)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def some_results(**changes: object) -> dict:
+    metrics = {name: 0.1 * (index + 1) for index, name in enumerate(METRIC_TITLES)} | {"cider": 1.25}
+    return {
+        "dataset": "scenes",
+        "split": "test",
+        "num_images": 3,
+        "references_per_image": 2.0,
+        "decoding": {"num_beams": 3},
+        "metrics": metrics,
+        "intervals": {name: [score * 0.9, score * 1.1] for name, score in metrics.items()},
+        "blind": {name: score / 3 for name, score in metrics.items()},
+        "constant": {name: score / 4 for name, score in metrics.items()} | {"caption": "a dog runs"},
+        "diagnostics": {"ended": 1.0, "novel": None},
+        "sees_pictures": True,
+        "warning": None,
+        "train": {"epochs": 2, "seconds": 12345.6, "images_per_second": 80.5},
+    } | changes
+
+
+def some_records(texts: tuple[str, ...] = ("a red cat", "a blue dog", "a green cat")) -> list[dict]:
+    return [
+        {
+            "image_id": f"{index}{text}",
+            "caption": text,
+            "references": [text, f"{text} again"],
+            "blind_caption": f"blind {text}",
+            "cider": float((index * 7) % 5),
+        }
+        for index, text in enumerate(texts)
+    ]
+
+
+def some_pictures(number: int) -> list[Image.Image]:
+    return [Image.new("RGB", (30 + index, 20), (40 * index % 256, 90, 120)) for index in range(number)]
+
+
+class Structure(HTMLParser):
+    """The elements of a page, the names of their attributes, and its text: what a browser would see of it."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements, self.text = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, [name for name, _ in attributes]))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+# results.json, captions.jsonl, history.json
+
+
+def test_results_come_back_in_the_order_of_the_contract(tmp_path):
+    results = some_results(extra="kept")
+    backwards = dict(reversed([*results.items()])) | {"metrics": dict(reversed([*results["metrics"].items()]))}
+    path = write_results(tmp_path, backwards)
+    assert read_results(tmp_path) == results
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert list(written) == list(results)
+    assert list(written["metrics"]) == list(METRIC_TITLES)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_refused_by_name(tmp_path, number):
+    for changes, place in (
+        ({"metrics": {"cider": number}}, "metrics.cider"),
+        ({"intervals": {"bleu_4": [0.1, number]}}, "intervals.bleu_4.1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(place)):
+            write_results(tmp_path, some_results(**changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_captions_come_back_whatever_the_text(tmp_path):
+    records = some_records(HOSTILE)
+    path = write_captions(tmp_path, records)
+    wanted = [{key: record[key] for key in ("image_id", "caption", "references")} for record in records]
+    assert read_captions(path) == wanted
+    # Another reader of JSON lines finds the same: one object a line, in UTF-8.
+    assert [json.loads(line) for line in path.open(encoding="utf-8", newline="\n")] == wanted
+    assert "犬が走る" in path.read_text(encoding="utf-8")
+
+
+def test_captions_written_by_an_editor_are_read(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"image_id": "1", "caption": "", "references": []}\r\n\r\n')
+    assert read_captions(path) == [{"image_id": "1", "caption": "", "references": []}]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"image_id": "2", ', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1, 2]", "an object"),
+        ('{"image_id": "2", "references": []}', '"caption" is missing'),
+        ('{"image_id": 2, "caption": "a", "references": []}', '"image_id" must be a string'),
+        ('{"image_id": "2", "caption": null, "references": []}', '"caption" must be a string'),
+        ('{"image_id": "2", "caption": "a", "references": "a"}', '"references" must be a list'),
+        ('{"image_id": "2", "caption": "a", "references": ["a", 3]}', '"references" must be a list'),
+        ('{"image_id": "1", "caption": "a", "references": []}', "on line 1 already"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, complaint):
+    path = tmp_path / "captions.jsonl"
+    path.write_text('{"image_id": "1", "caption": "a", "references": ["a"]}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 2")) as error:
+        read_captions(path)
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"caption": "caf\xe9"}')
+    (tmp_path / "results.json").write_text('{"metrics": {"cider": "high"}}', encoding="utf-8")
+    (tmp_path / "history.json").write_text("{}", encoding="utf-8")
+    readers = ((read_captions, "latin.jsonl"), (read_captions, "absent.jsonl"))
+    for reader, name in readers:
+        with pytest.raises(ValueError, match=name):
+            reader(tmp_path / name)
+    for reader, name in ((read_results, "results.json"), (read_history, "history.json")):
+        with pytest.raises(ValueError, match=name):
+            reader(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    write_file(tmp_path / "file", b"old")
+
+    def no_room(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match="no space"):
+        write_file(tmp_path / "file", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_who_reads_a_file_while_it_is_written_anew_reads_the_old_one(tmp_path):
+    path = write_file(tmp_path / "file", b"old")
+    with open(path, "rb") as reader:
+        write_file(path, b"new")
+        assert (reader.read(), path.read_bytes()) == (b"old", b"new")
+
+
+def test_files_get_the_rights_of_the_user(tmp_path):
+    (tmp_path / "usual").touch()
+    assert write_file(tmp_path / "ours", b"").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_history_of_a_run_that_diverged_comes_back(tmp_path):
+    assert read_history(tmp_path) == []
+    write_history(tmp_path, [{"step": 1, "train_loss": math.nan}, {"step": 2, "train_loss": 3.5}])
+    assert read_history(tmp_path) == [{"step": 1, "train_loss": None}, {"step": 2, "train_loss": 3.5}]
+
+
+# captions.html
+
+
+def page_of(output_dir: Path, texts: tuple[str, ...], **changes: object) -> str:
+    path = write_page(output_dir, some_pictures(len(texts)), some_records(texts), some_results(**changes))
+    return path.read_text(encoding="utf-8")
+
+
+def test_hostile_text_adds_no_element_and_no_attribute(tmp_path):
+    for text in HOSTILE:
+        everywhere = {"dataset": text, "split": text, "warning": text, "decoding": {text: text}}
+        harmless = {"dataset": "a", "split": "a", "warning": "a", "decoding": {"a": "a"}}
+        hostile = Structure(page_of(tmp_path, (text, text), **everywhere))
+        assert hostile.elements == Structure(page_of(tmp_path, ("a", "a"), **harmless)).elements
+        # and it is there to be read, as it was written
+        assert f"{text} again".encode("utf-8", "replace").decode() in hostile.text
+
+
+def test_the_page_needs_nothing_from_outside(tmp_path):
+    draw_curves(tmp_path, [{"step": 1, "train_loss": 2.0}])
+    page = page_of(tmp_path, ("a", "b"))
+    assert page.count('src="data:image/png;base64,') == 1
+    assert page.count('src="data:image/jpeg;base64,') == 2
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)|url\(|@import|https?://""", page)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_page_tells_scores_intervals_blind_constant_and_warning(tmp_path):
+    text = Structure(page_of(tmp_path, ("a",), warning="It may not look.")).text
+    for number in ("1.250", "1.125 to 1.375", "0.417", "0.312", "It may not look."):
+        assert any(number in piece for piece in text), number
+    assert "Warning." in text
+    assert "Warning." not in Structure(page_of(tmp_path, ("a",))).text
+
+
+def test_a_page_of_captions_without_scores_or_optional_keys(tmp_path):
+    records = [{"image_id": "1", "caption": "", "references": []}]
+    structure = Structure(write_page(tmp_path, some_pictures(1), records, {}).read_text(encoding="utf-8"))
+    assert "table" not in dict(structure.elements)
+    assert "(empty caption)" in structure.text
+    assert "worst first" not in structure.text
+
+
+def test_only_as_many_pictures_are_decoded_as_are_shown(tmp_path):
+    records = some_records(("a", "b", "c", "d"))
+    pictures = iter(some_pictures(4))
+    page = write_page(tmp_path, pictures, records, some_results(), num_pictures=3).read_text(encoding="utf-8")
+    assert page.count("<article") == 3
+    assert len(list(pictures)) == 1
+    assert "the first 3 are below" in page
+
+
+def test_a_picture_missing_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="1 pictures, 2 records"):
+        write_page(tmp_path, some_pictures(1), some_records(("a", "b")), some_results())
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
+def test_every_kind_of_picture_becomes_a_small_jpeg(mode):
+    uri = picture_data_uri(Image.new(mode, (1000, 500)))
+    picture = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))))
+    assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (PICTURE_SIZE, PICTURE_SIZE // 2))
+    if mode in ("LA", "RGBA"):
+        assert picture.getpixel((5, 5)) == (255, 255, 255)  # transparent, so white, not black
+
+
+def in_browser(page: str, tmp_path: Path) -> str:
+    """The page as headless Chromium has it after its scripts have run."""
+    path = tmp_path / "in_browser.html"
+    path.write_text(page, encoding="utf-8")
+    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    command = [CHROMIUM, *quiet.split(), "--disable-component-update", "--disable-sync", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()]
+    return subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_in_a_browser_our_script_runs_and_no_other(tmp_path):
+    # An event handler that got past the escaping, and a script that did: the content policy stops both.
+    page = page_of(tmp_path, HOSTILE, dataset=HOSTILE[1])
+    smuggled = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\">"
+    seen = in_browser(page.replace("</main>", smuggled + "</main>"), tmp_path)
+    assert "<title>hacked" not in seen
+    assert f"{len(HOSTILE)} of {len(HOSTILE)}" in seen
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_in_a_browser_pictures_are_sorted_filtered_and_walked(tmp_path):
+    page = page_of(tmp_path, ("a red cat", "a blue dog", "a green cat"))  # CIDEr 0, 2, 4
+    steps = """
+    const seen = {};
+    const shown = () => [...document.querySelectorAll("#cards > li")].filter((card) => !card.hidden)
+      .map((card) => card.querySelector(".caption").textContent);
+    const here = () => document.activeElement.querySelector(".caption")?.textContent ?? document.activeElement.id;
+    const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+    const type = (text) => { filter.value = text; filter.dispatchEvent(new Event("input")); };
+    const sort = (way) => { order.value = way; order.dispatchEvent(new Event("change")); };
+    sort("best"); seen.best = shown();
+    sort("worst"); seen.worst = shown();
+    sort("best"); press("j"); seen.first = here(); press("ArrowRight"); seen.second = here();
+    press("j"); press("j"); seen.last = here(); press("k"); seen.back = here();
+    press("k"); press("k"); seen.stays = here();
+    press("/"); seen.slash = here(); press("j"); seen.typing = here();
+    type("CAT again"); seen.cats = shown(); seen.count = document.getElementById("count").textContent;
+    press("Escape"); seen.all = shown().length;
+    type("blind"); seen.blind = shown();
+    type("zebra"); seen.nothing = !document.getElementById("nothing").hidden;
+    document.title = JSON.stringify(seen);
+    """
+    own = re.search(r"script-src '(sha256-[^']+)'", page).group(0)
+    page = page.replace(own, "script-src 'unsafe-inline'").replace("</body>", f"<script>{steps}</script></body>")
+    title = Structure(in_browser(page, tmp_path).partition("</title>")[0]).text[-1]
+    red, blue, green = "a red cat", "a blue dog", "a green cat"
+    assert json.loads(title) == {
+        "best": [green, blue, red],
+        "worst": [red, blue, green],
+        "first": green,
+        "second": blue,
+        "last": red,
+        "back": blue,
+        "stays": green,
+        "slash": "filter",
+        "typing": "filter",
+        "cats": [green, red],
+        "count": "2 of 3",
+        "all": 3,
+        "blind": [],
+        "nothing": True,
+    }
+
+
+# README.md, the model card
+
+
+def card_of(output_dir: Path, kind: str = "inception-lstm", **changes: object) -> Path:
+    return write_model_card(
+        output_dir,
+        kind=kind,
+        model_name="somebody/captioner",
+        results=some_results(**changes),
+        command="accelerate launch train_lstm.py recipes/lstm_demo.yaml",
+        options={"learning_rate": 4e-4, "output_dir": Path("outputs")},
+        base_models=["timm/inception_resnet_v2.tf_in1k"],
+    )
+
+
+def test_the_hub_reads_scores_and_licence_from_the_card(tmp_path):
+    data = ModelCard.load(card_of(tmp_path)).data
+    results = some_results()
+    assert {score.metric_name: score.metric_value for score in data.eval_results} == {
+        title: round(results["metrics"][name], 4) for name, title in METRIC_TITLES.items()
+    }
+    assert {(score.dataset_name, score.dataset_split) for score in data.eval_results} == {("scenes", "test")}
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "image-to-text")
+    assert data.base_model == ["timm/inception_resnet_v2.tf_in1k"]
+
+
+def test_hostile_names_break_neither_metadata_nor_tables(tmp_path):
+    for text in HOSTILE:
+        constant = some_results()["constant"] | {"caption": text}
+        card = ModelCard.load(card_of(tmp_path, dataset=text, split=text, warning=text, constant=constant))
+        assert {score.dataset_name for score in card.data.eval_results} == {text}
+        headings = [line for line in card.text.splitlines() if line.startswith("#")]
+        assert headings == [
+            line for line in ModelCard.load(card_of(tmp_path)).text.splitlines() if line.startswith("#")
+        ]
+        assert "<img" not in card.text.replace("\\<", "") and "<script" not in card.text.replace("\\<", "")
+
+
+def test_markdown_shows_any_text_as_it_is_on_one_line(tmp_path):
+    for text in HOSTILE:
+        line = markdown_line(text)
+        # CommonMark: a backslash before punctuation is that punctuation, and nothing else comes of it.
+        assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", line) == " ".join(text.split())
+        assert not re.search(r"[|<>`*_\[\]#$&]", re.sub(r"\\.", "", line))
+        rows = card_of(tmp_path, decoding={text: text}).read_text("utf-8").partition("## Decoding")[2].splitlines()[2:]
+        cells = [re.sub(r"\\.", "", row).count("|") for row in rows[: rows.index("")]]
+        assert cells == [3, 3, 3]
+
+
+def test_the_card_holds_the_options_and_the_curves_there_are(tmp_path):
+    assert "curves.png" not in card_of(tmp_path).read_text(encoding="utf-8")
+    draw_curves(tmp_path, [{"step": 1, "train_loss": 2.0}])
+    text = card_of(tmp_path, warning="It may not look.").read_text(encoding="utf-8")
+    assert "(curves.png)" in text and "It may not look." in text
+    assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL).group(1)) == {
+        "learning_rate": 4e-4,
+        "output_dir": "outputs",
+    }
+
+
+def test_the_card_of_a_run_that_knows_only_its_scores(tmp_path):
+    path = write_model_card(
+        tmp_path, kind="vit-gpt2", model_name="m", results={"metrics": {"cider": 0.5}}, command="train", options={}
+    )
+    assert "| CIDEr | **0.500** | — | — | — |" in path.read_text(encoding="utf-8")
+    assert "random weights" in path.read_text(encoding="utf-8")
+
+
+def test_remote_code_is_asked_for_only_where_it_is_needed(tmp_path):
+    assert "trust_remote_code=True" in card_of(tmp_path).read_text(encoding="utf-8")
+    assert "trust_remote_code" not in card_of(tmp_path, kind="vit-gpt2").read_text(encoding="utf-8")
+
+
+def test_the_lines_on_the_card_caption_a_picture(tmp_path):
+    """A tiny ViT-GPT2 saved as train_vit_gpt2.py saves one, then the card's own lines in a fresh process."""
+    import transformers
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "dog": 3, "cat": 4}, unk_token="<pad>"))
+    words.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = transformers.ViTConfig(image_size=32, patch_size=16, **size)
+    decoder = transformers.GPT2Config(
+        vocab_size=5, n_embd=16, n_layer=1, n_head=2, is_decoder=True, add_cross_attention=True
+    )
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    model = transformers.VisionEncoderDecoderModel(config)
+    model.generation_config.update(decoder_start_token_id=1, pad_token_id=0, eos_token_id=2, max_new_tokens=3)
+    model.save_pretrained(tmp_path / "model")
+    image_processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    transformers.VisionTextDualEncoderProcessor(image_processor, tokenizer).save_pretrained(tmp_path / "model")
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "picture.jpg")
+
+    card = write_model_card(
+        tmp_path / "model", kind="vit-gpt2", model_name="model", results=some_results(), command="train", options={}
+    )
+    lines = re.search(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL).group(1)
+    run = subprocess.run(
+        [sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
+    )
+    assert run.returncode == 0, run.stderr
+    assert set(run.stdout.split()) <= {"dog", "cat"}
+    assert run.stdout.endswith("\n")
+
+
+def test_the_lines_of_both_kinds_name_what_transformers_has():
+    import transformers
+
+    for kind in ("inception-lstm", "vit-gpt2"):
+        module = ast.parse(usage(kind, 'a "quoted" name'))
+        imported = [node for node in module.body if isinstance(node, ast.ImportFrom) and node.module == "transformers"]
+        assert all(hasattr(transformers, alias.name) for node in imported for alias in node.names)
+
+
+# curves.png, comparison
+
+
+def test_curves_keep_every_point_there_is():
+    history = [
+        {"step": 1, "epoch": 0.5, "train_loss": 3.0},
+        {"step": 2, "epoch": 1.0, "train_loss": math.nan, "eval_loss": 2.0, "cider": 0.5},
+        {"step": 3, "epoch": 1.5, "train_loss": None, "eval_loss": 1.5},
+    ]
+    assert points(history, "train_loss") == ([0.5], [3.0])
+    assert points(history, "eval_loss") == ([1.0, 1.5], [2.0, 1.5])
+    # One row without its epoch, and steps are the only time all rows share.
+    assert points([*history, {"step": 4, "cider": 0.7}], "cider") == ([2, 4], [0.5, 0.7])
+
+
+def test_a_panel_for_each_thing_the_history_knows(tmp_path):
+    widths = []
+    history = [{"step": 1, "train_loss": 3.0}]
+    for more in ({}, {"cider": 0.4, "blind_cider": 0.1}, {"bleu_4": 0.2}):
+        history.append({"step": len(history) + 1} | more)
+        widths.append(Image.open(draw_curves(tmp_path, history)).width)
+    assert widths == [widths[0], 2 * widths[0], 3 * widths[0]]
+    with pytest.raises(ValueError, match="no loss and no score"):
+        draw_curves(tmp_path, [{"step": 1, "train_loss": math.nan}])
+
+
+def test_runs_are_compared_in_a_table_and_a_plot(tmp_path, capsys):
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for score, run in zip((0.5, 0.75), runs, strict=True):
+        write_results(run, some_results(metrics={"cider": score}))
+    write_history(runs[0], [{"step": 1, "epoch": 1, "cider": 0.3, "eval_loss": 2.0}])
+    assert main([*map(str, runs), "--output", str(tmp_path / "plot.png")]) == 0
+    table = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()]
+    cider = table[0].index("CIDEr")
+    assert [row[cider] for row in table[2:]] == ["0.500", "0.750"]
+    assert len({len(row) for row in table}) == 1
+    assert Image.open(tmp_path / "plot.png").format == "PNG"
+
+
+def test_runs_scored_on_different_pictures_are_said_not_to_compare():
+    one, two = some_results(), some_results(split="train")
+    assert "do not compare" in comparison_table({"one": one, "two": two})
+    assert "do not compare" not in comparison_table({"one": one, "two": one})
+
+
+def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "reporting.compare", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: ") and "results.json" in run.stderr and run.stderr.count("\n") == 1
