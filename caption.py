@@ -1,0 +1,148 @@
+"""Tell what is in pictures: files, folders or URLs in, captions out.
+
+    python caption.py --model outputs/demo/lstm picture.jpg folder/ https://example.org/picture.jpg
+    python caption.py --model outputs/demo/lstm folder/ --output captions.jsonl
+
+The output is text (`name<TAB>caption`), .jsonl or .html, as the file's name says; text on the screen if none is named. A
+picture that cannot be read is named on stderr and left out.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from data_scripts.archives import download
+from data_scripts.command_line import one_line_errors
+from data_scripts.row_checks import MAX_PICTURE_BYTES, PICTURE, picture_problem
+from modeling.captioner import generate_captions, load_captioner
+from reporting.page import write_page
+from reporting.results import write_file
+
+PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+NUM_PICTURES_ON_PAGE = 200
+
+
+class PictureSources(torch.utils.data.Dataset):
+    """Pictures by name: {"name", "image"}, or {"name", "problem"} where one cannot be used."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict:
+        name = self.names[index]
+        try:
+            content = read_picture(name)
+        except (OSError, ValueError) as error:
+            return {"name": name, "problem": f"cannot be read: {error}"}
+        if problem := picture_problem(content):
+            return {"name": name, "problem": problem}
+        return {"name": name, "image": PICTURE.decode_example({"bytes": content, "path": None})}
+
+
+def main(argv: list[str] | None = None) -> None:
+    # ---- Arguments --------------------------------------------------------------------------------------------------
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="+", help="files, folders (with all below them) and http(s) addresses")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a captioner of either kind")
+    parser.add_argument("--output", help="file to write, .txt, .jsonl or .html; text on the screen if not given")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures captioned at once")
+    parser.add_argument("--num_beams", type=int, help="beams; 1 is greedy; what the model was saved with if not given")
+    parser.add_argument("--max_length", type=int, help="longest caption, in tokens; the model's own if not given")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read and decode pictures")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    args = parser.parse_args(argv)
+    if args.output and Path(args.output).suffix not in (".txt", ".jsonl", ".html"):
+        parser.error(f"--output {args.output}: the name must end in .txt, .jsonl or .html")
+    transformers.logging.disable_progress_bar()
+
+    with one_line_errors():
+        names = [name for source in args.pictures for name in list_pictures(source)]
+        # ---- Model --------------------------------------------------------------------------------------------------
+        model, processor = load_captioner(args.model)
+    model.to(args.device)
+    decoding = {"num_beams": args.num_beams, "max_length": args.max_length}
+    decoding = {name: value for name, value in decoding.items() if value is not None}
+
+    # ---- Captions ---------------------------------------------------------------------------------------------------
+    loader = DataLoader(PictureSources(names), args.batch_size, num_workers=args.num_workers, collate_fn=list)
+    items = caption_items(model, processor, tqdm(loader, unit="batch", disable=None), decoding)
+    with one_line_errors():
+        num_captioned = write_items(items, args.output)
+    if num_captioned < len(names):
+        print(f"{num_captioned} of {len(names)} pictures captioned", file=sys.stderr)
+    if not num_captioned:
+        raise SystemExit(2)
+
+
+def list_pictures(source: str) -> list[str]:
+    """The pictures that one argument names, a folder's in the order of their names."""
+    if not os.path.isdir(source):
+        return [source]
+    found = sorted(str(path) for path in Path(source).rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not found:
+        raise ValueError(f"{source} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return found
+
+
+def read_picture(name: str) -> bytes:
+    """A picture's bytes, from a file or from the network, up to a limit."""
+    if "://" not in name:
+        return Path(name).read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "picture"
+        download(name, path, MAX_PICTURE_BYTES)
+        return path.read_bytes()
+
+
+def caption_items(model, processor, batches, decoding: dict) -> Iterator[dict]:
+    """The items with a "caption" each, as they come; those that have a problem are named on stderr and dropped."""
+    for batch in batches:
+        for item in batch:
+            if "problem" in item:
+                print(f"{item['name']}: {item['problem']}", file=sys.stderr)
+        good = [item for item in batch if "image" in item]
+        if good:
+            pixels = processor(images=[item["image"] for item in good], return_tensors="pt")["pixel_values"]
+            made = generate_captions(model, processor, {"pixel_values": pixels.to(model.device)}, **decoding)
+            for item, caption in zip(good, made, strict=True):
+                yield {**item, "caption": caption["caption"]}
+
+
+def write_items(items: Iterator[dict], output: str | None) -> int:
+    """Write the captions as the output's name says, whole or not at all, and count them."""
+    count = 0
+    lines, pictures, records = [], [], []
+    for count, item in enumerate(items, start=1):
+        if output is None:
+            print(f"{item['name']}\t{item['caption']}", flush=True)
+        elif output.endswith(".txt"):
+            lines.append(f"{item['name']}\t{item['caption']}\n")
+        elif output.endswith(".jsonl"):
+            lines.append(json.dumps({"image_id": item["name"], "caption": item["caption"]}, ensure_ascii=False) + "\n")
+        elif count <= NUM_PICTURES_ON_PAGE:
+            item["image"].thumbnail((448, 448), Image.Resampling.LANCZOS)
+            pictures.append(item["image"])
+            records.append({"image_id": item["name"], "caption": item["caption"], "references": []})
+    if output and output.endswith(".html"):
+        with tempfile.TemporaryDirectory() as folder:
+            write_file(output, write_page(folder, pictures, records, {}).read_bytes())
+    elif output and count:
+        write_file(output, "".join(lines).encode("utf-8", "backslashreplace"))
+    return count
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Score captions against references: those a model writes, or those in a file.
+
+    accelerate launch evaluate_captions.py --model outputs/lstm --dataset data/flickr8k --split test --output_dir outputs/scores
+    python evaluate_captions.py --predictions captions.jsonl --output_dir outputs/scores
+
+The file has lines of {"image_id", "caption", "references"}. results.json says the scores, what they would be blind, and
+how sure they are.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import transformers
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser
+
+from data_scripts import load_captions
+from data_scripts.caption_batches import CaptionCollator, Pictures
+from data_scripts.command_line import one_line_errors
+from metrics import CaptionScorer
+from modeling.captioner import caption_pictures, load_captioner
+from reporting.report import write_report
+from reporting.results import read_captions, write_results
+
+
+@dataclass
+class EvaluationArguments:
+    output_dir: str = field(metadata={"help": "Where results.json and, for a model, captions and page go."})
+    predictions: str | None = field(default=None, metadata={"help": "File of captions to score, .jsonl."})
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a captioner to score."})
+    dataset: str = field(default="scenes", metadata={"help": "What the model is scored on, as in training."})
+    split: str = field(default="test", metadata={"help": "train, validation or test."})
+    max_eval_pictures: int | None = field(default=None, metadata={"help": "Score on the first so many pictures."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures captioned at once."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
+    generation_num_beams: int | None = field(default=None, metadata={"help": "Beams; the model's own if not given."})
+    generation_max_length: int | None = field(
+        default=None, metadata={"help": "Longest caption, in tokens; the model's own if not given."}
+    )
+    no_repeat_ngram_size: int | None = field(
+        default=None, metadata={"help": "No run of so many tokens twice; the model's own if not given."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(EvaluationArguments, description=__doc__)
+    (args,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    if (args.predictions is None) == (args.model is None):
+        parser.error("give either --model or --predictions")
+    transformers.logging.disable_progress_bar()
+    with one_line_errors():
+        results = score_file(args) if args.predictions else score_model(args)
+    if results:
+        print(json.dumps({name: results[name] for name in ("metrics", "blind")}, indent=2))
+        if results["warning"]:
+            print(results["warning"], file=sys.stderr)
+
+
+def score_file(args: EvaluationArguments) -> dict:
+    """Score a file of captions; only results.json is written."""
+    records = read_captions(args.predictions)
+    references = [record["references"] for record in records]
+    scores = CaptionScorer(references).report([record["caption"] for record in records])
+    scores.pop("per_image")
+    results = {
+        "dataset": Path(args.predictions).name,
+        "num_images": len(records),
+        "references_per_image": round(sum(map(len, references)) / len(records), 2),
+        **scores,
+    }
+    write_results(args.output_dir, results)
+    return results
+
+
+def score_model(args: EvaluationArguments) -> dict | None:
+    """Caption a split and score it, under any number of processes; the first writes and returns the results."""
+    accelerator = Accelerator()
+    dataset = load_captions(args.dataset)
+    if args.split not in dataset:
+        raise ValueError(f"{args.dataset} has no split {args.split!r}; it has {', '.join(dataset)}")
+    rows = dataset[args.split]
+    if args.max_eval_pictures:
+        rows = rows.select(range(min(args.max_eval_pictures, len(rows))))
+    model, processor = load_captioner(args.model)
+    model.generation_config.update(
+        **{
+            name: value
+            for name, value in {
+                "num_beams": args.generation_num_beams,
+                "max_length": args.generation_max_length and args.generation_max_length + 1,
+                "no_repeat_ngram_size": args.no_repeat_ngram_size,
+            }.items()
+            if value is not None
+        }
+    )
+    loader = DataLoader(
+        Pictures(rows),
+        args.per_device_eval_batch_size,
+        collate_fn=CaptionCollator(processor),
+        num_workers=args.dataloader_num_workers,
+    )
+    loader = prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
+    captions = caption_pictures(model.to(accelerator.device), processor, loader, accelerator)
+    if not accelerator.is_main_process:
+        return None
+    texts = [made["caption"] for made in captions]
+    training_captions = (
+        [text for texts in dataset["train"]["captions"] for text in texts] if "train" in dataset else None
+    )
+    return write_report(
+        args.output_dir,
+        rows=rows,
+        dataset=Path(args.dataset).name,
+        split=args.split,
+        captions=texts,
+        scores=CaptionScorer(rows["captions"], training_captions).report(texts, [made["ended"] for made in captions]),
+        decoding=model.generation_config,
+    )
+
+
+if __name__ == "__main__":
+    main()

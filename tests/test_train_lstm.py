@@ -1,0 +1,290 @@
+"""Laws of system A's training: the script trains, stops, goes on, and leaves a folder that loads."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import caption
+import evaluate_captions
+import train_lstm
+from data_scripts import load_captions
+from data_scripts.train_tokenizer import train_tokenizer
+from modeling.captioner import generate_captions, load_captioner
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    *("--encoder", "test_efficientnet", "--pretrained_encoder", "false", "--image_size", "64"),
+    *("--image_embed_dim", "32", "--hidden_size", "32", "--num_hidden_layers", "1", "--vocab_size", "120"),
+    *("--per_device_train_batch_size", "16", "--num_train_epochs", "2", "--report_to", "none"),
+]
+
+
+def train(folder: Path, dataset: str, *options: str) -> dict:
+    """Train small, in this process, and give the trained weights."""
+    train_lstm.main([*SMALL, "--dataset", dataset, "--output_dir", str(folder), *options])
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(ours: dict, theirs: dict, tolerance: float = 0.0) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(
+            value, theirs[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.fixture(scope="module")
+def trained(small_scenes, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "lstm"
+    train(folder, small_scenes, "--num_train_epochs", "3", "--learning_rate", "1e-2", "--report_to", "tensorboard")
+    return folder
+
+
+def test_a_run_leaves_what_the_contract_says(trained, small_scenes):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_inception_lstm.py"} <= names
+    assert {
+        "results.json",
+        "captions.jsonl",
+        "captions.html",
+        "README.md",
+        "curves.png",
+        "history.json",
+        "logs",
+    } <= names
+    assert {"checkpoint-8", "checkpoint-16", "checkpoint-24"} <= names  # 24 pictures x 5 captions in batches of 16
+    assert not [name for name in names if name.startswith(".")]
+    results = json.loads((trained / "results.json").read_text())
+    assert (results["dataset"], results["split"], results["num_images"]) == ("scenes", "test", 9)
+    assert results["references_per_image"] == 5 and results["decoding"]["num_beams"] == 1
+    assert (
+        results["metrics"].keys()
+        == results["blind"].keys()
+        == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"}
+    )
+    assert results["train"]["epochs"] == 3 and results["train"]["images_per_second"] > 0
+    lines = [json.loads(line) for line in (trained / "captions.jsonl").read_text().splitlines()]
+    test = load_captions(small_scenes)["test"]
+    assert [(line["image_id"], line["references"]) for line in lines] == list(
+        zip(test["image_id"], test["captions"], strict=True)
+    )
+    history = json.loads((trained / "history.json").read_text())
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    assert history[0]["train_loss"] > history[-1]["train_loss"]
+    assert list((trained / "logs").glob("**/events*"))
+
+
+def test_the_folder_holds_the_model_of_the_best_validation_cider(trained, small_scenes, tmp_path):
+    history = json.loads((trained / "history.json").read_text())
+    arguments = [
+        "--model",
+        str(trained),
+        "--dataset",
+        small_scenes,
+        "--split",
+        "validation",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    evaluate_captions.main(arguments)
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    assert metrics["cider"] == pytest.approx(max(row["cider"] for row in history), abs=1e-9)
+
+
+def test_the_longest_caption_generated_is_the_99th_percentile(trained, small_scenes):
+    model, processor = load_captioner(str(trained))
+    texts = [text for texts in load_captions(small_scenes)["train"]["captions"] for text in texts]
+    lengths = sorted(len(ids) for ids in processor.tokenizer(texts).input_ids)
+    assert lengths[int(0.98 * len(lengths))] <= model.generation_config.max_length - 1 <= lengths[-1]
+
+
+def test_a_file_of_captions_scores_as_the_model_did(trained, tmp_path):
+    evaluate_captions.main(["--predictions", str(trained / "captions.jsonl"), "--output_dir", str(tmp_path)])
+    of_file = json.loads((tmp_path / "results.json").read_text())
+    of_model = json.loads((trained / "results.json").read_text())
+    for part in ("metrics", "blind", "intervals"):
+        assert of_file[part] == of_model[part]
+
+
+def test_a_run_that_goes_on_ends_where_an_undisturbed_one_ends(small_scenes, tmp_path):
+    options = [
+        "--dropout",
+        "0.3",
+        "--lr_scheduler_type",
+        "cosine",
+        "--warmup_steps",
+        "3",
+        "--load_best_model_at_end",
+        "false",
+    ]
+    undisturbed = train(tmp_path / "whole", small_scenes, *options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-16")
+    (tmp_path / "killed" / "model.safetensors").unlink()
+    resumed = train(tmp_path / "killed", small_scenes, *options, "--resume_from_checkpoint", "last")
+    assert_same_weights(resumed, undisturbed)
+    of_both = [json.loads((tmp_path / run / "history.json").read_text()) for run in ("whole", "killed")]
+    of_both = [[{k: v for k, v in row.items() if not k.endswith("seconds")} for row in history] for history in of_both]
+    assert of_both[0] == of_both[1]
+
+
+def test_accumulated_batches_give_the_step_of_one_big_batch(small_scenes, tmp_path):
+    options = ["--num_train_epochs", "1", "--group_by_length", "false", "--max_eval_pictures", "2"]
+    big = train(tmp_path / "big", small_scenes, *options, "--per_device_train_batch_size", "24")
+    options += ["--per_device_train_batch_size", "6", "--gradient_accumulation_steps", "4"]
+    assert_same_weights(train(tmp_path / "small", small_scenes, *options), big, tolerance=1e-5)
+
+
+def test_two_processes_give_the_weights_of_one_with_the_double_batch(small_scenes, tmp_path):
+    one = train(tmp_path / "one", small_scenes, "--num_train_epochs", "1", "--per_device_train_batch_size", "24")
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "train_lstm.py", *SMALL]
+    launch += ["--num_train_epochs", "1", "--per_device_train_batch_size", "12", "--dataset", small_scenes]
+    launch += ["--output_dir", str(tmp_path / "two")]
+    ran = subprocess.run(launch, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert_same_weights(load_file(tmp_path / "two" / "model.safetensors"), one, tolerance=1e-5)
+    captions = (tmp_path / "two" / "captions.jsonl").read_text()
+    assert len(captions.splitlines()) == 9  # every test picture once, though two processes share nine
+
+
+def test_the_full_size_default_trains_validates_and_saves(small_scenes, tmp_path):
+    texts = [text for texts in load_captions(small_scenes)["train"]["captions"] for text in texts]
+    tokenizer = train_tokenizer(texts)
+    tokenizer.add_tokens([f"<filler {number}>" for number in range(8000 - len(tokenizer))])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    arguments = [
+        "--encoder",
+        "inception_resnet_v2",
+        "--pretrained_encoder",
+        "false",
+        "--tokenizer",
+        str(tmp_path / "tokenizer"),
+    ]
+    arguments += [
+        "--max_train_pictures",
+        "1",
+        "--max_eval_pictures",
+        "1",
+        "--num_train_epochs",
+        "1",
+        "--report_to",
+        "none",
+    ]
+    arguments += [
+        "--per_device_train_batch_size",
+        "3",
+        "--dataset",
+        small_scenes,
+        "--output_dir",
+        str(tmp_path / "lstm"),
+    ]
+    train_lstm.main(arguments)
+    progress = json.loads((tmp_path / "lstm" / "checkpoint-2" / "progress.json").read_text())
+    assert progress["step"] == 2
+    assert progress["history"][0]["train_loss"] == pytest.approx(math.log(8000), rel=0.3)
+    weights = load_file(tmp_path / "lstm" / "model.safetensors")
+    assert weights["lm_head.weight"].shape == (8000, 1024) and weights["image_projection.weight"].shape == (1024, 1536)
+
+
+def test_early_stopping_stops(small_scenes, tmp_path):
+    options = [
+        "--num_train_epochs",
+        "6",
+        "--learning_rate",
+        "0",
+        "--early_stopping_patience",
+        "2",
+        "--save_total_limit",
+        "1",
+    ]
+    train(tmp_path / "run", small_scenes, *options)
+    assert (
+        len(json.loads((tmp_path / "run" / "history.json").read_text())) == 3
+    )  # the best is the first; two more, no better
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-24"]
+
+
+def test_a_recipe_is_read_and_the_command_line_is_over_it(small_scenes, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"dataset: {small_scenes}\nlearning_rate: 1e-2\nnum_train_epochs: 1\nhidden_size: 16\n")
+    (_, model_args, args) = train_lstm.parse_recipe(
+        (train_lstm.DataArguments, train_lstm.LSTMArguments, train_lstm.LoopArguments),
+        [str(recipe), "--hidden_size", "24"],
+    )
+    assert (args.learning_rate, args.num_train_epochs, model_args.hidden_size) == (0.01, 1, 24)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("lstm_*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_name_only_options_there_are(recipe):
+    groups = (train_lstm.DataArguments, train_lstm.LSTMArguments, train_lstm.LoopArguments)
+    assert len(train_lstm.parse_recipe(groups, [str(recipe)])) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["no_such.yaml"], "no_such.yaml cannot be read"),
+        (["--no_such_option", "1"], "no_such_option"),
+        (["--dataset", "no/such/folder"], "no/such/folder"),
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["--encoder", "no_such_encoder"], "no_such_encoder"),
+        (["--resume_from_checkpoint", "no/such/checkpoint"], "no/such/checkpoint"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_said_in_one_sentence(small_scenes, tmp_path, arguments, sentence, capsys):
+    first = (
+        []
+        if arguments[0].endswith(".yaml")
+        else [*SMALL, "--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        train_lstm.main([*first, *arguments])
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_caption_tells_files_and_folders_and_names_what_it_cannot_read(trained, small_scenes, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    rows = load_captions(small_scenes)["test"]
+    for number in range(3):
+        rows[number]["image"].save(pictures / f"{number}.png")
+    (pictures / "broken.jpg").write_text("no picture")
+    output = tmp_path / "captions.jsonl"
+    caption.main(
+        ["--model", str(trained), str(pictures), str(pictures / "0.png"), "--output", str(output), "--batch_size", "2"]
+    )
+    told = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [Path(line["image_id"]).name for line in told] == ["0.png", "1.png", "2.png", "0.png"]
+    model, processor = load_captioner(str(trained))
+    inputs = processor(images=[rows[number]["image"] for number in range(3)], return_tensors="pt")
+    made = [made["caption"] for made in generate_captions(model, processor, dict(inputs))]
+    assert [line["caption"] for line in told] == [*made, made[0]]
+    assert "broken.jpg: picture does not decode" in capsys.readouterr().err
+
+    caption.main(["--model", str(trained), str(pictures / "0.png"), "--output", str(tmp_path / "captions.html")])
+    assert made[0] in (tmp_path / "captions.html").read_text()
+    caption.main(["--model", str(trained), str(pictures / "0.png")])
+    assert capsys.readouterr().out == f"{pictures / '0.png'}\t{made[0]}\n"
+    with pytest.raises(SystemExit) as stopped:
+        caption.main(["--model", str(trained), str(tmp_path / "nowhere.png")])
+    assert stopped.value.code == 2
+    assert "nowhere.png: cannot be read" in capsys.readouterr().err

@@ -1,0 +1,475 @@
+"""System A: train Inception-ResNet-v2 + LSTM to caption pictures, in an Accelerate loop.
+
+    accelerate launch train_lstm.py recipes/lstm_report.yaml --dataset data/paragraphs --output_dir outputs/lstm
+
+A recipe sets the options, the command line overrides it, `--help` lists them.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import timm
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import broadcast_object_list, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, get_scheduler
+
+from data_scripts import load_captions
+from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures
+from data_scripts.command_line import one_line_errors
+from data_scripts.features import cache_features, encoder_fingerprint
+from data_scripts.train_tokenizer import train_tokenizer
+from metrics import CaptionScorer
+from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
+from modeling.captioner import caption_pictures, save_captioner
+from modeling.modeling_inception_lstm import timm_source
+from modeling.processing import build_processor, timm_image_processor
+from recipes import DataArguments, parse_recipe
+from reporting.curves import draw_curves
+from reporting.model_card import write_model_card
+from reporting.report import command_line, write_report
+from reporting.results import write_history
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LSTMArguments:
+    """The model; the defaults are the report's."""
+
+    encoder: str = field(
+        default="inception_resnet_v2.tf_in1k", metadata={"help": "timm name, Hub id or local folder of the encoder."}
+    )
+    pretrained_encoder: bool = field(default=True, metadata={"help": "Load the encoder's trained weights."})
+    freeze_encoder: bool = field(default=True, metadata={"help": "Train nothing below the projection of its output."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the pictures given to the encoder, in pixels; its own if not given."}
+    )
+    image_embed_dim: int = field(
+        default=1024, metadata={"help": "Length of the picture's and of each token's embedding."}
+    )
+    hidden_size: int = field(default=1024, metadata={"help": "Width of each LSTM layer."})
+    num_hidden_layers: int = field(default=3, metadata={"help": "LSTM layers."})
+    dropout: float = field(default=0.0, metadata={"help": "Share of the LSTM's inputs and outputs zeroed in training."})
+    vocab_size: int = field(
+        default=8000, metadata={"help": "Tokens of the tokenizer that is trained if none is given."}
+    )
+
+
+@dataclass
+class LoopArguments:
+    """The training loop; names as in transformers.TrainingArguments."""
+
+    output_dir: str = field(default="outputs/lstm", metadata={"help": "Where model, results and checkpoints go."})
+    num_train_epochs: int = field(default=300, metadata={"help": "Times each caption is seen."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Captions a step on each device."})
+    per_device_eval_batch_size: int = field(
+        default=64, metadata={"help": "Captions or pictures at once in evaluation."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches whose gradients make one step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW, at its highest."})
+    encoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of an encoder that is not frozen; the common one if not given."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "constant, constant_with_warmup, cosine, linear."}
+    )
+    warmup_steps: float = field(default=0, metadata={"help": "Steps of warm-up; below 1, their share of all steps."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are cut to this length; 0 cuts none."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, bf16 or fp16; as `accelerate` is set up if not given."}
+    )
+    seed: int = field(default=42, metadata={"help": "Of weights, order and dropout."})
+    eval_epochs: int = field(default=1, metadata={"help": "Epochs between two evaluations."})
+    save_epochs: int = field(default=1, metadata={"help": "Epochs between two checkpoints."})
+    save_total_limit: int | None = field(
+        default=None, metadata={"help": "Checkpoints kept, the newest; all if not given."}
+    )
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Leave the model of the best validation CIDEr in output_dir, else the last."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better validation CIDEr."}
+    )
+    generation_max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest caption generated, in tokens; the training captions' 99th percentile if not given."},
+    )
+    generation_num_beams: int = field(default=1, metadata={"help": "Beams; 1 is greedy."})
+    no_repeat_ngram_size: int = field(
+        default=0, metadata={"help": "No run of so many tokens is generated twice; 0 allows all."}
+    )
+    report_to: str = field(
+        default="tensorboard", metadata={"help": "Trackers of Accelerate, with commas between; or none."}
+    )
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint folder, or `last`."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload output_dir at the end."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository to push to; output_dir's name if not given."}
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository a private one."})
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with each checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    train_seconds: float = 0.0
+    best_cider: float = -1.0
+    best_epoch: int = 0
+    evaluations_since_best: int = 0
+    history: list[dict] = field(default_factory=list)
+
+
+def main(argv: list[str] | None = None) -> None:
+    # ---- Arguments --------------------------------------------------------------------------------------------------
+    data_args, model_args, args = parse_recipe((DataArguments, LSTMArguments, LoopArguments), argv, __doc__)
+    options = {**vars(data_args), **vars(model_args), **vars(args)}
+
+    # ---- Accelerator and seed ---------------------------------------------------------------------------------------
+    trackers = [name for name in args.report_to.split(",") if name != "none"]
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=trackers, project_dir=args.output_dir)
+    logging.basicConfig(
+        level=logging.INFO if accelerator.is_local_main_process else logging.WARNING, format="%(message)s"
+    )
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    transformers.logging.disable_progress_bar()  # loading and saving take a second
+    set_seed(args.seed)
+
+    # ---- Data -------------------------------------------------------------------------------------------------------
+    with one_line_errors():
+        dataset = load_captions(data_args.dataset)
+        if data_args.max_train_pictures:
+            dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
+        training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
+        tokenizer = load_tokenizer(data_args.tokenizer, training_captions, model_args.vocab_size, accelerator)
+
+        # ---- Model --------------------------------------------------------------------------------------------------
+        model, processor = build_model(model_args, tokenizer)
+    model.to(accelerator.device)
+    features = dict.fromkeys(dataset)
+    if data_args.cache_features and model_args.freeze_encoder:
+        features = encode_splits(dataset, model, processor)
+    pairs = {
+        split: CaptionPairs(dataset[split], tokenizer, data_args.max_caption_length, features[split])
+        for split in ("train", "validation")
+    }
+    longest = args.generation_max_length or math.ceil(np.percentile(pairs["train"].lengths, 99))
+    model.generation_config.update(
+        max_length=longest + 1,  # the start token's slot, which the picture takes
+        num_beams=args.generation_num_beams,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+    )
+
+    # ---- Optimiser --------------------------------------------------------------------------------------------------
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.learning_rate, weight_decay=args.weight_decay)
+    step_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    num_steps = math.ceil(len(pairs["train"]) / step_size) * args.num_train_epochs
+    warmup_steps = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * num_steps
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, round(warmup_steps), num_steps)
+
+    collator = CaptionCollator(processor, share_pictures=True)
+    loading = {"collate_fn": collator, "num_workers": data_args.dataloader_num_workers}
+    pictures = pairs["train"].row_of_pair if data_args.group_by_picture else None
+    sampler = CaptionSampler(pairs["train"].lengths, step_size, data_args.group_by_length, args.seed, pictures)
+    train_loader = DataLoader(pairs["train"], args.per_device_train_batch_size, sampler=sampler, **loading)
+    model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
+    accelerator.register_for_checkpointing(scheduler)
+
+    def eval_loader(items) -> DataLoader:
+        loader = DataLoader(items, args.per_device_eval_batch_size, **loading)
+        return prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
+
+    # ---- Training ---------------------------------------------------------------------------------------------------
+    progress = Progress()
+    if args.resume_from_checkpoint:
+        progress = load_checkpoint(accelerator, args)
+    accelerator.init_trackers("logs", {name: value for name, value in options.items() if value is not None})
+    val_rows, val_pictures = evaluation_rows(dataset["validation"], features["validation"], data_args.max_eval_pictures)
+    scorer = CaptionScorer(val_rows["captions"], training_captions)
+    while progress.epoch < args.num_train_epochs:
+        train_loss = train_epoch(accelerator, model, train_loader, optimizer, scheduler, progress, args)
+        row = {"epoch": progress.epoch, "step": progress.step, "train_loss": train_loss}
+        last = progress.epoch == args.num_train_epochs
+        if progress.epoch % args.eval_epochs == 0 or last:
+            captioner = accelerator.unwrap_model(model)
+            row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"]))
+            row |= score_captions(accelerator, captioner, processor, eval_loader(val_pictures), scorer)
+            keep_best(accelerator, captioner, processor, row, progress, args)
+        record(accelerator, row, progress, args)
+        stop = args.early_stopping_patience and progress.evaluations_since_best >= args.early_stopping_patience
+        if progress.epoch % args.save_epochs == 0 or last or stop:
+            save_checkpoint(accelerator, progress, args)
+        if stop:
+            logger.info(f"No better validation CIDEr since epoch {progress.best_epoch}: stopping.")
+            break
+
+    # ---- Evaluation -------------------------------------------------------------------------------------------------
+    split = "test" if "test" in dataset else "validation"
+    captioner = accelerator.unwrap_model(model)
+    if args.load_best_model_at_end:
+        captioner = InceptionLSTMForConditionalGeneration.from_pretrained(args.output_dir).to(accelerator.device)
+    pictures = eval_loader(Pictures(dataset[split], features[split]))
+    captions = caption_pictures(captioner.eval(), processor, pictures, accelerator)
+
+    # ---- Saving -----------------------------------------------------------------------------------------------------
+    if accelerator.is_main_process:
+        if not args.load_best_model_at_end:
+            save_captioner(captioner, processor, args.output_dir)
+        texts, ended = [made["caption"] for made in captions], [made["ended"] for made in captions]
+        results = write_report(
+            args.output_dir,
+            rows=dataset[split],
+            dataset=Path(data_args.dataset).name,
+            split=split,
+            captions=texts,
+            scores=CaptionScorer(dataset[split]["captions"], training_captions).report(texts, ended),
+            decoding=captioner.generation_config,
+            train=training_cost(progress, len(pairs["train"])),
+        )
+        logger.info(json.dumps(results["metrics"]))
+        write_model_card(
+            args.output_dir,
+            kind="inception-lstm",
+            model_name=args.hub_model_id or args.output_dir,
+            results=results,
+            command=command_line(),
+            options=options,
+            base_models=hub_names(model_args),
+        )
+    accelerator.end_training()
+
+
+def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: int, accelerator: Accelerator):
+    """The tokenizer that is named, or one trained on the training captions, by one process for all."""
+    if name:
+        return AutoTokenizer.from_pretrained(name)
+    trained = [train_tokenizer(training_captions, vocab_size) if accelerator.is_main_process else None]
+    return broadcast_object_list(trained)[0]
+
+
+def build_model(args: LSTMArguments, tokenizer) -> tuple:
+    """Model and processor, the encoder's trained weights loaded where they are wanted."""
+    backbone = timm.create_model(timm_source(args.encoder), pretrained=False, num_classes=0)
+    config = InceptionLSTMConfig(
+        encoder_name=backbone.pretrained_cfg["architecture"],
+        freeze_encoder=args.freeze_encoder,
+        vocab_size=len(tokenizer),
+        image_embed_dim=args.image_embed_dim,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        dropout=args.dropout,
+        attention=args.attention,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = InceptionLSTMForConditionalGeneration(config)
+    if args.pretrained_encoder:
+        model.load_pretrained_encoder(args.encoder)
+    return model, build_processor(timm_image_processor(backbone, args.image_size), tokenizer)
+
+
+def hub_names(args: LSTMArguments) -> list[str]:
+    """Hub id of the pretrained encoder, for the card; none for random weights or a folder of one machine."""
+    if not args.pretrained_encoder or os.path.isdir(args.encoder):
+        return []
+    return [args.encoder if "/" in args.encoder else f"timm/{args.encoder}"]
+
+
+def encode_splits(dataset: datasets.DatasetDict, model, processor) -> dict:
+    """The frozen encoder's output for every picture of every split."""
+    encoder = model.encoder.eval()
+    fingerprint = encoder_fingerprint(encoder, processor.image_processor)
+    return {
+        split: cache_features(
+            rows,
+            lambda pixels: encoder(pixels).last_hidden_state,
+            processor.image_processor,
+            fingerprint,
+            device=model.device,
+        )
+        for split, rows in dataset.items()
+    }
+
+
+def evaluation_rows(rows: datasets.Dataset, features: datasets.Dataset | None, num_pictures: int | None) -> tuple:
+    """The pictures captioned at each evaluation, evenly spread over the split and always the same, as rows and as items."""
+    if num_pictures and num_pictures < len(rows):
+        chosen = np.linspace(0, len(rows) - 1, num_pictures).round().astype(int)
+        rows = rows.select(chosen)
+        features = features and features.select(chosen)
+    return rows, Pictures(rows, features)
+
+
+def parameter_groups(model, args: LoopArguments) -> list[dict]:
+    """What is trained: everything above the encoder, and the encoder at its own learning rate if it is not frozen."""
+    encoder = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
+    others = [parameter for name, parameter in model.named_parameters() if not name.startswith("encoder.")]
+    groups = [{"params": others}]
+    if encoder:
+        groups.append({"params": encoder, "lr": args.encoder_learning_rate or args.learning_rate})
+    return groups
+
+
+def train_epoch(accelerator, model, loader, optimizer, scheduler, progress: Progress, args: LoopArguments) -> float:
+    """Every caption once. Returns the mean loss, in nats a token."""
+    started = time.perf_counter()
+    model.train()
+    loader.set_epoch(progress.epoch)
+    nats = tokens = torch.zeros((), device=accelerator.device)
+    size = args.per_device_train_batch_size * accelerator.num_processes
+    title = f"epoch {progress.epoch + 1}/{args.num_train_epochs}"
+    with tqdm(
+        total=len(loader) * size, unit="caption", desc=title, disable=not accelerator.is_local_main_process
+    ) as bar:
+        for batches in accumulation_windows(loader, args.gradient_accumulation_steps):
+            # The sum of all tokens' losses over all processes and batches, divided once: as one big batch would.
+            num_tokens = accelerator.reduce(sum((batch["labels"] != -100).sum() for batch in batches))
+            for position, batch in enumerate(batches, start=1):
+                batch.pop("index")
+                with nullcontext() if position == len(batches) else accelerator.no_sync(model):
+                    # Several processes average their gradients, where the sum is wanted.
+                    loss = model(**batch, num_items_in_batch=num_tokens / accelerator.num_processes).loss
+                    accelerator.backward(loss)
+                nats = nats + loss.detach() * num_tokens / accelerator.num_processes
+            if args.max_grad_norm:
+                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            tokens = tokens + num_tokens
+            progress.step += 1
+            bar.update(size * len(batches))
+            if progress.step % 10 == 0:
+                bar.set_postfix(loss=f"{(nats * accelerator.num_processes / tokens).item():.3f}")
+    progress.epoch += 1
+    progress.train_seconds += time.perf_counter() - started
+    loss = (accelerator.reduce(nats) / tokens).item()
+    if not math.isfinite(loss):
+        raise SystemExit(
+            f"error: the loss is {loss} in epoch {progress.epoch}; lower --learning_rate (now {args.learning_rate})"
+        )
+    return loss
+
+
+def accumulation_windows(loader, num_batches: int):
+    """The batches of an epoch in lists of `num_batches`, the last list shorter where they do not divide."""
+    batches = iter(loader)
+    while window := list(islice(batches, num_batches)):
+        yield window
+
+
+@torch.inference_mode()
+def validation_loss(accelerator, model, loader) -> float:
+    """Mean loss over all tokens of the validation captions, in nats."""
+    model.eval()
+    totals = torch.zeros(2, device=accelerator.device)
+    for batch in loader:
+        batch.pop("index")
+        num_tokens = (batch["labels"] != -100).sum()
+        totals += torch.stack([model(**batch, num_items_in_batch=1).loss, num_tokens])
+    nats, tokens = accelerator.reduce(totals)
+    return (nats / tokens).item()
+
+
+def score_captions(accelerator, model, processor, loader, scorer: CaptionScorer) -> dict:
+    """Caption the validation pictures and score them, and the captions dealt to other pictures beside."""
+    started = time.perf_counter()
+    captions = [made["caption"] for made in caption_pictures(model.eval(), processor, loader, accelerator)]
+    generated = time.perf_counter()
+    scores = scorer.score(captions)
+    return {
+        **scores,
+        "blind_cider": scorer.score(scorer.deal(captions))["cider"],
+        "generation_seconds": round(generated - started, 2),
+        "scoring_seconds": round(time.perf_counter() - generated, 2),
+    }
+
+
+def keep_best(accelerator, model, processor, row: dict, progress: Progress, args: LoopArguments) -> None:
+    """Leave the model in output_dir if no evaluation before had a better CIDEr."""
+    progress.evaluations_since_best += 1
+    if row["cider"] > progress.best_cider:
+        progress.best_cider, progress.best_epoch, progress.evaluations_since_best = row["cider"], progress.epoch, 0
+        if args.load_best_model_at_end and accelerator.is_main_process:
+            save_captioner(model, processor, args.output_dir)
+    accelerator.wait_for_everyone()
+
+
+def training_cost(progress: Progress, num_captions: int) -> dict:
+    """What results.json tells of the training; evaluation and the encoding of pictures are not counted in."""
+    return {
+        "epochs": progress.epoch,
+        "seconds": round(progress.train_seconds, 1),
+        "images_per_second": round(progress.epoch * num_captions / progress.train_seconds, 1),
+    }
+
+
+def record(accelerator, row: dict, progress: Progress, args: LoopArguments) -> None:
+    """Tell what an epoch gave: in the log, in history.json, in the curves and to the trackers."""
+    progress.history.append(row)
+    accelerator.log({name: value for name, value in row.items() if name not in ("epoch", "step")}, step=progress.step)
+    logger.info(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    if accelerator.is_main_process:
+        write_history(args.output_dir, progress.history)
+        draw_curves(args.output_dir, progress.history)
+
+
+def save_checkpoint(accelerator, progress: Progress, args: LoopArguments) -> None:
+    """Write `checkpoint-STEP` beside and rename it when it is whole; then drop the oldest beyond save_total_limit."""
+    folder = Path(args.output_dir) / f"checkpoint-{progress.step}"
+    beside = folder.with_name(f".{folder.name}.partial")
+    accelerator.save_state(str(beside))
+    if accelerator.is_main_process:
+        (beside / "progress.json").write_text(json.dumps(dataclasses.asdict(progress)))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+        if args.save_total_limit:
+            for old in checkpoints(args.output_dir)[: -args.save_total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator, args: LoopArguments) -> Progress:
+    """Put model, optimiser, schedule and random states back as they were, and say where the run stood."""
+    folder = args.resume_from_checkpoint
+    if folder == "last":
+        found = checkpoints(args.output_dir)
+        if not found:
+            logger.info(f"{args.output_dir} holds no checkpoint: starting from the beginning.")
+            return Progress()
+        folder = found[-1]
+    if not (Path(folder) / "progress.json").is_file():
+        raise SystemExit(
+            f"error: --resume_from_checkpoint {folder}: there is no checkpoint; give a checkpoint folder or `last`"
+        )
+    accelerator.load_state(str(folder))
+    return Progress(**json.loads((Path(folder) / "progress.json").read_text()))
+
+
+def checkpoints(output_dir: str) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(Path(output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+
+
+if __name__ == "__main__":
+    main()
