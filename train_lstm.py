@@ -66,6 +66,9 @@ class LSTMArguments:
     hidden_size: int = field(default=1024, metadata={"help": "Width of each LSTM layer."})
     num_hidden_layers: int = field(default=3, metadata={"help": "LSTM layers."})
     dropout: float = field(default=0.0, metadata={"help": "Share of the LSTM's inputs and outputs zeroed in training."})
+    attention: bool = field(
+        default=False, metadata={"help": "Look at the places of the encoder's grid at each word, not at its summary alone."}
+    )
     vocab_size: int = field(
         default=8000, metadata={"help": "Tokens of the tokenizer that is trained if none is given."}
     )
