@@ -1,0 +1,189 @@
+"""Split captions into words as coco-caption does: the PTBTokenizer of Stanford CoreNLP 3.4.1, a Java program, in Python.
+
+It is a lexer: at every place the rule with the longest match, what the rule looks ahead at included, makes the next token; of
+two as long the first wins. The rules were worked out from what the program makes of strings sent through it. Two differences
+are meant: a line break of any kind is a blank (pycocoevalcap shifts every caption after a carriage return by one line), and a
+caption is read by itself (there, the first word of the next caption decides over a last word like "B.").
+"""
+
+# the typographic quotes and dashes below are what this module is about
+
+import re
+from functools import lru_cache
+from itertools import chain
+
+from .ptb_characters import reduce_characters
+
+# What coco-caption drops. It lists brackets too, but in capitals, which the lexer does not write: "-lrb-" stays.
+PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+
+SPELLING = str.maketrans(
+    {
+        **dict.fromkeys("‘‛‹\x91", "`"),
+        **dict.fromkeys("’›\x92", "'"),
+        **dict.fromkeys("“«\x93", "``"),
+        **dict.fromkeys('"”»\x94', "''"),
+        **dict.fromkeys("–—―\x96\x97", "--"),
+        **dict.fromkeys("…\x85", "..."),
+        **dict.fromkeys("€¤₠\x80", "$"),
+        **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"},
+        **{"£": "#", "¢": "cents", "¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"},
+    }
+)
+RUNS = {"---": "--", "----": "--", "....": "...", ".....": "..."}
+ENTITIES = {"&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&mdash;": "--", "&ndash;": "--", "&nbsp;": ""}
+
+# é, the mark U+0301 and ٣ stand for all letters, marks and digits beyond ASCII; \xad, the soft hyphen, goes when a word is spelt
+LETTER = r"[A-Za-zé\u0301\xad]"
+WORD = rf"{LETTER}[A-Za-z0-9é\u0301٣\xad]*"
+ALPHANUMERIC = r"[A-Za-z0-9é٣]"
+ASCII = r"[A-Za-z0-9]"
+DIGIT = r"[0-9٣]"
+BLANK = r"[ \xa0]"
+APOSTROPHE = r"(?:['’\x92]|&apos;)"
+QUOTE = r"(?:['’‘`\x91\x92]|&apos;)"
+ELISION = rf"(?:[dDlLoO]{QUOTE}{ALPHANUMERIC})?"
+IN_URL, ENDS_URL = r"[^\s\"<>|()]", r"[^\s\"<>|.!?(){},-]"
+IN_EMAIL = r"[^\s\"<>|(){}]"
+EYE = r"[-^x=~<>']"
+
+# Abbreviations keep their period. The first may end a sentence.
+CLOSING = (
+    "al ala apr ariz assn assoc attys aug bhd bldg blvd bros calif co colo conn corp cos ct dak dec esq est etc ext feb fla "
+    "fri ga inc ind intl jan jr jul jun kan kans ky ltd mar md mich minn mo mon mont neb nev nov oct okla penn plc profs rd "
+    "rt sep sept seq sq sr supts sys tel tenn thu thurs tue tues univ va vt wed wis wisc wyo"
+).replace(" ", "|")
+STATES = "A(?ai:rk|z)|D(?ai:el)|I(?ai:ll)|L(?ai:a)|M(?ai:ass|iss)|O(?ai:re)|P(?ai:a)|T(?ai:ex)|W(?ai:ash)"  # words, in lower case
+TITLES = (
+    "adj adm adv alex asst atty ave brig capt cf cie cmdr col comdr cpl dept det dr drs elec ens ft gen gov govs hon insp "
+    "invt jos lieut lt maj messrs mlle mme mr mrs ms msgr mt natl pfc ph pres prof pvt rep reps rev sen sens sfc sgt spc st "
+    "ste supt treas vs wm"
+).replace(" ", "|")
+NUMBERED = "art|ca|figs?|nos?|op|pp|prop"  # words, unless a number follows
+# before these the period behind a single letter ends a sentence: "wears a letter B. She ..."
+STARTERS = (
+    "About According Additionally After An A As At But Earlier Here Her However He If In It Last Many More Now Once One "
+    "Other Our She Since So Some Such That Their There Then These The They This We What When While Yet You"
+).replace(" ", "|")
+FILE_TYPES = (
+    "bat bmp c cgi class cpp dll docx doc exe gif gz h html htm jar java jpeg jpg mov mp3 pdf php pl png ppt ps py sql tar "
+    "txt wav x xml zip"
+).replace(" ", "|")
+
+AS_WRITTEN, RESPELLED = False, True
+# Where a rule looks ahead, the token is its group.
+RULES = [
+    # words that fall into two: can|not, gon|na, do|n't, he|'s, 't|was
+    (r"(?ai:(can)not|(gon|wan)na|(got)ta|(lem|gim)me)", AS_WRITTEN),
+    (rf"({LETTER}+)(?<![nN])[nN]{QUOTE}[tT]", AS_WRITTEN),
+    (rf"({WORD}(?:[.!?]{WORD})*){APOSTROPHE}(?ai:[msd]|re|ve|ll)", AS_WRITTEN),
+    (r"('[tT])(?ai:is|was)", AS_WRITTEN),
+    (rf"(?ai:n{QUOTE}t|(?:'|&apos;)(?:[msd]|re|ve|ll))(?![A-Za-z])", RESPELLED),
+    (r"[’\x92](?ai:[msd]|re|ve|ll)", RESPELLED),
+    # abbreviations
+    (rf"((?:(?ai:{CLOSING})|{STATES}|[Pp]?[Pp](?:te|ty)[sS]?)\.)(?:-\S?|[^\s-])", AS_WRITTEN),
+    (rf"(?:Ph\.D|(?ai:{CLOSING}|{TITLES})|{STATES}|[Mm][ft][gG]|[Pp]?[Pp][tT][ey][sS]?)\.", AS_WRITTEN),
+    (rf"((?ai:{NUMBERED})\.)\s*{DIGIT}", AS_WRITTEN),
+    (r"[A-Za-z](?:\.[A-Za-z])*\.", AS_WRITTEN),
+    (rf"([A-Za-z])\.\s+(?:(?:{STARTERS})(?!\S)|</?[A-Za-z])", AS_WRITTEN),
+    (rf"((?:{LETTER}|{DIGIT})(?:[-_.!?]?(?:{LETTER}|{DIGIT}))*\.)[,;:]", AS_WRITTEN),
+    # words, also run together across the end of a sentence
+    (rf"{WORD}(?:[.!?]{WORD})*", AS_WRITTEN),
+    # words with an apostrophe inside or at an end
+    (rf"{APOSTROPHE}n{APOSTROPHE}|{APOSTROPHE}(?:n|[0-9]{{2}})(?!\S)|[’\x92]n", AS_WRITTEN),
+    (rf"{APOSTROPHE}(?:till?|(?ai:em)|cause|[2-9]0s)", AS_WRITTEN),
+    (rf"[dDjJlL]{APOSTROPHE}|[yY]{APOSTROPHE}(?={LETTER})|(?ai:ol|somethin|dunkin){APOSTROPHE}", AS_WRITTEN),
+    (rf"[A-HJ-XZn]{QUOTE}{LETTER}{{2,}}", AS_WRITTEN),
+    (rf"{LETTER}+[aeiouyAEIOUY]{QUOTE}[aeiouA-Z]{LETTER}*", AS_WRITTEN),
+    (rf"(?ai:c{APOSTROPHE}(?:est|mon)|s{APOSTROPHE}mores|[eo]{APOSTROPHE}er)", AS_WRITTEN),
+    (rf"(?ai:ev{APOSTROPHE}ry|li{APOSTROPHE}l|nat{APOSTROPHE}l|nor{APOSTROPHE}easter|cont{APOSTROPHE}d\.)", AS_WRITTEN),
+    # numbers, and what hyphens, slashes and underscores join
+    (rf"[-+]?(?:{DIGIT}+(?:[.,:٫٬]{DIGIT}+)*|(?:[.,:٫٬]{DIGIT}+)+)", AS_WRITTEN),
+    (rf"{ELISION}{ALPHANUMERIC}+(?:[-_‐‑֊]{ELISION}{ALPHANUMERIC}+)*", AS_WRITTEN),
+    (rf"{ASCII}[A-Za-z0-9.,]*(?:-{ASCII}+)+|anti-", AS_WRITTEN),
+    (rf"{ASCII}+(?:-[A-Za-z]+){{0,2}}(?:\\?/{ASCII}+(?:-[A-Za-z]+){{0,2}}){{1,2}}", AS_WRITTEN),
+    (rf"(?:{DIGIT}{{1,4}}[- \xa0])?{DIGIT}{{1,4}}\\?/{DIGIT}{{1,4}}", AS_WRITTEN),
+    # telephone numbers
+    (rf"\({DIGIT}{{2,3}}\){BLANK}?{DIGIT}{{3,4}}[-/ \xa0]?{DIGIT}{{3,5}}", RESPELLED),
+    (
+        rf"(?:\+\+?)?(?:{DIGIT}{{2,4}}[- \xa0])?{DIGIT}{{2,4}}[-/ \xa0]{DIGIT}{{3,4}}[-/ \xa0]?{DIGIT}{{3,5}}",
+        AS_WRITTEN,
+    ),
+    (rf"(?:(?:\+\+?)?{DIGIT}{{2,4}}\.)?{DIGIT}{{2,4}}\.{DIGIT}{{3,4}}\.{DIGIT}{{3,5}}", AS_WRITTEN),
+    # names with signs in them, addresses, markup
+    (r"[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+|[A-Z]+\$|[cC]\+\+|[cCfF]#", AS_WRITTEN),
+    (rf"(?:{ASCII}+\.)+(?ai:{FILE_TYPES})(?=[\s.,!?]|$)", AS_WRITTEN),
+    (rf"(?ai:https?://){IN_URL}+{ENDS_URL}", AS_WRITTEN),
+    (
+        rf"(?:(?ai:www\.)(?:{ENDS_URL}+\.)*[^\s\"<>|.!?(){{}},/:;]+|(?:[A-Za-z][^\W_]*\.)+(?:com|net|org|edu))(?:/{IN_URL}+{ENDS_URL})?",
+        AS_WRITTEN,
+    ),
+    (rf"(?:<|&lt;)?{ASCII}{IN_EMAIL}*@(?:[^\s\"<>|(){{}}.]+\.)*[^\s\"<>|(){{}}.]+(?:>|&gt;)?", AS_WRITTEN),
+    (r"@[a-zA-Z_][a-zA-Z_0-9]*", AS_WRITTEN),
+    (rf"#{LETTER}+", AS_WRITTEN),
+    (r"</?[A-Za-z][\w:.-]*(?: +[A-Za-z][\w:.-]*(?:=\"[^\"]*\")?)* */?>|<[!?][A-Za-z-][^>]*>", AS_WRITTEN),
+    # faces
+    (r"([<>]?[:;=][-o*']?[DPpd|@{\[\]O\\]|:3)(?![A-Za-z0-9])", AS_WRITTEN),
+    (r"([<>]?[:;=][-o*']?[()])(?![A-Za-z0-9])", RESPELLED),
+    (rf"{EYE}_{EYE}|[oO][.'][oO]", AS_WRITTEN),
+    (rf"\({EYE}(?:[_.]|(?<!-)-)?{EYE}\)", RESPELLED),
+    # entities, runs of marks, and single characters
+    (r"(?ai:&(?:amp|lt|gt|quot|nbsp|apos|mdash|ndash);)", RESPELLED),
+    (rf"&#\d+;|(?:{LETTER}|{DIGIT})*(?:&[aeiouAEIOU](?ai:acute|grave|uml);(?:{LETTER}|{DIGIT})*)+", AS_WRITTEN),
+    (r"[!?]+|\*+|\\\*|#+|_+|-{5,}|@+|<<?|>>?|[²³¹⁰⁴-⁹]+|[₀-₉]+|[‚„‟]{1,2}", AS_WRITTEN),
+    (r"-{1,4}|\.{3,5}|``?|''?|[‘‛‹’›“«”»\x91-\x94]{1,2}", RESPELLED),
+    (r"[!-/:-@\[-`{-~§–—―…€¤₠£¢¼½¾⅓⅔\x80\x85\x96\x97]", RESPELLED),
+]
+RULES = [(re.compile(pattern), spelling) for pattern, spelling in RULES]
+
+# Only here does a token, or what its rule looks ahead at, hold a blank: markup, fractions, telephone numbers, "No. 5", "B. She".
+# (One class of characters in front lets the search run over most captions without a stop.)
+SPANS_BLANK = re.compile(r"[<\d).](?:(?<=<)|(?<!<)\s+[\d(]|(?<=\b[A-Za-z]\.)\s)")
+
+# Nearly all words: letters that no rule splits, hyphens and a genitive, at most one mark behind, and no abbreviation.
+SIMPLE_WORD = re.compile(
+    rf"(?!(?ai:(?:cannot|gonna|wanna|gotta|lemme|gimme)[.,!?]?|(?:{CLOSING}|{TITLES}|{STATES}|[a-z]|m[ft]g|p?pt[ey]s?)\.)$)"
+    r"([A-Za-z]+(?:-[A-Za-z]+)*)('s)?[.,!?]?"
+)
+
+
+def _lex(text: str) -> list[str]:
+    tokens, start = [], 0
+    reduced = reduce_characters(text)
+    while start < len(text):
+        longest, end, spelling = start, start + 1, None
+        for rule, rule_spelling in RULES:
+            match = rule.match(reduced, start)
+            if match and match.end() > longest:
+                longest, end, spelling = match.end(), match.end(match.lastindex or 0), rule_spelling
+        # a character that no rule knows, such as an emoji, ends the token before it and leaves nothing
+        if spelling is not None:
+            token = _spell(text[start:end], spelling)
+            if token and token not in PUNCTUATION:
+                tokens.append(token)
+        start = end
+    return tokens
+
+
+def _spell(token: str, spelling: bool) -> str:
+    token = token.lower().replace("\xad", "").replace(" ", "\xa0").replace("&amp;", "&")
+    if spelling == AS_WRITTEN:
+        return token
+    return RUNS.get(token) or ENTITIES.get(token, token.replace("&apos;", "'").translate(SPELLING))
+
+
+@lru_cache(maxsize=1 << 17)
+def _lex_word(word: str) -> tuple[str, ...]:
+    simple = SIMPLE_WORD.fullmatch(word)
+    return tuple(part.lower() for part in simple.groups() if part) if simple else tuple(_lex(word))
+
+
+def tokenize(caption: str) -> list[str]:
+    """Split one caption into its words, in lower case, without punctuation.
+
+    A word may hold a no-break space: a fraction ("1 1/2"), a telephone number or a piece of markup is one token.
+    """
+    if SPANS_BLANK.search(caption):
+        return _lex(" ".join(caption.splitlines()))
+    # words come again and again, and what one becomes does not depend on its neighbours
+    return list(chain.from_iterable(map(_lex_word, caption.split())))

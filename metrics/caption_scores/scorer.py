@@ -1,0 +1,240 @@
+"""Score captions against the references of their pictures: CaptionScorer to evaluate, CiderD to reward in training."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from .baselines import best_constant, derangement
+from .ngrams import MAX_ORDER, NgramIndex, count_words
+from .overlap import DocumentFrequencies, ReferenceTable, bleu, rouge_l
+from .ptb_tokenizer import tokenize
+
+METRIC_NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
+
+
+def tokenize_predictions(predictions: Sequence[str], num_pictures: int) -> list[str]:
+    """Check that there is one string per picture, and give the captions with a blank between tokens."""
+    if isinstance(predictions, str) or len(predictions) != num_pictures:
+        raise ValueError(
+            f"{'one string' if isinstance(predictions, str) else len(predictions)} as predictions for {num_pictures} "
+            "pictures with references: give a list with one caption per picture, in the same order"
+        )
+    for position, caption in enumerate(predictions):
+        if not isinstance(caption, str):
+            raise ValueError(
+                f"predictions[{position}] is {caption!r}, not a string: give the empty string where there is no caption"
+            )
+    return [" ".join(tokenize(caption)) for caption in predictions]
+
+
+def tokenize_references(references: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Check that every picture has a list of strings, and give the references with a blank between tokens."""
+    if isinstance(references, str) or not len(references):
+        raise ValueError("references must be a list with, for each picture, a list of at least one caption")
+    for position, captions in enumerate(references):
+        if isinstance(captions, str) or not isinstance(captions, Sequence):
+            raise ValueError(
+                f"references[{position}] is {captions!r}, not a list of strings: put each picture's captions in a list"
+            )
+        if not captions:
+            raise ValueError(f"references[{position}] is empty: every picture needs at least one reference caption")
+        for caption in captions:
+            if not isinstance(caption, str):
+                raise ValueError(
+                    f"references[{position}] holds {caption!r}, not a string: drop it or write the caption"
+                )
+    return [[" ".join(tokenize(caption)) for caption in captions] for captions in references]
+
+
+class CaptionScorer:
+    """BLEU-1..4, ROUGE-L and CIDEr-D against fixed references, as pycocoevalcap gives them.
+
+    References are tokenised, and their n-grams and document frequencies counted, once, here.
+
+    Args:
+        references: For each picture a list of at least one caption.
+        training_captions: What the model was trained on, all in one list: tells which captions are new, and holds the
+            candidates for the best constant caption.
+
+    Raises:
+        ValueError: References that are missing, empty or not strings, in one sentence that names the row.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]], training_captions: Sequence[str] | None = None) -> None:
+        self.references = tokenize_references(references)
+        self.training_captions = training_captions
+        self.index = NgramIndex()
+        counts = self.index.learn([caption for captions in self.references for caption in captions])
+        picture = np.repeat(np.arange(len(self.references)), [len(captions) for captions in self.references])
+        frequencies = DocumentFrequencies(counts, picture, len(self.references))
+        self.table = ReferenceTable(self.references, counts, frequencies)
+
+    def score(self, predictions: Sequence[str]) -> dict[str, float]:
+        """Score one caption per picture.
+
+        Returns:
+            "bleu_1" to "bleu_4", "rouge_l" and "cider", as coco-caption prints them (a CIDEr of 0.9 where papers print 90).
+
+        Raises:
+            ValueError: Another number of predictions than of pictures, or one that is no string.
+        """
+        return self._mean(self._measure(tokenize_predictions(predictions, len(self.references))))
+
+    def per_image_cider(self, predictions: Sequence[str]) -> list[float]:
+        """CIDEr-D of each caption, in the order of the pictures."""
+        return self._measure(tokenize_predictions(predictions, len(self.references)))[:, -1].tolist()
+
+    def report(
+        self,
+        predictions: Sequence[str],
+        ended: Sequence[bool] | None = None,
+        num_resamples: int = 1000,
+        seed: int = 0,
+    ) -> dict:
+        """Say how good captions are, how sure that is, what looking away would give, and what the captions are like.
+
+        The 95 % intervals are percentiles over resamples of the pictures, document frequencies left as they are. A model
+        sees the pictures if the interval of the mean gain (a picture's CIDEr-D less that of the caption dealt to it, both
+        from the same resample) lies above zero. With one picture nothing can be dealt: its blind caption is empty.
+
+        Args:
+            predictions: One caption per picture.
+            ended: For each caption, whether generation ended it with EOS.
+            num_resamples: Number of bootstrap resamples.
+            seed: Seed of the resampling.
+
+        Returns:
+            "metrics", "blind" and "constant" (with its "caption"): the six scores; "intervals": [low, high] of each score;
+            "diagnostics": shares as fractions, lengths in tokens, None for what cannot be known; "sees_pictures"; "warning":
+            a sentence or None; "per_image": {"cider", "blind_caption"} of each picture. All plain enough for JSON.
+
+        Raises:
+            ValueError: As `score`, or another number of `ended` than of pictures.
+        """
+        num_pictures = len(self.references)
+        if ended is not None and len(ended) != num_pictures:
+            raise ValueError(
+                f"{len(ended)} values of `ended` for {num_pictures} pictures: give one per caption, or None"
+            )
+        captions = tokenize_predictions(predictions, num_pictures)
+        dealt = self.deal(captions)
+        measured, blind = self._measure(captions), self._measure(dealt)
+        intervals, gain = self._bootstrap(measured, measured[:, -1] - blind[:, -1], num_resamples, seed)
+        metrics, blind_metrics = self._mean(measured), self._mean(blind)
+        return {
+            "metrics": metrics,
+            "intervals": intervals,
+            "blind": blind_metrics,
+            "constant": dict(self._constant),
+            "diagnostics": self._diagnose(captions, ended),
+            "sees_pictures": gain[0] > 0,
+            "warning": self._warn(metrics["cider"], blind_metrics["cider"], gain),
+            "per_image": [
+                {"cider": cider, "blind_caption": caption}
+                for cider, caption in zip(measured[:, -1].tolist(), self.deal(predictions), strict=True)
+            ],
+        }
+
+    def _warn(self, cider: float, blind_cider: float, gain: list[float]) -> str | None:
+        if len(self.references) == 1:
+            return "There is only one picture, so nothing tells whether its caption depends on it: score more pictures."
+        if gain[0] > 0:
+            return None
+        return (
+            f"The captions fit their own pictures no better than other pictures (CIDEr {cider:.3f}, dealt to other pictures "
+            f"{blind_cider:.3f}, 95 % interval of the difference {gain[0]:.3f} to {gain[1]:.3f}): as far as {len(self.references)} "
+            "pictures can tell, this model does not look at the pictures."
+        )
+
+    @staticmethod
+    def deal(predictions: Sequence[str]) -> list[str]:
+        """Give each picture another picture's caption, always the same one; a picture alone gets the empty caption."""
+        return [predictions[source] for source in derangement(len(predictions))] if len(predictions) > 1 else [""]
+
+    @cached_property
+    def _constant(self) -> dict:
+        """The best constant caption, out of the training captions or, without them, the references, and its scores."""
+        candidates = self._tokenized_training_captions or [
+            caption for captions in self.references for caption in captions
+        ]
+        caption = best_constant(candidates, self.index, self.table)
+        return {**self._mean(self._measure([caption] * len(self.references))), "caption": caption}
+
+    @cached_property
+    def _tokenized_training_captions(self) -> list[str]:
+        return [" ".join(tokenize(caption)) for caption in self.training_captions or ()]
+
+    def _bootstrap(
+        self, measured: np.ndarray, gain: np.ndarray, num_resamples: int, seed: int
+    ) -> tuple[dict[str, list[float]], list[float]]:
+        """95 % intervals of every score and of the mean gain, from the same resamples of the pictures."""
+        generator = np.random.default_rng(seed)
+        num_pictures = len(measured)
+        columns = np.column_stack([measured, gain])
+        totals = np.empty((num_resamples, columns.shape[1]))
+        for total in totals:
+            times_drawn = np.bincount(generator.integers(0, num_pictures, num_pictures), minlength=num_pictures)
+            total[:] = times_drawn @ columns
+        bleus = bleu(totals[:, :4], totals[:, 4:8], totals[:, 8], totals[:, 9])
+        scores = np.column_stack([bleus, totals[:, 10:] / num_pictures])
+        low_high = np.percentile(scores, [2.5, 97.5], axis=0).T.tolist()
+        return dict(zip(METRIC_NAMES, low_high[:-1], strict=True)), low_high[-1]
+
+    def _diagnose(self, captions: list[str], ended: Sequence[bool] | None) -> dict[str, float | int | None]:
+        words = [caption.split() for caption in captions]
+        trigrams = [list(zip(caption, caption[1:], caption[2:], strict=False)) for caption in words]
+        known = set(self._tokenized_training_captions)
+        return {
+            "ended": None if ended is None else float(np.mean([bool(end) for end in ended])),
+            "repeated_trigram": float(np.mean([len(set(of_caption)) < len(of_caption) for of_caption in trigrams])),
+            "mean_length": float(np.mean([len(caption) for caption in words])),
+            "mean_reference_length": float(self.table.length.mean()),
+            "distinct_words": len({word for caption in words for word in caption}),
+            "novel": float(np.mean([caption not in known for caption in captions])) if known else None,
+        }
+
+    def _measure(self, captions: list[str]) -> np.ndarray:
+        """What scores are sums of, (pictures, 12): BLEU's four matches, four guesses and two lengths, ROUGE-L, CIDEr-D."""
+        counts = self.index.count(captions)
+        lengths = count_words(counts, len(captions))
+        matches, cider = self.table.match(counts)
+        guesses = np.maximum(lengths[:, None] - np.arange(MAX_ORDER), 0)
+        rouge = [rouge_l(caption, references) for caption, references in zip(captions, self.references, strict=True)]
+        return np.column_stack([matches, guesses, lengths, self.table.closest_length(lengths), rouge, cider])
+
+    def _mean(self, measured: np.ndarray) -> dict[str, float]:
+        total = measured.sum(axis=0)
+        bleus = bleu(total[:4], total[4:8], total[8], total[9])
+        scores = [*bleus, *(total[10:] / len(measured))]
+        return dict(zip(METRIC_NAMES, map(float, scores), strict=True))
+
+
+class CiderD:
+    """CIDEr-D with document frequencies fitted once, to reward captions in training.
+
+    Vedantam et al. 2015 (the score), Rennie et al. 2017 (the use as a reward).
+
+    Args:
+        references: For each picture of the reference set, as a rule the training split, a list of captions.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+        tokenized = tokenize_references(references)
+        picture = np.repeat(np.arange(len(tokenized)), [len(captions) for captions in tokenized])
+        self.index = NgramIndex()
+        counts = self.index.learn([caption for captions in tokenized for caption in captions])
+        self.frequencies = DocumentFrequencies(counts, picture, len(tokenized))
+
+    def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        """Score a batch of captions, each against the references of its own picture, float64 (len(predictions),)."""
+        tokenized = tokenize_references(references)
+        captions = tokenize_predictions(predictions, len(tokenized))
+        num_predictions = len(captions)
+        captions += [caption for of_picture in tokenized for caption in of_picture]
+        # counted together, so that a new n-gram bears the same number in a prediction and in its references
+        counts = self.index.count(captions)
+        table = ReferenceTable(
+            tokenized, [order.rows(num_predictions, len(captions)) for order in counts], self.frequencies
+        )
+        return table.match([order.rows(0, num_predictions) for order in counts])[1]

@@ -1,0 +1,296 @@
+"""Laws of the caption scores, held against plain implementations written from the papers and, where it is there, pycocoevalcap."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import metrics as benchmark
+from metrics import METRIC_NAMES, CaptionScorer, CiderD, tokenize
+from metrics.__main__ import main
+from metrics.caption_scores.baselines import derangement
+from metrics.java_metrics import JavaMetricError, meteor
+
+REPOSITORY = Path(__file__).parents[1]
+PREDICTIONS, REFERENCES = benchmark.make_captions(40)
+WORDS = ["a", "dog", "cat", "runs", "on", "red", "grass", "the", ",", "."]
+captions = st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join)
+
+
+def prediction_sets(num_references: int) -> dict[str, tuple[list[str], list[list[str]]]]:
+    # pictures with different numbers of references, but for one each
+    references = [texts[: 1 + position % num_references] for position, texts in enumerate(REFERENCES)]
+    predictions = {
+        "related": PREDICTIONS,
+        "dealt to others": PREDICTIONS[1:] + PREDICTIONS[:1],
+        "constant": ["A dog runs."] * len(references),
+        "empty": [""] * len(references),
+        "copied": [texts[0] for texts in references],
+        "unknown words": ["zyx zyx wvu zyx wvu"] * len(references),
+    }
+    return {name: (texts, references) for name, texts in predictions.items()}
+
+
+def ngrams(words: list[str], order: int) -> Counter:
+    return Counter(tuple(words[i : i + order]) for i in range(len(words) - order + 1))
+
+
+def plain_bleu(predictions: list[list[str]], references: list[list[list[str]]]) -> list[float]:
+    length = sum(map(len, predictions))
+    closest = sum(
+        min((abs(len(text) - len(words)), len(text)) for text in texts)[1]
+        for words, texts in zip(predictions, references, strict=True)
+    )
+    scores, product = [], 1.0
+    for order in range(1, 5):
+        matches = guesses = 0
+        for words, texts in zip(predictions, references, strict=True):
+            largest = Counter()
+            for text in texts:
+                largest |= ngrams(text, order)
+            matches += (ngrams(words, order) & largest).total()
+            guesses += max(0, len(words) - order + 1)
+        product *= (matches + 1e-15) / (guesses + 1e-9)
+        scores.append(product ** (1 / order))
+    ratio = (length + 1e-15) / (closest + 1e-9)
+    return [score * math.exp(min(0, 1 - 1 / ratio)) for score in scores]
+
+
+def plain_rouge_l(words: list[str], texts: list[list[str]]) -> float:
+    def common(first: list[str], second: list[str]) -> int:
+        row = [0] * (len(second) + 1)
+        for one in first:
+            last = row[:]
+            for j, other in enumerate(second):
+                row[j + 1] = last[j] + 1 if one == other else max(last[j + 1], row[j])
+        return row[-1]
+
+    words, texts = words or [""], [text or [""] for text in texts]
+    precision = max(common(words, text) / len(words) for text in texts)
+    recall = max(common(words, text) / len(text) for text in texts)
+    return 0.0 if not precision * recall else 2.44 * precision * recall / (recall + 1.44 * precision)
+
+
+def plain_cider_d(predictions: list[list[str]], references: list[list[list[str]]]) -> list[float]:
+    document_frequency = Counter()
+    for texts in references:
+        document_frequency.update({gram for text in texts for n in range(1, 5) for gram in ngrams(text, n)})
+
+    def vector(words: list[str], order: int) -> dict[tuple, float]:
+        idf = {g: math.log(len(references)) - math.log(max(1, document_frequency[g])) for g in ngrams(words, order)}
+        return {gram: count * idf[gram] for gram, count in ngrams(words, order).items()}
+
+    scores = []
+    for words, texts in zip(predictions, references, strict=True):
+        total = 0.0
+        for text in texts:
+            difference = max(0, len(words) - 1) - max(0, len(text) - 1)
+            for order in range(1, 5):
+                ours, theirs = vector(words, order), vector(text, order)
+                dot = sum(min(weight, theirs.get(gram, 0)) * theirs.get(gram, 0) for gram, weight in ours.items())
+                norm = math.hypot(*ours.values()) * math.hypot(*theirs.values())
+                total += math.exp(-(difference**2) / 72) * (dot / norm if norm else 0)
+        scores.append(10 * total / 4 / len(texts))
+    return scores
+
+
+@pytest.mark.parametrize("num_references", [1, 3, 5])
+def test_scores_are_those_of_plain_implementations(num_references):
+    for name, (predictions, references) in prediction_sets(num_references).items():
+        words = [tokenize(text) for text in predictions]
+        texts = [[tokenize(text) for text in of_picture] for of_picture in references]
+        cider = plain_cider_d(words, texts)
+        rouge = [plain_rouge_l(*pair) for pair in zip(words, texts, strict=True)]
+        expected = [*plain_bleu(words, texts), np.mean(rouge), np.mean(cider)]
+        scorer = CaptionScorer(references)
+        assert list(scorer.score(predictions).values()) == pytest.approx(expected, abs=1e-9), name
+        assert scorer.per_image_cider(predictions) == pytest.approx(cider, abs=1e-9), name
+
+
+@pytest.mark.skipif(find_spec("pycocoevalcap") is None, reason="the comparison needs pycocoevalcap")
+@pytest.mark.parametrize("num_references", [1, 2, 5])
+def test_scores_are_those_of_pycocoevalcap(num_references):
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    for name, (predictions, references) in prediction_sets(num_references).items():
+        theirs = {i: [" ".join(tokenize(text)) for text in texts] for i, texts in enumerate(references)}
+        ours = {i: [" ".join(tokenize(text))] for i, text in enumerate(predictions)}
+        bleus, _ = Bleu(4).compute_score(theirs, ours, verbose=0)
+        expected = [*bleus, Rouge().compute_score(theirs, ours)[0], Cider().compute_score(theirs, ours)[0]]
+        scores = CaptionScorer(references).score(predictions)
+        assert list(scores.values()) == pytest.approx(expected, abs=1e-9), name
+
+
+def test_a_perfect_prediction_has_bleu_and_rouge_one():
+    scores = CaptionScorer(REFERENCES).score([texts[-1] for texts in REFERENCES])
+    assert all(scores[name] == pytest.approx(1, abs=1e-8) for name in METRIC_NAMES[:5])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(captions, st.lists(captions, min_size=1, max_size=4)), min_size=2, max_size=6), st.randoms())
+def test_order_of_pictures_and_of_references_does_not_matter(pairs, random):
+    predictions, references = zip(*pairs, strict=True)
+    before = CaptionScorer(references).score(predictions)
+    random.shuffle(pairs)
+    shuffled = [(text, random.sample(texts, len(texts))) for text, texts in pairs]
+    predictions, references = zip(*shuffled, strict=True)
+    assert CaptionScorer(references).score(predictions) == pytest.approx(before, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=100)
+@given(captions, st.lists(captions, min_size=1, max_size=3), captions)
+def test_another_reference_never_lowers_rouge_l(prediction, texts, another):
+    fewer = CaptionScorer([texts]).score([prediction])["rouge_l"]
+    assert CaptionScorer([[*texts, another]]).score([prediction])["rouge_l"] >= fewer - 1e-12
+
+
+def test_the_derangement_is_a_fixed_permutation_without_fixed_point():
+    for size in range(2, 200):
+        source = derangement(size)
+        assert sorted(source) == list(range(size))
+        assert (source != np.arange(size)).all()
+        assert (source == derangement(size)).all()
+
+
+def test_rewards_of_a_batch_are_the_scores_of_its_pictures_in_the_whole_set():
+    whole = CaptionScorer(REFERENCES).per_image_cider(PREDICTIONS)
+    fitted = CiderD(REFERENCES)
+    rewards = fitted.score(PREDICTIONS[5:9], REFERENCES[5:9])
+    assert rewards.tolist() == pytest.approx(whole[5:9], abs=1e-9)
+    # words that no reference of the fitted set holds still match each other
+    assert fitted.score(["zyx wvu tsr qpo"], [["zyx wvu tsr qpo"]])[0] == pytest.approx(10, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("references", "predictions", "sentence"),
+    [
+        ([["a dog"], []], ["a", "b"], r"references\[1\] is empty"),
+        ([], [], "references must be a list"),
+        ([["a dog"], "a cat"], ["a", "b"], r"references\[1\] is 'a cat', not a list"),
+        ([["a dog"], float("nan")], ["a", "b"], r"references\[1\] is nan, not a list"),
+        ([["a dog"], ["a", None]], ["a", "b"], r"references\[1\] holds None, not a string"),
+        ([["a dog"], ["a cat"]], ["a"], "1 as predictions for 2 pictures"),
+        ([["a dog"]], "a dog", "one string as predictions"),
+        ([["a dog"], ["a cat"]], ["a", float("nan")], r"predictions\[1\] is nan, not a string"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(references, predictions, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        CaptionScorer(references).score(predictions)
+    assert "\n" not in str(error.value)
+
+
+def test_report_tells_a_model_that_looks_from_one_that_does_not():
+    scorer = CaptionScorer(REFERENCES)
+    looks = scorer.report(PREDICTIONS)
+    assert json.loads(json.dumps(looks, allow_nan=False)) == looks
+    assert looks["sees_pictures"] and looks["warning"] is None
+    dealt = [PREDICTIONS[source] for source in derangement(len(PREDICTIONS))]
+    assert looks["blind"] == scorer.score(dealt)
+    for blind in (dealt, ["a dog runs"] * len(REFERENCES), [""] * len(REFERENCES)):
+        report = scorer.report(blind)
+        assert not report["sees_pictures"] and "does not look at the pictures" in report["warning"]
+    alone = CaptionScorer(REFERENCES[:1]).report(PREDICTIONS[:1])
+    assert not alone["sees_pictures"] and "only one picture" in alone["warning"]
+
+
+def test_intervals_are_those_of_the_mean():
+    """For a mean over pictures the bootstrap's interval is known: 1.96 standard errors to either side."""
+    predictions, references = benchmark.make_captions(400)
+    scorer = CaptionScorer(references)
+    values = np.array(scorer.per_image_cider(predictions))
+    low, high = scorer.report(predictions)["intervals"]["cider"]
+    error = values.std() / math.sqrt(len(values))
+    assert [low, high] == pytest.approx([values.mean() - 1.96 * error, values.mean() + 1.96 * error], abs=0.25 * error)
+    report = scorer.report(predictions)
+    assert all(low < report["metrics"][name] < high for name, (low, high) in report["intervals"].items())
+
+
+def test_the_best_constant_caption_beats_its_rivals():
+    references = [["a dog runs on grass"], ["a dog runs on sand"], ["a dog sits"], ["two men in a boat"]]
+    rivals = [texts[0] for texts in references]
+    scorer = CaptionScorer(references)
+    constant = scorer.report(rivals)["constant"]
+    by_hand = {text: scorer.score([text] * 4)["cider"] for text in rivals}
+    assert constant["caption"] == max(by_hand, key=by_hand.get)
+    assert constant["cider"] == pytest.approx(max(by_hand.values()))
+    trained = CaptionScorer(references, training_captions=["a dog", "zyx"]).report(rivals)["constant"]
+    assert trained["caption"] == "a dog"
+
+
+def test_diagnostics_count_what_they_say():
+    scorer = CaptionScorer([["A dog."], ["Three red cats."]], training_captions=["a DOG", "a cat"])
+    diagnostics = scorer.report(["A dog!", "red cat red cat red cat"], ended=[True, False])["diagnostics"]
+    expected = {"ended": 0.5, "repeated_trigram": 0.5, "mean_length": 4, "mean_reference_length": 2.5}
+    assert diagnostics == {**expected, "distinct_words": 4, "novel": 0.5}
+    with pytest.raises(ValueError, match="1 values of `ended` for 2 pictures"):
+        scorer.report(["a", "b"], ended=[True])
+
+
+def test_evaluate_loads_the_metric_offline_in_another_process(tmp_path):
+    program = (
+        "import evaluate, json, sys\n"
+        "metric = evaluate.load(sys.argv[1])\n"
+        "print(json.dumps(metric.compute(predictions=['a dog runs'], references=[['A dog runs.', 'It sits.']])))"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment.update(HF_HUB_OFFLINE="1", HF_EVALUATE_OFFLINE="1", HF_DATASETS_OFFLINE="1", PYTHONPATH="")
+    process = subprocess.run(
+        [sys.executable, "-c", program, str(REPOSITORY / "metrics" / "caption_scores")],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    scores = json.loads(process.stdout.splitlines()[-1])
+    assert scores == CaptionScorer([["A dog runs.", "It sits."]]).score(["a dog runs"])
+
+
+def test_selfcheck_compares_with_the_published_scores(tmp_path, capsys):
+    annotations, results = tmp_path / "annotations.json", tmp_path / "results.json"
+    rows = [{"image_id": i, "caption": text} for i, texts in enumerate(REFERENCES) for text in texts]
+    annotations.write_text(json.dumps({"annotations": rows}))
+    results.write_text(json.dumps([{"image_id": i, "caption": text} for i, text in enumerate(PREDICTIONS)]))
+    arguments = ["selfcheck", "--coco_annotations", str(annotations), "--coco_results"]
+    assert main([*arguments, str(results)]) == 1
+    printed = capsys.readouterr().out
+    cider = CaptionScorer(REFERENCES).score(PREDICTIONS)["cider"]
+    assert f"cider    {cider:.4f}  published 0.600  DIFFERS" in printed
+
+    results.write_text(json.dumps([{"image_id": 4711, "caption": "a dog"}]))
+    for file, sentence in ((results, "picture 4711 has no caption"), (tmp_path / "absent.json", "cannot be read")):
+        assert main([*arguments, str(file)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
+
+
+def test_java_metrics_say_what_is_missing_and_do_not_hang(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(JavaMetricError, match="no `java` on the PATH"):
+        meteor(PREDICTIONS, REFERENCES)
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    java.chmod(0o755)
+    if find_spec("pycocoevalcap") is None:
+        with pytest.raises(JavaMetricError, match="pip install pycocoevalcap"):
+            meteor(PREDICTIONS, REFERENCES)
+    else:
+        with pytest.raises(JavaMetricError, match="not done after 2 s"):
+            meteor(PREDICTIONS, REFERENCES, time_limit=2)
+
+
+def test_the_benchmark_says_that_it_needs_java(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main([])
+    assert stop.value.code == 2
+    assert ("install a Java runtime" in capsys.readouterr().err) or find_spec("pycocoevalcap") is None
