@@ -44,8 +44,6 @@ def start_token_ids(model: PreTrainedModel) -> list[int]:
     back with it, and plain `generate()` starts from it.
     """
     start = model.generation_config.decoder_start_token_id
-    if start is None:
-        start = model.config.decoder_start_token_id
     return list(start[0]) if isinstance(start, list) else [start]
 
 

@@ -59,7 +59,10 @@ def parse_recipe(
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].endswith((".yaml", ".yml")):
         parser.set_defaults(**read_recipe(argv.pop(0), dataclasses, parser))
-    return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        parser.error(f"there is no option {unknown[0]}; --help lists them")
+    return tuple(groups)
 
 
 def read_recipe(path: str, dataclasses: Sequence[type], parser: HfArgumentParser) -> dict:

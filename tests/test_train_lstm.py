@@ -144,22 +144,25 @@ def test_accumulated_batches_give_the_step_of_one_big_batch(small_scenes, tmp_pa
 
 
 def test_two_processes_give_the_weights_of_one_with_the_double_batch(small_scenes, tmp_path):
-    one = train(tmp_path / "one", small_scenes, "--num_train_epochs", "1", "--per_device_train_batch_size", "24")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
+    options = ["--num_train_epochs", "1", "--dataset", small_scenes]
+    one = train(tmp_path / "one", small_scenes, *options, "--per_device_train_batch_size", "24")
+    # `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15); with --multi_gpu it starts two.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += [
+        "train_lstm.py",
+        *SMALL,
+        *options,
+        "--per_device_train_batch_size",
+        "12",
+        "--output_dir",
+        str(tmp_path / "two"),
     ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "train_lstm.py", *SMALL]
-    launch += ["--num_train_epochs", "1", "--per_device_train_batch_size", "12", "--dataset", small_scenes]
-    launch += ["--output_dir", str(tmp_path / "two")]
-    ran = subprocess.run(launch, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    ran = subprocess.run(launch, cwd=ROOT, env=on_cpu, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
+    checkpoint = tmp_path / "two" / "checkpoint-5"  # 120 captions in steps of 24
+    assert len(list(checkpoint.glob("random_states_*"))) == 2
     assert_same_weights(load_file(tmp_path / "two" / "model.safetensors"), one, tolerance=1e-5)
     captions = (tmp_path / "two" / "captions.jsonl").read_text()
     assert len(captions.splitlines()) == 9  # every test picture once, though two processes share nine

@@ -1,0 +1,242 @@
+"""Laws of system B's training script, on pictures of one colour."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import VisionEncoderDecoderModel
+
+import train_vit_gpt2
+from data_scripts.caption_table import FEATURES
+from modeling.captioner import generate_captions, load_captioner
+from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
+from train_vit_gpt2 import caption_loss, history_rows
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220), "white": (250, 250, 250)}
+SMALL = {
+    "pretrained_encoder": "false",
+    "pretrained_decoder": "false",
+    "image_size": 32,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 60,
+    "dropout": 0.0,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 8,
+    "report_to": "none",
+    "disable_tqdm": "true",
+    "use_cpu": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """Four pictures of one colour for training, each with two captions of unlike length, and the same for validation."""
+    folder = tmp_path_factory.mktemp("colours")
+    rows = [
+        {
+            "image": Image.new("RGB", (40, 30), colour),
+            "image_id": name,
+            "captions": [f"all is {name}", f"a picture that is {name} from one side to the other"],
+        }
+        for name, colour in COLOURS.items()
+    ]
+    table = Dataset.from_list(rows).cast(FEATURES)
+    DatasetDict({"train": table, "validation": table}).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture
+def train(dataset, tmp_path):
+    """Runs the script in a folder of the test, and gives that folder."""
+
+    def run(name: str, **options) -> Path:
+        options = {"dataset": dataset, "output_dir": tmp_path / name, **SMALL, **options}
+        train_vit_gpt2.main([word for option, value in options.items() for word in (f"--{option}", str(value))])
+        return tmp_path / name
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def history(folder: Path) -> list[dict]:
+    return json.loads((folder / "history.json").read_text())
+
+
+def test_run_leaves_what_the_contract_says(train, dataset):
+    folder = train("whole", num_train_epochs=2, save_epochs=2, max_eval_pictures=2)
+    for name in ("results.json", "captions.jsonl", "captions.html", "README.md", "history.json", "curves.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["split"], results["num_images"], results["train"]["epochs"]) == ("validation", 4, 2)
+    rows = history(folder)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 1), (2, 2)]
+    expected = {"train_loss", "eval_loss", "cider", "blind_cider", "bleu_4", "generation_seconds", "scoring_seconds"}
+    assert all(expected <= row.keys() for row in rows)
+
+    model, processor = load_captioner(str(folder))
+    assert type(model) is VisionEncoderDecoderModel
+    images = [Image.new("RGB", (40, 30), colour) for colour in COLOURS.values()]
+    made = generate_captions(model, processor, dict(processor(images=images, return_tensors="pt")))
+    written = [json.loads(line)["caption"] for line in (folder / "captions.jsonl").read_text().splitlines()]
+    assert [caption["caption"] for caption in made] == written
+
+
+def test_accumulated_batches_weigh_as_one_large_one(train):
+    """Four batches of two captions against one of eight, of unlike lengths: the same step (issue 7, point 4)."""
+    options = {"optim": "sgd", "learning_rate": 0.5, "group_by_length": "false", "max_grad_norm": 0}
+    one = train("one", per_device_train_batch_size=8, **options)
+    four = train("four", per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
+    assert history(four)[0]["train_loss"] == pytest.approx(history(one)[0]["train_loss"], rel=1e-5)
+    assert history(four)[0]["step"] == 1
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(four)[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_loss_is_the_mean_over_learnt_tokens():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))
+    labels[0, :2] = labels[1, 3:] = -100
+    kept = labels != -100
+    expected = -torch.log_softmax(logits, -1)[kept].gather(1, labels[kept].unsqueeze(1)).mean()
+    outputs = type("Outputs", (), {"logits": logits})
+    torch.testing.assert_close(caption_loss(outputs, labels), expected)
+    torch.testing.assert_close(caption_loss(outputs, labels, num_items_in_batch=12), expected * 6 / 12)
+
+
+def test_resumed_run_ends_on_the_same_weights(train, tmp_path):
+    """With an encoder that learns, whose weights transformers saves under other names, and dropout, which draws."""
+    options = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "load_best_model_at_end": "false"}
+    options |= {"freeze_encoder": "false", "dropout": 0.1}
+    undisturbed = train("undisturbed", **options)
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(undisturbed / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    resumed = train("resumed", resume_from_checkpoint="last", **options)
+    for name, value in weights(undisturbed).items():
+        assert torch.equal(weights(resumed)[name], value), name
+    kept = [
+        [{key: value for key, value in row.items() if "seconds" not in key} for row in history(folder)]
+        for folder in (undisturbed, resumed)
+    ]
+    assert len(kept[0]) == 3 and kept[0] == kept[1]
+
+
+def test_gold_captions_never_reach_generate_and_the_prompt_does(train, monkeypatch):
+    given, plain_generate = [], VisionEncoderDecoderModel.generate
+
+    def watched(model, *args, **kwargs):
+        given.append((args, set(kwargs)))
+        sequences = plain_generate(model, *args, **kwargs)
+        starts.append(sequences[:, 1:-1].tolist())
+        return sequences
+
+    starts = []
+    monkeypatch.setattr(VisionEncoderDecoderModel, "generate", watched)
+    folder = train("watched", prompt="red green", generation_max_length=2)
+    assert given and all(call == ((), {"encoder_outputs"}) for call in given)
+    _, processor = load_captioner(str(folder))
+    prompt_ids = processor.tokenizer("red green", add_special_tokens=False).input_ids
+    assert all(row[: len(prompt_ids)] == prompt_ids for rows in starts for row in rows)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_only_what_shall_learn_moves(train, tmp_path, part):
+    """A frozen encoder stays; one that is not frozen learns at its own rate, here the only one above zero."""
+    options = {"encoder": {"freeze_encoder": "false", "learning_rate": 0, "encoder_learning_rate": 1e-3}, "decoder": {}}
+    trained = VisionEncoderDecoderModel.from_pretrained(train("trained", **options[part])).state_dict()
+    arguments = train_vit_gpt2.ViTGPT2Arguments(
+        pretrained_encoder=False,
+        pretrained_decoder=False,
+        image_size=32,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        dropout=0.0,
+    )
+    _, processor = load_captioner(str(tmp_path / "trained"))
+    torch.manual_seed(42)
+    first = train_vit_gpt2.build_model(arguments, processor.tokenizer)[0].state_dict()
+    moved = {name for name in first if not torch.equal(trained[name], first[name])}
+    frozen_names = {"decoder.transformer.h.0.attn.bias"}
+    assert moved == {name for name in first if name.startswith(part)} - frozen_names
+
+
+def test_cached_features_train_as_pictures_do(train):
+    options = {"learning_rate": 1e-2, "num_train_epochs": 12, "eval_epochs": 12, "save_epochs": 12}
+    cached, uncached = (train(name, cache_features=name, **options) for name in ("true", "false"))
+    for name in ("train_loss", "eval_loss"):
+        assert history(cached)[-1][name] == pytest.approx(history(uncached)[-1][name], rel=1e-3)
+
+
+def test_training_and_validation_measure_the_same_loss(train):
+    """The same captions in both splits and nothing learnt: training, which skips the prompt, must come to the same."""
+    (row,) = history(train("measured", learning_rate=0))
+    assert row["train_loss"] == pytest.approx(row["eval_loss"], rel=1e-5)
+
+
+def test_stops_early_and_keeps_the_first_of_equals(train):
+    folder = train("stopped", learning_rate=0, num_train_epochs=9, early_stopping_patience=1)
+    assert [row["epoch"] for row in history(folder)] == [1, 2]
+    assert json.loads((folder / "results.json").read_text())["train"]["epochs"] == 2
+
+
+def test_pretrained_parts_and_decoders_own_tokenizer(train, tmp_path):
+    """Folders of trained parts, the tokenizer without a pad token as GPT-2's is; captions too long for it are cut."""
+    _, processor = load_captioner(str(train("source")))
+    tokenizer = processor.tokenizer
+    encoder = encoder_config(32, 16, 32, 1, 2)
+    decoder = decoder_config(len(tokenizer), 32, 1, 2)
+    decoder.n_positions = 8
+    parts = build_vit_gpt2(encoder, decoder, tokenizer)
+    parts.encoder.save_pretrained(tmp_path / "encoder")
+    vit_image_processor(encoder).save_pretrained(tmp_path / "encoder")
+    parts.decoder.save_pretrained(tmp_path / "decoder")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    folder = train(
+        "pretrained",
+        **{"encoder": tmp_path / "encoder", "decoder": tmp_path / "decoder", "learning_rate": 0, "prompt": "a"},
+        **{"pretrained_encoder": "true", "pretrained_decoder": "true"},
+    )
+    saved = VisionEncoderDecoderModel.from_pretrained(folder).state_dict()
+    for name, value in parts.state_dict().items():
+        assert torch.equal(saved[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"resume_from_checkpoint": "no/such/folder"}, "--resume_from_checkpoint no/such/folder"),
+        ({"dataset": "no/such/data"}, "no/such/data"),
+        ({"num_attention_heads": 5}, "5"),
+    ],
+)
+def test_wrong_options_end_in_one_sentence(train, capsys, options, sentence):
+    with pytest.raises(SystemExit) as ended:
+        train("wrong", **options)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and len(lines) == 1 and sentence in lines[0]
+
+
+def test_history_joins_what_was_logged_at_one_step():
+    logged = [
+        {"epoch": 1.0, "step": 5, "train_seconds": 2.0},
+        {"epoch": 1.0, "step": 5, "loss": 3.0},
+        {"epoch": 1.0, "step": 5, "eval_loss": 2.5, "eval_cider": 0.1},
+        {"epoch": 2.0, "step": 10, "loss": 2.0},
+        {"epoch": 2.0, "step": 10, "train_runtime": 9.0, "train_loss": 2.5},
+    ]
+    assert history_rows(logged) == [
+        {"epoch": 1.0, "step": 5, "train_seconds": 2.0, "train_loss": 3.0, "eval_loss": 2.5, "cider": 0.1},
+        {"epoch": 2.0, "step": 10, "train_loss": 2.0},
+    ]

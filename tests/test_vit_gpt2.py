@@ -1,0 +1,283 @@
+"""Laws of system B's model: what is built, what a caption is made of, what comes back in another process."""
+
+import json
+import math
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2TokenizerFast,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from data_scripts.caption_batches import CaptionCollator, CaptionPairs
+from modeling.captioner import generate_captions, load_captioner, save_captioner, start_token_ids
+from modeling.processing import build_processor
+from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220)}
+CAPTIONS = {name: f"a picture that is all {name} , {'very ' * length}{name} ." for length, name in enumerate(COLOURS)}
+PROMPT = "Image Caption:"
+END = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A tokenizer of GPT-2's kind: bytes, one special token that begins, ends and (set by us) pads."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    raw.train_from_iterator([*CAPTIONS.values(), *map(" {}".format, CAPTIONS.values()), PROMPT], trainer)
+    return GPT2TokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END, unk_token=END, pad_token=END)
+
+
+@pytest.fixture
+def build(tokenizer):
+    """Makes a small captioner with random weights, always the same for the same options."""
+
+    def build_small(prompt: str = PROMPT, freeze_encoder: bool = False, width: int = 32):
+        torch.manual_seed(0)
+        encoder = encoder_config(32, 16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        decoder = decoder_config(len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=4)
+        model = build_vit_gpt2(encoder, decoder, tokenizer, prompt, freeze_encoder, dropout=0.0)
+        model.generation_config.update(max_length=24)
+        return model, build_processor(vit_image_processor(encoder), tokenizer)
+
+    return build_small
+
+
+@pytest.fixture
+def rows():
+    pictures = [Image.new("RGB", (40, 30), colour) for colour in COLOURS.values()]
+    texts = [[CAPTIONS[name]] for name in COLOURS]
+    return datasets.Dataset.from_dict({"image": pictures, "captions": texts}).cast_column("image", datasets.Image())
+
+
+def batch_of(rows, processor, model, picked=(0, 1, 2), **options) -> dict:
+    pairs = CaptionPairs(rows, processor.tokenizer, start_ids=start_token_ids(model), **options)
+    batch = CaptionCollator(processor)(pairs.__getitems__(list(picked)))
+    batch.pop("index")
+    return batch
+
+
+def nats(model, batch: dict) -> torch.Tensor:
+    """Loss of each caption, summed over its tokens."""
+    labels = batch["labels"]
+    logits = model(pixel_values=batch["pixel_values"], decoder_input_ids=batch["decoder_input_ids"]).logits
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    return losses.sum(dim=1)
+
+
+def test_shapes_and_sizes_are_the_reports():
+    """ViT-base at 224 pixels and GPT-2 small with cross attention, without memory or time for the weights."""
+
+    class Vocabulary:
+        bos_token_id = eos_token_id = pad_token_id = 50256
+
+        def __len__(self):
+            return 50257
+
+        def __call__(self, text, **options):
+            return type("Encoding", (), {"input_ids": [5159, 11]})
+
+    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    with torch.device("meta"):
+        model = build_vit_gpt2(encoder_config(224, 16, **sizes), decoder_config(50257, **sizes), Vocabulary(), PROMPT)
+        outputs = model(torch.zeros(2, 3, 224, 224), decoder_inputs_embeds=torch.zeros(2, 7, 768))
+    assert outputs.encoder_last_hidden_state.shape == (2, 197, 768)
+    assert outputs.logits.shape == (2, 7, 50257)
+    # google/vit-base-patch16-224 without head and pooler; openai-community/gpt2 and twelve layers of cross attention.
+    assert model.encoder.num_parameters() == 85_798_656
+    assert model.decoder.num_parameters() == 124_439_808 + 12 * (4 * 768 * 768 + 4 * 768 + 2 * 768)
+
+
+def test_first_loss_is_log_of_the_vocabulary(build, rows):
+    model, processor = build()
+    batch = batch_of(rows, processor, model)
+    loss = nats(model, batch).sum() / (batch["labels"] != -100).sum()
+    assert loss.item() == pytest.approx(math.log(len(processor.tokenizer)), rel=0.03)
+
+
+@pytest.mark.parametrize("has_cross_attention", [False, True])
+def test_pretrained_weights_survive_construction(tmp_path, tokenizer, has_cross_attention):
+    vit = ViTModel(ViTConfig(**VIT_SIZES))  # with a pooler, as they are on the Hub
+    gpt2 = GPT2LMHeadModel(GPT2Config(**GPT2_SIZES, vocab_size=len(tokenizer), add_cross_attention=has_cross_attention))
+    vit.save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    model = build_vit_gpt2(str(tmp_path / "vit"), str(tmp_path / "gpt2"), tokenizer)
+    assert type(model) is VisionEncoderDecoderModel
+    assert not [name for name, _ in model.encoder.named_parameters() if "pooler" in name]
+    for part, source in ((model.encoder, vit), (model.decoder, gpt2)):
+        theirs = source.state_dict()
+        shared = [name for name in part.state_dict() if name in theirs]
+        assert len(shared) >= len(theirs) - 2  # all but the pooler's two
+        for name in shared:
+            assert torch.equal(part.state_dict()[name], theirs[name]), name
+    assert [name for name in model.state_dict() if "crossattention" in name]
+    assert model.enc_to_dec_proj.weight.shape == (48, 32)
+    assert vit_image_processor(str(tmp_path / "vit")).size["height"] == 32
+
+
+def test_caption_is_start_prompt_text_and_end(build, rows):
+    model, processor = build()
+    tokenizer = processor.tokenizer
+    pairs = CaptionPairs(rows, tokenizer, start_ids=start_token_ids(model))
+    item = pairs.tokens(1)
+    assert tokenizer.decode(item["decoder_input_ids"]) == f"{END}{PROMPT} {CAPTIONS['green']}"
+    num_prompt = len(tokenizer(PROMPT).input_ids)
+    assert item["labels"][:num_prompt] == [-100] * num_prompt
+    assert tokenizer.decode(item["labels"][num_prompt:]) == f" {CAPTIONS['green']}{END}"
+    whole = CaptionPairs(rows, tokenizer, start_ids=start_token_ids(model), loss_on_prompt=True).tokens(1)
+    assert tokenizer.decode(whole["labels"]) == f"{PROMPT} {CAPTIONS['green']}{END}"
+    plain = CaptionPairs(rows, tokenizer).tokens(1)
+    assert tokenizer.decode(plain["decoder_input_ids"] + plain["labels"][-1:]) == f"{END}{CAPTIONS['green']}{END}"
+
+
+def test_end_survives_truncation_and_is_a_target(build, rows):
+    model, processor = build()
+    pairs = CaptionPairs(rows, processor.tokenizer, max_length=5, start_ids=start_token_ids(model))
+    assert pairs.lengths.tolist() == [5, 5, 5]
+    assert all(pairs.tokens(index)["labels"][-1] == processor.tokenizer.eos_token_id for index in range(3))
+    batch = batch_of(rows, processor, model)  # of unequal lengths, the end's id being the pad's too
+    ends = (batch["labels"] == processor.tokenizer.eos_token_id).sum(dim=1)
+    assert ends.tolist() == [1, 1, 1]
+
+
+def test_padding_changes_no_captions_loss(build, rows):
+    model, processor = build()
+    model.eval()
+    together = nats(model, batch_of(rows, processor, model))
+    alone = torch.cat([nats(model, batch_of(rows, processor, model, [index])) for index in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_without_prompt_the_loss_is_transformers_own(build, rows):
+    model, processor = build(prompt="")
+    batch = batch_of(rows, processor, model)
+    ours = nats(model, batch).sum() / (batch["labels"] != -100).sum()
+    theirs = model(pixel_values=batch["pixel_values"], labels=batch["labels"]).loss  # shifts the labels itself
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_encoder_stays_as_it_is_in_train(build, rows):
+    model, processor = build(freeze_encoder=True)
+    for module in model.encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model.train()
+    pixels = batch_of(rows, processor, model)["pixel_values"]
+    first, second = (model.encoder(pixels).last_hidden_state for _ in range(2))
+    assert torch.equal(first, second)
+    assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
+    assert all(parameter.requires_grad for parameter in model.decoder.parameters())
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+def test_memorised_pictures_come_back_without_the_prompt(build, rows, prompt):
+    model, processor = build(prompt=prompt)
+    model.generation_config.update(max_length=48)
+    batch = batch_of(rows, processor, model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (nats(model, batch).sum() / 30).backward()
+        optimizer.step()
+    model.eval()
+    made = generate_captions(model, processor, {"pixel_values": batch["pixel_values"]})
+    assert made == [{"caption": text, "ended": True} for text in CAPTIONS.values()]
+    states = BaseModelOutput(last_hidden_state=model.encoder(batch["pixel_values"]).last_hidden_state)
+    assert generate_captions(model, processor, {"encoder_outputs": states}) == made
+
+
+FRESH_PROCESS = """
+import sys, json, torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, VisionEncoderDecoderModel
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+inputs = processor(images=Image.new("RGB", (40, 30), (220, 30, 30)), return_tensors="pt")
+models = [kind.from_pretrained(sys.argv[1]) for kind in (VisionEncoderDecoderModel, AutoModelForImageTextToText)]
+ids = [model.generate(**inputs, **options).tolist() for model in models for options in ({}, {"num_beams": 3})]
+print(json.dumps(ids))
+"""
+
+
+def test_fresh_process_starts_from_the_prompt_and_captions_the_same(build, tmp_path, rows):
+    model, processor = build(width=48)
+    save_captioner(model, processor, tmp_path / "saved")
+    (tmp_path / "elsewhere").mkdir()
+    made = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, str(tmp_path / "saved")],
+        cwd=tmp_path / "elsewhere",
+        env={"PYTHONPATH": "", "PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    pixels = batch_of(rows, processor, model, [0])["pixel_values"]
+    ours = [model.eval().generate(pixel_values=pixels, **options).tolist() for options in ({}, {"num_beams": 3})]
+    assert json.loads(made.stdout) == ours * 2
+    start_ids = [processor.tokenizer.bos_token_id, *processor.tokenizer(PROMPT).input_ids]
+    assert ours[0][0][: len(start_ids)] == start_ids
+
+
+@pytest.mark.parametrize("has_generation_config", [False, True])
+def test_checkpoint_of_the_time_before_processors(tmp_path, tokenizer, has_generation_config):
+    """A folder as nlpconnect/vit-gpt2-image-captioning is: three parts, no processor config, ids in config.json."""
+    config = VisionEncoderDecoderConfig(
+        encoder=ViTConfig(**VIT_SIZES).to_dict(),
+        decoder=GPT2Config(
+            **GPT2_SIZES, vocab_size=len(tokenizer), is_decoder=True, add_cross_attention=True, bos_token_id=0
+        ).to_dict(),
+    )
+    torch.manual_seed(1)
+    model = VisionEncoderDecoderModel(config).eval()
+    special_ids = {"decoder_start_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": 0}
+    model.config.update(special_ids)
+    model.generation_config.update(**special_ids)
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if not has_generation_config:
+        (tmp_path / "generation_config.json").unlink()
+    assert not (tmp_path / "processor_config.json").exists()
+
+    loaded, processor = load_captioner(str(tmp_path))
+    pixels = processor(images=Image.new("RGB", (40, 30), (30, 50, 220)), return_tensors="pt")["pixel_values"]
+    options = {"max_length": 20, "min_new_tokens": 15, "no_repeat_ngram_size": 1}  # random weights say one thing only
+    (made,) = generate_captions(loaded, processor, {"pixel_values": pixels}, **options)
+    ids = model.generate(pixel_values=pixels, **options)[0]
+    assert made["caption"] == tokenizer.decode(ids, skip_special_tokens=True).strip() != ""
+    assert start_token_ids(loaded) == [0]
+
+
+def test_tokenizer_larger_than_the_decoder_is_refused(tokenizer):
+    small = GPT2Config(**GPT2_SIZES, vocab_size=len(tokenizer) - 1)
+    with pytest.raises(ValueError, match="give --tokenizer the one the decoder was trained with"):
+        build_vit_gpt2(ViTConfig(**VIT_SIZES), small, tokenizer)
+
+
+VIT_SIZES = {
+    "image_size": 32,
+    "patch_size": 16,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+GPT2_SIZES = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}

@@ -1,0 +1,479 @@
+"""System B: train ViT + GPT-2 to caption pictures, under Seq2SeqTrainer.
+
+    accelerate launch train_vit_gpt2.py recipes/vit_gpt2_report.yaml --dataset data/paragraphs --output_dir outputs/vit_gpt2
+
+A recipe sets the options, the command line overrides it, `--help` lists them.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoTokenizer,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    VisionEncoderDecoderModel,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from data_scripts import load_captions
+from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures
+from data_scripts.command_line import one_line_errors
+from data_scripts.features import cache_features, encoder_fingerprint
+from data_scripts.train_tokenizer import train_tokenizer
+from metrics import CaptionScorer
+from modeling.captioner import caption_pictures, save_captioner, start_token_ids
+from modeling.processing import build_processor
+from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
+from recipes import DataArguments, parse_recipe
+from reporting.curves import draw_curves
+from reporting.model_card import write_model_card
+from reporting.report import command_line, write_report
+from reporting.results import write_history
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ViTGPT2Arguments:
+    """The model; the defaults are the report's."""
+
+    encoder: str = field(
+        default="google/vit-base-patch16-224-in21k", metadata={"help": "Hub id or local folder of the encoder."}
+    )
+    decoder: str = field(default="gpt2", metadata={"help": "Hub id or local folder of the decoder."})
+    pretrained_encoder: bool = field(
+        default=True, metadata={"help": "Load `encoder`; else a ViT of the sizes below is made, with random weights."}
+    )
+    pretrained_decoder: bool = field(
+        default=True, metadata={"help": "Load `decoder`; else a GPT-2 of the sizes below is made, with random weights."}
+    )
+    freeze_encoder: bool = field(default=True, metadata={"help": "Train nothing of the encoder."})
+    prompt: str = field(default="Image Caption:", metadata={"help": "Text every caption starts with; '' for none."})
+    loss_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompt as well."})
+    dropout: float | None = field(
+        default=None, metadata={"help": "Share of the decoder's values zeroed in training; its own if not given."}
+    )
+    image_size: int = field(default=224, metadata={"help": "Side of the pictures a made ViT sees, in pixels."})
+    patch_size: int = field(default=16, metadata={"help": "Side of the patches it cuts them into, in pixels."})
+    hidden_size: int = field(default=768, metadata={"help": "Width of a made ViT and of a made GPT-2."})
+    num_hidden_layers: int = field(default=12, metadata={"help": "Layers of either."})
+    num_attention_heads: int = field(default=12, metadata={"help": "Attention heads in a layer of either."})
+    vocab_size: int = field(
+        default=8000, metadata={"help": "Tokens of the tokenizer that is trained for a made GPT-2 if none is given."}
+    )
+
+
+@dataclass
+class LoopArguments(Seq2SeqTrainingArguments):
+    """The training loop: transformers' own options, with system A's where it has more."""
+
+    output_dir: str = field(default="outputs/vit_gpt2", metadata={"help": "Where model, results and checkpoints go."})
+    num_train_epochs: float = field(default=30, metadata={"help": "Times each caption is seen."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Captions a step on each device."})
+    per_device_eval_batch_size: int = field(
+        default=64, metadata={"help": "Captions or pictures at once in evaluation."}
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "Of AdamW, at its highest."})
+    encoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of an encoder that is not frozen; the common one if not given."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "constant, constant_with_warmup, cosine, linear."}
+    )
+    eval_epochs: int = field(default=1, metadata={"help": "Epochs between two evaluations."})
+    save_epochs: int = field(default=1, metadata={"help": "Epochs between two checkpoints."})
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Leave the model of the best validation CIDEr in output_dir, else the last."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better validation CIDEr."}
+    )
+    no_repeat_ngram_size: int = field(
+        default=0, metadata={"help": "No run of so many tokens is generated twice; 0 allows all."}
+    )
+    report_to: str = field(default="tensorboard", metadata={"help": "Trackers, with commas between; or none."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When the training loss is logged."})
+
+    # What the loop below relies on is no option: pictures are no argument of `forward`, epochs decide on evaluation and
+    # checkpoints, the Hub gets a whole output_dir at the end, and a loss that is not a number must be seen.
+    remove_unused_columns: bool = field(default=False, init=False)
+    eval_strategy: str = field(default="no", init=False)
+    save_strategy: str = field(default="no", init=False)
+    metric_for_best_model: str = field(default="cider", init=False)
+    greater_is_better: bool = field(default=True, init=False)
+    hub_strategy: str = field(default="end", init=False)
+    logging_nan_inf_filter: bool = field(default=False, init=False)
+    dataloader_num_workers: int = field(default=0, init=False)  # stands among the data's options
+
+    def __post_init__(self):
+        self.report_to = [name for name in self.report_to.split(",") if name != "none"]
+        super().__post_init__()
+        self.dataloader_pin_memory &= torch.cuda.is_available()
+
+
+def main(argv: list[str] | None = None) -> None:
+    # ---- Arguments --------------------------------------------------------------------------------------------------
+    data_args, model_args, args = parse_recipe((DataArguments, ViTGPT2Arguments, LoopArguments), argv, __doc__)
+    args.dataloader_num_workers = data_args.dataloader_num_workers
+    options = {**vars(data_args), **vars(model_args), **args.to_sanitized_dict()}
+
+    # ---- Accelerator and seed ---------------------------------------------------------------------------------------
+    logging.basicConfig(level=logging.INFO if args.local_process_index == 0 else logging.WARNING, format="%(message)s")
+    transformers.logging.disable_progress_bar()  # loading and saving take a second
+    set_seed(args.seed)
+
+    # ---- Data -------------------------------------------------------------------------------------------------------
+    with one_line_errors():
+        resume_from = checkpoint_to_resume(args)
+        dataset = load_captions(data_args.dataset)
+        if data_args.max_train_pictures:
+            dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
+        training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
+        tokenizer_name = data_args.tokenizer or (model_args.decoder if model_args.pretrained_decoder else None)
+        tokenizer = load_tokenizer(tokenizer_name, training_captions, model_args.vocab_size)
+
+        # ---- Model --------------------------------------------------------------------------------------------------
+        model, processor = build_model(model_args, tokenizer)
+    model.to(args.device)
+    features = dict.fromkeys(dataset)
+    if data_args.cache_features and model_args.freeze_encoder:
+        features = encode_splits(dataset, model, processor)
+    start_ids = start_token_ids(model)
+    room = model.config.decoder.max_position_embeddings - len(start_ids) + 1  # positions left for caption and EOS
+    max_length = min(data_args.max_caption_length or room, room)
+    pairs = {
+        split: CaptionPairs(
+            dataset[split], tokenizer, max_length, features[split], start_ids, model_args.loss_on_prompt
+        )
+        for split in ("train", "validation")
+    }
+    longest = args.generation_max_length or math.ceil(np.percentile(pairs["train"].lengths, 99))
+    model.generation_config.update(
+        max_length=min(longest, room) + len(start_ids),
+        num_beams=args.generation_num_beams or 1,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+    )
+
+    # ---- Optimiser --------------------------------------------------------------------------------------------------
+    step_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    val_rows, val_pictures = evaluation_rows(dataset["validation"], features["validation"], data_args.max_eval_pictures)
+    trainer = CaptionTrainer(
+        model,
+        args,
+        processor=processor,
+        sampler=CaptionSampler(pairs["train"].lengths, step_size, data_args.group_by_length, args.seed),
+        train_dataset=pairs["train"],
+        eval_dataset=pairs["validation"],
+        eval_pictures=val_pictures,
+        scorer=CaptionScorer(val_rows["captions"], training_captions),
+    )
+
+    # ---- Training ---------------------------------------------------------------------------------------------------
+    trainer.train(resume_from_checkpoint=resume_from)
+
+    # ---- Evaluation -------------------------------------------------------------------------------------------------
+    split = "test" if "test" in dataset else "validation"
+    captioner = model
+    if args.load_best_model_at_end:
+        captioner = VisionEncoderDecoderModel.from_pretrained(args.output_dir).to(args.device)
+    pictures = trainer.eval_loader(Pictures(dataset[split], features[split]))
+    captions = caption_pictures(captioner.eval(), processor, pictures, trainer.accelerator)
+
+    # ---- Saving -----------------------------------------------------------------------------------------------------
+    if trainer.is_world_process_zero():
+        if not args.load_best_model_at_end:
+            save_captioner(captioner, processor, args.output_dir)
+        texts, ended = [made["caption"] for made in captions], [made["ended"] for made in captions]
+        results = write_report(
+            args.output_dir,
+            rows=dataset[split],
+            dataset=Path(data_args.dataset).name,
+            split=split,
+            captions=texts,
+            scores=CaptionScorer(dataset[split]["captions"], training_captions).report(texts, ended),
+            decoding=captioner.generation_config,
+            train=training_cost(history_rows(trainer.state.log_history), len(pairs["train"])),
+        )
+        logger.info(json.dumps(results["metrics"]))
+        write_model_card(
+            args.output_dir,
+            kind="vit-gpt2",
+            model_name=args.hub_model_id or args.output_dir,
+            results=results,
+            command=command_line(),
+            options=options,
+            base_models=hub_names(model_args),
+        )
+
+
+def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: int):
+    """The tokenizer that is named, or one trained on the training captions, by one process for all."""
+    if name:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    else:
+        trained = [train_tokenizer(training_captions, vocab_size) if PartialState().is_main_process else None]
+        tokenizer = broadcast_object_list(trained)[0]
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # as with GPT-2; labels are masked by position, so EOS stays a target
+    return tokenizer
+
+
+def build_model(args: ViTGPT2Arguments, tokenizer) -> tuple:
+    """Model and processor: the trained parts named, or parts made of the sizes given."""
+    sizes = {
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": args.num_hidden_layers,
+        "num_attention_heads": args.num_attention_heads,
+    }
+    encoder = args.encoder
+    if not args.pretrained_encoder:
+        encoder = encoder_config(args.image_size, args.patch_size, **sizes)
+    decoder = args.decoder if args.pretrained_decoder else decoder_config(len(tokenizer), **sizes)
+    model = build_vit_gpt2(encoder, decoder, tokenizer, args.prompt, args.freeze_encoder, args.dropout)
+    return model, build_processor(vit_image_processor(encoder), tokenizer)
+
+
+def hub_names(args: ViTGPT2Arguments) -> list[str]:
+    """Hub ids of the pretrained parts, for the card; none for random weights or a folder of one machine."""
+    parts = ((args.encoder, args.pretrained_encoder), (args.decoder, args.pretrained_decoder))
+    return [name for name, pretrained in parts if pretrained and not os.path.isdir(name)]
+
+
+def encode_splits(dataset: datasets.DatasetDict, model, processor) -> dict:
+    """The frozen encoder's output for every picture of every split."""
+    encoder = model.encoder.eval()
+    fingerprint = encoder_fingerprint(encoder, processor.image_processor)
+    return {
+        split: cache_features(
+            rows,
+            lambda pixels: encoder(pixels).last_hidden_state,
+            processor.image_processor,
+            fingerprint,
+            device=model.device,
+        )
+        for split, rows in dataset.items()
+    }
+
+
+def evaluation_rows(rows: datasets.Dataset, features: datasets.Dataset | None, num_pictures: int | None) -> tuple:
+    """The pictures captioned at each evaluation, evenly spread over the split and always the same, as rows and as items."""
+    if num_pictures and num_pictures < len(rows):
+        chosen = np.linspace(0, len(rows) - 1, num_pictures).round().astype(int)
+        rows = rows.select(chosen)
+        features = features and features.select(chosen)
+    return rows, Pictures(rows, features)
+
+
+def caption_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Cross entropy, in nats a token.
+
+    Args:
+        outputs: With `logits` (batch, length, vocabulary).
+        labels: int64 (batch, length), -100 where nothing is to be learnt.
+        num_items_in_batch: Divisor of the summed loss: the labels of a whole step, so that accumulated batches weigh as
+            many tokens as they have; the batch's own count where None.
+        label_smoothing: Share of each label spread over the vocabulary.
+    """
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != -100).sum()
+    logits = outputs.logits.flatten(0, 1).float()  # (batch x length, vocabulary)
+    nats = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum", label_smoothing=label_smoothing)
+    return nats / num_items_in_batch
+
+
+class CaptionTrainer(Seq2SeqTrainer):
+    """Seq2SeqTrainer, with what it gets wrong for captions put right.
+
+    Its own evaluation hands the gold captions to `generate()`, drops the prompt, and keeps every logit of the split: `evaluate`
+    goes the way of `generate_captions` instead, as system A does. VisionEncoderDecoder's own loss does not divide by the tokens of
+    all accumulated batches: `caption_loss` does.
+    """
+
+    def __init__(self, model, args: LoopArguments, *, processor, sampler, eval_pictures, scorer, **kwargs):
+        super().__init__(
+            model,
+            args,
+            processing_class=processor,
+            data_collator=CaptionCollator(processor),
+            compute_loss_func=partial(caption_loss, label_smoothing=args.label_smoothing_factor),
+            callbacks=[EpochEnds()],
+            **kwargs,
+        )
+        self.processor = processor
+        self.sampler = sampler
+        self.eval_pictures = eval_pictures
+        self.scorer = scorer
+
+    def _get_train_sampler(self, train_dataset=None) -> CaptionSampler:
+        return self.sampler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        # A ViT's weights are saved under older names than its modules have. `from_pretrained` knows them; the Trainer's own
+        # way takes them for missing, and goes on with the encoder it happens to have.
+        saved = VisionEncoderDecoderModel.from_pretrained(resume_from_checkpoint).state_dict()
+        self.model.load_state_dict({name: saved[name] for name in self.model.state_dict()})
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As always, but an encoder that is not frozen may have a learning rate of its own."""
+        optimizer = super().create_optimizer(model)
+        if self.args.encoder_learning_rate is not None:
+            encoder = set(self.model.encoder.parameters())
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if parameter in encoder]
+                group["params"] = [parameter for parameter in group["params"] if parameter not in encoder]
+                optimizer.add_param_group({**group, "params": own, "lr": self.args.encoder_learning_rate})
+        return optimizer
+
+    def compute_loss(self, model, inputs: dict, **kwargs):
+        """As always, but the vocabulary is scored only at positions where something is learnt: not over a masked prompt."""
+        learnt = (inputs["labels"] != -100).any(dim=0).nonzero().flatten()
+        inputs = inputs | {"labels": inputs["labels"][:, learnt], "decoder_logits_to_keep": learnt}
+        inputs.pop("index")  # no argument of the model's
+        return super().compute_loss(model, inputs, **kwargs)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Validation loss, scores of generated captions, and what they cost; the model is kept if its CIDEr is the best."""
+        model = self.model.eval()
+        metrics = {"loss": self.validation_loss(model)} | self.score_captions(model)
+        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        ciders = [entry["eval_cider"] for entry in self.state.log_history if "eval_cider" in entry]
+        since_best = len(ciders) - 1 - int(np.argmax(ciders))
+        if since_best == 0 and self.args.load_best_model_at_end and self.is_world_process_zero():
+            save_captioner(model, self.processor, self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        patience = self.args.early_stopping_patience
+        if patience and since_best >= patience:
+            logger.info(f"No better validation CIDEr for {since_best} evaluations: stopping.")
+            self.control.should_training_stop = self.control.should_save = True
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.inference_mode()
+    def validation_loss(self, model) -> float:
+        """Mean loss over all tokens of the validation captions, in nats."""
+        totals = torch.zeros(2, device=self.args.device)
+        for batch in self.eval_loader(self.eval_dataset):
+            labels = batch.pop("labels")
+            batch.pop("index")
+            with self.compute_loss_context_manager():
+                nats = caption_loss(model(**batch), labels, num_items_in_batch=1)
+            totals += torch.stack([nats, (labels != -100).sum()])
+        nats, tokens = self.accelerator.reduce(totals)
+        return (nats / tokens).item()
+
+    def score_captions(self, model) -> dict:
+        """Caption the validation pictures and score them, and the captions dealt to other pictures beside."""
+        started = time.perf_counter()
+        loader = self.eval_loader(self.eval_pictures)
+        captions = [made["caption"] for made in caption_pictures(model, self.processor, loader, self.accelerator)]
+        generated = time.perf_counter()
+        scores = self.scorer.score(captions)
+        return {
+            **scores,
+            "blind_cider": self.scorer.score(self.scorer.deal(captions))["cider"],
+            "generation_seconds": round(generated - started, 2),
+            "scoring_seconds": round(time.perf_counter() - generated, 2),
+        }
+
+    def eval_loader(self, items) -> DataLoader:
+        loader = DataLoader(
+            items,
+            self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        return prepare_data_loader(loader, self.args.device, put_on_device=True, even_batches=False)
+
+
+class EpochEnds(TrainerCallback):
+    """What happens between two epochs: evaluation and checkpoint when they are due, history and curves."""
+
+    def on_epoch_begin(self, args: LoopArguments, state, control, **kwargs):
+        write_curves(args, state)
+        self.started = time.perf_counter()
+
+    def on_epoch_end(self, args: LoopArguments, state, control, **kwargs):
+        epoch = round(state.epoch)
+        last = state.global_step >= state.max_steps
+        control.should_evaluate = epoch % args.eval_epochs == 0 or last
+        control.should_save = epoch % args.save_epochs == 0 or last
+        # Kept with the logs, a checkpoint remembers it.
+        seconds = round(time.perf_counter() - self.started, 2)
+        state.log_history.append({"epoch": state.epoch, "step": state.global_step, "train_seconds": seconds})
+
+    def on_log(self, args: LoopArguments, state, control, logs=None, **kwargs):
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise SystemExit(
+                f"error: the loss is {logs['loss']} in epoch {state.epoch:.3g}; lower --learning_rate (now {args.learning_rate})"
+            )
+
+    def on_train_end(self, args: LoopArguments, state, control, **kwargs):
+        write_curves(args, state)
+
+
+def write_curves(args: LoopArguments, state) -> None:
+    """history.json and curves.png of what has been logged so far."""
+    history = history_rows(state.log_history)
+    if history and state.is_world_process_zero:
+        write_history(args.output_dir, history)
+        draw_curves(args.output_dir, history)
+
+
+def history_rows(log_history: list[dict]) -> list[dict]:
+    """What the Trainer has logged, as system A's history has it: one row for each step at which something was."""
+    names = {"loss": "train_loss", "eval_loss": "eval_loss"}
+    rows = {}
+    for entry in log_history:
+        if "train_runtime" in entry:  # the Trainer's summary at the end
+            continue
+        row = rows.setdefault(entry["step"], {"epoch": round(entry["epoch"], 4), "step": entry["step"]})
+        logged = {name: value for name, value in entry.items() if name not in ("epoch", "step")}
+        row |= {names.get(name, name.removeprefix("eval_")): value for name, value in logged.items()}
+    return list(rows.values())
+
+
+def training_cost(history: list[dict], num_captions: int) -> dict:
+    """What results.json tells of the training; evaluation and the encoding of pictures are not counted in."""
+    epochs, seconds = history[-1]["epoch"], sum(row.get("train_seconds", 0.0) for row in history)
+    return {
+        "epochs": epochs,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(epochs * num_captions / seconds, 1),
+    }
+
+
+def checkpoint_to_resume(args: LoopArguments) -> str | None:
+    """The folder that `--resume_from_checkpoint` means."""
+    folder = args.resume_from_checkpoint
+    if folder == "last":
+        folder = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if folder is None:
+            logger.info(f"{args.output_dir} holds no checkpoint: starting from the beginning.")
+    elif folder is not None and not (Path(folder) / "trainer_state.json").is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {folder}: there is no checkpoint; give a checkpoint folder or `last`"
+        )
+    return folder
+
+
+if __name__ == "__main__":
+    main()
