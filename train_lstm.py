@@ -67,7 +67,8 @@ class LSTMArguments:
     num_hidden_layers: int = field(default=3, metadata={"help": "LSTM layers."})
     dropout: float = field(default=0.0, metadata={"help": "Share of the LSTM's inputs and outputs zeroed in training."})
     attention: bool = field(
-        default=False, metadata={"help": "Look at the places of the encoder's grid at each word, not at its summary alone."}
+        default=False,
+        metadata={"help": "Look at the places of the encoder's grid at each word, not at its summary alone."},
     )
     vocab_size: int = field(
         default=8000, metadata={"help": "Tokens of the tokenizer that is trained if none is given."}
@@ -159,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
+        resume_from = checkpoint_to_resume(args)
         dataset = load_captions(data_args.dataset)
         if data_args.max_train_pictures:
             dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
@@ -202,9 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         return prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
 
     # ---- Training ---------------------------------------------------------------------------------------------------
-    progress = Progress()
-    if args.resume_from_checkpoint:
-        progress = load_checkpoint(accelerator, args)
+    progress = load_checkpoint(accelerator, resume_from) if resume_from else Progress()
     accelerator.init_trackers("logs", {name: value for name, value in options.items() if value is not None})
     val_rows, val_pictures = evaluation_rows(dataset["validation"], features["validation"], data_args.max_eval_pictures)
     scorer = CaptionScorer(val_rows["captions"], training_captions)
@@ -271,7 +271,10 @@ def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: i
 
 def build_model(args: LSTMArguments, tokenizer) -> tuple:
     """Model and processor, the encoder's trained weights loaded where they are wanted."""
-    backbone = timm.create_model(timm_source(args.encoder), pretrained=False, num_classes=0)
+    try:
+        backbone = timm.create_model(timm_source(args.encoder), pretrained=False, num_classes=0)
+    except RuntimeError as error:
+        raise ValueError(f"--encoder {args.encoder}: {error}; give a timm name, a Hub id or a local folder") from error
     config = InceptionLSTMConfig(
         encoder_name=backbone.pretrained_cfg["architecture"],
         freeze_encoder=args.freeze_encoder,
@@ -452,21 +455,27 @@ def save_checkpoint(accelerator, progress: Progress, args: LoopArguments) -> Non
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator, args: LoopArguments) -> Progress:
-    """Put model, optimiser, schedule and random states back as they were, and say where the run stood."""
-    folder = args.resume_from_checkpoint
-    if folder == "last":
+def checkpoint_to_resume(args: LoopArguments) -> Path | None:
+    """The folder that `--resume_from_checkpoint` means; None where there is nothing to resume."""
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "last":
         found = checkpoints(args.output_dir)
         if not found:
             logger.info(f"{args.output_dir} holds no checkpoint: starting from the beginning.")
-            return Progress()
-        folder = found[-1]
-    if not (Path(folder) / "progress.json").is_file():
-        raise SystemExit(
-            f"error: --resume_from_checkpoint {folder}: there is no checkpoint; give a checkpoint folder or `last`"
+        return found[-1] if found else None
+    folder = Path(args.resume_from_checkpoint)
+    if not (folder / "progress.json").is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {folder}: there is no checkpoint; give a checkpoint folder or `last`"
         )
+    return folder
+
+
+def load_checkpoint(accelerator, folder: Path) -> Progress:
+    """Put model, optimiser, schedule and random states back as they were, and say where the run stood."""
     accelerator.load_state(str(folder))
-    return Progress(**json.loads((Path(folder) / "progress.json").read_text()))
+    return Progress(**json.loads((folder / "progress.json").read_text()))
 
 
 def checkpoints(output_dir: str) -> list[Path]:
