@@ -20,7 +20,7 @@ demo: $(READY)
 		train_lstm.py recipes/lstm_demo.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 quality: $(READY)
 	$(BIN)/ruff check .

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import datasets
 import numpy as np
 import timm
 import torch
@@ -30,9 +29,9 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, get_scheduler
 
 from data_scripts import load_captions
-from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures
+from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
 from data_scripts.command_line import one_line_errors
-from data_scripts.features import cache_features, encoder_fingerprint
+from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import train_tokenizer
 from metrics import CaptionScorer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
@@ -42,6 +41,7 @@ from modeling.processing import build_processor, timm_image_processor
 from recipes import DataArguments, parse_recipe
 from reporting.curves import draw_curves
 from reporting.model_card import write_model_card
+from reporting.push import push_to_hub
 from reporting.report import command_line, write_report
 from reporting.results import write_history
 
@@ -150,7 +150,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     trackers = [name for name in args.report_to.split(",") if name != "none"]
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=trackers, project_dir=args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, log_with=trackers or None, project_dir=args.output_dir
+    )
     logging.basicConfig(
         level=logging.INFO if accelerator.is_local_main_process else logging.WARNING, format="%(message)s"
     )
@@ -172,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to(accelerator.device)
     features = dict.fromkeys(dataset)
     if data_args.cache_features and model_args.freeze_encoder:
-        features = encode_splits(dataset, model, processor)
+        features = encode_splits(dataset, model.encoder, processor.image_processor)
     pairs = {
         split: CaptionPairs(dataset[split], tokenizer, data_args.max_caption_length, features[split])
         for split in ("train", "validation")
@@ -206,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- Training ---------------------------------------------------------------------------------------------------
     progress = load_checkpoint(accelerator, resume_from) if resume_from else Progress()
     accelerator.init_trackers("logs", {name: value for name, value in options.items() if value is not None})
-    val_rows, val_pictures = evaluation_rows(dataset["validation"], features["validation"], data_args.max_eval_pictures)
+    val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], features["validation"])
     scorer = CaptionScorer(val_rows["captions"], training_captions)
     while progress.epoch < args.num_train_epochs:
         train_loss = train_epoch(accelerator, model, train_loader, optimizer, scheduler, progress, args)
@@ -215,7 +217,9 @@ def main(argv: list[str] | None = None) -> None:
         if progress.epoch % args.eval_epochs == 0 or last:
             captioner = accelerator.unwrap_model(model)
             row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"]))
-            row |= score_captions(accelerator, captioner, processor, eval_loader(val_pictures), scorer)
+            row |= score_captions(
+                accelerator, captioner, processor, eval_loader(Pictures(val_rows, val_features)), scorer
+            )
             keep_best(accelerator, captioner, processor, row, progress, args)
         record(accelerator, row, progress, args)
         stop = args.early_stopping_patience and progress.evaluations_since_best >= args.early_stopping_patience
@@ -258,6 +262,8 @@ def main(argv: list[str] | None = None) -> None:
             options=options,
             base_models=hub_names(model_args),
         )
+        if args.push_to_hub:
+            push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo)
     accelerator.end_training()
 
 
@@ -299,31 +305,6 @@ def hub_names(args: LSTMArguments) -> list[str]:
     if not args.pretrained_encoder or os.path.isdir(args.encoder):
         return []
     return [args.encoder if "/" in args.encoder else f"timm/{args.encoder}"]
-
-
-def encode_splits(dataset: datasets.DatasetDict, model, processor) -> dict:
-    """The frozen encoder's output for every picture of every split."""
-    encoder = model.encoder.eval()
-    fingerprint = encoder_fingerprint(encoder, processor.image_processor)
-    return {
-        split: cache_features(
-            rows,
-            lambda pixels: encoder(pixels).last_hidden_state,
-            processor.image_processor,
-            fingerprint,
-            device=model.device,
-        )
-        for split, rows in dataset.items()
-    }
-
-
-def evaluation_rows(rows: datasets.Dataset, features: datasets.Dataset | None, num_pictures: int | None) -> tuple:
-    """The pictures captioned at each evaluation, evenly spread over the split and always the same, as rows and as items."""
-    if num_pictures and num_pictures < len(rows):
-        chosen = np.linspace(0, len(rows) - 1, num_pictures).round().astype(int)
-        rows = rows.select(chosen)
-        features = features and features.select(chosen)
-    return rows, Pictures(rows, features)
 
 
 def parameter_groups(model, args: LoopArguments) -> list[dict]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -33,9 +32,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from data_scripts import load_captions
-from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures
+from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
 from data_scripts.command_line import one_line_errors
-from data_scripts.features import cache_features, encoder_fingerprint
+from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import train_tokenizer
 from metrics import CaptionScorer
 from modeling.captioner import caption_pictures, save_captioner, start_token_ids
@@ -44,6 +43,7 @@ from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vi
 from recipes import DataArguments, parse_recipe
 from reporting.curves import draw_curves
 from reporting.model_card import write_model_card
+from reporting.push import push_to_hub
 from reporting.report import command_line, write_report
 from reporting.results import write_history
 
@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     data_args, model_args, args = parse_recipe((DataArguments, ViTGPT2Arguments, LoopArguments), argv, __doc__)
     args.dataloader_num_workers = data_args.dataloader_num_workers
     options = {**vars(data_args), **vars(model_args), **args.to_sanitized_dict()}
+    push, args.push_to_hub = args.push_to_hub, False  # done once at the end, not by the Trainer
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     logging.basicConfig(level=logging.INFO if args.local_process_index == 0 else logging.WARNING, format="%(message)s")
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to(args.device)
     features = dict.fromkeys(dataset)
     if data_args.cache_features and model_args.freeze_encoder:
-        features = encode_splits(dataset, model, processor)
+        features = encode_splits(dataset, model.encoder, processor.image_processor)
     start_ids = start_token_ids(model)
     room = model.config.decoder.max_position_embeddings - len(start_ids) + 1  # positions left for caption and EOS
     max_length = min(data_args.max_caption_length or room, room)
@@ -174,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- Optimiser --------------------------------------------------------------------------------------------------
     step_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    val_rows, val_pictures = evaluation_rows(dataset["validation"], features["validation"], data_args.max_eval_pictures)
+    val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], features["validation"])
     trainer = CaptionTrainer(
         model,
         args,
@@ -182,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         sampler=CaptionSampler(pairs["train"].lengths, step_size, data_args.group_by_length, args.seed),
         train_dataset=pairs["train"],
         eval_dataset=pairs["validation"],
-        eval_pictures=val_pictures,
+        eval_pictures=Pictures(val_rows, val_features),
         scorer=CaptionScorer(val_rows["captions"], training_captions),
     )
 
@@ -222,6 +223,8 @@ def main(argv: list[str] | None = None) -> None:
             options=options,
             base_models=hub_names(model_args),
         )
+        if push:
+            push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo)
 
 
 def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: int):
@@ -255,31 +258,6 @@ def hub_names(args: ViTGPT2Arguments) -> list[str]:
     """Hub ids of the pretrained parts, for the card; none for random weights or a folder of one machine."""
     parts = ((args.encoder, args.pretrained_encoder), (args.decoder, args.pretrained_decoder))
     return [name for name, pretrained in parts if pretrained and not os.path.isdir(name)]
-
-
-def encode_splits(dataset: datasets.DatasetDict, model, processor) -> dict:
-    """The frozen encoder's output for every picture of every split."""
-    encoder = model.encoder.eval()
-    fingerprint = encoder_fingerprint(encoder, processor.image_processor)
-    return {
-        split: cache_features(
-            rows,
-            lambda pixels: encoder(pixels).last_hidden_state,
-            processor.image_processor,
-            fingerprint,
-            device=model.device,
-        )
-        for split, rows in dataset.items()
-    }
-
-
-def evaluation_rows(rows: datasets.Dataset, features: datasets.Dataset | None, num_pictures: int | None) -> tuple:
-    """The pictures captioned at each evaluation, evenly spread over the split and always the same, as rows and as items."""
-    if num_pictures and num_pictures < len(rows):
-        chosen = np.linspace(0, len(rows) - 1, num_pictures).round().astype(int)
-        rows = rows.select(chosen)
-        features = features and features.select(chosen)
-    return rows, Pictures(rows, features)
 
 
 def caption_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, label_smoothing: float = 0.0) -> torch.Tensor:

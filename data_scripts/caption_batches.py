@@ -32,6 +32,15 @@ class Pictures(torch.utils.data.Dataset):
         return [{"index": index, self.column: value} for index, value in zip(indices, values, strict=True)]
 
 
+def spread_evenly(num_rows: int | None, *tables: Dataset | None) -> tuple:
+    """The same rows of each table: so many, evenly spread and always the same; all where None."""
+    length = len(tables[0])
+    if not num_rows or num_rows >= length:
+        return tables
+    chosen = np.linspace(0, length - 1, num_rows).round().astype(int)
+    return tuple(table and table.select(chosen) for table in tables)
+
+
 class CaptionPairs(torch.utils.data.Dataset):
     """One item a (picture, caption) pair; a picture with five captions is five items and is stored once.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import PartialState
-from datasets import Array2D, Dataset, concatenate_datasets
+from datasets import Array2D, Dataset, DatasetDict, concatenate_datasets
 from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
@@ -105,3 +105,16 @@ def cache_features(
         datasets.enable_progress_bars()
     state.wait_for_everyone()
     return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+
+
+def encode_splits(dataset: DatasetDict, encoder: torch.nn.Module, image_processor) -> dict[str, Dataset]:
+    """The features of every split, by a frozen encoder that gives `last_hidden_state`."""
+    encoder = encoder.eval()
+    fingerprint = encoder_fingerprint(encoder, image_processor)
+    device = next(encoder.parameters()).device
+    return {
+        split: cache_features(
+            rows, lambda pixels: encoder(pixels).last_hidden_state, image_processor, fingerprint, device=device
+        )
+        for split, rows in dataset.items()
+    }

@@ -98,7 +98,7 @@ def usage(kind: Kind, model_name: str) -> str:
 from PIL import Image
 from transformers import {imports}
 model = {loader}.from_pretrained({repository}{remote_code})
-processor = AutoProcessor.from_pretrained({repository})
+processor = AutoProcessor.from_pretrained({repository}{remote_code})
 ids = model.generate(**processor(images=Image.open("picture.jpg").convert("RGB"), return_tensors="pt"))
 print(processor.batch_decode(ids, skip_special_tokens=True)[0])"""
 

@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 
 from reporting.compare import comparison_table, main
 from reporting.curves import draw_curves, points
 from reporting.model_card import markdown_line, usage, write_model_card
 from reporting.page import PICTURE_SIZE, picture_data_uri, write_page
+from reporting.push import push_to_hub
 from reporting.results import (
     METRIC_TITLES,
     read_captions,
@@ -500,3 +502,32 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 2
     assert run.stderr.startswith("error: ") and "results.json" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_a_push_sends_the_model_and_leaves_checkpoints_and_logs(tmp_path, monkeypatch):
+    sent = {}
+    monkeypatch.setattr(
+        HfApi,
+        "create_repo",
+        lambda self, repo_id, **options: sent.update(options) or RepoUrl(f"https://hf.co/me/{repo_id}"),
+    )
+    monkeypatch.setattr(
+        HfApi, "upload_folder", lambda self, **options: sent.update(options) or "https://hf.co/me/run/commit/1"
+    )
+    assert push_to_hub(tmp_path / "run", private=True) == "https://hf.co/me/run/commit/1"
+    assert (sent["repo_id"], sent["private"], sent["exist_ok"]) == ("me/run", True, True)
+    names = [
+        "model.safetensors",
+        "README.md",
+        "checkpoint-8/model.safetensors",
+        "logs/events.1",
+        ".saving-x/config.json",
+    ]
+    assert list(filter_repo_objects(names, ignore_patterns=sent["ignore_patterns"])) == names[:2]
+
+
+def test_a_push_that_fails_is_said_and_ends_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "run").mkdir()
+    assert push_to_hub(tmp_path / "run") is None
+    assert "was not pushed to run" in caplog.text
