@@ -7,8 +7,6 @@ The file has lines of {"image_id", "caption", "references"}. results.json says t
 how sure they are.
 """
 
-import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from data_scripts.caption_batches import CaptionCollator, Pictures
 from data_scripts.command_line import one_line_errors
 from metrics import CaptionScorer
 from modeling.captioner import caption_pictures, load_captioner
-from reporting.report import write_report
+from reporting.report import tell_results, write_report
 from reporting.results import read_captions, write_results
 
 
@@ -55,9 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         results = score_file(args) if args.predictions else score_model(args)
     if results:
-        print(json.dumps({name: results[name] for name in ("metrics", "blind")}, indent=2))
-        if results["warning"]:
-            print(results["warning"], file=sys.stderr)
+        tell_results(args.output_dir, results)
 
 
 def score_file(args: EvaluationArguments) -> dict:

@@ -42,7 +42,7 @@ from recipes import DataArguments, parse_recipe
 from reporting.curves import draw_curves
 from reporting.model_card import write_model_card
 from reporting.push import push_to_hub
-from reporting.report import command_line, write_report
+from reporting.report import command_line, tell_results, write_report
 from reporting.results import write_history
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,6 @@ def main(argv: list[str] | None = None) -> None:
             decoding=captioner.generation_config,
             train=training_cost(progress, len(pairs["train"])),
         )
-        logger.info(json.dumps(results["metrics"]))
         write_model_card(
             args.output_dir,
             kind="inception-lstm",
@@ -262,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
             options=options,
             base_models=hub_names(model_args),
         )
+        tell_results(args.output_dir, results)
         if args.push_to_hub:
             push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo)
     accelerator.end_training()

@@ -99,12 +99,13 @@ class TimmEncoder(nn.Module):
 class LSTMState:
     """What the LSTM remembers between two words, in the place of a transformer's `past_key_values`.
 
-    hidden, cell: (layers, batch, hidden size); num_tokens: decoder positions read so far.
+    hidden, cell: (layers, batch, hidden size); num_tokens: decoder positions read so far; grid: what attention looks at.
     """
 
     hidden: torch.Tensor
     cell: torch.Tensor
     num_tokens: int
+    grid: tuple[torch.Tensor, torch.Tensor] | None = None
 
     is_compileable = False
 
@@ -112,7 +113,7 @@ class LSTMState:
         return self.num_tokens
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keep the states of the beams that go on, in their new order."""
+        """Keep the states of the beams that go on, in their new order. All beams of a picture look at the same grid."""
         beam_idx = beam_idx.to(self.hidden.device)
         self.hidden = self.hidden.index_select(1, beam_idx)
         self.cell = self.cell.index_select(1, beam_idx)
@@ -131,12 +132,16 @@ class GridAttention(nn.Module):
         self.value = nn.Linear(encoder_size, hidden_size)
         self.output = nn.Linear(2 * hidden_size, hidden_size)
 
-    def forward(self, hidden: torch.Tensor, states: torch.Tensor, image_index: torch.Tensor | None) -> torch.Tensor:
-        """Outputs of the LSTM (batch, length, hidden) and grids (pictures, positions, encoder size) to (batch, length, hidden)."""
+    def grid(self, states: torch.Tensor, image_index: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of every place, each (batch, positions, hidden), from states (pictures, positions, encoder size)."""
         keys, values = self.key(states), self.value(states)  # (pictures, positions, hidden)
         if image_index is not None:
             keys, values = keys[image_index], values[image_index]  # (batch, positions, hidden)
-        seen = nn.functional.scaled_dot_product_attention(hidden, keys, values)  # (batch, length, hidden)
+        return keys, values
+
+    def forward(self, hidden: torch.Tensor, grid: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Outputs of the LSTM and what they see, (batch, length, hidden) in and out."""
+        seen = nn.functional.scaled_dot_product_attention(hidden, *grid)  # (batch, length, hidden)
         return torch.tanh(self.output(torch.cat([hidden, seen], dim=-1)))
 
 
@@ -245,21 +250,22 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError("Give `decoder_input_ids`, or `labels` to make them from.")
             decoder_input_ids = self.shift_right(labels)
         inputs = self.token_embedding(decoder_input_ids)  # (batch, length, image embedding)
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(pixel_values)
-        states = encoder_outputs[0].to(inputs.dtype)  # (pictures, positions, encoder size)
         if past_key_values is None:
+            if encoder_outputs is None:
+                encoder_outputs = self.encoder(pixel_values)
+            states = encoder_outputs[0].to(inputs.dtype)  # (pictures, positions, encoder size)
             image = self.image_projection(states.mean(1))  # (pictures, image embedding)
             image = image if image_index is None else image[image_index]  # (batch, image embedding)
             inputs = torch.cat([image.unsqueeze(1), inputs[:, 1:]], dim=1)  # (batch, length, image embedding)
+            grid = self.attention.grid(states, image_index) if self.attention else None
             memory, num_tokens = None, 0
         else:
+            grid, num_tokens = past_key_values.grid, past_key_values.num_tokens
             memory = (past_key_values.hidden, past_key_values.cell)
-            num_tokens = past_key_values.num_tokens
 
         outputs, (hidden, cell) = self.lstm(self.dropout(inputs), memory)  # (batch, length, hidden)
-        if self.attention is not None:
-            outputs = self.attention(outputs, states, image_index)  # (batch, length, hidden)
+        if self.attention:
+            outputs = self.attention(outputs, grid)  # (batch, length, hidden)
         logits = self.lm_head(self.dropout(outputs))  # (batch, length, vocabulary)
 
         loss = None
@@ -273,8 +279,10 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=LSTMState(hidden, cell, num_tokens + decoder_input_ids.shape[1]) if use_cache else None,
-            encoder_last_hidden_state=encoder_outputs[0],
+            past_key_values=LSTMState(hidden, cell, num_tokens + decoder_input_ids.shape[1], grid)
+            if use_cache
+            else None,
+            encoder_last_hidden_state=encoder_outputs[0] if encoder_outputs is not None else None,
         )
 
     def shift_right(self, labels: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,8 @@ from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
-LEFT_HERE = ["checkpoint-*", ".checkpoint-*", ".saving-*", "logs/*", "runs/*"]  # optimiser states; logs, which name paths
-    "checkpoint-*",
-    ".checkpoint-*",
-    ".saving-*",
-    "logs",
-    "runs",
-]  # checkpoints hold optimiser states; logs, paths
+# Checkpoints hold optimiser states, logs name paths.
+LEFT_HERE = ["checkpoint-*", ".checkpoint-*", ".saving-*", "logs/*", "runs/*"]
 
 
 def push_to_hub(output_dir: str | os.PathLike, repo_id: str | None = None, private: bool = False) -> str | None:

@@ -3,13 +3,14 @@
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import GenerationConfig
 
 from reporting.page import write_page
-from reporting.results import write_captions, write_results
+from reporting.results import METRIC_TITLES, write_captions, write_results
 
 
 def write_report(
@@ -67,6 +68,20 @@ def decoding_settings(config: GenerationConfig) -> dict[str, Any]:
         for name, value in settings.items()
         if name not in hidden and not name.endswith("token_id") and isinstance(value, bool | int | float | str)
     }
+
+
+def tell_results(output_dir: str | os.PathLike, results: dict) -> None:
+    """Print the scores with the blind ones beside, the warning if there is one, and where to look."""
+    for name, title in METRIC_TITLES.items():
+        low, high = results["intervals"][name]
+        print(
+            f"{title:8} {results['metrics'][name]:.3f}  ({low:.3f} to {high:.3f}; blind {results['blind'][name]:.3f})"
+        )
+    if results["warning"]:
+        print(f"warning: {results['warning']}")
+    for name in ("captions.html", "results.json"):
+        if (Path(output_dir) / name).exists():
+            print(Path(output_dir) / name)
 
 
 def command_line() -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import caption
@@ -112,6 +114,24 @@ def test_a_file_of_captions_scores_as_the_model_did(trained, tmp_path):
     of_model = json.loads((trained / "results.json").read_text())
     for part in ("metrics", "blind", "intervals"):
         assert of_file[part] == of_model[part]
+
+
+def test_the_lines_on_the_card_and_in_the_readme_caption_a_picture(
+    trained, small_scenes, tmp_path, monkeypatch, capsys
+):
+    picture = load_captions(small_scenes)["test"][0]["image"]
+    picture.save(tmp_path / "picture.jpg")
+    (tmp_path / "outputs" / "demo").mkdir(parents=True)
+    (tmp_path / "outputs" / "demo" / "lstm").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
+    model, processor = load_captioner(str(trained))
+    inputs = processor(images=Image.open("picture.jpg"), return_tensors="pt")
+    expected = generate_captions(model, processor, dict(inputs))[0]["caption"]
+    for document in (trained / "README.md", ROOT / "README.md"):
+        (lines,) = re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL)
+        capsys.readouterr()
+        exec(lines, {})
+        assert capsys.readouterr().out.strip() == expected
 
 
 def test_a_run_that_goes_on_ends_where_an_undisturbed_one_ends(small_scenes, tmp_path):
