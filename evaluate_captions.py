@@ -21,7 +21,7 @@ from data_scripts.caption_batches import CaptionCollator, Pictures
 from data_scripts.command_line import one_line_errors
 from metrics import CaptionScorer
 from modeling.captioner import caption_pictures, load_captioner
-from reporting.report import tell_results, write_report
+from reporting.report import report_captions, tell_results
 from reporting.results import read_captions, write_results
 
 
@@ -51,12 +51,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give either --model or --predictions")
     transformers.logging.disable_progress_bar()
     with one_line_errors():
-        results = score_file(args) if args.predictions else score_model(args)
-    if results:
-        tell_results(args.output_dir, results)
+        if args.predictions:
+            score_file(args)
+        else:
+            score_model(args)
 
 
-def score_file(args: EvaluationArguments) -> dict:
+def score_file(args: EvaluationArguments) -> None:
     """Score a file of captions; only results.json is written."""
     records = read_captions(args.predictions)
     references = [record["references"] for record in records]
@@ -69,11 +70,11 @@ def score_file(args: EvaluationArguments) -> dict:
         **scores,
     }
     write_results(args.output_dir, results)
-    return results
+    tell_results(args.output_dir, results)
 
 
-def score_model(args: EvaluationArguments) -> dict | None:
-    """Caption a split and score it, under any number of processes; the first writes and returns the results."""
+def score_model(args: EvaluationArguments) -> None:
+    """Caption a split and score it, under any number of processes."""
     accelerator = Accelerator()
     dataset = load_captions(args.dataset)
     if args.split not in dataset:
@@ -101,21 +102,19 @@ def score_model(args: EvaluationArguments) -> dict | None:
     )
     loader = prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
     captions = caption_pictures(model.to(accelerator.device), processor, loader, accelerator)
-    if not accelerator.is_main_process:
-        return None
-    texts = [made["caption"] for made in captions]
-    training_captions = (
-        [text for texts in dataset["train"]["captions"] for text in texts] if "train" in dataset else None
-    )
-    return write_report(
-        args.output_dir,
-        rows=rows,
-        dataset=Path(args.dataset).name,
-        split=args.split,
-        captions=texts,
-        scores=CaptionScorer(rows["captions"], training_captions).report(texts, [made["ended"] for made in captions]),
-        decoding=model.generation_config,
-    )
+    if accelerator.is_main_process:
+        training_captions = None
+        if "train" in dataset:
+            training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
+        report_captions(
+            args.output_dir,
+            rows=rows,
+            dataset=Path(args.dataset).name,
+            split=args.split,
+            captions=captions,
+            scorer=CaptionScorer(rows["captions"], training_captions),
+            decoding=model.generation_config,
+        )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from recipes import DataArguments, parse_recipe
 from reporting.curves import draw_curves
 from reporting.model_card import write_model_card
 from reporting.push import push_to_hub
-from reporting.report import command_line, tell_results, write_report
+from reporting.report import command_line, report_captions
 from reporting.results import write_history
 
 logger = logging.getLogger(__name__)
@@ -201,14 +201,13 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         if not args.load_best_model_at_end:
             save_captioner(captioner, processor, args.output_dir)
-        texts, ended = [made["caption"] for made in captions], [made["ended"] for made in captions]
-        results = write_report(
+        results = report_captions(
             args.output_dir,
             rows=dataset[split],
             dataset=Path(data_args.dataset).name,
             split=split,
-            captions=texts,
-            scores=CaptionScorer(dataset[split]["captions"], training_captions).report(texts, ended),
+            captions=captions,
+            scorer=CaptionScorer(dataset[split]["captions"], training_captions),
             decoding=captioner.generation_config,
             train=training_cost(history_rows(trainer.state.log_history), len(pairs["train"])),
         )
@@ -221,7 +220,6 @@ def main(argv: list[str] | None = None) -> None:
             options=options,
             base_models=hub_names(model_args),
         )
-        tell_results(args.output_dir, results)
         if push:
             push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo)
 

@@ -62,49 +62,53 @@ def cache_features(
     pictures = dataset.select_columns(["image"])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "showtell_features" / fingerprint
     os.makedirs(folder, exist_ok=True)
-
-    def encode(batch: dict) -> dict:
-        pixels = image_processor(images=[image.convert("RGB") for image in batch["image"]], return_tensors="pt")
-        with torch.inference_mode():
-            states = encoder(pixels["pixel_values"].to(device))  # (batch, positions, size)
-        bar.update(len(states))
-        return {"encoder_features": states.half().cpu().numpy()}
-
     starts = range(0, len(pictures), SHARD_SIZE)
     shards = [pictures.select(range(start, min(start + SHARD_SIZE, len(pictures)))) for start in starts]
     paths = [folder / f"{pictures_fingerprint(shard)}.arrow" for shard in shards]
-    missing = [(shard, path) for shard, path in zip(shards, paths, strict=True) if not path.exists()]
-    if missing:
+
+    def encode(images: list) -> torch.Tensor:
+        pixels = image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
-            shape = tuple(
-                encoder(
-                    image_processor(images=[shards[0][0]["image"]], return_tensors="pt").to(device)["pixel_values"]
-                ).shape[1:]
-            )
-        num_pictures = sum(len(shard) for shard, _ in missing)
-        megabytes = num_pictures * shape[0] * shape[1] * 2 / 1e6
-        logger.info(
-            f"Encoding {num_pictures:,} pictures once: {shape[0]} x {shape[1]} numbers each, {megabytes:,.0f} MB in {folder}"
-        )
-        mine = missing[state.process_index :: state.num_processes]
-        columns = datasets.Features({"encoder_features": Array2D(shape, "float16")})
-        datasets.disable_progress_bars()  # ours counts pictures over all files
-        with tqdm(
-            total=sum(len(s) for s, _ in mine), unit="picture", desc="encoding", disable=not state.is_main_process
-        ) as bar:
-            for shard, path in mine:
-                shard.map(
-                    encode,
-                    batched=True,
-                    batch_size=batch_size,
-                    remove_columns=["image"],
-                    features=columns,
-                    cache_file_name=str(path),
-                    new_fingerprint=path.stem,
-                )
-        datasets.enable_progress_bars()
+            return encoder(pixels.to(device))  # (batch, positions, size)
+
+    # Dealt by place, not by what is missing: another process may be writing already.
+    mine = list(zip(shards, paths, strict=True))[state.process_index :: state.num_processes]
+    missing = [(shard, path) for shard, path in mine if not path.exists()]
+    if missing:
+        _write_shards(missing, encode, batch_size, show_progress=state.is_main_process)
     state.wait_for_everyone()
     return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+
+
+def _write_shards(shards: list[tuple[Dataset, Path]], encode: Callable, batch_size: int, show_progress: bool) -> None:
+    """Encode the pictures of each shard into its file, after saying how much that is."""
+    shape = tuple(encode([shards[0][0][0]["image"]]).shape[1:])  # (positions, size)
+    columns = datasets.Features({"encoder_features": Array2D(shape, "float16")})
+    num_pictures = sum(len(shard) for shard, _ in shards)
+    megabytes = num_pictures * shape[0] * shape[1] * 2 / 1e6
+    logger.info(
+        f"Encoding {num_pictures:,} pictures once: {shape[0]} x {shape[1]} numbers each, "
+        f"{megabytes:,.0f} MB in {shards[0][1].parent}"
+    )
+    datasets.disable_progress_bars()  # ours counts pictures over all files
+    with tqdm(total=num_pictures, unit="picture", desc="encoding", disable=not show_progress) as bar:
+
+        def encode_batch(batch: dict) -> dict:
+            states = encode(batch["image"])
+            bar.update(len(states))
+            return {"encoder_features": states.half().cpu().numpy()}
+
+        for shard, path in shards:
+            shard.map(
+                encode_batch,
+                batched=True,
+                batch_size=batch_size,
+                remove_columns=["image"],
+                features=columns,
+                cache_file_name=str(path),
+                new_fingerprint=path.stem,
+            )
+    datasets.enable_progress_bars()
 
 
 def encode_splits(dataset: DatasetDict, encoder: torch.nn.Module, image_processor) -> dict[str, Dataset]:

@@ -246,8 +246,6 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             `loss` (nats a token), `logits` (batch, length, vocabulary), `past_key_values`.
         """
         if decoder_input_ids is None:
-            if labels is None:
-                raise ValueError("Give `decoder_input_ids`, or `labels` to make them from.")
             decoder_input_ids = self.shift_right(labels)
         inputs = self.token_embedding(decoder_input_ids)  # (batch, length, image embedding)
         if past_key_values is None:
@@ -268,16 +266,9 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             outputs = self.attention(outputs, grid)  # (batch, length, hidden)
         logits = self.lm_head(self.dropout(outputs))  # (batch, length, vocabulary)
 
-        loss = None
-        if labels is not None:
-            reduction = "mean" if num_items_in_batch is None else "sum"
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction=reduction)
-            if num_items_in_batch is not None:
-                loss = loss / num_items_in_batch
-        if use_cache is None:
-            use_cache = labels is None
+        use_cache = labels is None if use_cache is None else use_cache
         return Seq2SeqLMOutput(
-            loss=loss,
+            loss=None if labels is None else caption_loss(logits, labels, num_items_in_batch),
             logits=logits,
             past_key_values=LSTMState(hidden, cell, num_tokens + decoder_input_ids.shape[1], grid)
             if use_cache
@@ -290,6 +281,19 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
         shifted = torch.cat([start, labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+
+
+def caption_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross entropy in nats a token, of logits (batch, length, vocabulary) and labels (batch, length), -100 left out.
+
+    `num_items_in_batch` divides the sum, where a step has more tokens than this batch; the batch's own count where None.
+    """
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != -100).sum()
+    nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    return nats / num_items_in_batch
 
 
 def timm_source(name: str) -> str:

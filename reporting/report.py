@@ -13,33 +13,34 @@ from reporting.page import write_page
 from reporting.results import METRIC_TITLES, write_captions, write_results
 
 
-def write_report(
+def report_captions(
     output_dir: str | os.PathLike,
     *,
     rows: Dataset,
     dataset: str,
     split: str,
-    captions: list[str],
-    scores: dict,
+    captions: list[dict],
+    scorer,
     decoding: GenerationConfig,
     train: dict | None = None,
 ) -> dict:
-    """Write results.json, captions.jsonl and captions.html of one split.
+    """Score the captions of a split, write results.json, captions.jsonl and captions.html, and tell the scores.
 
     Args:
         rows: `image`, `image_id` and `captions` of each picture.
         dataset: Its name, as the tables shall show it.
-        captions: What the model wrote, one a row.
-        scores: What `metrics.CaptionScorer.report` gives.
+        captions: {"caption", "ended"} of each row.
+        scorer: A `metrics.CaptionScorer` of the rows' captions.
         decoding: The generation config used.
         train: "epochs", "seconds" and "images_per_second" of the training, where there was one.
 
     Returns:
         The results, as they stand in results.json.
     """
-    scores = dict(scores)
+    texts = [made["caption"] for made in captions]
+    scores = scorer.report(texts, [made["ended"] for made in captions])
     per_image = scores.pop("per_image")
-    columns = zip(rows["image_id"], captions, rows["captions"], per_image, strict=True)
+    columns = zip(rows["image_id"], texts, rows["captions"], per_image, strict=True)
     records = [
         {"image_id": image_id, "caption": caption, "references": references, **scored}
         for image_id, caption, references, scored in columns
@@ -56,6 +57,7 @@ def write_report(
     write_results(output_dir, results)
     write_captions(output_dir, records)
     write_page(output_dir, (row["image"] for row in rows), records, results)
+    tell_results(output_dir, results)
     return results
 
 

@@ -7,7 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -311,3 +314,17 @@ def test_caption_tells_files_and_folders_and_names_what_it_cannot_read(trained, 
         caption.main(["--model", str(trained), str(tmp_path / "nowhere.png")])
     assert stopped.value.code == 2
     assert "nowhere.png: cannot be read" in capsys.readouterr().err
+
+
+def test_caption_reads_a_picture_from_the_network(trained, small_scenes, tmp_path, capsys):
+    load_captions(small_scenes)["test"][0]["image"].save(tmp_path / "picture.png")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    caption.main(["--model", str(trained), str(tmp_path / "picture.png")])
+    from_file = capsys.readouterr().out.split("\t")[1]
+    caption.main(["--model", str(trained), f"{address}/picture.png", f"{address}/nowhere.png"])
+    told = capsys.readouterr()
+    assert told.out == f"{address}/picture.png\t{from_file}"
+    assert f"{address}/nowhere.png: cannot be read: 404" in told.err
+    server.shutdown()
