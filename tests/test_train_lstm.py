@@ -242,9 +242,10 @@ def test_early_stopping_stops(small_scenes, tmp_path):
         "1",
     ]
     train(tmp_path / "run", small_scenes, *options)
-    assert (
-        len(json.loads((tmp_path / "run" / "history.json").read_text())) == 3
-    )  # the best is the first; two more, no better
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert len(history) == 3  # the best is the first; two more, no better
+    # What nobody has taught guesses, and the loss told is a token's, whatever the batches.
+    assert [row["train_loss"] for row in history] == pytest.approx([math.log(120)] * 3, rel=0.05)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-24"]
 
 
