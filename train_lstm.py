@@ -85,6 +85,12 @@ class LoopArguments:
     per_device_eval_batch_size: int = field(
         default=64, metadata={"help": "Captions or pictures at once in evaluation."}
     )
+    group_by_picture: bool = field(
+        default=False,
+        metadata={
+            "help": "Put the captions of a picture into one batch, which encodes it once, not those of like length."
+        },
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches whose gradients make one step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW, at its highest."})
     encoder_learning_rate: float | None = field(
@@ -195,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
 
     collator = CaptionCollator(processor, share_pictures=True)
     loading = {"collate_fn": collator, "num_workers": data_args.dataloader_num_workers}
-    pictures = pairs["train"].row_of_pair if data_args.group_by_picture else None
+    pictures = pairs["train"].row_of_pair if args.group_by_picture else None
     sampler = CaptionSampler(pairs["train"].lengths, step_size, data_args.group_by_length, args.seed, pictures)
     train_loader = DataLoader(pairs["train"], args.per_device_train_batch_size, sampler=sampler, **loading)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)

@@ -17,12 +17,12 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from .processing import load_processor
 
 
-def load_captioner(name_or_path: str, trust_remote_code: bool = False) -> tuple:
+def load_captioner(name_or_path: str) -> tuple:
     """Model (in eval) and processor from a folder or the Hub.
 
-    System A's class is known once `modeling` is imported, so that neither system needs `trust_remote_code` here.
+    System A's class is known once `modeling` is imported: neither system runs code that came with the weights.
     """
-    model = AutoModelForImageTextToText.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    model = AutoModelForImageTextToText.from_pretrained(name_or_path)
     return model.eval(), load_processor(name_or_path)
 
 
@@ -67,9 +67,7 @@ def generate_captions(model: PreTrainedModel, processor, inputs: dict, **generat
     return [{"caption": text.strip(), "ended": end} for text, end in zip(texts, ended, strict=True)]
 
 
-def caption_pictures(
-    model: PreTrainedModel, processor, loader: DataLoader, accelerator: Accelerator, **generation
-) -> list[dict]:
+def caption_pictures(model: PreTrainedModel, processor, loader: DataLoader, accelerator: Accelerator) -> list[dict]:
     """Caption every picture of a prepared loader, under any number of processes.
 
     Args:
@@ -83,7 +81,7 @@ def caption_pictures(
     captions = {}
     for batch in tqdm(loader, desc="captioning", leave=False, disable=not accelerator.is_local_main_process):
         inputs = {name: batch[name] for name in ("pixel_values", "encoder_outputs") if name in batch}
-        made = generate_captions(model, processor, inputs, **generation)
+        made = generate_captions(model, processor, inputs)
         captions.update(zip(batch["index"].tolist(), made, strict=True))
     captions = dict(gather_object(list(captions.items())))  # a picture dealt to two processes counts once
     return [captions[index] for index in sorted(captions)]

@@ -1,4 +1,4 @@
-"""All that a scored split leaves in the output directory, from plain results."""
+"""Score the captions of a split and write all that it leaves in the output directory."""
 
 import os
 import shlex

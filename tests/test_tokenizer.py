@@ -158,8 +158,14 @@ def test_command_trains_on_training_captions_only_and_says_how_many_tokens(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("captions", "size", "length"), [([], 100, None), ([" "], 100, None), (["abc"], 3, None), (["abc"], 50, 1)]
+    ("captions", "size", "length", "sentence"),
+    [
+        ([], 100, None, "no caption"),
+        ([" "], 100, None, "no caption"),
+        (["abc"], 3, None, "no tokenizer of 3 tokens"),
+        (["abc"], 50, 1, "no room"),
+    ],
 )
-def test_impossible_wishes_are_one_sentence(captions: list[str], size: int, length: int | None) -> None:
-    with pytest.raises(ValueError):
+def test_impossible_wishes_are_one_sentence(captions: list[str], size: int, length: int | None, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
         train_tokenizer.train_tokenizer(captions, size, length)

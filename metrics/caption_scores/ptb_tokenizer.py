@@ -6,8 +6,6 @@ are meant: a line break of any kind is a blank (pycocoevalcap shifts every capti
 caption is read by itself (there, the first word of the next caption decides over a last word like "B.").
 """
 
-# the typographic quotes and dashes below are what this module is about
-
 import re
 from functools import lru_cache
 from itertools import chain
