@@ -85,12 +85,6 @@ class LoopArguments:
     per_device_eval_batch_size: int = field(
         default=64, metadata={"help": "Captions or pictures at once in evaluation."}
     )
-    group_by_picture: bool = field(
-        default=False,
-        metadata={
-            "help": "Put the captions of a picture into one batch, which encodes it once, not those of like length."
-        },
-    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches whose gradients make one step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW, at its highest."})
     encoder_learning_rate: float | None = field(
@@ -199,9 +193,9 @@ def main(argv: list[str] | None = None) -> None:
     warmup_steps = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * num_steps
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, round(warmup_steps), num_steps)
 
-    collator = CaptionCollator(processor, share_pictures=True)
+    collator = CaptionCollator(processor, share_pictures="index")
     loading = {"collate_fn": collator, "num_workers": data_args.dataloader_num_workers}
-    pictures = pairs["train"].row_of_pair if args.group_by_picture else None
+    pictures = pairs["train"].row_of_pair if data_args.group_by_picture else None
     sampler = CaptionSampler(pairs["train"].lengths, step_size, data_args.group_by_length, args.seed, pictures)
     train_loader = DataLoader(pairs["train"], args.per_device_train_batch_size, sampler=sampler, **loading)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)

@@ -10,7 +10,6 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +35,16 @@ from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import train_tokenizer
 from metrics import CaptionScorer
+from modeling.caption_loss import caption_loss
 from modeling.captioner import caption_pictures, save_captioner, start_token_ids
 from modeling.processing import build_processor
-from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
+from modeling.vit_gpt2 import (
+    build_vit_gpt2,
+    decoder_config,
+    encoder_config,
+    hidden_states_as_logits,
+    vit_image_processor,
+)
 from recipes import DataArguments, parse_recipe
 from reporting.curves import draw_curves
 from reporting.model_card import write_model_card
@@ -174,12 +180,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- Optimiser --------------------------------------------------------------------------------------------------
     step_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    shared = pairs["train"].row_of_pair if data_args.group_by_picture else None
     val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], features["validation"])
     trainer = CaptionTrainer(
         model,
         args,
         processor=processor,
-        sampler=CaptionSampler(pairs["train"].lengths, step_size, data_args.group_by_length, args.seed),
+        sampler=CaptionSampler(pairs["train"].lengths, step_size, data_args.group_by_length, args.seed, shared),
         train_dataset=pairs["train"],
         eval_dataset=pairs["validation"],
         eval_pictures=Pictures(val_rows, val_features),
@@ -257,29 +264,12 @@ def hub_names(args: ViTGPT2Arguments) -> list[str]:
     return [name for name, pretrained in parts if pretrained and not os.path.isdir(name)]
 
 
-def caption_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Cross entropy, in nats a token.
-
-    Args:
-        outputs: With `logits` (batch, length, vocabulary).
-        labels: int64 (batch, length), -100 where nothing is to be learnt.
-        num_items_in_batch: Divisor of the summed loss: the labels of a whole step, so that accumulated batches weigh as
-            many tokens as they have; the batch's own count where None.
-        label_smoothing: Share of each label spread over the vocabulary.
-    """
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels != -100).sum()
-    logits = outputs.logits.flatten(0, 1).float()  # (batch x length, vocabulary)
-    nats = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum", label_smoothing=label_smoothing)
-    return nats / num_items_in_batch
-
-
 class CaptionTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer, with what it gets wrong for captions put right.
 
     Its own evaluation hands the gold captions to `generate()`, drops the prompt, and keeps every logit of the split: `evaluate`
     goes the way of `generate_captions` instead, as system A does. VisionEncoderDecoder's own loss does not divide by the tokens of
-    all accumulated batches: `caption_loss` does.
+    all accumulated batches, and scores the whole vocabulary at once: `caption_loss` does neither.
     """
 
     def __init__(self, model, args: LoopArguments, *, processor, sampler, eval_pictures, scorer, **kwargs):
@@ -287,8 +277,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             model,
             args,
             processing_class=processor,
-            data_collator=CaptionCollator(processor),
-            compute_loss_func=partial(caption_loss, label_smoothing=args.label_smoothing_factor),
+            data_collator=CaptionCollator(processor, share_pictures="pack"),
             callbacks=[EpochEnds()],
             **kwargs,
         )
@@ -317,12 +306,17 @@ class CaptionTrainer(Seq2SeqTrainer):
                 optimizer.add_param_group({**group, "params": own, "lr": self.args.encoder_learning_rate})
         return optimizer
 
-    def compute_loss(self, model, inputs: dict, **kwargs):
-        """As always, but the vocabulary is scored only at positions where something is learnt: not over a masked prompt."""
-        learnt = (inputs["labels"] != -100).any(dim=0).nonzero().flatten()
-        inputs = inputs | {"labels": inputs["labels"][:, learnt], "decoder_logits_to_keep": learnt}
-        inputs.pop("index")  # no argument of the model's
-        return super().compute_loss(model, inputs, **kwargs)
+    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        """Nats a token of the whole step, so that accumulated batches weigh as many tokens as they have."""
+        inputs = {name: value for name, value in inputs.items() if name != "index"}  # no argument of the model's
+        labels = inputs.pop("labels")
+        with hidden_states_as_logits(self.model.decoder) as head:
+            outputs = model(**inputs, use_cache=False)
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        loss = caption_loss(outputs.logits, labels, head.weight, head.bias, num_items_in_batch, smoothing)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # which average their gradients, where the sum is wanted
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Validation loss, scores of generated captions, and what they cost; the model is kept if its CIDEr is the best."""
@@ -347,11 +341,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         """Mean loss over all tokens of the validation captions, in nats."""
         totals = torch.zeros(2, device=self.args.device)
         for batch in self.eval_loader(self.eval_dataset):
-            labels = batch.pop("labels")
-            batch.pop("index")
+            num_tokens = (batch["labels"] != -100).sum()
             with self.compute_loss_context_manager():
-                nats = caption_loss(model(**batch), labels, num_items_in_batch=1)
-            totals += torch.stack([nats, (labels != -100).sum()])
+                totals += torch.stack([self.compute_loss(model, batch) * num_tokens, num_tokens])
         nats, tokens = self.accelerator.reduce(totals)
         return (nats / tokens).item()
 

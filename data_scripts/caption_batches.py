@@ -1,6 +1,8 @@
 """From rows of pictures to batches: (picture, caption) pairs by index, their order, and the collator."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -99,8 +101,8 @@ class CaptionSampler(Sampler[int]):
         batch_size: Pairs in a whole step, over all processes and accumulated batches.
         group_by_length: Whether pairs of like length share a batch: shuffled, sorted within runs of 50 batches, and the
             batches shuffled. Saves the padding, keeps the order random between batches.
-        pictures: Picture of each pair, where the captions of a picture are to stand together in place of those of like length:
-            a batch then encodes each of its few pictures once.
+        pictures: Picture of each pair, where the captions of a picture are to stand together, so that a batch has few pictures;
+            it is then pictures with like numbers of tokens in all their captions that share a batch.
     """
 
     def __init__(
@@ -112,8 +114,10 @@ class CaptionSampler(Sampler[int]):
         pictures: Sequence[int] | None = None,
     ):
         self.lengths = np.asarray(lengths)
+        if pictures is not None:
+            self.lengths = np.bincount(pictures, weights=self.lengths)[pictures]
         self.batch_size = batch_size
-        self.group_by_length = group_by_length and pictures is None
+        self.group_by_length = group_by_length
         self.pictures = pictures
         self.seed = seed
         self.epoch = 0
@@ -145,20 +149,22 @@ class CaptionCollator:
 
     Args:
         processor: Image processor and tokenizer in one.
-        share_pictures: Whether a picture that several captions of the batch are about goes into it once. The model has to
-            know `image_index` then.
+        share_pictures: How a picture goes into the batch once, however many of its captions do: "index" gives each caption
+            a row and the model `image_index`; "pack" puts the captions of a picture behind each other into one row, and
+            `decoder_position_ids`, by which transformers keeps them apart; None repeats the picture.
 
     Called with items {"index", "image" or "encoder_features", and "decoder_input_ids" and "labels" where there are
     captions}, it gives
         index: int64 (batch,), the rows of the pictures
         pixel_values: float32 (batch, 3, height, width), normalised
         or encoder_outputs: last_hidden_state float32 (batch, positions, size)
-        image_index: int64 (batch,), the picture of each caption among those of the batch, where pictures are shared
-        decoder_input_ids: int64 (batch, longest caption in the batch), start tokens first, padded on the right
+        image_index: int64 (batch,), the picture of each caption among those of the batch, where pictures are shared by index
+        decoder_input_ids: int64 (rows, longest row in the batch), start tokens first, padded on the right
+        decoder_position_ids: int64, likewise, 0 at each start token, where a row has several captions
         labels: int64, likewise, -100 where a caption has ended and where its prompt is not learnt
     """
 
-    def __init__(self, processor, share_pictures: bool = False):
+    def __init__(self, processor, share_pictures: Literal["index", "pack"] | None = None):
         self.processor = processor
         self.share_pictures = share_pictures
 
@@ -168,7 +174,9 @@ class CaptionCollator:
         if self.share_pictures:
             pictures = list({item["index"]: item for item in items}.values())
             place = {item["index"]: place for place, item in enumerate(pictures)}
-            batch["image_index"] = torch.tensor([place[item["index"]] for item in items])
+            image_index = [place[item["index"]] for item in items]
+            if self.share_pictures == "index":
+                batch["image_index"] = torch.tensor(image_index)
         if "encoder_features" in items[0]:
             features = torch.from_numpy(np.stack([item["encoder_features"] for item in pictures]))
             batch["encoder_outputs"] = BaseModelOutput(last_hidden_state=features.float())
@@ -176,8 +184,22 @@ class CaptionCollator:
             images = [item["image"].convert("RGB") for item in pictures]
             batch["pixel_values"] = self.processor(images=images, return_tensors="pt")["pixel_values"]
         if "labels" in items[0]:
+            rows = [{name: list(item[name]) for name in ("decoder_input_ids", "labels")} for item in items]
+            if self.share_pictures == "pack" and len(pictures) < len(items):
+                rows = self.pack(rows, image_index)
             # What a decoder reads where a caption has ended is right of all its words, and has no label: any token will do.
-            for name, padding in (("decoder_input_ids", self.processor.tokenizer.pad_token_id), ("labels", -100)):
-                rows = [torch.tensor(item[name]) for item in items]
-                batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+            padding = {"decoder_input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
+            for name in rows[0]:
+                values = [torch.tensor(row[name]) for row in rows]
+                batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding.get(name, 0))
         return batch
+
+    @staticmethod
+    def pack(captions: list[dict], image_index: list[int]) -> list[dict]:
+        """One row a picture, its captions behind each other, their positions beside."""
+        rows = [defaultdict(list) for _ in range(max(image_index) + 1)]
+        for caption, place in zip(captions, image_index, strict=True):
+            for name, values in caption.items():
+                rows[place][name] += values
+            rows[place]["decoder_position_ids"] += range(len(caption["labels"]))
+        return rows

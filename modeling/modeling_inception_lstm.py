@@ -3,7 +3,8 @@
 Show and Tell (Vinyals et al., 2015, https://arxiv.org/abs/1411.4555, section 3.1) with Inception-ResNet-v2 as encoder: the
 picture's embedding is the first input of the LSTM, in the slot of the start token, and the words follow.
 
-Config, encoder, state and model share this file because the file itself travels to the Hub with every saved model.
+Config, encoder, state and model share this file because the file itself travels to the Hub with every saved model, and the
+loss's with it.
 """
 
 import os
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from .caption_loss import caption_loss
 
 
 class InceptionLSTMConfig(PreTrainedConfig):
@@ -225,6 +228,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_index: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        label_smoothing: float = 0.0,
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """Score each next token of the captions, and their loss where `labels` are given.
@@ -240,10 +244,11 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_index: int64 (batch,). Which of the pictures each caption is about, where several captions share one; in their
                 order where absent.
             use_cache: Whether to give the state back; False where `labels` are given.
-            num_items_in_batch: Divisor of the summed loss, in tokens; the batch's own count where absent.
+            num_items_in_batch, label_smoothing: See `caption_loss`.
 
         Returns:
-            `loss` (nats a token), `logits` (batch, length, vocabulary), `past_key_values`.
+            `loss` (nats a token) where `labels` are given, else `logits` (batch, length, vocabulary): the scores of a batch of
+            captions are never held all at once. `past_key_values` where `use_cache` says so.
         """
         if decoder_input_ids is None:
             decoder_input_ids = self.shift_right(labels)
@@ -264,11 +269,17 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         outputs, (hidden, cell) = self.lstm(self.dropout(inputs), memory)  # (batch, length, hidden)
         if self.attention:
             outputs = self.attention(outputs, grid)  # (batch, length, hidden)
-        logits = self.lm_head(self.dropout(outputs))  # (batch, length, vocabulary)
+        outputs = self.dropout(outputs)
+        loss, logits = None, None
+        if labels is None:
+            logits = self.lm_head(outputs)  # (batch, length, vocabulary)
+        else:
+            head = self.lm_head
+            loss = caption_loss(outputs, labels, head.weight, head.bias, num_items_in_batch, label_smoothing)
 
         use_cache = labels is None if use_cache is None else use_cache
         return Seq2SeqLMOutput(
-            loss=None if labels is None else caption_loss(logits, labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=LSTMState(hidden, cell, num_tokens + decoder_input_ids.shape[1], grid)
             if use_cache
@@ -281,19 +292,6 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
         shifted = torch.cat([start, labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
-
-
-def caption_loss(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """Cross entropy in nats a token, of logits (batch, length, vocabulary) and labels (batch, length), -100 left out.
-
-    `num_items_in_batch` divides the sum, where a step has more tokens than this batch; the batch's own count where None.
-    """
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels != -100).sum()
-    nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-    return nats / num_items_in_batch
 
 
 def timm_source(name: str) -> str:

@@ -3,6 +3,9 @@
 The model is transformers' own `VisionEncoderDecoderModel`, not a subclass: it loads everywhere without remote code.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -104,6 +107,20 @@ def freeze(encoder: nn.Module) -> None:
     """Keep an encoder as it is: no gradients, and in eval whenever it runs, though a trainer puts the model in train."""
     encoder.requires_grad_(False)
     encoder.register_forward_pre_hook(_stay_in_eval)
+
+
+@contextmanager
+def hidden_states_as_logits(decoder: PreTrainedModel) -> Iterator[nn.Linear]:
+    """Let the decoder give what its last linear layer reads, in the place of `logits`; that layer is what this gives.
+
+    For a loss that scores the vocabulary itself, a few tokens at a time: `caption_loss`.
+    """
+    head = decoder.get_output_embeddings()
+    decoder.set_output_embeddings(nn.Identity())
+    try:
+        yield head
+    finally:
+        decoder.set_output_embeddings(head)
 
 
 def _stay_in_eval(module: nn.Module, args: tuple) -> None:

@@ -37,6 +37,9 @@ class DataArguments:
         default=True, metadata={"help": "Keep what a frozen encoder says of each picture on disk, in float16."}
     )
     group_by_length: bool = field(default=True, metadata={"help": "Put captions of like length into one batch."})
+    group_by_picture: bool = field(
+        default=False, metadata={"help": "Put the captions of a picture into one batch, which reads the picture once."}
+    )
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Processes that decode pictures; 0 decodes in the training process."}
     )

@@ -1,0 +1,54 @@
+"""The loss both captioners are trained on, without ever holding the scores of a whole batch over the vocabulary."""
+
+import torch
+from torch import nn
+
+SCORES_AT_ONCE = 2**22  # 16 MiB in float32: what a chunk of tokens has for scores, so that it stays near the caches
+
+
+def caption_loss(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Cross entropy of the next token, in nats a token.
+
+    The vocabulary is scored for a few tokens at a time, only where something is to be learnt, and what remains of the scores
+    is their gradient (torch's `linear_cross_entropy`); loss and gradients are those of the plain way.
+
+    Args:
+        hidden: float (batch, length, hidden size), what the last linear layer reads.
+        labels: int64 (batch, length), -100 where nothing is to be learnt.
+        weight, bias: Of the last linear layer, (vocabulary, hidden size) and (vocabulary,).
+        num_items_in_batch: Divisor of the summed loss: the labels of a whole step, so that accumulated batches weigh as
+            many tokens as they have; the batch's own count where None.
+        label_smoothing: Share of each label spread over the vocabulary (Szegedy et al., 2016,
+            https://arxiv.org/abs/1512.00567, section 7).
+    """
+    learnt = labels != -100
+    if num_items_in_batch is None:
+        num_items_in_batch = learnt.sum()
+    hidden, labels = hidden[learnt], labels[learnt]  # (tokens, hidden size), (tokens,)
+    if torch.is_autocast_enabled(hidden.device.type):  # torch's op does not look
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    chunk_size = max(1, SCORES_AT_ONCE // len(weight))
+    nats = nn.functional.linear_cross_entropy(
+        hidden,
+        weight,
+        labels,
+        linear_bias=bias,
+        reduction="sum",
+        options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None),
+    )
+    if label_smoothing:
+        # (1 - s) (logsumexp - score of the label) + s (logsumexp - mean score), the vocabulary's mean score being linear too.
+        label_score = (hidden * weight[labels]).sum()
+        mean_score = hidden.sum(0) @ weight.mean(0)
+        if bias is not None:
+            label_score, mean_score = label_score + bias[labels].sum(), mean_score + len(hidden) * bias.mean()
+        nats = nats + label_smoothing * (label_score - mean_score)
+    return nats / num_items_in_batch

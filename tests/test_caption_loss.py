@@ -1,0 +1,71 @@
+"""Laws of the loss: what is computed a few tokens at a time is the plain cross entropy, gradients and all."""
+
+import pytest
+import torch
+from torch import nn
+
+from modeling import caption_loss as module
+from modeling.caption_loss import caption_loss
+
+
+def plain_loss(hidden, labels, weight, bias, num_items_in_batch, label_smoothing):
+    """All scores at once, as torch's own cross entropy takes them."""
+    logits = nn.functional.linear(hidden, weight, bias).flatten(0, 1)
+    options = {"reduction": "sum", "ignore_index": -100, "label_smoothing": label_smoothing}
+    return nn.functional.cross_entropy(logits, labels.flatten(), **options) / num_items_in_batch
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(3, 7, 16), torch.randint(0, 50, (3, 7))
+    labels[0, :2] = labels[1, 4:] = labels[2, 6:] = -100
+    weight, bias = torch.randn(50, 16), torch.randn(50)
+    return hidden, labels, weight, bias
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("divisor", [None, 37])
+def test_loss_and_gradients_are_the_plain_ones(batch, monkeypatch, has_bias, label_smoothing, divisor):
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", 250)  # five tokens at a time
+    hidden, labels, weight, bias = batch
+    results = []
+    for loss_of in (caption_loss, plain_loss):
+        parts = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        parts += [bias.clone().requires_grad_()] if has_bias else []
+        num_items = divisor or (None if loss_of is caption_loss else (labels != -100).sum())
+        loss = loss_of(parts[0], labels, parts[1], parts[2] if has_bias else None, num_items, label_smoothing)
+        (2 * loss).backward()
+        results.append([loss.detach(), *(part.grad for part in parts)])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_scores_of_a_batch_are_never_held_at_once(batch, monkeypatch):
+    """Every tensor that an operation makes has at most the scores of a few tokens, or the size of the weights."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            sizes.extend(part.numel() for part in (made if isinstance(made, tuple | list) else [made]) if torch.is_tensor(part))
+            return made
+
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", 200)
+    hidden, labels = torch.randn(40, 30, 4, requires_grad=True), torch.randint(0, 100, (40, 30))
+    weight = torch.randn(100, 4, requires_grad=True)
+    with Sizes():
+        caption_loss(hidden, labels, weight).backward()
+    assert max(sizes) <= hidden.numel()
+    assert hidden.grad is not None and weight.grad is not None
+
+
+def test_in_bfloat16_it_stays_near(batch):
+    hidden, labels, weight, bias = batch
+    exact = caption_loss(hidden, labels, weight, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = caption_loss(hidden, labels, weight, bias)
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
