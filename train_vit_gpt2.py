@@ -311,7 +311,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         inputs = {name: value for name, value in inputs.items() if name != "index"}  # no argument of the model's
         labels = inputs.pop("labels")
         with hidden_states_as_logits(self.model.decoder) as head:
-            outputs = model(**inputs, use_cache=False)
+            outputs = model(**inputs, use_cache=False)  # with a cache transformers lets packed captions see each other
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         loss = caption_loss(outputs.logits, labels, head.weight, head.bias, num_items_in_batch, smoothing)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:

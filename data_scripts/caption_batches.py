@@ -191,7 +191,9 @@ class CaptionCollator:
             padding = {"decoder_input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
             for name in rows[0]:
                 values = [torch.tensor(row[name]) for row in rows]
-                batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding.get(name, 0))
+                batch[name] = torch.nn.utils.rnn.pad_sequence(
+                    values, batch_first=True, padding_value=padding.get(name, 0)
+                )
         return batch
 
     @staticmethod

@@ -95,6 +95,40 @@ def test_batches_of_grouped_pairs_come_in_no_order_of_length():
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
 
 
+def test_grouped_by_picture_the_captions_of_a_picture_stand_together_beside_those_of_as_many_tokens():
+    random = np.random.default_rng(0)
+    pictures = np.repeat(np.arange(640), 5)
+    lengths = random.integers(5, 30, len(pictures))
+    order = list(CaptionSampler(lengths, 60, pictures=pictures))
+    assert sorted(order) == list(range(len(pictures)))
+    turns = pictures[order]
+    assert (np.diff(turns) != 0).sum() == 639  # each picture once
+    tokens = np.bincount(pictures, weights=lengths)[turns[::5]]  # of each picture, in the order of their turn
+    batches = tokens[: len(tokens) // 12 * 12].reshape(-1, 12)
+    assert 1 - batches.sum() / (12 * batches.max(axis=1)).sum() < 0.05
+    assert abs(np.corrcoef(batches.mean(axis=1)[:-1], batches.mean(axis=1)[1:])[0, 1]) < 0.4
+
+
+def test_packed_captions_are_whole_and_told_apart_by_their_positions(rows, processor):
+    pairs = CaptionPairs(rows, processor.tokenizer)
+    indices = [0, 7, 1, 5, 2]  # three captions of the first picture, two of the second
+    batch = CaptionCollator(processor, share_pictures="pack")(pairs.__getitems__(indices))
+    assert len(batch["pixel_values"]) == 2 and batch["index"].tolist() == [0, 1, 0, 1, 0]
+    for row, members in enumerate([(0, 1, 2), (7, 5)]):
+        items = [pairs.tokens(member) for member in members]
+        length = sum(len(item["labels"]) for item in items)
+        assert batch["labels"][row, :length].tolist() == [label for item in items for label in item["labels"]]
+        told = [token for item in items for token in item["decoder_input_ids"]]
+        assert batch["decoder_input_ids"][row, :length].tolist() == told
+        positions = [place for item in items for place in range(len(item["labels"]))]
+        assert batch["decoder_position_ids"][row, :length].tolist() == positions
+        assert (batch["labels"][row, length:] == -100).all() and (
+            batch["decoder_position_ids"][row, length:] == 0
+        ).all()
+    apart = CaptionCollator(processor, share_pictures="pack")(pairs.__getitems__([0, 5]))
+    assert "decoder_position_ids" not in apart  # nothing to tell apart: the decoder's plain causal way
+
+
 def test_features_are_the_encoders_own_in_half_precision_and_computed_once(rows, processor):
     encoder = CountingEncoder()
     fingerprint = encoder_fingerprint(encoder.encoder, processor.image_processor)

@@ -51,7 +51,9 @@ def test_scores_of_a_batch_are_never_held_at_once(batch, monkeypatch):
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             made = function(*args, **(kwargs or {}))
-            sizes.extend(part.numel() for part in (made if isinstance(made, tuple | list) else [made]) if torch.is_tensor(part))
+            sizes.extend(
+                part.numel() for part in (made if isinstance(made, tuple | list) else [made]) if torch.is_tensor(part)
+            )
             return made
 
     monkeypatch.setattr(module, "SCORES_AT_ONCE", 200)

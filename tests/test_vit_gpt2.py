@@ -23,9 +23,16 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs
+from modeling.caption_loss import caption_loss
 from modeling.captioner import generate_captions, load_captioner, save_captioner, start_token_ids
 from modeling.processing import build_processor
-from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
+from modeling.vit_gpt2 import (
+    build_vit_gpt2,
+    decoder_config,
+    encoder_config,
+    hidden_states_as_logits,
+    vit_image_processor,
+)
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220)}
 CAPTIONS = {name: f"a picture that is all {name} , {'very ' * length}{name} ." for length, name in enumerate(COLOURS)}
@@ -165,6 +172,30 @@ def test_padding_changes_no_captions_loss(build, rows):
     together = nats(model, batch_of(rows, processor, model))
     alone = torch.cat([nats(model, batch_of(rows, processor, model, [index])) for index in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+def test_captions_packed_into_one_row_have_the_loss_and_gradients_of_captions_apart(build, rows, prompt):
+    model, processor = build(prompt=prompt)
+    model.eval()
+    several = rows.map(lambda row: {"captions": [*row["captions"], "all of one colour .", "red"]})
+    pairs = CaptionPairs(several, processor.tokenizer, start_ids=start_token_ids(model))
+    items = pairs.__getitems__([0, 1, 2, 3, 6, 8])  # three captions, one and two
+    results = []
+    for share_pictures in ("pack", None):
+        batch = CaptionCollator(processor, share_pictures=share_pictures)(items)
+        batch.pop("index")
+        labels = batch.pop("labels")
+        assert len(labels) == len(batch["pixel_values"]) == (3 if share_pictures else 6)
+        model.zero_grad()
+        with hidden_states_as_logits(model.decoder) as head:
+            hidden = model(**batch, use_cache=False).logits
+        loss = caption_loss(hidden, labels, head.weight)
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for packed, apart in zip(*results, strict=True):
+        torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-6)
+    assert model.decoder.get_output_embeddings() is head  # and is back in its place
 
 
 def test_without_prompt_the_loss_is_transformers_own(build, rows):
