@@ -36,6 +36,7 @@ def small_scenes(tmp_path_factory) -> str:
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub on the loopback address; `huggingface_hub` of this process speaks to it, as the user "me", with an empty cache."""
+    import datasets
     import huggingface_hub.constants as settings
     from hub_server import running_hub
     from huggingface_hub import close_session, file_download
@@ -49,6 +50,8 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(
             settings, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         )
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(settings, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(settings, "HF_HUB_CACHE", cache)
