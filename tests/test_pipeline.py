@@ -6,79 +6,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    CLIPImageProcessor,
-    PreTrainedTokenizerFast,
-    VisionEncoderDecoderModel,
-    ViTImageProcessor,
-    pipeline,
-)
+from small_captioners import COLOURS, PICTURES, build
+from transformers import VisionEncoderDecoderModel, pipeline
 
-from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import generate_captions, load_captioner, save_captioner
-from modeling.processing import build_processor
-from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config
-
-WORDS = [
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "a",
-    "the",
-    "red",
-    "green",
-    "blue",
-    "small",
-    "big",
-    "dog",
-    "cat",
-    "runs",
-    "sits",
-    "on",
-    "under",
-    "it",
-    "and",
-]
-COLOURS = ("red", "green", "blue", "white", "black")
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def build(kind: str, prompt: str = "") -> tuple:
-    """A small captioner with random weights, drawn wide so that pictures differ in their captions."""
-    torch.manual_seed(0)
-    if kind == "lstm":
-        sizes = {"image_embed_dim": 32, "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": len(WORDS)}
-        config = InceptionLSTMConfig(encoder_name="test_efficientnet", attention=prompt == "attention", **sizes)
-        model = InceptionLSTMForConditionalGeneration(config)
-        images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
-    else:
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-        model = build_vit_gpt2(
-            encoder_config(32, 16, **sizes), decoder_config(len(WORDS), **sizes), word_tokenizer(), prompt, dropout=0.0
-        )
-        images = ViTImageProcessor(size={"height": 32, "width": 32})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.startswith("encoder.backbone") and parameter.ndim > 1:
-                parameter.normal_(std=0.5)
-    model.generation_config.update(max_length=10)
-    return model.eval(), build_processor(images, word_tokenizer())
-
-
-@pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
-    return [Image.new("RGB", (50, 40), colour) for colour in COLOURS]
 
 
 def expected_captions(model, processor, pictures, **generation) -> list[str]:
@@ -95,13 +26,13 @@ print(json.dumps([made[0]["generated_text"] for made in captioner(sys.argv[2:], 
 
 
 @pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", "a big")])
-def test_one_line_captions_in_a_fresh_process_elsewhere(kind, prompt, pictures, tmp_path):
+def test_one_line_captions_in_a_fresh_process_elsewhere(kind, prompt, tmp_path):
     model, processor = build(kind, prompt)
-    expected = expected_captions(model, processor, pictures)
+    expected = expected_captions(model, processor, PICTURES)
     assert len(set(expected)) > 1
     save_captioner(model, processor, tmp_path / "saved")
     names = [str(tmp_path / f"{colour}.png") for colour in COLOURS]
-    for picture, name in zip(pictures, names, strict=True):
+    for picture, name in zip(PICTURES, names, strict=True):
         picture.save(name)
     (tmp_path / "elsewhere").mkdir()
     made = subprocess.run(
@@ -115,7 +46,7 @@ def test_one_line_captions_in_a_fresh_process_elsewhere(kind, prompt, pictures, 
     assert json.loads(made.stdout.splitlines()[-1]) == expected
 
 
-def test_an_old_checkpoint_captions_in_one_line_again(pictures, tmp_path):
+def test_an_old_checkpoint_captions_in_one_line_again(tmp_path):
     """A folder as nlpconnect/vit-gpt2-image-captioning is: no processor, no pipeline, ids in config.json."""
     model, processor = build("vit_gpt2")
     special_ids = {"decoder_start_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 1}
@@ -127,23 +58,23 @@ def test_an_old_checkpoint_captions_in_one_line_again(pictures, tmp_path):
     captioner = pipeline("image-captioning", model=str(tmp_path))
     assert type(captioner.model) is VisionEncoderDecoderModel
     options = {"max_length": 10, "num_beams": 3}
-    expected = expected_captions(*load_captioner(str(tmp_path)), pictures, **options)
-    assert [made[0]["generated_text"] for made in captioner(pictures, **options)] == expected
+    expected = expected_captions(*load_captioner(str(tmp_path)), PICTURES, **options)
+    assert [made[0]["generated_text"] for made in captioner(PICTURES, **options)] == expected
 
 
 @pytest.mark.parametrize("kind", ["lstm", "vit_gpt2"])
-def test_pictures_in_any_form_and_several_captions_each(kind, pictures, tmp_path):
+def test_pictures_in_any_form_and_several_captions_each(kind, tmp_path):
     model, processor = build(kind)
     captioner = pipeline(
         "image-captioning", model=model, tokenizer=processor.tokenizer, image_processor=processor.image_processor
     )
-    pictures[0].save(tmp_path / "picture.png")
-    (one,) = expected_captions(model, processor, pictures[:1])
-    assert captioner(pictures[0]) == captioner(str(tmp_path / "picture.png")) == [{"generated_text": one}]
-    assert captioner(pictures[0].convert("L").convert("RGBA"))[0].keys() == {"generated_text"}
+    PICTURES[0].save(tmp_path / "picture.png")
+    (one,) = expected_captions(model, processor, PICTURES[:1])
+    assert captioner(PICTURES[0]) == captioner(str(tmp_path / "picture.png")) == [{"generated_text": one}]
+    assert captioner(PICTURES[0].convert("L").convert("RGBA"))[0].keys() == {"generated_text"}
     options = {"num_beams": 4, "num_return_sequences": 2}
-    beams = expected_captions(model, processor, pictures, **options)
+    beams = expected_captions(model, processor, PICTURES, **options)
     for batch_size in (1, 2):
-        made = captioner(pictures, batch_size=batch_size, **options)
+        made = captioner(PICTURES, batch_size=batch_size, **options)
         assert [caption["generated_text"] for picture in made for caption in picture] == beams
-        assert [len(picture) for picture in made] == [2] * len(pictures)
+        assert [len(picture) for picture in made] == [2] * len(PICTURES)

@@ -78,9 +78,12 @@ def test_the_card_tells_what_is_in_it_and_how_to_load_it(small_scenes, hub):
 
 
 def test_pushed_again_nothing_is_sent_twice(small_scenes, hub):
-    for _ in range(2):
-        push.push_captions(load_captions(small_scenes), "scenes")
+    for revision in (None, None, "trial/one"):
+        push.push_captions(load_captions(small_scenes), "scenes", revision=revision)
     assert len([path for method, path, _ in hub.requests if method == "PUT"]) == 3
+    repository = hub.repositories["dataset", "me/scenes"]
+    assert repository.files("trial/one") == repository.files("main")
+    assert repository.branches.keys() == {"main", "trial/one"}
 
 
 @pytest.mark.parametrize(
