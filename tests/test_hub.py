@@ -184,6 +184,7 @@ def test_the_last_checkpoint_replaces_the_one_before_and_brings_the_best_model(s
     assert load_captioner(str(elsewhere))[0] is not None
 
 
+@pytest.mark.timeout(60)  # a training that waits would wait forever
 def test_a_checkpoint_is_left_out_while_one_is_on_its_way(runs, hub, tmp_path, monkeypatch):
     """The training does not wait: what it deletes meanwhile is sent all the same."""
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
