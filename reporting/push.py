@@ -68,9 +68,9 @@ def staged(
         checkpoint: A checkpoint to send along, under the name `as_folder`.
     """
     output_dir = Path(output_dir)
-    # The page has every picture in it: it goes where the samples, which are there only if pictures may be shown, go.
-    left = {"captions.html"} - ({"captions.html"} if (output_dir / "samples").is_dir() else set())
-    names = [path.name for path in output_dir.iterdir() if not LEFT_HERE.fullmatch(path.name) and path.name not in left]
+    names = [path.name for path in output_dir.iterdir() if not LEFT_HERE.fullmatch(path.name)]
+    if "samples" not in names and "captions.html" in names:
+        names.remove("captions.html")  # has every picture in it; samples are there only if pictures may be shown
     stage = tempfile.TemporaryDirectory(dir=output_dir, prefix=".pushing-")
     for name in names:
         _link(output_dir / name, Path(stage.name) / name)
@@ -142,7 +142,11 @@ class CheckpointPush:
         self.finish()
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{step}"
         name = {HubStrategy.CHECKPOINT: LAST, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}.get(self.strategy, "")
-        stage = staged(self.args.output_dir, checkpoint if name else None, name)
+        try:
+            stage = staged(self.args.output_dir, checkpoint if name else None, name)
+        except OSError as error:
+            self._say(error, step)
+            return
         self.running = self.api.run_as_future(self._upload, stage, name, step)
 
     def finish(self) -> None:
@@ -155,13 +159,17 @@ class CheckpointPush:
             with stage:
                 upload(stage.name, self.repo_id, self.args.hub_private_repo, self.args.hub_revision, replace=replace)
         except Exception as error:  # as in push_to_hub
-            logger.error(f"Step {step} was not pushed to {self.repo_id}: {in_one_sentence(error, self.repo_id)}.")
+            self._say(error, step)
+
+    def _say(self, error: Exception, step: int) -> None:
+        logger.error(f"Step {step} was not pushed to {self.repo_id}: {in_one_sentence(error, self.repo_id)}.")
 
 
 def download_checkpoint(name: str, output_dir: str | os.PathLike) -> Path:
     """The newest checkpoint of a Hub repository, for `--resume_from_checkpoint OWNER/NAME` or `OWNER/NAME@REVISION`.
 
-    The best model so far, which lies beside the checkpoints, comes to `output_dir` where that has none.
+    The best model so far, which lies beside the checkpoints, comes to `output_dir` where that has none. Optimiser and random
+    states in a checkpoint are pickles, which can run code: a repository has to be trusted like a program.
 
     Raises:
         ValueError: There is no such repository, or no checkpoint in it.

@@ -182,7 +182,7 @@ def test_the_last_checkpoint_replaces_the_one_before_and_brings_the_best_model(s
 
 
 @pytest.mark.timeout(60)  # a training that waits would wait forever
-def test_a_checkpoint_is_left_out_while_one_is_on_its_way(runs, hub, tmp_path, monkeypatch):
+def test_a_checkpoint_is_left_out_while_one_is_on_its_way(hub, tmp_path, caplog):
     """The training does not wait: what it deletes meanwhile is sent all the same."""
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-1" / "state.txt").write_text("first")
@@ -196,6 +196,8 @@ def test_a_checkpoint_is_left_out_while_one_is_on_its_way(runs, hub, tmp_path, m
     pushing.finish()
     commits = hub.repositories["model", "me/run"].commits("main")
     assert len(commits) == 2 and commits[0].files["last-checkpoint/state.txt"].content == b"first"
+    pushing.send(3)  # which is not there
+    assert "Step 3 was not pushed to me/run" in caplog.text
 
 
 def test_the_command_pushes_to_a_branch_with_a_tag(runs, hub, capsys):
