@@ -13,10 +13,10 @@ shows how: it needs onnxruntime and numpy alone. Install with `pip install -e '.
 import argparse
 import json
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 import transformers
 from torch import nn
@@ -188,6 +188,8 @@ def caption_pictures(folder: str | Path, pixel_values: np.ndarray, max_length: i
     Returns:
         As many ids for each picture, start tokens left out, padded after the end: what the folder's tokenizer decodes.
     """
+    import onnxruntime
+
     encoder, step = (onnxruntime.InferenceSession(Path(folder) / f"{name}.onnx") for name in ("encoder", "step"))
     settings = json.loads((Path(folder) / "generation_config.json").read_text(encoding="utf-8"))
     max_length = max_length or settings["max_length"]
@@ -217,6 +219,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="folder or Hub id of a captioner of either kind")
     parser.add_argument("output_dir", help="where the exported model goes; must be new or empty")
     arguments = parser.parse_args(argv)
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        parser.error(f"{' and '.join(missing)} is missing: pip install --editable '.[onnx]'")
     transformers.logging.disable_progress_bar()
     with one_line_errors():
         model, processor = load_captioner(arguments.model)

@@ -74,3 +74,11 @@ def test_a_model_that_is_none_is_one_sentence_and_nothing_is_left(tmp_path, caps
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert ended.value.code == 2 and len(told) == 1 and "nowhere" in told[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_what_must_be_installed_is_said(tmp_path, monkeypatch, capsys):
+    find_spec = export_onnx.find_spec
+    monkeypatch.setattr(export_onnx, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
+    with pytest.raises(SystemExit) as ended:
+        export_onnx.main([str(tmp_path), str(tmp_path / "exported")])
+    assert ended.value.code == 2 and "error: onnxscript is missing: pip install" in capsys.readouterr().err
