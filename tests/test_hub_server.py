@@ -5,7 +5,14 @@ import warnings
 from pathlib import Path
 
 import pytest
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    HfFileSystem,
+    hf_hub_download,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -143,3 +150,10 @@ def test_a_download_that_is_cut_comes_whole_in_the_end(hub, repository):
     hub.fail("HEAD", "/resolve/", count=99, status=500)
     with pytest.raises(LocalEntryNotFoundError):
         hf_hub_download(repository, "config.json")
+
+
+def test_pieces_of_a_file_are_those_asked_for(hub, repository):
+    files = HfFileSystem(endpoint=hub.endpoint, skip_instance_cache=True)
+    assert files.cat_file(f"{repository}/model.safetensors", start=300, end=700) == LARGE[300:700]
+    assert files.cat_file(f"{repository}/config.json", start=2, end=5) == SMALL[2:5]
+    assert sorted(files.glob(f"{repository}/deep/*/*.txt"))[-1] == f"{repository}/deep/er/8.txt"
