@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
         resume_from = checkpoint_to_resume(args)
-        pushing = CheckpointPush(args, active=push and args.process_index == 0)
+        pushing = CheckpointPush(args, active=push and args.process_index == 0, token=args.hub_token)
         dataset = load_captions(data_args.dataset)
         if data_args.max_train_pictures:
             dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
@@ -239,7 +239,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         if push:
             pushing.finish()
-            push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_revision)
+            where = (args.hub_model_id, args.hub_private_repo, args.hub_revision)
+            push_to_hub(args.output_dir, *where, token=args.hub_token)
 
 
 def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: int):

@@ -36,6 +36,7 @@ def push_to_hub(
     repo_id: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
+    token: str | None = None,
 ) -> str | None:
     """Upload model, processor, results, page and card of an output directory at the end of a training.
 
@@ -43,6 +44,7 @@ def push_to_hub(
         repo_id: Repository, made where it does not exist; the folder's name, of the user who is logged in, where None.
         private: Whether a new repository is a private one; as the account is set up where None.
         revision: Branch to push to, made where it does not exist; main where None.
+        token: Of the user; that of `hf auth login` or HF_TOKEN where None.
 
     Returns:
         The address of the commit, or None where the upload failed: that is said, and never ends a training.
@@ -50,7 +52,7 @@ def push_to_hub(
     repo_id = repo_id or Path(output_dir).resolve().name
     try:
         with staged(output_dir) as stage:
-            return upload(stage, repo_id, private, revision)
+            return upload(HfApi(token=token), stage, repo_id, private, revision)
     except Exception as error:  # whatever it is, a training of days is not to end with a traceback over an upload
         logger.error(
             f"{output_dir} was not pushed to {repo_id}: {in_one_sentence(error, repo_id)}. "
@@ -80,7 +82,13 @@ def staged(
 
 
 def upload(
-    stage: str, repo_id: str, private: bool | None, revision: str | None, tag: str | None = None, replace: str = ""
+    api: HfApi,
+    stage: str,
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    tag: str | None = None,
+    replace: str = "",
 ) -> str:
     """Make repository and branch where they are missing, and commit a staged folder.
 
@@ -91,7 +99,6 @@ def upload(
     Returns:
         The address of the commit.
     """
-    api = HfApi()
     repo_id = retried(api.create_repo)(repo_id, private=private, exist_ok=True).repo_id
     if revision:
         retried(api.create_branch)(repo_id, branch=revision, exist_ok=True)
@@ -119,17 +126,18 @@ class CheckpointPush:
             model so far), "checkpoint" the checkpoint as well, as `last-checkpoint`, "all_checkpoints" each under its own
             name; "end" sends nothing before the end.
         active: Whether this process is to send anything.
+        token: As of `push_to_hub`.
 
     Raises:
         ValueError: There is no such strategy.
     """
 
-    def __init__(self, args, active: bool):
+    def __init__(self, args, active: bool, token: str | None = None):
         self.args = args
         self.strategy = HubStrategy(args.hub_strategy)
         self.active = active and self.strategy != HubStrategy.END
         self.repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-        self.api = HfApi()
+        self.api = HfApi(token=token)
         self.running: Future | None = None
 
     def send(self, step: int) -> None:
@@ -157,7 +165,8 @@ class CheckpointPush:
     def _upload(self, stage: tempfile.TemporaryDirectory, replace: str, step: int) -> None:
         try:
             with stage:
-                upload(stage.name, self.repo_id, self.args.hub_private_repo, self.args.hub_revision, replace=replace)
+                private, revision = self.args.hub_private_repo, self.args.hub_revision
+                upload(self.api, stage.name, self.repo_id, private, revision, replace=replace)
         except Exception as error:  # as in push_to_hub
             self._say(error, step)
 
@@ -224,7 +233,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"{arguments.output_dir} holds no model (config.json is missing): give a run's --output_dir"
             )
         with staged(arguments.output_dir) as stage:
-            print(upload(stage, arguments.repo_id, arguments.private or None, arguments.revision, arguments.tag))
+            private = arguments.private or None
+            print(upload(HfApi(), stage, arguments.repo_id, private, arguments.revision, arguments.tag))
     except Exception as error:  # the client's own are many
         sentence = in_one_sentence(error, arguments.repo_id)
         print(f"error: {arguments.output_dir} was not pushed to {arguments.repo_id}: {sentence}", file=sys.stderr)

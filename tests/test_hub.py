@@ -131,6 +131,19 @@ def test_a_bad_token_is_said_and_the_training_ends_whole(kind, token, small_scen
     assert not hub.repositories
 
 
+def test_a_token_given_to_the_trainers_script_is_used_and_sent_nowhere_else(small_scenes, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    options = ["--push_to_hub", "true", "--hub_model_id", "me/run", "--hub_strategy", "every_save"]
+    train("vit_gpt2", tmp_path / "run", small_scenes, *options, "--num_train_epochs", "1", "--hub_token", "hf_me")
+    first, last = (
+        hub.repositories["model", "me/run"].commits("main")[-2],
+        hub.repositories["model", "me/run"].commits("main")[0],
+    )
+    assert "model.safetensors" in first.files and "results.json" not in first.files and "results.json" in last.files
+    assert not [path for path, file in last.files.items() if b"hf_me" in file.content]
+    assert not [path for path in last.files if "checkpoint" in path]
+
+
 def test_a_hub_that_stays_away_ends_nothing(runs, hub, caplog):
     hub.fail("POST", "/repos/create", count=99, status=503)
     assert push.push_to_hub(runs["lstm"], "me/captioner") is None
