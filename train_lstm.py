@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import timm
@@ -41,7 +42,7 @@ from modeling.processing import build_processor, timm_image_processor
 from recipes import DataArguments, parse_recipe
 from reporting.curves import draw_curves
 from reporting.model_card import write_model_card
-from reporting.push import push_to_hub
+from reporting.push import CheckpointPush, download_checkpoint, push_to_hub
 from reporting.report import command_line, report_captions
 from reporting.results import write_history
 
@@ -122,12 +123,21 @@ class LoopArguments:
     report_to: str = field(
         default="tensorboard", metadata={"help": "Trackers of Accelerate, with commas between; or none."}
     )
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A checkpoint folder, or `last`."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, `last`, or OWNER/NAME[@REVISION] on the Hub."}
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "Upload output_dir at the end."})
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Repository to push to; output_dir's name if not given."}
     )
-    hub_private_repo: bool = field(default=False, metadata={"help": "Make the repository a private one."})
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Make the repository a private one."})
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to; main if not given."})
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = field(
+        default="end",
+        metadata={
+            "help": "When to push: at the end only, or the model, the last or all checkpoints when one is saved."
+        },
+    )
 
 
 @dataclass
@@ -163,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
         resume_from = checkpoint_to_resume(args)
+        pushing = CheckpointPush(args, active=args.push_to_hub and accelerator.is_main_process)
         dataset = load_captions(data_args.dataset)
         if data_args.max_train_pictures:
             dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
@@ -225,6 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         stop = args.early_stopping_patience and progress.evaluations_since_best >= args.early_stopping_patience
         if progress.epoch % args.save_epochs == 0 or last or stop:
             save_checkpoint(accelerator, progress, args)
+            pushing.send(progress.step)
         if stop:
             logger.info(f"No better validation CIDEr since epoch {progress.best_epoch}: stopping.")
             break
@@ -250,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
             scorer=CaptionScorer(dataset[split]["captions"], training_captions),
             decoding=captioner.generation_config,
             train=training_cost(progress, len(pairs["train"])),
+            show_pictures=data_args.show_pictures,
         )
         write_model_card(
             args.output_dir,
@@ -259,9 +272,11 @@ def main(argv: list[str] | None = None) -> None:
             command=command_line(),
             options=options,
             base_models=hub_names(model_args),
+            training_data={"pictures": len(dataset["train"]), "captions": len(training_captions)},
         )
         if args.push_to_hub:
-            push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo)
+            pushing.finish()
+            push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_revision)
     accelerator.end_training()
 
 
@@ -445,9 +460,7 @@ def checkpoint_to_resume(args: LoopArguments) -> Path | None:
         return found[-1] if found else None
     folder = Path(args.resume_from_checkpoint)
     if not (folder / "progress.json").is_file():
-        raise ValueError(
-            f"--resume_from_checkpoint {folder}: there is no checkpoint; give a checkpoint folder or `last`"
-        )
+        return download_checkpoint(args.resume_from_checkpoint, args.output_dir)
     return folder
 
 

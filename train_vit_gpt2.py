@@ -11,6 +11,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ from modeling.vit_gpt2 import (
 from recipes import DataArguments, parse_recipe
 from reporting.curves import draw_curves
 from reporting.model_card import write_model_card
-from reporting.push import push_to_hub
+from reporting.push import CheckpointPush, download_checkpoint, push_to_hub
 from reporting.report import command_line, report_captions
 from reporting.results import write_history
 
@@ -116,15 +117,20 @@ class LoopArguments(Seq2SeqTrainingArguments):
     )
     report_to: str = field(default="tensorboard", metadata={"help": "Trackers, with commas between; or none."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When the training loss is logged."})
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = field(
+        default="end",
+        metadata={
+            "help": "When to push: at the end only, or the model, the last or all checkpoints when one is saved."
+        },
+    )
 
     # What the loop below relies on is no option: pictures are no argument of `forward`, epochs decide on evaluation and
-    # checkpoints, the Hub gets a whole output_dir at the end, and a loss that is not a number must be seen.
+    # checkpoints, and a loss that is not a number must be seen.
     remove_unused_columns: bool = field(default=False, init=False)
     eval_strategy: str = field(default="no", init=False)
     save_strategy: str = field(default="no", init=False)
     metric_for_best_model: str = field(default="cider", init=False)
     greater_is_better: bool = field(default=True, init=False)
-    hub_strategy: str = field(default="end", init=False)
     logging_nan_inf_filter: bool = field(default=False, init=False)
     dataloader_num_workers: int = field(default=0, init=False)  # stands among the data's options
 
@@ -139,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     data_args, model_args, args = parse_recipe((DataArguments, ViTGPT2Arguments, LoopArguments), argv, __doc__)
     args.dataloader_num_workers = data_args.dataloader_num_workers
     options = {**vars(data_args), **vars(model_args), **args.to_sanitized_dict()}
-    push, args.push_to_hub = args.push_to_hub, False  # done once at the end, not by the Trainer
+    push, args.push_to_hub = args.push_to_hub, False  # the Trainer's own push ends a training that it fails
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     logging.basicConfig(level=logging.INFO if args.local_process_index == 0 else logging.WARNING, format="%(message)s")
@@ -149,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
         resume_from = checkpoint_to_resume(args)
+        pushing = CheckpointPush(args, active=push and args.process_index == 0, token=args.hub_token)
         dataset = load_captions(data_args.dataset)
         if data_args.max_train_pictures:
             dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
@@ -192,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_pictures=Pictures(val_rows, val_features),
         scorer=CaptionScorer(val_rows["captions"], training_captions),
     )
+    trainer.add_callback(PushCheckpoints(pushing))
 
     # ---- Training ---------------------------------------------------------------------------------------------------
     trainer.train(resume_from_checkpoint=resume_from)
@@ -217,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
             scorer=CaptionScorer(dataset[split]["captions"], training_captions),
             decoding=captioner.generation_config,
             train=training_cost(history_rows(trainer.state.log_history), len(pairs["train"])),
+            show_pictures=data_args.show_pictures,
         )
         write_model_card(
             args.output_dir,
@@ -226,9 +235,12 @@ def main(argv: list[str] | None = None) -> None:
             command=command_line(),
             options=options,
             base_models=hub_names(model_args),
+            training_data={"pictures": len(dataset["train"]), "captions": len(training_captions)},
         )
         if push:
-            push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo)
+            pushing.finish()
+            where = (args.hub_model_id, args.hub_private_repo, args.hub_revision)
+            push_to_hub(args.output_dir, *where, token=args.hub_token)
 
 
 def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: int):
@@ -397,6 +409,16 @@ class EpochEnds(TrainerCallback):
         write_curves(args, state)
 
 
+class PushCheckpoints(TrainerCallback):
+    """Each checkpoint goes to the Hub when it is written, if it is to go."""
+
+    def __init__(self, pushing: CheckpointPush):
+        self.pushing = pushing
+
+    def on_save(self, args: LoopArguments, state, control, **kwargs):
+        self.pushing.send(state.global_step)
+
+
 def write_curves(args: LoopArguments, state) -> None:
     """history.json and curves.png of what has been logged so far."""
     history = history_rows(state.log_history)
@@ -436,9 +458,7 @@ def checkpoint_to_resume(args: LoopArguments) -> str | None:
         if folder is None:
             logger.info(f"{args.output_dir} holds no checkpoint: starting from the beginning.")
     elif folder is not None and not (Path(folder) / "trainer_state.json").is_file():
-        raise ValueError(
-            f"--resume_from_checkpoint {folder}: there is no checkpoint; give a checkpoint folder or `last`"
-        )
+        return str(download_checkpoint(folder, args.output_dir))
     return folder
 
 

@@ -7,6 +7,7 @@ Commands:
     python -m data_scripts.image_folder     pictures beside a metadata.csv or metadata.jsonl
     python -m data_scripts.hub              a data set on the Hub or saved on disk
     python -m data_scripts.scenes           coloured shapes drawn here
+    python -m data_scripts.push             any of them to the Hub
     python -m data_scripts.train_tokenizer  a tokenizer for the captions of any of them
 """
 

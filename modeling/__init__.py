@@ -1,11 +1,19 @@
-"""What travels to the Hub: models, processors, generation. Importing it makes system A known to transformers' Auto classes."""
+"""What travels to the Hub: models, processors, generation.
+
+Importing it makes system A known to transformers' Auto classes, and `pipeline("image-captioning")` to transformers.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers.pipelines import PIPELINE_REGISTRY
 
+from .captioning_pipeline import ImageToTextPipeline
 from .modeling_inception_lstm import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration, LSTMState
 
 AutoConfig.register(InceptionLSTMConfig.model_type, InceptionLSTMConfig)
 AutoModel.register(InceptionLSTMConfig, InceptionLSTMForConditionalGeneration)
 AutoModelForImageTextToText.register(InceptionLSTMConfig, InceptionLSTMForConditionalGeneration)
+PIPELINE_REGISTRY.register_pipeline(
+    "image-captioning", pipeline_class=ImageToTextPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
+)
 
-__all__ = ["InceptionLSTMConfig", "InceptionLSTMForConditionalGeneration", "LSTMState"]
+__all__ = ["ImageToTextPipeline", "InceptionLSTMConfig", "InceptionLSTMForConditionalGeneration", "LSTMState"]

@@ -4,6 +4,7 @@ Either system goes through here, in scripts, app and evaluation alike.
 """
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from . import captioning_pipeline
 from .processing import load_processor
+
+# What config.json says of the pipeline beside it; transformers then runs that for `pipeline("image-to-text")`.
+CUSTOM_PIPELINES = {
+    "image-to-text": {"impl": "captioning_pipeline.ImageToTextPipeline", "pt": ["AutoModelForImageTextToText"]}
+}
 
 
 def load_captioner(name_or_path: str) -> tuple:
@@ -27,11 +34,16 @@ def load_captioner(name_or_path: str) -> tuple:
 
 
 def save_captioner(model: PreTrainedModel, processor, folder: str | os.PathLike) -> None:
-    """Save both into a folder, file by file beside and renamed, so that a kill leaves the old model or the new one."""
+    """Save both into a folder, and the pipeline's code with them.
+
+    File by file beside and renamed, so that a kill leaves the old model or the new one.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
+        model.config.custom_pipelines = CUSTOM_PIPELINES
         model.save_pretrained(beside)
+        shutil.copy(captioning_pipeline.__file__, beside)
         processor.save_pretrained(beside)
         for path in Path(beside).iterdir():
             os.replace(path, folder / path.name)

@@ -40,9 +40,17 @@ class DataArguments:
     group_by_picture: bool = field(
         default=False, metadata={"help": "Put the captions of a picture into one batch, which reads the picture once."}
     )
+    show_pictures: bool | None = field(
+        default=None,
+        metadata={"help": "Put test pictures on the card and push the page of them; if not given, only drawn scenes."},
+    )
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Processes that decode pictures; 0 decodes in the training process."}
     )
+
+    def __post_init__(self):
+        if self.show_pictures is None:
+            self.show_pictures = self.dataset == "scenes"  # drawn here, so nobody else's
 
 
 def parse_recipe(

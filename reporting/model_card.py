@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reporting.page import TEMPLATES, known_facts, score_rows
 from reporting.results import METRIC_TITLES, write_file
+from reporting.samples import read_samples
 
 Kind = Literal["inception-lstm", "vit-gpt2"]
 DESCRIPTIONS = {
@@ -49,20 +51,24 @@ def write_model_card(
     options: dict[str, Any],
     base_models: Sequence[str] = (),
     licence: str = "apache-2.0",
+    training_data: dict[str, int] | None = None,
 ) -> Path:
     """Write README.md: metadata with a model-index for the Hub, then what it is, use, scores, training, limits.
 
     Args:
-        model_name: What `from_pretrained` is to be given: a Hub id or a folder.
+        model_name: What `from_pretrained` is to be given: a Hub id or a folder. Of a folder outside the one where the script
+            runs the card tells the name only, as it does wherever else a path of this machine stands.
         results: What `write_results` writes; whatever is missing is not told.
         command: The command line that trained the model.
         options: Every option of that run, as it was resolved.
         base_models: Hub ids of the pretrained weights it started from; none where it started from random ones.
         licence: Of these weights, as the Hub names licences.
+        training_data: What it was trained on: {"pictures": number, "captions": number}.
 
     Returns:
-        The path of the card. A curves.png beside it is shown on it.
+        The path of the card. A curves.png beside it is shown on it, and so are the pictures in samples/.
     """
+    model_name = without_path(model_name)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"line": markdown_line, "number": _number}
     dataset = results.get("dataset") or "an unnamed data set"
@@ -71,23 +77,51 @@ def write_model_card(
         title=markdown_line(Path(model_name).name or model_name),
         description=_description(kind, base_models),
         usage=usage(kind, model_name),
+        one_line_usage=one_line_usage(model_name),
         scored_on=_scored_on(results),
         rows=score_rows(results),
         constant_caption=(results.get("constant") or {}).get("caption"),
         has_curves=(Path(output_dir) / "curves.png").exists(),
+        samples=read_samples(output_dir),
         facts={
             "Decoding": known_facts(results.get("decoding")),
             "What the captions are like": known_facts(results.get("diagnostics")),
             "Cost": known_facts(results.get("train")),
         },
         dataset=dataset,
-        command=command.strip(),
+        command=shlex.join(map(without_path, shlex.split(command))),
         options=_yaml(options),
+        training_data=training_data or {},
         licence=licence,
         versions=_versions(),
         results=results,
     )
     return write_file(Path(output_dir) / "README.md", card.encode("utf-8", "replace"))
+
+
+def one_line_usage(model_name: str) -> str:
+    """The same by way of the pipeline that travels with either model."""
+    return f"""\
+from transformers import pipeline
+captioner = pipeline("image-to-text", model={json.dumps(model_name)}, trust_remote_code=True)
+print(captioner("picture.jpg")[0]["generated_text"])"""
+
+
+def name_on_card(card: str, name: str) -> str:
+    """A card whose lines of Python load the model from `name`, wherever it was when the card was written."""
+    return re.sub(r'(\.from_pretrained\(|, model=)"(?:[^"\\]|\\.)*"', lambda found: found[1] + json.dumps(name), card)
+
+
+def without_path(text: str) -> str:
+    """A word of a command, or an option: of a folder that is here, and of any path from outside, the last name only.
+
+    Who trains writes paths of a machine, which are nobody else's business on a card. A file named from where one stands, such as
+    recipes/lstm_report.yaml, stays as it is.
+    """
+    option, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    parts = re.split(r"[/\\]", value.rstrip("/\\"))
+    outside = re.match(r"[/\\~]|[A-Za-z]:[/\\]|\.\.(?=[/\\]|$)", value)
+    return f"{option}{equals}{parts[-1]}" if outside or os.path.isdir(value) else text
 
 
 def usage(kind: Kind, model_name: str) -> str:
@@ -159,6 +193,7 @@ def _scored_on(results: dict) -> str:
 def _yaml(options: dict[str, Any]) -> str:
     # By way of JSON, which makes paths and enumerations into the strings one types, where YAML would refuse them.
     plain = json.loads(json.dumps(options, default=str))
+    plain = {name: without_path(value) if isinstance(value, str) else value for name, value in plain.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).strip()
 
 

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from reporting.page import write_page
 from reporting.results import METRIC_TITLES, write_captions, write_results
+from reporting.samples import write_samples
 
 
 def report_captions(
@@ -23,6 +24,7 @@ def report_captions(
     scorer,
     decoding: GenerationConfig,
     train: dict | None = None,
+    show_pictures: bool = False,
 ) -> dict:
     """Score the captions of a split, write results.json, captions.jsonl and captions.html, and tell the scores.
 
@@ -33,6 +35,7 @@ def report_captions(
         scorer: A `metrics.CaptionScorer` of the rows' captions.
         decoding: The generation config used.
         train: "epochs", "seconds" and "images_per_second" of the training, where there was one.
+        show_pictures: Whether others may see them: a dozen is then put into samples/, for the card.
 
     Returns:
         The results, as they stand in results.json.
@@ -56,6 +59,7 @@ def report_captions(
     }
     write_results(output_dir, results)
     write_captions(output_dir, records)
+    write_samples(output_dir, rows, texts, show_pictures)
     write_page(output_dir, (row["image"] for row in rows), records, results)
     tell_results(output_dir, results)
     return results

@@ -1,6 +1,7 @@
 """Every test runs offline, on one thread, with caches of its own."""
 
 import os
+from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
@@ -30,3 +31,39 @@ def small_scenes(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("data") / "scenes"
     write_caption_table(scene_rows({"train": 24, "validation": 10, "test": 9}), folder)
     return str(folder)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on the loopback address; `huggingface_hub` of this process speaks to it, as the user "me", with an empty cache."""
+    import datasets
+    import huggingface_hub.constants as settings
+    from hub_server import running_hub
+    from huggingface_hub import close_session, file_download
+    from huggingface_hub.utils import _http
+
+    from reporting import hub as exchange
+
+    with running_hub() as hub:
+        cache = str(tmp_path / "hub_cache")
+        monkeypatch.setattr(settings, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            settings, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(settings, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(settings, "HF_HUB_CACHE", cache)
+        for module in (_http, file_download):  # the client waits for seconds before it tries again
+            monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+        monkeypatch.setattr(exchange, "FIRST_WAIT_SECONDS", 0.01)
+        monkeypatch.setenv("HF_TOKEN", "hf_me")
+        # For processes that a test starts.
+        hub.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+            **{"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_me", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": ""},
+            **{"HF_HOME": str(tmp_path / "fresh_home"), "OMP_NUM_THREADS": "1"},
+        }
+        yield hub
+        close_session()

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = sorted(set(re.findall(r"(?:python|accelerate launch) (?:-m )?(?:\w+\.py|data_scripts\.\w+)[^`\n]*", README)))
+COMMANDS = sorted(
+    set(re.findall(r"(?:python|accelerate launch) (?:-m )?(?:\w+\.py|(?:data_scripts|reporting)\.\w+)[^`\n]*", README))
+)
 
 
 def split_command(command: str) -> tuple[str, list[str]]:
@@ -21,7 +23,8 @@ def split_command(command: str) -> tuple[str, list[str]]:
 def test_the_readme_names_every_way_in():
     named = {split_command(command)[0] for command in COMMANDS}
     sources = {"paragraphs", "flickr8k", "karpathy", "image_folder", "hub", "scenes"}
-    assert {"train_lstm", "caption", "evaluate_captions"} | {f"data_scripts.{source}" for source in sources} <= named
+    scripts = {"train_lstm", "caption", "evaluate_captions", "export_onnx", "reporting.push", "data_scripts.push"}
+    assert scripts | {f"data_scripts.{source}" for source in sources} <= named
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,45 @@
+"""Small captioners of either kind for the tests: random weights, pictures of one colour, captions that differ."""
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, ViTImageProcessor
+
+from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
+from modeling.processing import build_processor
+from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config
+
+VOCABULARY = "<pad> <s> </s> <unk> a the red green blue small big dog cat runs sits on under it and"
+WORDS = VOCABULARY.split()
+COLOURS = ("red", "green", "blue", "white", "black")
+PICTURES = [Image.new("RGB", (50, 40), colour) for colour in COLOURS]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def build(kind: str, prompt: str = "", num_layers: int = 2) -> tuple:
+    """A small captioner with random weights, drawn wide so that pictures differ in their captions."""
+    torch.manual_seed(0)
+    if kind == "lstm":
+        sizes = {"image_embed_dim": 32, "hidden_size": 32, "num_hidden_layers": num_layers, "vocab_size": len(WORDS)}
+        config = InceptionLSTMConfig(encoder_name="test_efficientnet", attention=prompt == "attention", **sizes)
+        model = InceptionLSTMForConditionalGeneration(config)
+        images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": num_layers, "num_attention_heads": 4}
+        model = build_vit_gpt2(
+            encoder_config(32, 16, **sizes), decoder_config(len(WORDS), **sizes), word_tokenizer(), prompt, dropout=0.0
+        )
+        images = ViTImageProcessor(size={"height": 32, "width": 32})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("encoder.backbone") and parameter.ndim > 1:
+                parameter.normal_(std=0.5)
+    model.generation_config.update(max_length=10)
+    return model.eval(), build_processor(images, word_tokenizer())

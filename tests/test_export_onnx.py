@@ -1,0 +1,84 @@
+"""What is exported to ONNX writes the words of the model it came from, with logits within 1e-4."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from small_captioners import PICTURES, build
+
+import export_onnx
+from modeling.captioner import save_captioner, start_token_ids
+
+
+def reference_captions(model, pixel_values: torch.Tensor) -> list[list[int]]:
+    sequences = model.generate(pixel_values=pixel_values)
+    return sequences[:, len(start_token_ids(model)) :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt"), [("lstm", ""), ("lstm", "attention"), ("vit_gpt2", ""), ("vit_gpt2", "a big")]
+)
+def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatch):
+    model, processor = build(kind, prompt, num_layers=1 if kind == "vit_gpt2" and not prompt else 2)
+    save_captioner(model, processor, tmp_path / "model")
+    if prompt == "attention":  # weights beside the file, as of a model too large for one
+        monkeypatch.setattr(export_onnx, "MAX_BYTES_IN_FILE", 0)
+    export_onnx.main([str(tmp_path / "model"), str(tmp_path / "exported")])
+    assert (tmp_path / "exported" / "step.onnx.data").exists() == (prompt == "attention")
+    for name in ("encoder", "step"):
+        onnx.checker.check_model(tmp_path / "exported" / f"{name}.onnx")
+
+    steps, run = [], onnxruntime.InferenceSession.run
+
+    def watched(session, *arguments):
+        outputs = run(session, *arguments)
+        steps.append(outputs[0])
+        return outputs
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", watched)
+    pixels = processor(images=PICTURES, return_tensors="pt")["pixel_values"]
+    captions = export_onnx.caption_pictures(tmp_path / "exported", pixels.numpy())
+    assert captions == reference_captions(model, pixels) and len({*map(tuple, captions)}) > 1
+
+    start = torch.tensor([start_token_ids(model)] * len(PICTURES))
+    assert len(steps) == 1 + len(captions[0])  # the encoder, then once for each word
+    for number, logits in enumerate(steps[1:]):
+        prefix = torch.cat([start, torch.tensor(captions)[:, :number].long()], dim=1)
+        with torch.no_grad():
+            expected = model(pixel_values=pixels, decoder_input_ids=prefix).logits[:, -1]
+        np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+
+    # One picture ends where another goes on, and is padded from there.
+    settings = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    end = next(word for caption in captions for word in caption if not all(word in other for other in captions))
+    (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": end}))
+    model.generation_config.eos_token_id = end
+    ended = export_onnx.caption_pictures(tmp_path / "exported", pixels.numpy())
+    assert ended == reference_captions(model, pixels) != captions
+    (alone,) = export_onnx.caption_pictures(tmp_path / "exported", pixels[:1].numpy(), max_length=5)
+    assert alone == ended[0][: len(alone)] and len(alone) <= 5 - start.shape[1]
+
+    if kind == "vit_gpt2":  # the encoder holds nothing that only words need
+        encoder = onnx.load(tmp_path / "exported" / "encoder.onnx").graph
+        held = sum(np.prod(weight.dims) for weight in encoder.initializer)
+        of_cross = sum(block.crossattention.c_attn.weight.numel() for block in model.decoder.transformer.h)
+        assert held <= 1.1 * (model.encoder.num_parameters() + of_cross)
+
+
+def test_a_model_that_is_none_is_one_sentence_and_nothing_is_left(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        export_onnx.main([str(tmp_path / "nowhere"), str(tmp_path / "exported")])
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and len(told) == 1 and "nowhere" in told[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_must_be_installed_is_said(tmp_path, monkeypatch, capsys):
+    find_spec = export_onnx.find_spec
+    monkeypatch.setattr(export_onnx, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
+    with pytest.raises(SystemExit) as ended:
+        export_onnx.main([str(tmp_path), str(tmp_path / "exported")])
+    assert ended.value.code == 2 and "error: onnxscript is missing: pip install" in capsys.readouterr().err

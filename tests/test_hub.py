@@ -1,0 +1,263 @@
+"""What is pushed is pulled: models, checkpoints and data sets, by the real client, through whatever goes wrong on the way."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_lstm
+import train_vit_gpt2
+from data_scripts import load_captions
+from modeling.captioner import generate_captions, load_captioner
+from reporting import push
+from reporting.hub import in_one_sentence
+
+ROOT = Path(__file__).parent.parent
+COMMON = ["--num_train_epochs", "2", "--max_eval_pictures", "3", "--max_train_pictures", "12", "--report_to", "none"]
+SMALL = {
+    "lstm": [
+        *("--encoder", "test_efficientnet", "--pretrained_encoder", "false", "--image_size", "64"),
+        *("--image_embed_dim", "32", "--hidden_size", "32", "--num_hidden_layers", "1", "--vocab_size", "120"),
+        *("--per_device_train_batch_size", "30", "--learning_rate", "1e-2", *COMMON),
+    ],
+    "vit_gpt2": [
+        *("--pretrained_encoder", "false", "--pretrained_decoder", "false", "--image_size", "32"),
+        *("--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--vocab_size", "120"),
+        *("--prompt", "a picture of", "--dropout", "0", "--use_cpu", "true", "--disable_tqdm", "true"),
+        *("--per_device_train_batch_size", "30", "--learning_rate", "1e-2", *COMMON),
+    ],
+}
+SCRIPTS = {"lstm": train_lstm, "vit_gpt2": train_vit_gpt2}
+KINDS = pytest.mark.parametrize("kind", SMALL)
+
+
+def train(kind: str, folder: Path, dataset: str, *options: str) -> Path:
+    SCRIPTS[kind].main([*SMALL[kind], "--dataset", dataset, "--output_dir", str(folder), *options])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(small_scenes, tmp_path_factory) -> dict[str, Path]:
+    """A small run of each system, its pictures allowed to be shown."""
+    folder = tmp_path_factory.mktemp("runs")
+    options = ["--show_pictures", "true", "--num_train_epochs", "12", "--eval_epochs", "12", "--save_epochs", "12"]
+    return {kind: train(kind, folder / kind, small_scenes, *options) for kind in SMALL}
+
+
+CARD_LINES = """
+import io, json, re, sys
+from contextlib import redirect_stdout
+from huggingface_hub import ModelCard
+card = ModelCard.load(sys.argv[1])
+told = []
+for lines in re.findall(r"```python\\n(.*?)```", card.text, flags=re.DOTALL):
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(lines, {})
+    told.append(printed.getvalue().strip())
+print(json.dumps(told))
+"""
+
+
+@KINDS
+def test_a_pushed_model_captions_the_same_in_a_fresh_process(kind, runs, hub, small_scenes, tmp_path):
+    """Pushed through a 500 on the third request and a connection cut in the middle; the lines are those of its card."""
+    hub.fail("POST", ".", first=3, status=500)
+    hub.fail("PUT", "/lfs/", first=1)
+    hub.fail("POST", "/commit/", first=1, status=503)
+    address = push.push_to_hub(runs[kind], f"me/{kind}", private=True)
+    assert [fault.seen >= fault.first for fault in hub.faults] == [True] * 3
+    repository = hub.repositories["model", f"me/{kind}"]
+    assert address.endswith(repository.commits("main")[0].oid) and len(repository.commits("main")) == 2
+    assert repository.private
+    files = repository.files("main")
+    assert files["model.safetensors"].content == (runs[kind] / "model.safetensors").read_bytes()
+
+    load_captions(small_scenes)["test"][0]["image"].save(tmp_path / "picture.jpg")
+    ran = subprocess.run(
+        [sys.executable, "-c", CARD_LINES, f"me/{kind}"],
+        cwd=tmp_path,
+        env=hub.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    model, processor = load_captioner(str(runs[kind]))
+    pixels = processor(images=Image.open(tmp_path / "picture.jpg"), return_tensors="pt")
+    expected = generate_captions(model, processor, dict(pixels))[0]["caption"]
+    assert expected
+    # Plain `generate()`, the second way on the card, gives the prompt back as well.
+    whole = f"a picture of {expected}" if kind == "vit_gpt2" else expected
+    assert json.loads(ran.stdout) == [expected, whole]
+
+
+def test_what_is_pushed_and_what_stays(runs, hub):
+    push.push_to_hub(runs["lstm"], "me/lstm")
+    files = hub.repositories["model", "me/lstm"].files("main")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_inception_lstm.py"} <= files.keys()
+    assert {"captioning_pipeline.py", "README.md", "results.json", "captions.jsonl", "curves.png"} <= files.keys()
+    assert {"captions.html", "samples/01.jpg"} <= files.keys()
+    assert not [path for path in files if path.startswith(("checkpoint-", "logs/", "."))]
+    assert not list(runs["lstm"].glob(".pushing-*"))
+    # The card in the folder still names the folder.
+    assert 'from_pretrained("me/lstm"' in files["README.md"].content.decode()
+    assert 'from_pretrained("lstm"' in (runs["lstm"] / "README.md").read_text()
+
+
+def test_pictures_that_may_not_be_shown_stay(small_scenes, hub, tmp_path):
+    folder = train("lstm", tmp_path / "run", small_scenes, "--push_to_hub", "true", "--hub_model_id", "me/quiet")
+    files = hub.repositories["model", "me/quiet"].files("main")
+    assert (folder / "captions.html").exists() and "captions.html" not in files
+    assert not [path for path in files if path.endswith((".jpg", ".html"))]
+    assert "samples/" not in files["README.md"].content.decode()
+    assert (hub.repositories["model", "me/quiet"].private, "captions.jsonl" in files) == (False, True)
+
+
+@pytest.mark.parametrize(("kind", "token"), [("lstm", "hf_wrong"), ("lstm", "hf_reader"), ("vit_gpt2", "hf_wrong")])
+def test_a_bad_token_is_said_and_the_training_ends_whole(kind, token, small_scenes, hub, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HF_TOKEN", token)
+    options = ["--push_to_hub", "true", "--hub_model_id", "me/captioner", "--hub_strategy", "every_save"]
+    folder = train(kind, tmp_path / "run", small_scenes, "--num_train_epochs", "1", *options)
+    assert load_captioner(str(folder))[0] is not None and (folder / "results.json").exists()
+    said = [line for line in caplog.text.splitlines() if "was not pushed to me/captioner" in line]
+    assert len(said) == 2 and all(("401" if token == "hf_wrong" else "403") in line for line in said)
+    assert f"python -m reporting.push {folder} me/captioner" in said[-1]
+    assert not hub.repositories
+
+
+def test_a_token_given_to_the_trainers_script_is_used_and_sent_nowhere_else(small_scenes, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    options = ["--push_to_hub", "true", "--hub_model_id", "me/run", "--hub_strategy", "every_save"]
+    train("vit_gpt2", tmp_path / "run", small_scenes, *options, "--num_train_epochs", "1", "--hub_token", "hf_me")
+    first, last = (
+        hub.repositories["model", "me/run"].commits("main")[-2],
+        hub.repositories["model", "me/run"].commits("main")[0],
+    )
+    assert "model.safetensors" in first.files and "results.json" not in first.files and "results.json" in last.files
+    assert not [path for path, file in last.files.items() if b"hf_me" in file.content]
+    assert not [path for path in last.files if "checkpoint" in path]
+
+
+def test_a_hub_that_stays_away_ends_nothing(runs, hub, caplog):
+    hub.fail("POST", "/repos/create", count=99, status=503)
+    assert push.push_to_hub(runs["lstm"], "me/captioner") is None
+    assert hub.faults[0].seen == 5 and "503" in caplog.text
+
+
+@KINDS
+def test_a_run_goes_on_from_the_checkpoint_on_the_hub(kind, small_scenes, hub, tmp_path):
+    """Trained for two epochs with its checkpoints pushed; elsewhere, the last of the first epoch is taken up again."""
+    options = ["--push_to_hub", "true", "--hub_model_id", "me/run", "--hub_strategy", "all_checkpoints"]
+    whole = train(kind, tmp_path / "whole", small_scenes, *options, "--load_best_model_at_end", "false")
+    commits = hub.repositories["model", "me/run"].commits("main")
+    folders = {path.split("/")[0] for path in commits[0].files if path.startswith("checkpoint-")}
+    assert folders and folders <= {"checkpoint-2", "checkpoint-4"}  # one is left out where the other takes long
+    assert "checkpoint-2" in folders
+    first = next(commit for commit in reversed(commits) if any("checkpoint-2/" in path for path in commit.files))
+    resumed = train(
+        kind,
+        tmp_path / "resumed",
+        small_scenes,
+        *("--resume_from_checkpoint", f"me/run@{first.oid}", "--load_best_model_at_end", "false"),
+    )
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(SystemExit) as ended:
+        train(kind, tmp_path / "wrong", small_scenes, "--resume_from_checkpoint", "me/nowhere")
+    assert ended.value.code == 2
+
+
+def test_the_last_checkpoint_replaces_the_one_before_and_brings_the_best_model(small_scenes, hub, tmp_path, capsys):
+    options = ["--push_to_hub", "true", "--hub_model_id", "me/run", "--hub_strategy", "checkpoint"]
+    options += ["--hub_revision", "trial", "--save_total_limit", "1"]
+    train("lstm", tmp_path / "run", small_scenes, "--num_train_epochs", "1", *options)
+    files = hub.repositories["model", "me/run"].files("trial")
+    assert "last-checkpoint/progress.json" in files and not hub.repositories["model", "me/run"].files("main")
+    (tmp_path / "run" / "checkpoint-2" / "progress.json").rename(tmp_path / "run" / "checkpoint-2" / "renamed.json")
+    args = train_lstm.LoopArguments(
+        output_dir=str(tmp_path / "run"), hub_model_id="me/run", hub_revision="trial", hub_strategy="checkpoint"
+    )
+    pushing = push.CheckpointPush(args, active=True)
+    pushing.send(2)
+    pushing.finish()
+    files = hub.repositories["model", "me/run"].files("trial")
+    assert "last-checkpoint/renamed.json" in files and "last-checkpoint/progress.json" not in files
+    elsewhere = tmp_path / "elsewhere"
+    checkpoint = push.download_checkpoint("me/run@trial", elsewhere)
+    assert (checkpoint / "renamed.json").exists() and checkpoint.name == "last-checkpoint"
+    assert load_captioner(str(elsewhere))[0] is not None
+
+
+@pytest.mark.timeout(60)  # a training that waits would wait forever
+def test_a_checkpoint_is_left_out_while_one_is_on_its_way(hub, tmp_path, caplog):
+    """The training does not wait: what it deletes meanwhile is sent all the same."""
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-1" / "state.txt").write_text("first")
+    args = train_lstm.LoopArguments(output_dir=str(tmp_path / "run"), hub_model_id="me/run", hub_strategy="checkpoint")
+    pushing = push.CheckpointPush(args, active=True)
+    with hub.lock:  # the Hub is slow
+        pushing.send(1)
+        (tmp_path / "run" / "checkpoint-1" / "state.txt").unlink()
+        (tmp_path / "run" / "checkpoint-1").rename(tmp_path / "run" / "checkpoint-2")
+        pushing.send(2)
+    pushing.finish()
+    commits = hub.repositories["model", "me/run"].commits("main")
+    assert len(commits) == 2 and commits[0].files["last-checkpoint/state.txt"].content == b"first"
+    pushing.send(3)  # which is not there
+    assert "Step 3 was not pushed to me/run" in caplog.text
+
+
+def test_the_command_pushes_to_a_branch_with_a_tag(runs, hub, capsys):
+    push.main([str(runs["vit_gpt2"]), "captioner", "--private", "--revision", "trial", "--tag", "v1"])
+    repository = hub.repositories["model", "me/captioner"]
+    assert repository.private and repository.tags["v1"] is repository.branches["trial"]
+    assert capsys.readouterr().out.strip().endswith(repository.tags["v1"].oid)
+    assert not repository.files("main")
+    assert HfApi().model_info("me/captioner", revision="v1").sha == repository.tags["v1"].oid
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token", "sentence"),
+    [
+        (["nowhere", "me/x"], "hf_me", "nowhere holds no model"),
+        (["RUN", "me/x"], "hf_wrong", "401"),
+        (["RUN", "somebody/x"], "hf_me", "may not write to somebody/x"),
+        (["RUN", "a/b/c"], "hf_me", "a/b/c"),
+        (["RUN", "me/full", "--tag", "v1"], "hf_me", "409"),
+    ],
+)
+def test_a_push_that_cannot_be_is_one_sentence(arguments, token, sentence, runs, hub, monkeypatch, capsys):
+    HfApi().create_repo("full")
+    HfApi().create_tag("me/full", tag="v1")
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(SystemExit) as ended:
+        push.main([word if word != "RUN" else str(runs["lstm"]) for word in arguments])
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and len(told) == 1 and sentence in told[0]
+
+
+def test_the_card_on_the_hub_is_valid_and_names_no_path_of_this_machine(runs, hub):
+    for kind, folder in runs.items():
+        push.push_to_hub(folder, f"me/{kind}")
+        card = ModelCard.load(f"me/{kind}", ignore_metadata_errors=False)
+        card.validate(repo_type="model")
+        text = hub.repositories["model", f"me/{kind}"].files("main")["README.md"].content.decode()
+        assert str(folder.parent) not in text and str(folder.parents[3]) not in text
+        assert re.search(r"from_pretrained\(\"me/", text) and "12 pictures, 60 captions" in text
+        assert [score.metric_name for score in card.data.eval_results][-1] == "CIDEr"
+
+
+def test_a_failed_upload_of_one_file_tells_the_reason_not_the_file():
+    try:
+        try:
+            raise ConnectionError("the line is dead")
+        except ConnectionError as error:
+            raise RuntimeError("Error while uploading 'model.safetensors' to the Hub.") from error
+    except RuntimeError as error:
+        assert in_one_sentence(error, "me/x") == "the line is dead"

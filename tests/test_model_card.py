@@ -1,0 +1,107 @@
+"""Laws of the model card beyond its scores: nothing of the trainer's machine on it, samples only where they may be shown."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, Features, Image
+from PIL import Image as PillowImage
+
+from reporting.model_card import name_on_card, without_path, write_model_card
+from reporting.samples import NUM_SAMPLES, read_samples, write_samples
+
+RESULTS = {"dataset": "scenes", "split": "test", "metrics": {"cider": 0.5}}
+
+
+def card(folder: Path, name: str = "me/captioner", command: str = "train", **options: object) -> str:
+    return write_model_card(
+        folder, kind="vit-gpt2", model_name=name, results=RESULTS, command=command, options=options
+    ).read_text(encoding="utf-8")
+
+
+def pictures(number: int, **info: object) -> Dataset:
+    made = [PillowImage.new("RGB", (300 + index, 200), (20 * index % 256, 90, 120)) for index in range(number)]
+    return Dataset.from_dict({"image": made}, features=Features({"image": Image()}))
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("/home/ann/weights/lite2", "lite2"),
+        ("/home/ann/weights/lite2/", "lite2"),
+        ("--encoder=/home/ann/lite2", "--encoder=lite2"),
+        ("~/models/gpt2", "gpt2"),
+        ("../../ann/data", "data"),
+        (r"C:\Users\ann\weights", "weights"),
+        (r"\\server\ann\weights", "weights"),
+        ("recipes/lstm_report.yaml", "recipes/lstm_report.yaml"),
+        ("timm/inception_resnet_v2.tf_in1k", "timm/inception_resnet_v2.tf_in1k"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("a dog / a cat", "a dog / a cat"),
+        ("...", "..."),
+        ("1e-3", "1e-3"),
+    ],
+)
+def test_of_a_path_from_outside_only_the_last_name_is_told(word, told):
+    assert without_path(word) == told
+
+
+def test_no_path_of_this_machine_is_on_the_card(tmp_path, monkeypatch):
+    (tmp_path / "weights" / "lite2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    text = card(
+        tmp_path / "run",
+        name=str(tmp_path / "run"),
+        command=f"accelerate launch train.py recipes/x.yaml --encoder weights/lite2 --dataset '{tmp_path}/my data' --prompt 'a b'",
+        encoder="weights/lite2",
+        dataset=tmp_path / "my data",
+        learning_rate=0.1,
+    )
+    assert str(tmp_path) not in text and tmp_path.parts[2] not in text and "weights/" not in text
+    assert "accelerate launch train.py recipes/x.yaml --encoder lite2 --dataset 'my data' --prompt 'a b'" in text
+    assert 'from_pretrained("run")' in text and "encoder: lite2" in text and "learning_rate: 0.1" in text
+
+
+def test_the_lines_of_a_pushed_card_load_the_repository(tmp_path):
+    text = card(tmp_path, name='a "quoted" name')
+    pushed = name_on_card(text, "me/captioner")
+    assert re.findall(r'(?:from_pretrained\(|model=)("[^"]*")', pushed) == ['"me/captioner"'] * 3
+    assert name_on_card(pushed, 'a "quoted" name') == text
+
+
+def test_samples_are_a_table_of_pictures_spread_over_the_split(tmp_path):
+    rows = pictures(30)
+    captions = [f"caption {number} | *" for number in range(30)]
+    write_samples(tmp_path, rows, captions, shown=True)
+    samples = read_samples(tmp_path)
+    assert len(samples) == NUM_SAMPLES and [sample["caption"] for sample in samples[::11]] == [
+        captions[0],
+        captions[28],
+    ]
+    for sample in samples:
+        picture = PillowImage.open(tmp_path / "samples" / sample["file"])
+        number = captions.index(sample["caption"])
+        assert max(picture.size) == 256 and abs(picture.getpixel((9, 9))[0] - 20 * number % 256) < 8
+    text = card(tmp_path)
+    lines = text.partition("## Samples\n\n")[2].splitlines()
+    table = lines[: lines.index("")]
+    assert len(table) == 2 + NUM_SAMPLES / 3  # no empty line inside, which would end the table
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 4 for line in table)
+    assert sum(line.count("](samples/") for line in table) == NUM_SAMPLES
+
+
+def test_samples_of_an_earlier_run_go_where_pictures_may_not_be_shown(tmp_path):
+    write_samples(tmp_path, pictures(3), ["a", "b", "c"], shown=True)
+    assert len(read_samples(tmp_path)) == 3
+    write_samples(tmp_path, pictures(3), ["a", "b", "c"], shown=False)
+    assert not (tmp_path / "samples").exists() and "## Samples" not in card(tmp_path)
+
+
+def test_samples_tell_nothing_that_the_camera_noted(tmp_path):
+    PillowImage.new("RGB", (40, 40)).save(tmp_path / "noted.jpg", comment=b"GPS 1.2 3.4", exif=b"Exif\0\0secret")
+    rows = Dataset.from_dict({"image": [str(tmp_path / "noted.jpg")]}, features=Features({"image": Image()}))
+    write_samples(tmp_path, rows, ["a"], shown=True)
+    content = (tmp_path / "samples" / "01.jpg").read_bytes()
+    assert b"GPS" not in content and b"secret" not in content
+    assert json.loads((tmp_path / "samples" / "samples.json").read_text()) == [{"file": "01.jpg", "caption": "a"}]

@@ -1,0 +1,80 @@
+"""Laws of the captioning pipeline: the captions of `generate_captions`, for both systems and for old checkpoints."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from small_captioners import COLOURS, PICTURES, build
+from transformers import VisionEncoderDecoderModel, pipeline
+
+from modeling.captioner import generate_captions, load_captioner, save_captioner
+
+
+def expected_captions(model, processor, pictures, **generation) -> list[str]:
+    inputs = processor(images=pictures, return_tensors="pt")
+    return [made["caption"] for made in generate_captions(model, processor, dict(inputs), **generation)]
+
+
+FRESH_PROCESS = """
+import json, sys
+from transformers import pipeline
+captioner = pipeline("image-to-text", model=sys.argv[1], trust_remote_code=True)
+print(json.dumps([made[0]["generated_text"] for made in captioner(sys.argv[2:], batch_size=2)]))
+"""
+
+
+@pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", "a big")])
+def test_one_line_captions_in_a_fresh_process_elsewhere(kind, prompt, tmp_path):
+    model, processor = build(kind, prompt)
+    expected = expected_captions(model, processor, PICTURES)
+    assert len(set(expected)) > 1
+    save_captioner(model, processor, tmp_path / "saved")
+    names = [str(tmp_path / f"{colour}.png") for colour in COLOURS]
+    for picture, name in zip(PICTURES, names, strict=True):
+        picture.save(name)
+    (tmp_path / "elsewhere").mkdir()
+    made = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, str(tmp_path / "saved"), *names],
+        cwd=tmp_path / "elsewhere",
+        env=os.environ | {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout.splitlines()[-1]) == expected
+
+
+def test_an_old_checkpoint_captions_in_one_line_again(tmp_path):
+    """A folder as nlpconnect/vit-gpt2-image-captioning is: no processor, no pipeline, ids in config.json."""
+    model, processor = build("vit_gpt2")
+    special_ids = {"decoder_start_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 1}
+    model.config.update(special_ids)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    processor.image_processor.save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    captioner = pipeline("image-captioning", model=str(tmp_path))
+    assert type(captioner.model) is VisionEncoderDecoderModel
+    options = {"max_length": 10, "num_beams": 3}
+    expected = expected_captions(*load_captioner(str(tmp_path)), PICTURES, **options)
+    assert [made[0]["generated_text"] for made in captioner(PICTURES, **options)] == expected
+
+
+@pytest.mark.parametrize("kind", ["lstm", "vit_gpt2"])
+def test_pictures_in_any_form_and_several_captions_each(kind, tmp_path):
+    model, processor = build(kind)
+    captioner = pipeline(
+        "image-captioning", model=model, tokenizer=processor.tokenizer, image_processor=processor.image_processor
+    )
+    PICTURES[0].save(tmp_path / "picture.png")
+    (one,) = expected_captions(model, processor, PICTURES[:1])
+    assert captioner(PICTURES[0]) == captioner(str(tmp_path / "picture.png")) == [{"generated_text": one}]
+    assert captioner(PICTURES[0].convert("L").convert("RGBA"))[0].keys() == {"generated_text"}
+    options = {"num_beams": 4, "num_return_sequences": 2}
+    beams = expected_captions(model, processor, PICTURES, **options)
+    for batch_size in (1, 2):
+        made = captioner(PICTURES, batch_size=batch_size, **options)
+        assert [caption["generated_text"] for picture in made for caption in picture] == beams
+        assert [len(picture) for picture in made] == [2] * len(PICTURES)

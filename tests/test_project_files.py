@@ -1,0 +1,36 @@
+"""The files about the project agree with the project."""
+
+import configparser
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+
+
+def test_the_citation_is_one():
+    """The keys that the Citation File Format 1.2.0 requires, and the project's own version and licence."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert (citation["cff-version"], citation["type"]) == ("1.2.0", "software")
+    for paper in [citation, *citation["references"]]:
+        assert paper["title"] and all("name" in author or "family-names" in author for author in paper["authors"])
+    assert (citation["version"], citation["license"]) == (SETUP["metadata"]["version"], SETUP["metadata"]["license"])
+
+
+def test_the_changes_begin_with_this_version():
+    newest = re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE).group(1)
+    assert newest == SETUP["metadata"]["version"]
+
+
+def test_forks_run_what_ci_runs():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    job = workflow["jobs"]["test"]
+    ran = {step["run"] for step in job["steps"] if "run" in step}
+    assert ran == set(re.findall(r"^make \w+$", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE))
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert {command.removeprefix("make ") for command in ran} <= set(targets)
+    assert workflow[True].keys() >= {"push", "pull_request"}  # YAML reads `on` as true
