@@ -81,7 +81,8 @@ def new_checkpoint(output_dir: str | os.PathLike, step: int) -> Iterator[Path]:
     """
     state = PartialState()
     folder = Path(output_dir) / f"checkpoint-{step}"
-    beside = folder.with_name(f".{folder.name}.partial")
+    scratch = folder.with_name(f".{folder.name}.partial")
+    beside = scratch / folder.name  # the Trainer gives its checkpoints their name itself
     try:
         if state.is_main_process:
             beside.mkdir(parents=True, exist_ok=True)
@@ -91,8 +92,9 @@ def new_checkpoint(output_dir: str | os.PathLike, step: int) -> Iterator[Path]:
         if state.is_main_process:
             _write_checksums(beside)
             _put_in_place(beside, folder)
+            scratch.rmdir()
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         raise OSError(
             f"{folder} could not be written ({_reason(error, folder.parent)}); {newest_whole(output_dir)}"
         ) from error

@@ -1,5 +1,6 @@
 """SIGTERM as a request: the run saves at the end of its step and leaves."""
 
+import os
 import signal
 import sys
 
@@ -9,7 +10,7 @@ EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a program that SIGTE
 
 
 class StopSignal:
-    """Remembers, inside its `with` block, that SIGTERM has come; outside it, SIGTERM ends the process at once.
+    """Remembers, inside its `with` block, that SIGTERM has come; outside it, and at its end, SIGTERM ends the process.
 
     `heard` is whether all processes know of it.
     """
@@ -23,6 +24,8 @@ class StopSignal:
 
     def __exit__(self, *error) -> None:
         signal.signal(signal.SIGTERM, self.handler_before)
+        if self.received and not self.heard:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _remember(self, *_) -> None:
         self.received = True
