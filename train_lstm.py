@@ -479,11 +479,11 @@ def stops_early(progress: Progress, args: LoopArguments) -> bool:
 def start_trackers(accelerator, options: dict, progress: Progress) -> None:
     """Start the trackers; those of a resumed run begin with all it knows of the epochs before.
 
-    What the killed run told them may reach further than its checkpoint, or, held back in a buffer, not so far.
+    What the killed run told them may reach further than its checkpoint, or, held back in a buffer, not so far: TensorBoard
+    forgets what else is in the folder.
     """
-    written_anew = {"tensorboard": {"purge_step": 0}} if progress.history else {}
     known = {name: value for name, value in options.items() if value is not None}
-    accelerator.init_trackers("logs", known, init_kwargs=written_anew)
+    accelerator.init_trackers("logs", known, init_kwargs={"tensorboard": {"purge_step": 0}})
     for row in progress.history:
         track(accelerator, row)
 

@@ -495,18 +495,22 @@ class EpochEnds(TrainerCallback):
 class WholeCurve(TensorBoardCallback):
     """TensorBoard, in one folder a run; a resumed run writes its curve anew.
 
-    What the killed run told it may reach further than its checkpoint, or, held back in a buffer, not so far.
+    What the killed run told it may reach further than its checkpoint, or, held back in a buffer, not so far: what else is in
+    the folder is forgotten.
     """
 
     def on_train_begin(self, args: LoopArguments, state, control, **kwargs):
         if state.is_world_process_zero:
-            purge_step = 0 if state.log_history else None
-            self.tb_writer = self._SummaryWriter(os.path.join(args.output_dir, "logs"), purge_step=purge_step)
+            self.tb_writer = self._SummaryWriter(os.path.join(args.output_dir, "logs"), purge_step=0)
         super().on_train_begin(args, state, control, **kwargs)
         for entry in state.log_history:
             if "train_seconds" not in entry:  # is told to nobody
                 logs = {name: value for name, value in entry.items() if name != "step"}
                 self.on_log(args, replace(state, global_step=entry["step"]), control, logs)
+
+    def on_log(self, args: LoopArguments, state, control, logs=None, **kwargs):
+        if "train_runtime" not in logs:  # the Trainer's summary, of a resumed run's own steps alone
+            super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 def evaluations_since_best(log_history: list[dict]) -> int:

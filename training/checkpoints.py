@@ -70,6 +70,9 @@ def clear_leftovers(output_dir: Path) -> None:
     for pattern in (".checkpoint-*", ".saving-*"):
         for folder in output_dir.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
+    for file in output_dir.glob(".*.*"):
+        if file.name.rpartition(".")[2].isdigit():  # .history.json.4711, as `write_file` names it until it is whole
+            file.unlink()
 
 
 @contextmanager
@@ -201,24 +204,19 @@ def checkpoint_to_resume(option: str | None, output_dir: str, state_file: str) -
             raise ValueError(
                 f"--resume_from_checkpoint {folder}: there is no checkpoint; give a checkpoint folder or `last`"
             )
-    if (folder / CHECKSUMS).is_file() and state_file not in (folder / CHECKSUMS).read_text(errors="replace"):
-        raise ValueError(f"--resume_from_checkpoint {folder}: a checkpoint of the other training script")
     # One process reads the files, which may be many gigabytes, for all.
     problem = broadcast_object_list([checkpoint_problem(folder) if PartialState().is_main_process else None])[0]
     if problem:
-        before = [other for other in found if other.name.startswith("checkpoint-") and step_of(other) < _step(folder)]
+        before = found[: found.index(folder)] if folder in found else found
         offer = (
             f"go on from the one before with --resume_from_checkpoint {before[-1]}"
             if before
             else "there is none before"
         )
         raise ValueError(f"{folder} is damaged ({problem}): {offer}")
+    if not (folder / state_file).is_file():
+        raise ValueError(f"--resume_from_checkpoint {folder}: a checkpoint of the other training script")
     return folder
-
-
-def _step(folder: Path) -> float:
-    number = folder.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else float("inf")
 
 
 def check_step_size(folder: Path, then: int, now: int) -> None:
