@@ -108,9 +108,16 @@ def _list_folder(root: Path) -> SourceFiles:
         for file_name in file_names:
             path = Path(folder, file_name)
             # A link may point anywhere on the machine; only what it reaches inside the folder is the source's own.
-            if not path.is_symlink() or path.resolve().is_relative_to(root):
+            if not path.is_symlink() or _is_inside(path, root):
                 readers[path.relative_to(root).as_posix()] = partial(read_file, path)
     return SourceFiles(str(root), readers)
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return False
 
 
 def read_file(path: Path) -> bytes:

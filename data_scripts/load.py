@@ -43,7 +43,9 @@ def load_captions(
     caption_columns = [caption_column] if isinstance(caption_column, str) else caption_column
     fingerprints = [f"{split}={part._fingerprint}" for split, part in dataset.items()]
     key = _digest(repr((fingerprints, image_column, caption_columns)))
-    return _cached(f"{Path(source).name}-{key}", lambda: hub.dataset_rows(dataset, image_column, caption_columns))
+    return _cached(
+        f"{Path(source).name}-{key}", lambda: hub.dataset_rows(dataset, image_column, caption_columns, source)
+    )
 
 
 def _digest(text: str) -> str:

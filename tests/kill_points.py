@@ -227,12 +227,12 @@ def choose_moments(runs: int, seconds: float, seed: int) -> list[tuple[str, floa
     """Moments of death: of each kind in turn, and by the clock, at counts and times that only the seed decides."""
     chance = random.Random(seed)
     kinds = [*MOMENTS, "seconds"]
-    chosen = []
-    for number in range(runs):
-        kind = kinds[number % len(kinds)]
-        count = (
-            round(chance.uniform(0.05, 0.95) * seconds, 3) if kind == "seconds" else chance.randint(1, MOMENTS[kind])
-        )
+    chosen: list[tuple[str, float]] = []
+    while len(chosen) < runs:
+        kind = kinds[len(chosen) % len(kinds)]
+        count = round(chance.uniform(0.05, 0.9) * seconds, 3)
+        if kind != "seconds":
+            count = chance.choice([count for count in range(1, MOMENTS[kind] + 1) if (kind, count) not in chosen])
         chosen.append((kind, count))
     return chosen
 
@@ -244,6 +244,9 @@ class Comparison:
         self.context, self.script, self.folder = context, script, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.arguments = [*SCRIPTS[script], *OPTIONS, "--dataset", dataset]
+        first = context.Process(target=time.sleep, args=(0,))  # the server imports everything before it
+        first.start()
+        first.join()
         started = time.perf_counter()
         code = self._run("undisturbed", "undisturbed")
         if code:
