@@ -135,7 +135,8 @@ def metadata(*lines: tuple[str, str], header: str = "file_name,caption") -> byte
     return "\n".join([header, *quoted, ""]).encode("utf-8", "surrogateescape")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:Corrupt EXIF data")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_of_any_kind_is_kept_or_skipped_by_name(tmp_path, capsys, name):
     content, reason = PICTURES[name]
