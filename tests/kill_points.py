@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -62,26 +63,51 @@ def start_server() -> multiprocessing.context.BaseContext:
     return context
 
 
-def run_script(
-    context,
-    script: str,
-    arguments: list[str],
-    cache: Path,
-    moment: tuple[str, float] | None = None,
-    by: int = signal.SIGKILL,
-    max_file_bytes: int | None = None,
-) -> int:
+def run_script(context, script: str, arguments: list[str], cache: Path, moment=None, **conditions) -> int:
     """Run a script to its end, or to the moment at which it gets a signal. Returns the exit code, -9 where it was killed."""
-    log = cache.parent / f"{script}.log"
-    process = context.Process(target=_run, args=(script, arguments, str(cache), moment, by, max_file_bytes, str(log)))
-    process.start()
-    process.join(300)
-    if process.is_alive():
-        process.kill()
-        raise TimeoutError(f"{script} {moment}: still running after 300 seconds")
-    if process.exitcode not in (0, -signal.SIGKILL):
-        print(log.read_text()[-3000:])
-    return process.exitcode
+    (code,) = run_together(context, script, arguments, cache, [moment], **conditions)
+    return code
+
+
+def run_together(
+    context, script: str, arguments: list[str], cache: Path, moments: list[tuple[str, float] | None], **conditions
+) -> list[int]:
+    """Run a script in as many processes as there are moments, as `accelerate launch` would start them. Returns their codes.
+
+    Args:
+        cache: Folder for the features of the encoder. What the processes say goes to files beside it.
+        moments: When each process gets a signal, as `arm` has it; None for never.
+        conditions: `by`, the signal, and `max_file_bytes`, the longest file that can be written.
+
+    Raises:
+        TimeoutError: One of them did not come to an end.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank, moment in enumerate(moments):
+        environment = {"ACCELERATE_USE_CPU": "true"}
+        if len(moments) > 1:
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+            environment |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(moments))}
+        log = log_of(script, cache, rank)
+        run = {"script": script, "arguments": arguments, "cache": str(cache), "moment": moment, "log": str(log)}
+        processes.append(context.Process(target=_run, kwargs={**run, "environment": environment, **conditions}))
+        processes[-1].start()
+    ends = time.monotonic() + 200
+    for process in processes:
+        process.join(max(ends - time.monotonic(), 0))
+    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for rank in hanging:
+        processes[rank].kill()
+    if hanging:
+        raise TimeoutError(f"{script}: processes {hanging} of {len(processes)} still ran after 200 seconds")
+    return [process.exitcode for process in processes]
+
+
+def log_of(script: str, cache: Path, rank: int = 0) -> Path:
+    return cache.parent / f"{script}-{rank}.log"
 
 
 def _run(
@@ -89,13 +115,15 @@ def _run(
     arguments: list[str],
     cache: str,
     moment: tuple[str, float] | None,
-    by: int,
-    max_file_bytes: int | None,
     log: str,
+    environment: dict[str, str],
+    by: int = signal.SIGKILL,
+    max_file_bytes: int | None = None,
 ) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
     import datasets
     import torch
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import kill_points
 import pytest
-from kill_points import SCRIPTS, Comparison, differences, run_script, what_is_left
+from kill_points import SCRIPTS, Comparison, differences, log_of, run_script, what_is_left
 
 from training import checkpoints as whole
 from training.checkpoints import (
@@ -75,7 +75,7 @@ def test_sigterm_saves_and_leaves_with_a_message(runs, script, tmp_path):
     arguments = [*run.arguments, "--output_dir", str(tmp_path / "run")]
     code = run_script(run.context, script, arguments, tmp_path / "cache", ("step", 7), by=signal.SIGTERM)
     assert code == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; checkpoint-7 is saved" in (tmp_path / f"{script}.log").read_text()
+    assert "stopped by SIGTERM; checkpoint-7 is saved" in log_of(script, tmp_path / "cache").read_text()
     assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-7"
     assert run_script(run.context, script, [*arguments, "--resume_from_checkpoint", "last"], tmp_path / "cache") == 0
     left, expected = what_is_left(tmp_path / "run"), dict(run.expected)
@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_and_a_busy_folder_end_in_one_sentence(runs, script
 def one_sentence(run: Comparison, script: str, arguments: list[str], folder: Path, **limits) -> str:
     """What a run says that cannot go on: exit code 2, one line, no traceback."""
     assert run_script(run.context, script, arguments, folder / "cache", **limits) == 2
-    log = (folder / f"{script}.log").read_text()
+    log = log_of(script, folder / "cache").read_text()
     assert "Traceback" not in log
     (sentence,) = re.findall("^error: (.*)$", log, flags=re.MULTILINE)
     return sentence
