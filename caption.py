@@ -72,7 +72,10 @@ def main(argv: list[str] | None = None) -> None:
         names = [name for source in args.pictures for name in list_pictures(source)]
         # ---- Model --------------------------------------------------------------------------------------------------
         model, processor = load_captioner(args.model)
-    model.to(args.device)
+        try:
+            model.to(args.device)
+        except (RuntimeError, AssertionError) as error:  # torch's for a device that is not there
+            raise ValueError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     decoding = {"num_beams": args.num_beams, "max_length": args.max_length}
     decoding = {name: value for name, value in decoding.items() if value is not None}
 

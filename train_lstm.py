@@ -31,7 +31,7 @@ from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
-from data_scripts.train_tokenizer import train_tokenizer
+from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from metrics import CaptionScorer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import caption_pictures, save_captioner
@@ -165,9 +165,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     trackers = [name for name in args.report_to.split(",") if name != "none"]
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, log_with=trackers or None, project_dir=args.output_dir
-    )
+    with one_line_errors():
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, log_with=trackers or None, project_dir=args.output_dir
+        )
     logging.basicConfig(
         level=logging.INFO if accelerator.is_local_main_process else logging.WARNING, format="%(message)s"
     )
@@ -185,7 +186,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
         resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, "progress.json")
-        dataset = load_captions(data_args.dataset)
+        dataset = load_captions(data_args.dataset, splits=("train", "validation"))
         if data_args.max_train_pictures:
             dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
         training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
@@ -301,6 +302,7 @@ def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: i
 
 def build_model(args: LSTMArguments, tokenizer) -> tuple:
     """Model and processor, the encoder's trained weights loaded where they are wanted."""
+    check_special_tokens(tokenizer)
     try:
         backbone = timm.create_model(timm_source(args.encoder), pretrained=False, num_classes=0)
     except RuntimeError as error:
@@ -320,7 +322,13 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
     )
     model = InceptionLSTMForConditionalGeneration(config)
     if args.pretrained_encoder:
-        model.load_pretrained_encoder(args.encoder)
+        try:
+            model.load_pretrained_encoder(args.encoder)
+        except Exception as error:  # timm, the Hub's client and torch each have their own
+            raise ValueError(
+                f"--encoder {args.encoder}: its weights cannot be loaded ({str(error).strip().splitlines()[0]}); give a "
+                "folder that holds them, or --pretrained_encoder false"
+            ) from error
     return model, build_processor(timm_image_processor(backbone, args.image_size), tokenizer)
 
 

@@ -29,13 +29,13 @@ from transformers import (
     VisionEncoderDecoderModel,
     set_seed,
 )
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
-from data_scripts.train_tokenizer import train_tokenizer
+from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from metrics import CaptionScorer
 from modeling.caption_loss import caption_loss
 from modeling.captioner import caption_pictures, save_captioner, start_token_ids
@@ -145,6 +145,7 @@ class LoopArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         self.report_to = [name for name in self.report_to.split(",") if name != "none"]
         super().__post_init__()
+        get_reporting_integration_callbacks(self.report_to)  # raises ValueError where it knows none of that name
         self.dataloader_pin_memory &= torch.cuda.is_available()
 
 
@@ -171,7 +172,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, "trainer_state.json")
         if resume_from:
             stay_stopped(args, resume_from)
-        dataset = load_captions(data_args.dataset)
+        dataset = load_captions(data_args.dataset, splits=("train", "validation"))
         if data_args.max_train_pictures:
             dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
         training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
@@ -273,11 +274,23 @@ def build_model(args: ViTGPT2Arguments, tokenizer) -> tuple:
         "num_hidden_layers": args.num_hidden_layers,
         "num_attention_heads": args.num_attention_heads,
     }
+    check_special_tokens(tokenizer)
     encoder = args.encoder
     if not args.pretrained_encoder:
+        if args.patch_size > args.image_size:
+            raise ValueError(f"--patch_size {args.patch_size} is more than --image_size {args.image_size}")
         encoder = encoder_config(args.image_size, args.patch_size, **sizes)
     decoder = args.decoder if args.pretrained_decoder else decoder_config(len(tokenizer), **sizes)
-    model = build_vit_gpt2(encoder, decoder, tokenizer, args.prompt, args.freeze_encoder, args.dropout)
+    try:
+        model = build_vit_gpt2(encoder, decoder, tokenizer, args.prompt, args.freeze_encoder, args.dropout)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--encoder {args.encoder}, --decoder {args.decoder}: {reason}; give Hub ids that can be reached, or folders"
+        ) from error
+    positions, num_start_ids = model.config.decoder.max_position_embeddings, len(start_token_ids(model))
+    if num_start_ids >= positions:
+        raise ValueError(f"--prompt has {num_start_ids - 1:,} tokens, of which the decoder reads {positions:,} at most")
     return model, build_processor(vit_image_processor(encoder), tokenizer)
 
 
