@@ -30,6 +30,7 @@ from reporting.results import write_file
 
 PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 NUM_PICTURES_ON_PAGE = 200
+MAX_PICTURE_SECONDS = 60.0  # that one may take to come from the network
 
 
 class PictureSources(torch.utils.data.Dataset):
@@ -106,7 +107,7 @@ def read_picture(name: str) -> bytes:
         return Path(name).read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture"
-        download(name, path, MAX_PICTURE_BYTES)
+        download(name, path, MAX_PICTURE_BYTES, MAX_PICTURE_SECONDS)
         return path.read_bytes()
 
 
