@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_from_disk
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from data_scripts import flickr8k, hub, image_folder, karpathy, paragraphs, train_tokenizer
@@ -563,3 +565,67 @@ def test_an_empty_folder_ends_in_one_sentence(tmp_path, capsys, command):
 
 def test_there_are_sixty_kinds_at_least():
     assert len(PICTURES) + len(SOURCES) + len(ARCHIVES) + len(TABLES) + len(BROKEN_SETS) >= 60
+
+
+# ------------------------------------------------------------------------------------------------------ properties
+
+HEADER = "file_name,caption"
+
+
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+CELLS = st.text(max_size=12) | st.sampled_from(["good.png", "../good.png", "a dog", '"', "file_name", "caption", "nan"])
+CSV_BYTES = (
+    st.binary(max_size=120)
+    | st.lists(st.lists(CELLS, max_size=3).map(",".join), max_size=6).map("\n".join).map(encoded)
+    | st.lists(st.lists(CELLS, max_size=3).map(",".join), max_size=6).map(
+        lambda rows: encoded("\n".join([HEADER, *rows]))
+    )
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=CSV_BYTES)
+@example(content=b'file_name,caption\ngood.png,"a dog\n')
+@example(content=b"file_name,caption\r\r\ngood.png\n,")
+def test_any_bytes_for_a_csv_are_prepared_or_refused_in_one_sentence(tmp_path_factory, capsys, content):
+    folder = tmp_path_factory.mktemp("bytes")
+    (folder / "in").mkdir()
+    (folder / "in" / "good.png").write_bytes(GOOD)
+    (folder / "in" / "metadata.csv").write_bytes(content)
+    arguments = [folder / "in", "--output_dir", folder / "out", *UNCUT]
+    try:
+        run(capsys, image_folder, arguments)
+    except SystemExit as stopped:
+        assert stopped.code == 2 and capsys.readouterr().err.replace("\r", "\n").count("\nerror: ") <= 1
+        assert [path.name for path in folder.iterdir()] == ["in"]
+    else:
+        assert set(table_of(folder / "out")) == {"good.png"}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(name=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1, max_size=40))
+@example(name="-rf")
+@example(name="~")
+@example(name="*.png")
+@example(name="a\nb")
+@example(name="metadata.csv ")
+def test_any_name_of_a_picture_is_kept_as_it_is(tmp_path_factory, capsys, name):
+    """In a folder as in a zip; but a csv cannot tell some line ends from others, and json can."""
+    assume(name not in (".", "..", "good.png", "metadata.csv", "metadata.jsonl") and len(name.encode()) < 250)
+    folder = tmp_path_factory.mktemp("name")
+    lines = [{"file_name": "good.png", "caption": "fine"}, {"file_name": name, "caption": "also fine"}]
+    table = "\n".join(map(json.dumps, lines)).encode()
+    (folder / "in").mkdir()
+    for place, content in (("good.png", GOOD), (name, JPEG), ("metadata.jsonl", table)):
+        (folder / "in" / place).write_bytes(content)
+    run(capsys, image_folder, [folder / "in", "--output_dir", folder / "out", *UNCUT])
+    assert table_of(folder / "out") == {"good.png": ["fine"], name: ["also fine"]}
+    packed = write_zip(folder / "in.zip", ("good.png", GOOD), (name, JPEG), ("metadata.jsonl", table))
+    run(capsys, image_folder, [packed, "--output_dir", folder / "zipped", *UNCUT])
+    # zipfile itself changes what means something to it: the other slash, and what follows a null byte.
+    assert set(table_of(folder / "zipped")) >= {"good.png"}
+    if "\\" not in name:
+        assert table_of(folder / "zipped") == {"good.png": ["fine"], name: ["also fine"]}
