@@ -55,6 +55,7 @@ from reporting.report import command_line, report_captions
 from reporting.results import write_history
 from training.checkpoints import (
     check_finite,
+    check_not_sharded,
     check_step_size,
     checkpoint_to_resume,
     drop_old,
@@ -169,6 +170,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
 
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
+        check_not_sharded()
         resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, "trainer_state.json")
         if resume_from:
             stay_stopped(args, resume_from)

@@ -70,13 +70,20 @@ def run_script(context, script: str, arguments: list[str], cache: Path, moment=N
 
 
 def run_together(
-    context, script: str, arguments: list[str], cache: Path, moments: list[tuple[str, float] | None], **conditions
+    context,
+    script: str,
+    arguments: list[str],
+    cache: Path,
+    moments: list[tuple[str, float] | None],
+    environment: dict[str, str] | None = None,
+    **conditions,
 ) -> list[int]:
     """Run a script in as many processes as there are moments, as `accelerate launch` would start them. Returns their codes.
 
     Args:
         cache: Folder for the features of the encoder. What the processes say goes to files beside it.
         moments: When each process gets a signal, as `arm` has it; None for never.
+        environment: Variables of the launcher's.
         conditions: `by`, the signal, and `max_file_bytes`, the longest file that can be written.
 
     Raises:
@@ -87,13 +94,13 @@ def run_together(
         port = free.getsockname()[1]
     processes = []
     for rank, moment in enumerate(moments):
-        environment = {"ACCELERATE_USE_CPU": "true"}
+        variables = {"ACCELERATE_USE_CPU": "true", **(environment or {})}
         if len(moments) > 1:
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-            environment |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(moments))}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+            variables |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(moments))}
         log = log_of(script, cache, rank)
         run = {"script": script, "arguments": arguments, "cache": str(cache), "moment": moment, "log": str(log)}
-        processes.append(context.Process(target=_run, kwargs={**run, "environment": environment, **conditions}))
+        processes.append(context.Process(target=_run, kwargs={**run, "environment": variables, **conditions}))
         processes[-1].start()
     ends = time.monotonic() + 200
     for process in processes:

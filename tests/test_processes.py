@@ -14,6 +14,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from kill_points import SCRIPTS, log_of, run_script, run_together, start_server
 from safetensors.torch import load_file
 
+from training.checkpoints import check_not_sharded
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 # 120 captions in steps of 24. Ten pictures for validation and nine for the test, neither of which two processes share evenly.
@@ -130,3 +132,19 @@ def test_accelerate_accepts_the_config(path):
     (script, recipe) = re.findall(r"(train_\w+\.py) (recipes/\w+\.yaml)", path.read_text())[0]
     assert (ROOT / script).is_file() and (ROOT / recipe).is_file()
     assert f"--config_file recipes/accelerate/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_sharded_model_is_refused(monkeypatch, kind):
+    """FSDP2 was tried: the steps go well, and the evaluation of an uneven split waits forever."""
+    check_not_sharded()
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(ValueError, match=r"several_gpus\.yaml"):
+        check_not_sharded()
+
+
+def test_both_scripts_refuse_one_under_the_launcher(context, small_scenes, tmp_path):
+    for script in SCRIPTS:
+        arguments = [*SCRIPTS[script], *OPTIONS, "--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
+        code = run_script(context, script, arguments, tmp_path / "cache", environment={"ACCELERATE_USE_FSDP": "true"})
+        assert code == 2 and "FSDP shares one model" in log_of(script, tmp_path / "cache").read_text()

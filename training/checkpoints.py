@@ -51,6 +51,20 @@ def own_output_dir(output_dir: str | os.PathLike) -> Iterator[None]:
         lock.lock.release()
 
 
+def check_not_sharded() -> None:
+    """See to it that each process has the whole model, as evaluation and the saved folder need it.
+
+    Raises:
+        ValueError: The launcher, or an option of transformers', shards it.
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(
+                f"{name} shares one model among the processes, and an epoch's evaluation would wait forever for its parts; "
+                "run with recipes/accelerate/several_gpus.yaml, which gives each process a whole one"
+            )
+
+
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
