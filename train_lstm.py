@@ -45,7 +45,7 @@ from reporting.report import command_line, report_captions
 from reporting.results import write_history
 from training.checkpoints import (
     check_finite,
-    check_not_sharded,
+    check_launch,
     check_step_size,
     checkpoint_to_resume,
     drop_old,
@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision, log_with=trackers or None, project_dir=args.output_dir
         )
+        check_launch()
     logging.basicConfig(
         level=logging.INFO if accelerator.is_local_main_process else logging.WARNING, format="%(message)s"
     )
@@ -186,7 +187,6 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
 
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
-        check_not_sharded()
         resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, "progress.json")
         dataset = load_captions(data_args.dataset, splits=("train", "validation"))
         if data_args.max_train_pictures:

@@ -55,7 +55,7 @@ from reporting.report import command_line, report_captions
 from reporting.results import write_history
 from training.checkpoints import (
     check_finite,
-    check_not_sharded,
+    check_launch,
     check_step_size,
     checkpoint_to_resume,
     drop_old,
@@ -159,6 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO if args.local_process_index == 0 else logging.WARNING, format="%(message)s")
     transformers.logging.disable_progress_bar()  # loading and saving take a second
     set_seed(args.seed)
+    with one_line_errors():
+        check_launch()
     with one_line_errors(OSError), own_output_dir(args.output_dir):
         run(data_args, model_args, args)
 
@@ -170,7 +172,6 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
 
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
-        check_not_sharded()
         resume_from = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, "trainer_state.json")
         if resume_from:
             stay_stopped(args, resume_from)

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from kill_points import SCRIPTS, log_of, run_script, run_together, start_server
 from safetensors.torch import load_file
 
-from training.checkpoints import check_not_sharded
+from training.checkpoints import check_launch
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -137,14 +138,24 @@ def test_accelerate_accepts_the_config(path):
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_a_sharded_model_is_refused(monkeypatch, kind):
     """FSDP2 was tried: the steps go well, and the evaluation of an uneven split waits forever."""
-    check_not_sharded()
+    check_launch()
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     with pytest.raises(ValueError, match=r"several_gpus\.yaml"):
-        check_not_sharded()
+        check_launch()
 
 
-def test_both_scripts_refuse_one_under_the_launcher(context, small_scenes, tmp_path):
-    for script in SCRIPTS:
-        arguments = [*SCRIPTS[script], *OPTIONS, "--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
-        code = run_script(context, script, arguments, tmp_path / "cache", environment={"ACCELERATE_USE_FSDP": "true"})
-        assert code == 2 and "FSDP shares one model" in log_of(script, tmp_path / "cache").read_text()
+LAUNCHES = {
+    "FSDP shares one model": {"ACCELERATE_USE_FSDP": "true"},
+    "2 processes were launched for GPUs, of which there are none": {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "false"},
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
+@pytest.mark.parametrize("sentence", LAUNCHES)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_launch_that_cannot_go_well_is_refused(context, small_scenes, tmp_path, script, sentence):
+    arguments = [*SCRIPTS[script], *OPTIONS, "--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
+    arguments += ["--use_cpu", "false"] if script == "train_vit_gpt2" else []
+    code = run_script(context, script, arguments, tmp_path / "cache", environment=LAUNCHES[sentence])
+    assert code == 2 and f"error: {sentence}" in log_of(script, tmp_path / "cache").read_text()
+    assert not (tmp_path / "run").exists()

@@ -51,12 +51,17 @@ def own_output_dir(output_dir: str | os.PathLike) -> Iterator[None]:
         lock.lock.release()
 
 
-def check_not_sharded() -> None:
-    """See to it that each process has the whole model, as evaluation and the saved folder need it.
+def check_launch() -> None:
+    """See to it that the processes know of one another, and that each has the whole model, as an evaluation needs it.
 
     Raises:
-        ValueError: The launcher, or an option of transformers', shards it.
+        ValueError: The launcher wants what is not there, or, as an option of transformers' can, shards the model.
     """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and PartialState().num_processes == 1:
+        raise ValueError(
+            f"{started} processes were launched for GPUs, of which there are none: launch one process, or set ACCELERATE_USE_CPU=true"
+        )
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise ValueError(
