@@ -123,7 +123,7 @@ def test_a_checkpoint_is_whole_and_says_so(tmp_path):
         (lambda folder: (folder / "checksums.json").write_text("{"), "cannot be read"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(tmp_path, harm, problem):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(tmp_path, monkeypatch, harm, problem):
     before, newest = small_checkpoint(tmp_path, 8), small_checkpoint(tmp_path, 16)
     harm(newest)
     with pytest.raises(ValueError, match="is damaged") as refused:
@@ -131,6 +131,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(tmp_path, harm
     sentence = str(refused.value)
     assert str(newest) in sentence and problem in sentence and f"--resume_from_checkpoint {before}" in sentence
     assert checkpoint_to_resume(str(before), str(tmp_path), "progress.json") == before
+    monkeypatch.chdir(tmp_path)  # the same folder by another name is still not the one before it
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {before}$"):
+        checkpoint_to_resume("checkpoint-16", str(tmp_path), "progress.json")
 
 
 def test_a_checkpoint_is_never_half_replaced(tmp_path, monkeypatch):

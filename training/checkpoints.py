@@ -6,6 +6,7 @@ disk, and is then renamed by the main process. The folder has to be one that all
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -226,7 +227,8 @@ def checkpoint_to_resume(option: str | None, output_dir: str, state_file: str) -
     # One process reads the files, which may be many gigabytes, for all.
     problem = broadcast_object_list([checkpoint_problem(folder) if PartialState().is_main_process else None])[0]
     if problem:
-        before = found[: found.index(folder)] if folder in found else found
+        places = [place for place, other in enumerate(found) if other.samefile(folder)]
+        before = found[: places[0]] if places else found
         offer = (
             f"go on from the one before with --resume_from_checkpoint {before[-1]}"
             if before
@@ -256,8 +258,8 @@ def check_step_size(folder: Path, then: int, now: int) -> None:
 def check_finite(loss: float, model: torch.nn.Module, step: int, learning_rate: float, output_dir: str) -> None:
     """End the run, before it saves anything, if its loss or a weight is no longer a number."""
     broken = next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)
-    if not (broken is None and loss - loss == 0):
-        what = f"the loss is {loss}" if loss - loss != 0 else f"{broken} holds what is no number"
+    if broken or not math.isfinite(loss):
+        what = f"{broken} holds what is no number" if math.isfinite(loss) else f"the loss is {loss}"
         raise SystemExit(
             f"error: {what} at step {step}; lower --learning_rate (now {learning_rate}); {newest_whole(output_dir)}"
         )
