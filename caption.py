@@ -30,6 +30,7 @@ from reporting.results import write_file
 
 PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 NUM_PICTURES_ON_PAGE = 200
+MAX_PICTURE_SECONDS = 60.0  # that one may take to come from the network
 
 
 class PictureSources(torch.utils.data.Dataset):
@@ -72,7 +73,10 @@ def main(argv: list[str] | None = None) -> None:
         names = [name for source in args.pictures for name in list_pictures(source)]
         # ---- Model --------------------------------------------------------------------------------------------------
         model, processor = load_captioner(args.model)
-    model.to(args.device)
+        try:
+            model.to(args.device)
+        except (RuntimeError, AssertionError) as error:  # torch's for a device that is not there
+            raise ValueError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     decoding = {"num_beams": args.num_beams, "max_length": args.max_length}
     decoding = {name: value for name, value in decoding.items() if value is not None}
 
@@ -103,7 +107,7 @@ def read_picture(name: str) -> bytes:
         return Path(name).read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture"
-        download(name, path, MAX_PICTURE_BYTES)
+        download(name, path, MAX_PICTURE_BYTES, MAX_PICTURE_SECONDS)
         return path.read_bytes()
 
 

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
-from data_scripts.train_tokenizer import train_tokenizer
+from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from metrics import CaptionScorer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import caption_pictures, save_captioner
@@ -45,6 +44,16 @@ from reporting.model_card import write_model_card
 from reporting.push import CheckpointPush, download_checkpoint, push_to_hub
 from reporting.report import command_line, report_captions
 from reporting.results import write_history
+from training.checkpoints import (
+    check_finite,
+    check_launch,
+    check_step_size,
+    checkpoint_to_resume,
+    drop_old,
+    new_checkpoint,
+    own_output_dir,
+)
+from training.stopping import StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +112,11 @@ class LoopArguments:
     seed: int = field(default=42, metadata={"help": "Of weights, order and dropout."})
     eval_epochs: int = field(default=1, metadata={"help": "Epochs between two evaluations."})
     save_epochs: int = field(default=1, metadata={"help": "Epochs between two checkpoints."})
+    save_steps: int | None = field(
+        default=None, metadata={"help": "Steps between two checkpoints inside an epoch; none there if not given."}
+    )
     save_total_limit: int | None = field(
-        default=None, metadata={"help": "Checkpoints kept, the newest; all if not given."}
+        default=None, metadata={"help": "Checkpoints kept, the newest, and the best beside them; all if not given."}
     )
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "Leave the model of the best validation CIDEr in output_dir, else the last."}
@@ -144,11 +156,16 @@ class LoopArguments:
 class Progress:
     """Where a run stands; saved with each checkpoint."""
 
-    epoch: int = 0
+    step_size: int  # captions
+    epoch: int = 0  # whole ones
     step: int = 0
+    epoch_steps: int = 0  # of the epoch that has begun, and what its loss is made of
+    epoch_nats: float = 0.0
+    epoch_tokens: float = 0.0
     train_seconds: float = 0.0
     best_cider: float = -1.0
     best_epoch: int = 0
+    best_step: int = 0
     evaluations_since_best: int = 0
     history: list[dict] = field(default_factory=list)
 
@@ -156,25 +173,35 @@ class Progress:
 def main(argv: list[str] | None = None) -> None:
     # ---- Arguments --------------------------------------------------------------------------------------------------
     data_args, model_args, args = parse_recipe((DataArguments, LSTMArguments, LoopArguments), argv, __doc__)
-    options = {**vars(data_args), **vars(model_args), **vars(args)}
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     trackers = [name for name in args.report_to.split(",") if name != "none"]
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, log_with=trackers or None, project_dir=args.output_dir
-    )
+    with one_line_errors():
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, log_with=trackers or None, project_dir=args.output_dir
+        )
+        check_launch()
     logging.basicConfig(
         level=logging.INFO if accelerator.is_local_main_process else logging.WARNING, format="%(message)s"
     )
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     transformers.logging.disable_progress_bar()  # loading and saving take a second
     set_seed(args.seed)
+    with one_line_errors(OSError), own_output_dir(args.output_dir):
+        run(data_args, model_args, args, accelerator)
+
+
+def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments, accelerator: Accelerator) -> None:
+    """What one run does in the output directory that it has for itself."""
+    options = {**vars(data_args), **vars(model_args), **vars(args)}
 
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
-        resume_from = checkpoint_to_resume(args)
+        resume_from = checkpoint_to_resume(
+            args.resume_from_checkpoint, args.output_dir, "progress.json", download_checkpoint
+        )
         pushing = CheckpointPush(args, active=args.push_to_hub and accelerator.is_main_process)
-        dataset = load_captions(data_args.dataset)
+        dataset = load_captions(data_args.dataset, splits=("train", "validation"))
         if data_args.max_train_pictures:
             dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
         training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
@@ -210,36 +237,40 @@ def main(argv: list[str] | None = None) -> None:
     sampler = CaptionSampler(pairs["train"].lengths, step_size, data_args.group_by_length, args.seed, pictures)
     train_loader = DataLoader(pairs["train"], args.per_device_train_batch_size, sampler=sampler, **loading)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-    accelerator.register_for_checkpointing(scheduler)
 
     def eval_loader(items) -> DataLoader:
         loader = DataLoader(items, args.per_device_eval_batch_size, **loading)
         return prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
 
     # ---- Training ---------------------------------------------------------------------------------------------------
-    progress = load_checkpoint(accelerator, resume_from) if resume_from else Progress()
-    accelerator.init_trackers("logs", {name: value for name, value in options.items() if value is not None})
+    progress = Progress(step_size)
+    if resume_from:
+        with one_line_errors(ValueError):
+            progress = load_checkpoint(accelerator, scheduler, resume_from, step_size)
+    start_trackers(accelerator, options, progress)
     val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], features["validation"])
     scorer = CaptionScorer(val_rows["captions"], training_captions)
-    while progress.epoch < args.num_train_epochs:
-        train_loss = train_epoch(accelerator, model, train_loader, optimizer, scheduler, progress, args)
-        row = {"epoch": progress.epoch, "step": progress.step, "train_loss": train_loss}
-        last = progress.epoch == args.num_train_epochs
-        if progress.epoch % args.eval_epochs == 0 or last:
-            captioner = accelerator.unwrap_model(model)
-            row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"]))
-            row |= score_captions(
-                accelerator, captioner, processor, eval_loader(Pictures(val_rows, val_features)), scorer
-            )
-            keep_best(accelerator, captioner, processor, row, progress, args)
-        record(accelerator, row, progress, args)
-        stop = args.early_stopping_patience and progress.evaluations_since_best >= args.early_stopping_patience
-        if progress.epoch % args.save_epochs == 0 or last or stop:
-            save_checkpoint(accelerator, progress, args)
-            pushing.send(progress.step)
-        if stop:
-            logger.info(f"No better validation CIDEr since epoch {progress.best_epoch}: stopping.")
-            break
+    with StopSignal() as stopping:
+        while progress.epoch < args.num_train_epochs and not stops_early(progress, args):
+            row = train_epoch(accelerator, model, train_loader, optimizer, scheduler, progress, args, stopping)
+            last = progress.epoch == args.num_train_epochs
+            if progress.epoch % args.eval_epochs == 0 or last:
+                captioner = accelerator.unwrap_model(model)
+                row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"]))
+                row |= score_captions(
+                    accelerator, captioner, processor, eval_loader(Pictures(val_rows, val_features)), scorer
+                )
+                keep_best(accelerator, captioner, processor, row, progress, args)
+            record(accelerator, row, progress, args)
+            asked = stopping.ask(accelerator)
+            due = progress.epoch % args.save_epochs == 0 or (args.save_steps and progress.step % args.save_steps == 0)
+            if due or last or asked or stops_early(progress, args):
+                save_checkpoint(accelerator, model, scheduler, progress, args)
+                pushing.send(progress.step)
+            if asked:
+                stopping.leave(accelerator, progress.step)
+    if stops_early(progress, args):
+        logger.info(f"No better validation CIDEr since epoch {progress.best_epoch}: stopped.")
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
     split = "test" if "test" in dataset else "validation"
@@ -290,6 +321,7 @@ def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: i
 
 def build_model(args: LSTMArguments, tokenizer) -> tuple:
     """Model and processor, the encoder's trained weights loaded where they are wanted."""
+    check_special_tokens(tokenizer)
     try:
         backbone = timm.create_model(timm_source(args.encoder), pretrained=False, num_classes=0)
     except RuntimeError as error:
@@ -309,7 +341,13 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
     )
     model = InceptionLSTMForConditionalGeneration(config)
     if args.pretrained_encoder:
-        model.load_pretrained_encoder(args.encoder)
+        try:
+            model.load_pretrained_encoder(args.encoder)
+        except Exception as error:  # timm, the Hub's client and torch each have their own
+            raise ValueError(
+                f"--encoder {args.encoder}: its weights cannot be loaded ({str(error).strip().splitlines()[0]}); give a "
+                "folder that holds them, or --pretrained_encoder false"
+            ) from error
     return model, build_processor(timm_image_processor(backbone, args.image_size), tokenizer)
 
 
@@ -330,52 +368,87 @@ def parameter_groups(model, args: LoopArguments) -> list[dict]:
     return groups
 
 
-def train_epoch(accelerator, model, loader, optimizer, scheduler, progress: Progress, args: LoopArguments) -> float:
-    """Every caption once. Returns the mean loss, in nats a token."""
+def train_epoch(
+    accelerator, model, loader, optimizer, scheduler, progress: Progress, args: LoopArguments, stopping: StopSignal
+) -> dict:
+    """Every caption once, or those of a resumed epoch that are left. Returns the epoch's row of the history."""
     started = time.perf_counter()
     model.train()
+    num_steps = math.ceil(len(loader) / args.gradient_accumulation_steps)
     loader.set_epoch(progress.epoch)
-    nats = tokens = torch.zeros((), device=accelerator.device)
     size = args.per_device_train_batch_size * accelerator.num_processes
-    title = f"epoch {progress.epoch + 1}/{args.num_train_epochs}"
+    nats = torch.tensor(progress.epoch_nats / accelerator.num_processes, device=accelerator.device)
+    tokens = torch.tensor(progress.epoch_tokens, device=accelerator.device)
     with tqdm(
-        total=len(loader) * size, unit="caption", desc=title, disable=not accelerator.is_local_main_process
+        total=len(loader) * size,
+        initial=progress.epoch_steps * args.gradient_accumulation_steps * size,
+        unit="caption",
+        desc=f"epoch {progress.epoch + 1}/{args.num_train_epochs}",
+        disable=not accelerator.is_local_main_process,
     ) as bar:
-        for batches in accumulation_windows(loader, args.gradient_accumulation_steps):
-            # The sum of all tokens' losses over all processes and batches, divided once: as one big batch would.
-            num_tokens = accelerator.reduce(sum((batch["labels"] != -100).sum() for batch in batches))
-            for position, batch in enumerate(batches, start=1):
-                batch.pop("index")
-                with nullcontext() if position == len(batches) else accelerator.no_sync(model):
-                    # Several processes average their gradients, where the sum is wanted.
-                    loss = model(**batch, num_items_in_batch=num_tokens / accelerator.num_processes).loss
-                    accelerator.backward(loss)
-                nats = nats + loss.detach() * num_tokens / accelerator.num_processes
-            if args.max_grad_norm:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
+        for batches in accumulation_windows(accelerator, loader, args.gradient_accumulation_steps, progress):
+            step_nats, step_tokens = train_step(accelerator, model, batches, optimizer, args.max_grad_norm)
             scheduler.step()
-            optimizer.zero_grad()
-            tokens = tokens + num_tokens
+            nats, tokens = nats + step_nats, tokens + step_tokens
             progress.step += 1
+            progress.epoch_steps += 1
             bar.update(size * len(batches))
             if progress.step % 10 == 0:
-                bar.set_postfix(loss=f"{(nats * accelerator.num_processes / tokens).item():.3f}")
-    progress.epoch += 1
-    progress.train_seconds += time.perf_counter() - started
+                loss = (nats * accelerator.num_processes / tokens).item()
+                bar.set_postfix(loss=f"{loss:.3f}")
+                if not math.isfinite(loss):
+                    break
+            # The last step of an epoch is saved, where it is to be, after the epoch's evaluation.
+            asked = stopping.ask(accelerator)
+            due = args.save_steps and progress.step % args.save_steps == 0
+            if progress.epoch_steps < num_steps and (due or asked):
+                progress.epoch_nats, progress.epoch_tokens = accelerator.reduce(nats).item(), tokens.item()
+                progress.train_seconds += time.perf_counter() - started
+                save_checkpoint(accelerator, model, scheduler, progress, args)
+                started = time.perf_counter()
+                if asked:
+                    stopping.leave(accelerator, progress.step)
     loss = (accelerator.reduce(nats) / tokens).item()
-    if not math.isfinite(loss):
-        raise SystemExit(
-            f"error: the loss is {loss} in epoch {progress.epoch}; lower --learning_rate (now {args.learning_rate})"
-        )
-    return loss
+    check_finite(loss, model, progress.step, args.learning_rate, args.output_dir)
+    progress.epoch += 1
+    progress.epoch_steps, progress.epoch_nats, progress.epoch_tokens = 0, 0.0, 0.0
+    progress.train_seconds += time.perf_counter() - started
+    return {"epoch": progress.epoch, "step": progress.step, "train_loss": loss}
 
 
-def accumulation_windows(loader, num_batches: int):
-    """The batches of an epoch in lists of `num_batches`, the last list shorter where they do not divide."""
-    batches = iter(loader)
-    while window := list(islice(batches, num_batches)):
+def train_step(accelerator, model, batches: list[dict], optimizer, max_grad_norm: float) -> tuple:
+    """One step on all `batches` of all processes. Returns the sum of this process's losses, in nats, and all tokens."""
+    # The sum of all tokens' losses over all processes and batches, divided once: as one big batch would.
+    num_tokens = accelerator.reduce(sum((batch["labels"] != -100).sum() for batch in batches))
+    nats = 0.0
+    for position, batch in enumerate(batches, start=1):
+        batch.pop("index")
+        with nullcontext() if position == len(batches) else accelerator.no_sync(model):
+            # Several processes average their gradients, where the sum is wanted.
+            loss = model(**batch, num_items_in_batch=num_tokens / accelerator.num_processes).loss
+            accelerator.backward(loss)
+        nats = nats + loss.detach() * num_tokens / accelerator.num_processes
+    if max_grad_norm:
+        accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return nats, num_tokens
+
+
+def accumulation_windows(accelerator, loader, num_batches: int, progress: Progress):
+    """The batches of an epoch in lists of `num_batches`, the last list shorter where they do not divide.
+
+    What `progress` has of the epoch is left out.
+    """
+    if progress.epoch_steps:
+        loader = accelerator.skip_first_batches(loader, progress.epoch_steps * num_batches)
+    # A loader that starts draws a number; a run resumed inside the epoch would draw it a second time.
+    with torch.random.fork_rng(devices=[]):
+        batches = iter(loader)
+        window = list(islice(batches, num_batches))
+    while window:
         yield window
+        window = list(islice(batches, num_batches))
 
 
 @torch.inference_mode()
@@ -409,7 +482,8 @@ def keep_best(accelerator, model, processor, row: dict, progress: Progress, args
     """Leave the model in output_dir if no evaluation before had a better CIDEr."""
     progress.evaluations_since_best += 1
     if row["cider"] > progress.best_cider:
-        progress.best_cider, progress.best_epoch, progress.evaluations_since_best = row["cider"], progress.epoch, 0
+        progress.best_cider, progress.evaluations_since_best = row["cider"], 0
+        progress.best_epoch, progress.best_step = progress.epoch, progress.step
         if args.load_best_model_at_end and accelerator.is_main_process:
             save_captioner(model, processor, args.output_dir)
     accelerator.wait_for_everyone()
@@ -424,55 +498,67 @@ def training_cost(progress: Progress, num_captions: int) -> dict:
     }
 
 
+def stops_early(progress: Progress, args: LoopArguments) -> bool:
+    """Whether there were too many evaluations without a better one; true of a run that is resumed after that, too."""
+    return bool(args.early_stopping_patience) and progress.evaluations_since_best >= args.early_stopping_patience
+
+
+def start_trackers(accelerator, options: dict, progress: Progress) -> None:
+    """Start the trackers; those of a resumed run begin with all it knows of the epochs before.
+
+    What the killed run told them may reach further than its checkpoint, or, held back in a buffer, not so far: TensorBoard
+    forgets what else is in the folder.
+    """
+    known = {name: value for name, value in options.items() if value is not None}
+    accelerator.init_trackers("logs", known, init_kwargs={"tensorboard": {"purge_step": 0}})
+    for row in progress.history:
+        track(accelerator, row)
+
+
+def track(accelerator, row: dict) -> None:
+    scalars = {name: value for name, value in row.items() if name not in ("epoch", "step")}
+    accelerator.log(scalars, step=row["step"])
+
+
 def record(accelerator, row: dict, progress: Progress, args: LoopArguments) -> None:
     """Tell what an epoch gave: in the log, in history.json, in the curves and to the trackers."""
     progress.history.append(row)
-    accelerator.log({name: value for name, value in row.items() if name not in ("epoch", "step")}, step=progress.step)
+    track(accelerator, row)
     logger.info(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
     if accelerator.is_main_process:
         write_history(args.output_dir, progress.history)
         draw_curves(args.output_dir, progress.history)
 
 
-def save_checkpoint(accelerator, progress: Progress, args: LoopArguments) -> None:
-    """Write `checkpoint-STEP` beside and rename it when it is whole; then drop the oldest beyond save_total_limit."""
-    folder = Path(args.output_dir) / f"checkpoint-{progress.step}"
-    beside = folder.with_name(f".{folder.name}.partial")
-    accelerator.save_state(str(beside))
+def save_checkpoint(accelerator, model, scheduler, progress: Progress, args: LoopArguments) -> None:
+    """Write `checkpoint-STEP`, whole or not at all, and drop old ones beyond save_total_limit."""
+    loss = progress.epoch_nats / max(progress.epoch_tokens, 1)
+    check_finite(loss, model, progress.step, args.learning_rate, args.output_dir)
+    with new_checkpoint(args.output_dir, progress.step) as folder:
+        accelerator.save_state(str(folder))
+        if accelerator.is_main_process:
+            # As JSON: what Accelerate saves of a registered scheduler, it unpickles.
+            (folder / "scheduler.json").write_text(json.dumps(scheduler.state_dict()))
+            (folder / "progress.json").write_text(json.dumps(dataclasses.asdict(progress)))
     if accelerator.is_main_process:
-        (beside / "progress.json").write_text(json.dumps(dataclasses.asdict(progress)))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
-        if args.save_total_limit:
-            for old in checkpoints(args.output_dir)[: -args.save_total_limit]:
-                shutil.rmtree(old)
+        drop_old(args.output_dir, args.save_total_limit, keep_steps={progress.best_step})
     accelerator.wait_for_everyone()
 
 
-def checkpoint_to_resume(args: LoopArguments) -> Path | None:
-    """The folder that `--resume_from_checkpoint` means; None where there is nothing to resume."""
-    if args.resume_from_checkpoint is None:
-        return None
-    if args.resume_from_checkpoint == "last":
-        found = checkpoints(args.output_dir)
-        if not found:
-            logger.info(f"{args.output_dir} holds no checkpoint: starting from the beginning.")
-        return found[-1] if found else None
-    folder = Path(args.resume_from_checkpoint)
-    if not (folder / "progress.json").is_file():
-        return download_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    return folder
+def load_checkpoint(accelerator, scheduler, folder: Path, step_size: int) -> Progress:
+    """Put model, optimiser, schedule and random states back as they were, and say where the run stood.
 
-
-def load_checkpoint(accelerator, folder: Path) -> Progress:
-    """Put model, optimiser, schedule and random states back as they were, and say where the run stood."""
-    accelerator.load_state(str(folder))
-    return Progress(**json.loads((folder / "progress.json").read_text()))
-
-
-def checkpoints(output_dir: str) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(Path(output_dir).glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    Raises:
+        ValueError: The checkpoint is another model's, or its steps have other sizes.
+    """
+    progress = Progress(**json.loads((folder / "progress.json").read_text()))
+    check_step_size(folder, progress.step_size, step_size)
+    try:
+        accelerator.load_state(str(folder))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder} is of another model ({str(error).splitlines()[-1].strip()})") from error
+    scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text()))
+    return progress
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@
 A recipe sets the options, the command line overrides it, `--help` lists them.
 """
 
+import json
 import logging
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,16 +26,17 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
+    TrainerState,
     VisionEncoderDecoderModel,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
-from data_scripts.train_tokenizer import train_tokenizer
+from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from metrics import CaptionScorer
 from modeling.caption_loss import caption_loss
 from modeling.captioner import caption_pictures, save_captioner, start_token_ids
@@ -52,6 +54,16 @@ from reporting.model_card import write_model_card
 from reporting.push import CheckpointPush, download_checkpoint, push_to_hub
 from reporting.report import command_line, report_captions
 from reporting.results import write_history
+from training.checkpoints import (
+    check_finite,
+    check_launch,
+    check_step_size,
+    checkpoint_to_resume,
+    drop_old,
+    new_checkpoint,
+    own_output_dir,
+)
+from training.stopping import StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +118,9 @@ class LoopArguments(Seq2SeqTrainingArguments):
     )
     eval_epochs: int = field(default=1, metadata={"help": "Epochs between two evaluations."})
     save_epochs: int = field(default=1, metadata={"help": "Epochs between two checkpoints."})
+    save_steps: int | None = field(
+        default=None, metadata={"help": "Steps between two checkpoints inside an epoch; none there if not given."}
+    )
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "Leave the model of the best validation CIDEr in output_dir, else the last."}
     )
@@ -137,6 +152,7 @@ class LoopArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         self.report_to = [name for name in self.report_to.split(",") if name != "none"]
         super().__post_init__()
+        get_reporting_integration_callbacks(self.report_to)  # raises ValueError where it knows none of that name
         self.dataloader_pin_memory &= torch.cuda.is_available()
 
 
@@ -144,19 +160,31 @@ def main(argv: list[str] | None = None) -> None:
     # ---- Arguments --------------------------------------------------------------------------------------------------
     data_args, model_args, args = parse_recipe((DataArguments, ViTGPT2Arguments, LoopArguments), argv, __doc__)
     args.dataloader_num_workers = data_args.dataloader_num_workers
-    options = {**vars(data_args), **vars(model_args), **args.to_sanitized_dict()}
-    push, args.push_to_hub = args.push_to_hub, False  # the Trainer's own push ends a training that it fails
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     logging.basicConfig(level=logging.INFO if args.local_process_index == 0 else logging.WARNING, format="%(message)s")
     transformers.logging.disable_progress_bar()  # loading and saving take a second
     set_seed(args.seed)
+    with one_line_errors():
+        check_launch()
+    with one_line_errors(OSError), own_output_dir(args.output_dir):
+        run(data_args, model_args, args)
+
+
+def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArguments) -> None:
+    """What one run does in the output directory that it has for itself."""
+    options = {**vars(data_args), **vars(model_args), **args.to_sanitized_dict()}
+    push, args.push_to_hub = args.push_to_hub, False  # the Trainer's own push ends a training that it fails
 
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
-        resume_from = checkpoint_to_resume(args)
+        resume_from = checkpoint_to_resume(
+            args.resume_from_checkpoint, args.output_dir, "trainer_state.json", download_checkpoint
+        )
+        if resume_from:
+            stay_stopped(args, resume_from)
         pushing = CheckpointPush(args, active=push and args.process_index == 0, token=args.hub_token)
-        dataset = load_captions(data_args.dataset)
+        dataset = load_captions(data_args.dataset, splits=("train", "validation"))
         if data_args.max_train_pictures:
             dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
         training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
@@ -202,7 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.add_callback(PushCheckpoints(pushing))
 
     # ---- Training ---------------------------------------------------------------------------------------------------
-    trainer.train(resume_from_checkpoint=resume_from)
+    with trainer.stopping:
+        trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
     split = "test" if "test" in dataset else "validation"
@@ -262,11 +291,23 @@ def build_model(args: ViTGPT2Arguments, tokenizer) -> tuple:
         "num_hidden_layers": args.num_hidden_layers,
         "num_attention_heads": args.num_attention_heads,
     }
+    check_special_tokens(tokenizer)
     encoder = args.encoder
     if not args.pretrained_encoder:
+        if args.patch_size > args.image_size:
+            raise ValueError(f"--patch_size {args.patch_size} is more than --image_size {args.image_size}")
         encoder = encoder_config(args.image_size, args.patch_size, **sizes)
     decoder = args.decoder if args.pretrained_decoder else decoder_config(len(tokenizer), **sizes)
-    model = build_vit_gpt2(encoder, decoder, tokenizer, args.prompt, args.freeze_encoder, args.dropout)
+    try:
+        model = build_vit_gpt2(encoder, decoder, tokenizer, args.prompt, args.freeze_encoder, args.dropout)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--encoder {args.encoder}, --decoder {args.decoder}: {reason}; give Hub ids that can be reached, or folders"
+        ) from error
+    positions, num_start_ids = model.config.decoder.max_position_embeddings, len(start_token_ids(model))
+    if num_start_ids >= positions:
+        raise ValueError(f"--prompt has {num_start_ids - 1:,} tokens, of which the decoder reads {positions:,} at most")
     return model, build_processor(vit_image_processor(encoder), tokenizer)
 
 
@@ -290,13 +331,19 @@ class CaptionTrainer(Seq2SeqTrainer):
             args,
             processing_class=processor,
             data_collator=CaptionCollator(processor, share_pictures="pack"),
-            callbacks=[EpochEnds()],
             **kwargs,
         )
         self.processor = processor
         self.sampler = sampler
         self.eval_pictures = eval_pictures
         self.scorer = scorer
+        self.stopping = StopSignal()
+        self.epoch_ends = EpochEnds(self)
+        self.add_callback(self.epoch_ends)
+        if "tensorboard" in args.report_to:
+            self.remove_callback(TensorBoardCallback)
+            self.add_callback(WholeCurve)
+        self.checkpoint_parent = args.output_dir
 
     def _get_train_sampler(self, train_dataset=None) -> CaptionSampler:
         return self.sampler
@@ -305,7 +352,54 @@ class CaptionTrainer(Seq2SeqTrainer):
         # A ViT's weights are saved under older names than its modules have. `from_pretrained` knows them; the Trainer's own
         # way takes them for missing, and goes on with the encoder it happens to have.
         saved = VisionEncoderDecoderModel.from_pretrained(resume_from_checkpoint).state_dict()
-        self.model.load_state_dict({name: saved[name] for name in self.model.state_dict()})
+        with one_line_errors():
+            check_step_size(
+                resume_from_checkpoint, self._loop(resume_from_checkpoint)["step_size"], self.sampler.batch_size
+            )
+            try:
+                self.model.load_state_dict({name: saved[name] for name in self.model.state_dict()})
+            except (KeyError, RuntimeError) as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise ValueError(f"{resume_from_checkpoint} is of another model ({reason})") from error
+
+    def _load_rng_state(self, checkpoint: str) -> None:
+        # The Trainer calls this where a resumed run is about to take its first step. Of an epoch that has begun it has by
+        # itself neither the loss nor the time so far.
+        super()._load_rng_state(checkpoint)
+        loop = self._loop(checkpoint)
+        self._tr_loss += loop["loss_since_logged"]
+        self._globalstep_last_logged = loop["step_logged"]
+        self.epoch_ends.started -= loop["epoch_seconds"]
+
+    def _loop(self, checkpoint: str) -> dict:
+        return json.loads((Path(checkpoint) / "loop.json").read_text())
+
+    def _get_output_dir(self, trial) -> str:
+        return self.checkpoint_parent
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As always, but whole or not at all, and with what an epoch that has begun has given so far."""
+        step, args = self.state.global_step, self.args
+        loss = self.accelerator.reduce(self._tr_loss, reduction="mean").item()
+        check_finite(loss, self.model, step, args.learning_rate, args.output_dir)
+        with new_checkpoint(args.output_dir, step) as folder:
+            self.checkpoint_parent = str(folder.parent)
+            super()._save_checkpoint(model, trial)
+            self.checkpoint_parent = args.output_dir
+            if self.is_world_process_zero():
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, the Hub token in it; nobody needs it
+                loop = {
+                    "step_size": self.sampler.batch_size,
+                    "loss_since_logged": loss,
+                    "step_logged": self._globalstep_last_logged,
+                    "epoch_seconds": self.epoch_ends.seconds(),
+                }
+                (folder / "loop.json").write_text(json.dumps(loop))
+        if self.is_world_process_zero():
+            scored = [entry for entry in self.state.log_history if "eval_cider" in entry]
+            best = max(scored, key=lambda entry: entry["eval_cider"], default={"step": 0})
+            drop_old(args.output_dir, args.save_total_limit, keep_steps={best["step"]})
+        self.accelerator.wait_for_everyone()
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As always, but an encoder that is not frozen may have a learning rate of its own."""
@@ -336,8 +430,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         metrics = {"loss": self.validation_loss(model)} | self.score_captions(model)
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self.log(metrics)
-        ciders = [entry["eval_cider"] for entry in self.state.log_history if "eval_cider" in entry]
-        since_best = len(ciders) - 1 - int(np.argmax(ciders))
+        since_best = evaluations_since_best(self.state.log_history)
         if since_best == 0 and self.args.load_best_model_at_end and self.is_world_process_zero():
             save_captioner(model, self.processor, self.args.output_dir)
         self.accelerator.wait_for_everyone()
@@ -384,26 +477,46 @@ class CaptionTrainer(Seq2SeqTrainer):
 
 
 class EpochEnds(TrainerCallback):
-    """What happens between two epochs: evaluation and checkpoint when they are due, history and curves."""
+    """What happens between two epochs, evaluation and checkpoint when they are due, history and curves; and checkpoints within."""
+
+    def __init__(self, trainer: CaptionTrainer):
+        self.trainer = trainer
+
+    def seconds(self) -> float:
+        """Of the epoch so far; none after its end, when they have been logged."""
+        return 0.0 if self.started is None else time.perf_counter() - self.started
 
     def on_epoch_begin(self, args: LoopArguments, state, control, **kwargs):
+        # With several processes Accelerate does not tell the sampler of a resumed epoch which one it is.
+        self.trainer.sampler.set_epoch(int(state.epoch))
         write_curves(args, state)
         self.started = time.perf_counter()
+
+    def on_step_end(self, args: LoopArguments, state, control, **kwargs):
+        asked = self.trainer.stopping.ask(self.trainer.accelerator)
+        due = args.save_steps and state.global_step % args.save_steps == 0
+        # The last step of an epoch is saved, where it is to be, after the epoch's evaluation.
+        if not float(state.epoch).is_integer():
+            control.should_save |= bool(asked or due)
 
     def on_epoch_end(self, args: LoopArguments, state, control, **kwargs):
         epoch = round(state.epoch)
         last = state.global_step >= state.max_steps
+        due = args.save_steps and state.global_step % args.save_steps == 0
         control.should_evaluate = epoch % args.eval_epochs == 0 or last
-        control.should_save = epoch % args.save_epochs == 0 or last
+        control.should_save = bool(epoch % args.save_epochs == 0 or last or due or self.trainer.stopping.heard)
         # Kept with the logs, a checkpoint remembers it.
-        seconds = round(time.perf_counter() - self.started, 2)
-        state.log_history.append({"epoch": state.epoch, "step": state.global_step, "train_seconds": seconds})
+        entry = {"epoch": state.epoch, "step": state.global_step, "train_seconds": round(self.seconds(), 2)}
+        state.log_history.append(entry)
+        self.started = None
+
+    def on_save(self, args: LoopArguments, state, control, **kwargs):
+        if self.trainer.stopping.heard:
+            self.trainer.stopping.leave(self.trainer.accelerator, state.global_step)
 
     def on_log(self, args: LoopArguments, state, control, logs=None, **kwargs):
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise SystemExit(
-                f"error: the loss is {logs['loss']} in epoch {state.epoch:.3g}; lower --learning_rate (now {args.learning_rate})"
-            )
+            check_finite(logs["loss"], self.trainer.model, state.global_step, args.learning_rate, args.output_dir)
 
     def on_train_end(self, args: LoopArguments, state, control, **kwargs):
         write_curves(args, state)
@@ -417,6 +530,40 @@ class PushCheckpoints(TrainerCallback):
 
     def on_save(self, args: LoopArguments, state, control, **kwargs):
         self.pushing.send(state.global_step)
+
+
+class WholeCurve(TensorBoardCallback):
+    """TensorBoard, in one folder a run; a resumed run writes its curve anew.
+
+    What the killed run told it may reach further than its checkpoint, or, held back in a buffer, not so far: what else is in
+    the folder is forgotten.
+    """
+
+    def on_train_begin(self, args: LoopArguments, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.tb_writer = self._SummaryWriter(os.path.join(args.output_dir, "logs"), purge_step=0)
+        super().on_train_begin(args, state, control, **kwargs)
+        for entry in state.log_history:
+            if "train_seconds" not in entry:  # is told to nobody
+                logs = {name: value for name, value in entry.items() if name != "step"}
+                self.on_log(args, replace(state, global_step=entry["step"]), control, logs)
+
+    def on_log(self, args: LoopArguments, state, control, logs=None, **kwargs):
+        if "train_runtime" not in logs:  # the Trainer's summary, of a resumed run's own steps alone
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+
+def evaluations_since_best(log_history: list[dict]) -> int:
+    """How many evaluations there were after the first of the best."""
+    ciders = [entry["eval_cider"] for entry in log_history if "eval_cider" in entry]
+    return len(ciders) - 1 - int(np.argmax(ciders)) if ciders else 0
+
+
+def stay_stopped(args: LoopArguments, checkpoint: Path) -> None:
+    """See to it that a run that has stopped early, and is resumed, trains no more."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if args.early_stopping_patience and evaluations_since_best(state.log_history) >= args.early_stopping_patience:
+        args.num_train_epochs = state.epoch
 
 
 def write_curves(args: LoopArguments, state) -> None:
@@ -448,18 +595,6 @@ def training_cost(history: list[dict], num_captions: int) -> dict:
         "seconds": round(seconds, 1),
         "images_per_second": round(epochs * num_captions / seconds, 1),
     }
-
-
-def checkpoint_to_resume(args: LoopArguments) -> str | None:
-    """The folder that `--resume_from_checkpoint` means."""
-    folder = args.resume_from_checkpoint
-    if folder == "last":
-        folder = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        if folder is None:
-            logger.info(f"{args.output_dir} holds no checkpoint: starting from the beginning.")
-    elif folder is not None and not (Path(folder) / "trainer_state.json").is_file():
-        return str(download_checkpoint(folder, args.output_dir))
-    return folder
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -11,12 +12,14 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 import requests
+import urllib3
 from tqdm import tqdm
 
 GIGABYTE = 2**30
 MAX_FILE_BYTES = GIGABYTE  # of one file; the largest honest one, COCO's captions, has a seventh of it
 MAX_UNPACKED_GIGABYTES = 64.0  # of a whole zip; all of COCO has a third of it
-DOWNLOAD_TIMEOUT_SECONDS = 60.0
+SILENCE_SECONDS = 60.0  # that a server may keep before its first word and between two
+MAX_DOWNLOAD_SECONDS = 24 * 3600.0
 
 
 class SourceFiles:
@@ -80,25 +83,37 @@ def open_files(source: str | Path, max_unpacked_gigabytes: float = MAX_UNPACKED_
         raise FileNotFoundError(f"{source} is neither a folder nor a file")
 
 
-def download(url: str, path: Path, max_bytes: int) -> None:
+def download(url: str, path: Path, max_bytes: int, max_seconds: float = MAX_DOWNLOAD_SECONDS) -> None:
     """Fetch `url` into `path` with a progress bar.
 
     Raises:
         ValueError: The URL is not http or https, or holds more than `max_bytes`.
-        OSError: The server cannot be reached, stops sending, or answers with an error.
+        OSError: The server cannot be reached, stops sending, answers with an error, or takes more than `max_seconds`.
     """
+    ends = time.monotonic() + max_seconds
     if urlsplit(url).scheme not in ("http", "https"):
         raise ValueError(f"{url} is not a http or https address")
-    with requests.get(url, stream=True, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
+    with requests.get(url, stream=True, timeout=min(SILENCE_SECONDS, max_seconds)) as response:
         response.raise_for_status()
         length = int(response.headers.get("Content-Length", 0)) or None
         with open(path, "wb") as file, tqdm(total=length, unit="B", unit_scale=True, desc="Downloading") as progress:
-            for chunk in response.iter_content(2**20):
+            for chunk in _as_it_comes(response):
                 file.write(chunk)
                 progress.update(len(chunk))
+                if time.monotonic() > ends:
+                    raise OSError(f"{url} takes more than {max_seconds:g} seconds to come")
                 # Counted here, because a server may say nothing about the length, or lie.
                 if file.tell() > max_bytes:
                     raise ValueError(f"{url} is larger than {max_bytes / GIGABYTE:g} GiB (--max_unpacked_gigabytes)")
+
+
+def _as_it_comes(response: requests.Response) -> Iterator[bytes]:
+    # Not iter_content(), which waits until a piece is full: a server that sends a byte now and then would hold it forever.
+    try:
+        while chunk := response.raw.read1(2**20, decode_content=True):
+            yield chunk
+    except urllib3.exceptions.HTTPError as error:
+        raise OSError(f"{response.url} stopped sending: {error}") from error
 
 
 def _list_folder(root: Path) -> SourceFiles:
@@ -108,9 +123,16 @@ def _list_folder(root: Path) -> SourceFiles:
         for file_name in file_names:
             path = Path(folder, file_name)
             # A link may point anywhere on the machine; only what it reaches inside the folder is the source's own.
-            if not path.is_symlink() or path.resolve().is_relative_to(root):
+            if not path.is_symlink() or _is_inside(path, root):
                 readers[path.relative_to(root).as_posix()] = partial(read_file, path)
     return SourceFiles(str(root), readers)
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return False
 
 
 def read_file(path: Path) -> bytes:

@@ -48,13 +48,18 @@ def prepare(rows: Sequence[SourceRow], arguments: argparse.Namespace) -> None:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what the user can mend into `error: ...` on stderr and exit code 2, without a traceback."""
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn what the user can mend into `error: ...` on stderr and exit code 2, without a traceback.
+
+    Args:
+        kinds: What the user can mend; ValueError and OSError if not given.
+    """
+    kinds = kinds or (ValueError, OSError)
     with warnings.catch_warnings():
         # Pillow's remarks on single pictures, without the picture's name; the summary has what matters.
         warnings.filterwarnings("ignore", module="PIL")
         try:
             yield
-        except (ValueError, OSError) as error:
+        except kinds as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error

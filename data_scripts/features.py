@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,12 @@ def _write_shards(shards: list[tuple[Dataset, Path]], encode: Callable, batch_si
         f"Encoding {num_pictures:,} pictures once: {shape[0]} x {shape[1]} numbers each, "
         f"{megabytes:,.0f} MB in {shards[0][1].parent}"
     )
+    free = shutil.disk_usage(shards[0][1].parent).free / 1e6
+    if megabytes > free:
+        raise OSError(
+            f"the features of {num_pictures:,} pictures need {megabytes:,.0f} MB in {shards[0][1].parent}, where {free:,.0f} "
+            "are free: make room, set HF_DATASETS_CACHE to a larger disk, or give --cache_features false"
+        )
     datasets.disable_progress_bars()  # ours counts pictures over all files
     with tqdm(total=num_pictures, unit="picture", desc="encoding", disable=not show_progress) as bar:
 

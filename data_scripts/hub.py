@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from data_scripts.archives import read_file
 from data_scripts.command_line import add_table_options, one_line_errors, prepare
-from data_scripts.row_checks import SourceRow
+from data_scripts.row_checks import OutsideSource, SourceRow
 from data_scripts.splits import SPLIT_NAMES
 
 CAPTION_COLUMNS = ("captions", "caption", "text")
@@ -39,13 +41,17 @@ def open_dataset(source: str, revision: str | None = None, config_name: str | No
 
 
 def dataset_rows(
-    dataset: DatasetDict, image_column: str = "image", caption_columns: Sequence[str] | None = None
+    dataset: DatasetDict, image_column: str = "image", caption_columns: Sequence[str] | None = None, source: str = ""
 ) -> list[SourceRow]:
     """Return one row per picture. Splits other than training, validation and test are left out.
+
+    Pictures that a row only names are read from the folder `source` and from the caches of downloads, nowhere else.
 
     Raises:
         ValueError: A column is missing, or the image column does not hold pictures.
     """
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    own_folders = [Path(folder).resolve() for folder in (source, *caches) if folder]
     rows = []
     for split_name, split in dataset.items():
         if split_name not in SPLIT_NAMES:
@@ -61,7 +67,7 @@ def dataset_rows(
         pictures = split.select_columns(image_column).cast_column(image_column, Image(decode=False))
         for image_id, (number, captions) in _gather(split, split_name, columns).items():
             place = f"{split_name}, row {number}, {image_id}"
-            read = partial(_read_picture, pictures, number, image_column)
+            read = partial(_read_picture, pictures, number, image_column, own_folders)
             rows.append(SourceRow(SPLIT_NAMES[split_name], image_id, captions, place, read))
     return rows
 
@@ -91,13 +97,16 @@ def _gather(split: Dataset, split_name: str, columns: Sequence[str]) -> dict[str
     return gathered
 
 
-def _read_picture(pictures: Dataset, number: int, column: str) -> bytes:
+def _read_picture(pictures: Dataset, number: int, column: str, own_folders: list[Path]) -> bytes:
     picture = pictures[number][column] or {}
     if picture.get("bytes") is not None:
         return picture["bytes"]
     if not picture.get("path"):
         raise FileNotFoundError("the row has no picture")
-    return read_file(Path(picture["path"]))
+    path = Path(picture["path"])
+    if not any(path.resolve().is_relative_to(folder) for folder in own_folders):
+        raise OutsideSource(f"{path} is a file of this machine, not of the data set")
+    return read_file(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -111,7 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with one_line_errors():
         dataset = open_dataset(arguments.source, arguments.revision, arguments.config_name)
-        prepare(dataset_rows(dataset, arguments.image_column, arguments.caption_column), arguments)
+        rows = dataset_rows(dataset, arguments.image_column, arguments.caption_column, arguments.source)
+        prepare(rows, arguments)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def karpathy_rows(entries: Any, images: SourceFiles, table_name: str, restval: s
         if split == "none":
             continue
         name = images.find(path) or images.find(file_name) or path
-        image_id = str(entry.get("cocoid", file_name))
+        number_in_coco = entry.get("cocoid")
+        image_id = file_name if number_in_coco is None else str(number_in_coco)
         rows.append(SourceRow(split, image_id, captions, f"{place}, {file_name}", partial(images.read, name)))
     return rows
 

@@ -18,6 +18,7 @@ def load_captions(
     image_column: str = "image",
     caption_column: str | Sequence[str] | None = None,
     revision: str | None = None,
+    splits: Sequence[str] = (),
 ) -> DatasetDict:
     """Load captioned pictures: "train", and "validation" and "test" where there are any.
 
@@ -27,13 +28,24 @@ def load_captions(
             drawn or prepared here is kept in the cache of `datasets`.
         image_column, caption_column: Where the pictures and captions of any other data set stand.
         revision: Branch, tag or commit on the Hub.
+        splits: Those that have to be there.
 
     Returns:
         Rows of image (RGB picture), image_id, captions (list of texts).
 
     Raises:
-        ValueError: The data set cannot be opened, or has no such columns.
+        ValueError: The data set cannot be opened, or has no such columns or splits.
     """
+    dataset = _load_captions(source, image_column, caption_column, revision)
+    missing = [split for split in splits if split not in dataset]
+    if missing:
+        raise ValueError(f"{source} has no split {missing[0]!r}, only {', '.join(dataset)}: prepare it with one")
+    return dataset
+
+
+def _load_captions(
+    source: str, image_column: str, caption_column: str | Sequence[str] | None, revision: str | None
+) -> DatasetDict:
     if source == "scenes":
         # The code is part of the key, so that what an older version drew is not taken for this one's.
         return _cached(f"scenes-{_digest(Path(scenes.__file__).read_text())}", scenes.scene_rows)
@@ -43,7 +55,9 @@ def load_captions(
     caption_columns = [caption_column] if isinstance(caption_column, str) else caption_column
     fingerprints = [f"{split}={part._fingerprint}" for split, part in dataset.items()]
     key = _digest(repr((fingerprints, image_column, caption_columns)))
-    return _cached(f"{Path(source).name}-{key}", lambda: hub.dataset_rows(dataset, image_column, caption_columns))
+    return _cached(
+        f"{Path(source).name}-{key}", lambda: hub.dataset_rows(dataset, image_column, caption_columns, source)
+    )
 
 
 def _digest(text: str) -> str:

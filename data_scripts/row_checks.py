@@ -20,6 +20,10 @@ PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa")
 
 
+class OutsideSource(OSError):
+    """A row names a file of this machine that is none of its source's."""
+
+
 @dataclass(frozen=True)
 class SourceRow:
     """One picture of a source, not yet looked at.
@@ -111,6 +115,9 @@ def check_row(row: SourceRow) -> CheckedRow:
         checked.picture = row.read()
     except FileNotFoundError:
         checked.problems.append("no such picture file")
+        return checked
+    except OutsideSource:
+        checked.problems.append("picture file outside the data set's own folder")
         return checked
     except OSError:
         checked.problems.append("picture file cannot be read")

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,11 +28,15 @@ def read_csv(files: SourceFiles, name: str, columns: Sequence[str]) -> Iterator[
     """Give (line on which the row ends, row) of a comma-separated file with a header.
 
     Raises:
-        ValueError: A column is missing, or the file is no csv.
+        ValueError: A column is missing or there twice, or the file is no csv.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # so that an endless caption is judged with its row, not here
-    reader = csv.DictReader(io.StringIO(decode_text(files.read(name), name), newline=""))
+    # Strict, because a quote that is never closed would make all lines after it one caption.
+    reader = csv.DictReader(io.StringIO(decode_text(files.read(name), name), newline=""), strict=True)
     try:
+        for column, times in Counter(reader.fieldnames or []).items():
+            if times > 1 and column:
+                raise ValueError(f"{name} names the column '{column}' twice in its first line: keep one")
         for column in columns:
             if column not in (reader.fieldnames or []):
                 raise ValueError(
@@ -41,7 +46,8 @@ def read_csv(files: SourceFiles, name: str, columns: Sequence[str]) -> Iterator[
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise ValueError(f"{name}, line {reader.line_num}: not readable as csv ({error})") from error
+        # The row that began after the last one given; an open quote is found out at the end of the file only.
+        raise ValueError(f"{name}, line {reader.line_num + 1}: not readable as csv ({error})") from error
 
 
 def read_jsonl(files: SourceFiles, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -67,7 +73,7 @@ def parse_json(text: str, place: str) -> Any:
     """
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # the first also for a number of thousands of digits
         raise ValueError(f"{place}: not readable as json ({error})") from error
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data_scripts.command_line import one_line_errors
 from data_scripts.load import load_captions
@@ -114,6 +114,20 @@ def as_fast_tokenizer(sentencepiece_model: bytes, model_max_length: int | None =
         split_special_tokens=True,  # "</s>" in a caption is four characters, not its end
         **({} if model_max_length is None else {"model_max_length": model_max_length}),
     )
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """See to it that a tokenizer somebody names can begin, end and pad a caption.
+
+    Raises:
+        ValueError: It lacks a token for that.
+    """
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(
+                f"--tokenizer {tokenizer.name_or_path}: it has no {name}, so that no caption can be made of its tokens; "
+                "give another one, or add the token"
+            )
 
 
 def find_merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:

@@ -28,9 +28,15 @@ def load_captioner(name_or_path: str) -> tuple:
     """Model (in eval) and processor from a folder or the Hub.
 
     System A's class is known once `modeling` is imported: neither system runs code that came with the weights.
+
+    Raises:
+        ValueError: There is no captioner, or it is damaged.
     """
-    model = AutoModelForImageTextToText.from_pretrained(name_or_path)
-    return model.eval(), load_processor(name_or_path)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name_or_path)
+        return model.eval(), load_processor(name_or_path)
+    except Exception as error:  # transformers, safetensors, tokenizers and the Hub's client each have their own
+        raise ValueError(f"model {name_or_path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def save_captioner(model: PreTrainedModel, processor, folder: str | os.PathLike) -> None:
@@ -46,6 +52,8 @@ def save_captioner(model: PreTrainedModel, processor, folder: str | os.PathLike)
         shutil.copy(captioning_pipeline.__file__, beside)
         processor.save_pretrained(beside)
         for path in Path(beside).iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # else a power cut can leave the new name on an empty file
             os.replace(path, folder / path.name)
 
 

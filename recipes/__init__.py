@@ -1,12 +1,30 @@
 """How a run is told what to do: a recipe (YAML), and the command line over it."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+# What no run can do with less, in either system.
+LOWEST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("eval_epochs", "save_epochs", "save_steps", "save_total_limit", "early_stopping_patience"), 1),
+    **dict.fromkeys(("generation_max_length", "generation_num_beams", "max_caption_length"), 1),
+    **dict.fromkeys(("max_train_pictures", "max_eval_pictures", "image_size", "patch_size", "image_embed_dim"), 1),
+    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), 1),
+    **dict.fromkeys(("learning_rate", "encoder_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
+    **dict.fromkeys(("no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
+    "vocab_size": 8,  # the four special tokens, and something to say
+}
+CHOICES = {
+    "lr_scheduler_type": ("constant", "constant_with_warmup", "cosine", "linear", "polynomial", "inverse_sqrt"),
+    "mixed_precision": ("no", "bf16", "fp16"),
+}
 
 
 @dataclass
@@ -64,10 +82,36 @@ def parse_recipe(
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].endswith((".yaml", ".yml")):
         parser.set_defaults(**read_recipe(argv.pop(0), dataclasses, parser))
-    *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    try:
+        *groups, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # transformers' own checks
+        parser.error(str(error))
     if unknown:
         parser.error(f"there is no option {unknown[0]}; --help lists them")
+    for group in groups:
+        for option in fields(group):
+            if problem := value_problem(option.name, getattr(group, option.name)):
+                parser.error(f"--{option.name} {getattr(group, option.name)}: {problem}")
     return tuple(groups)
+
+
+def value_problem(name: str, value: Any) -> str | None:
+    """Say why an option cannot have a value, or None if it can; None is always possible."""
+    if name in CHOICES and value is not None and value not in CHOICES[name]:
+        return f"it must be one of {', '.join(CHOICES[name])}"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    if not math.isfinite(value):
+        return "it must be a finite number"
+    if name in LOWEST and value < LOWEST[name]:
+        return f"it must be {LOWEST[name]} or more"
+    if name == "num_train_epochs" and value <= 0:
+        return "it must be more than 0"
+    if name in ("dropout", "label_smoothing_factor") and not 0 <= value < 1:
+        return "it must be 0 or more, and less than 1"
+    return None
 
 
 def read_recipe(path: str, dataclasses: Sequence[type], parser: HfArgumentParser) -> dict:

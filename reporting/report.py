@@ -91,5 +91,13 @@ def tell_results(output_dir: str | os.PathLike, results: dict) -> None:
 
 
 def command_line() -> str:
-    """The command that runs now, as one would type it."""
-    return shlex.join(["accelerate", "launch", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    """The command that runs now, as one would type it, the Hub's and others' tokens left out."""
+    words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+    for place, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if name.startswith("--") and name.endswith("_token"):
+            if equals:
+                words[place] = f"{name}=..."
+            elif place + 1 < len(words):
+                words[place + 1] = "..."
+    return shlex.join(["accelerate", "launch", *words])

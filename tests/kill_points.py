@@ -1,0 +1,336 @@
+"""Runs of the training scripts in processes of their own, killed where a test wants it.
+
+python tests/kill_points.py --runs 20     kills each script at 20 moments, resumes it, and compares with the undisturbed run
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+SCRIPTS = {
+    "train_lstm": [
+        *("--encoder", "test_efficientnet", "--pretrained_encoder", "false", "--image_size", "64"),
+        *("--image_embed_dim", "32", "--hidden_size", "32", "--num_hidden_layers", "1", "--vocab_size", "120"),
+    ],
+    "train_vit_gpt2": [
+        *(
+            "--pretrained_encoder",
+            "false",
+            "--pretrained_decoder",
+            "false",
+            "--image_size",
+            "32",
+            "--vocab_size",
+            "120",
+        ),
+        *("--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--prompt", "a picture:"),
+        *("--use_cpu", "true", "--disable_tqdm", "true"),
+    ],
+}
+# 120 captions in steps of 24, three epochs, a checkpoint inside each epoch and one at its end: all that a run has to remember.
+OPTIONS = [
+    *("--num_train_epochs", "3", "--per_device_train_batch_size", "24", "--learning_rate", "1e-2", "--dropout", "0.3"),
+    *("--lr_scheduler_type", "cosine", "--warmup_steps", "3", "--save_steps", "3", "--save_total_limit", "2"),
+    *("--early_stopping_patience", "5", "--report_to", "tensorboard"),
+]
+# Modules that the scripts, or the libraries they use, import when they need them.
+IMPORTED_LATE = [
+    *("torch.utils.tensorboard", "matplotlib.backends.backend_agg", "torch._dynamo", "evaluate"),
+    *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("vit", "gpt2", "vision_encoder_decoder")),
+]
+# What is counted, and how often it happens in such a run at least.
+MOMENTS = {"step": 15, "stepped": 15, "evaluation": 3, "torch.save": 9, "sync": 20, "rename": 6, "encoder": 12}
+
+
+def start_server() -> multiprocessing.context.BaseContext:
+    """Processes that begin with everything imported, by a fork of one that has run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*SCRIPTS, *IMPORTED_LATE])
+    return context
+
+
+def run_script(context, script: str, arguments: list[str], cache: Path, moment=None, **conditions) -> int:
+    """Run a script to its end, or to the moment at which it gets a signal. Returns the exit code, -9 where it was killed."""
+    (code,) = run_together(context, script, arguments, cache, [moment], **conditions)
+    return code
+
+
+def run_together(
+    context,
+    script: str,
+    arguments: list[str],
+    cache: Path,
+    moments: list[tuple[str, float] | None],
+    environment: dict[str, str] | None = None,
+    **conditions,
+) -> list[int]:
+    """Run a script in as many processes as there are moments, as `accelerate launch` would start them. Returns their codes.
+
+    Args:
+        cache: Folder for the features of the encoder. What the processes say goes to files beside it.
+        moments: When each process gets a signal, as `arm` has it; None for never.
+        environment: Variables of the launcher's.
+        conditions: `by`, the signal, and `max_file_bytes`, the longest file that can be written.
+
+    Raises:
+        TimeoutError: One of them did not come to an end.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank, moment in enumerate(moments):
+        variables = {"ACCELERATE_USE_CPU": "true", **(environment or {})}
+        if len(moments) > 1:
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+            variables |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(moments))}
+        log = log_of(script, cache, rank)
+        run = {"script": script, "arguments": arguments, "cache": str(cache), "moment": moment, "log": str(log)}
+        processes.append(context.Process(target=_run, kwargs={**run, "environment": variables, **conditions}))
+        processes[-1].start()
+    ends = time.monotonic() + 200
+    for process in processes:
+        process.join(max(ends - time.monotonic(), 0))
+    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for rank in hanging:
+        processes[rank].kill()
+    if hanging:
+        raise TimeoutError(f"{script}: processes {hanging} of {len(processes)} still ran after 200 seconds")
+    return [process.exitcode for process in processes]
+
+
+def log_of(script: str, cache: Path, rank: int = 0) -> Path:
+    return cache.parent / f"{script}-{rank}.log"
+
+
+def _run(
+    script: str,
+    arguments: list[str],
+    cache: str,
+    moment: tuple[str, float] | None,
+    log: str,
+    environment: dict[str, str],
+    by: int = signal.SIGKILL,
+    max_file_bytes: int | None = None,
+) -> None:
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    import datasets
+    import torch
+
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = Path(cache)
+    # They are drawn from history.json alone, and would take half the time.
+    sys.modules[script].draw_curves = lambda *_: None
+    if max_file_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+    if moment:
+        arm(*moment, by)
+    sys.modules[script].main(arguments)
+
+
+def arm(kind: str, count: float, by: int) -> None:
+    """Have this process send itself a signal when something happens for the count-th time, or after so many seconds."""
+    import shutil
+
+    import torch
+    import transformers
+
+    import modeling.captioner
+    import modeling.modeling_inception_lstm
+
+    if kind == "seconds":
+        timer = threading.Timer(count, os.kill, (os.getpid(), by))
+        timer.daemon = True
+        timer.start()
+        return
+    places = {
+        "step": [(torch.optim.AdamW, "step")],
+        "stepped": [(torch.optim.AdamW, "step")],
+        "evaluation": [(modeling.captioner, "generate_captions")],
+        "torch.save": [(torch, "save")],
+        "sync": [(os, "fsync")],
+        "rename": [(os, "replace"), (shutil, "rmtree")],
+        "encoder": [
+            (modeling.modeling_inception_lstm.TimmEncoder, "forward"),
+            (transformers.ViTModel, "forward"),
+        ],
+    }
+    seen = 0
+
+    def counted(plain: Callable) -> Callable:
+        def call(*args, **kwargs) -> Any:
+            nonlocal seen
+            seen += 1
+            result = plain(*args, **kwargs) if kind == "stepped" else None
+            if seen == count:
+                os.kill(os.getpid(), by)
+            return result if kind == "stepped" else plain(*args, **kwargs)
+
+        return call
+
+    for owner, name in places[kind]:
+        setattr(owner, name, counted(getattr(owner, name)))
+
+
+def what_is_left(folder: Path) -> dict:
+    """All that two runs have to agree on, times of the clock excepted."""
+    import torch
+    from safetensors.torch import load_file
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    left: dict[str, Any] = {"files": sorted(path.name for path in folder.iterdir())}
+    left["weights"] = load_file(folder / "model.safetensors")
+    for checkpoint in sorted(folder.glob("checkpoint-*")):
+        for path in sorted(checkpoint.iterdir()):
+            name = f"{checkpoint.name}/{path.name}"
+            if path.suffix == ".safetensors":
+                left[name] = load_file(path)
+            elif path.suffix in (".bin", ".pt", ".pth", ".pkl"):
+                with torch.serialization.safe_globals(_numpy_types()):
+                    left[name] = torch.load(path, weights_only=True)
+            elif path.suffix == ".json" and path.name != "checksums.json":
+                left[name] = json.loads(path.read_text())
+    left["history"] = json.loads((folder / "history.json").read_text())
+    left["results"] = json.loads((folder / "results.json").read_text())
+    left["captions"] = (folder / "captions.jsonl").read_text()
+    events = EventAccumulator(str(folder / "logs")).Reload()
+    left["curve"] = {
+        tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+    return _without_times(left)
+
+
+def _numpy_types() -> list:
+    import numpy as np
+
+    return [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]
+
+
+TIMES = ("seconds", "runtime", "per_second", "_seconds", "path", "total_flos")
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_times(item) for key, item in value.items() if not str(key).endswith(TIMES)}
+    if isinstance(value, list | tuple):
+        return [_without_times(item) for item in value]
+    return value
+
+
+def differences(ours: Any, theirs: Any, place: str = "") -> list[str]:
+    """Where two nests of values differ, by a bit."""
+    import numpy as np
+    import torch
+
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        names = [f"{place}/{key} is in one only" for key in sorted(map(str, ours.keys() ^ theirs.keys()))]
+        return names + [
+            line
+            for key in ours.keys() & theirs.keys()
+            for line in differences(ours[key], theirs[key], f"{place}/{key}")
+        ]
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        return [line for number, pair in pairs for line in differences(*pair, f"{place}/{number}")]
+    if isinstance(ours, torch.Tensor):
+        same = torch.equal(ours, theirs)
+    elif isinstance(ours, np.ndarray):
+        same = np.array_equal(ours, theirs)
+    else:
+        same = ours == theirs
+    return [] if same else [f"{place}: {str(ours)[:200]} and {str(theirs)[:200]}"]
+
+
+def choose_moments(runs: int, seconds: float, seed: int) -> list[tuple[str, float]]:
+    """Moments of death: of each kind in turn, and by the clock, at counts and times that only the seed decides."""
+    chance = random.Random(seed)
+    kinds = [*MOMENTS, "seconds"]
+    chosen: list[tuple[str, float]] = []
+    while len(chosen) < runs:
+        kind = kinds[len(chosen) % len(kinds)]
+        count = round(chance.uniform(0.05, 0.9) * seconds, 3)
+        if kind != "seconds":
+            count = chance.choice([count for count in range(1, MOMENTS[kind] + 1) if (kind, count) not in chosen])
+        chosen.append((kind, count))
+    return chosen
+
+
+class Comparison:
+    """An undisturbed run of a script, and killed ones beside it."""
+
+    def __init__(self, context, script: str, dataset: str, folder: Path):
+        self.context, self.script, self.folder = context, script, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.arguments = [*SCRIPTS[script], *OPTIONS, "--dataset", dataset]
+        first = context.Process(target=time.sleep, args=(0,))  # the server imports everything before it
+        first.start()
+        first.join()
+        started = time.perf_counter()
+        code = self._run("undisturbed", "undisturbed")
+        if code:
+            raise RuntimeError(f"{script} ended with {code}")
+        self.seconds = time.perf_counter() - started
+        self.expected = what_is_left(folder / "undisturbed")
+
+    def _run(self, name: str, cache: str, moment: tuple[str, float] | None = None) -> int:
+        # The folder's name is on the card, so it is the same for all; each run has a cache of features of its own.
+        arguments = [*self.arguments, "--output_dir", str(self.folder / name)]
+        if name != "undisturbed":
+            arguments += ["--resume_from_checkpoint", "last"]
+        return run_script(self.context, self.script, arguments, self.folder / f"cache-{cache}", moment)
+
+    def kill_and_resume(self, moment: tuple[str, float]) -> tuple[int, list[str]]:
+        """Exit code of the run that was to be killed, and in what the resumed run has ended otherwise."""
+        name = "-".join(map(str, moment))
+        killed = self._run(name, name, moment)
+        resumed = self._run(name, name)
+        if resumed:
+            return killed, [f"the resumed run ended with {resumed}"]
+        return killed, differences(what_is_left(self.folder / name), self.expected)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20, help="kills of each script")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args()
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+    from data_scripts.caption_table import write_caption_table
+    from data_scripts.scenes import scene_rows
+
+    context = start_server()
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = Path(folder) / "scenes"
+        write_caption_table(scene_rows({"train": 24, "validation": 10, "test": 9}), dataset)
+        for script in SCRIPTS:
+            comparison = Comparison(context, script, str(dataset), Path(folder) / script)
+            for moment in choose_moments(arguments.runs, comparison.seconds, arguments.seed):
+                killed, found = comparison.kill_and_resume(moment)
+                bad += bool(found)
+                print(
+                    script, *moment, "killed" if killed == -9 else f"ended with {killed}", found or "same", flush=True
+                )
+    print(f"{bad} of {arguments.runs * len(SCRIPTS)} resumed runs ended otherwise than the undisturbed one")
+    raise SystemExit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()

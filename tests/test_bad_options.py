@@ -1,0 +1,296 @@
+"""What a user gets wrong in options and models: one sentence, exit code 2, before any long work, and no traceback."""
+
+import contextlib
+import re
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_from_disk
+from kill_points import SCRIPTS
+from transformers import AutoTokenizer
+
+import caption
+import evaluate_captions
+import train_lstm
+import train_vit_gpt2
+from data_scripts import load_captions
+from data_scripts.train_tokenizer import train_tokenizer
+from training.checkpoints import checkpoint_problem, checkpoints, new_checkpoint
+
+MAINS = {"train_lstm": train_lstm.main, "train_vit_gpt2": train_vit_gpt2.main}
+SMALL = ["--num_train_epochs", "1", "--per_device_train_batch_size", "24", "--report_to", "none"]
+
+
+@pytest.fixture(scope="module")
+def trained(small_scenes, tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for script, main in MAINS.items():
+        folders[script] = tmp_path_factory.mktemp(script) / "run"
+        main([*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", str(folders[script])])
+    return folders
+
+
+def refused(capsys, main: Callable, arguments: list[object]) -> str:
+    """The one sentence of a command that goes no further, ours or argparse's."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2, (stopped.value.code, error[-500:])
+    assert "Traceback" not in error
+    (sentence,) = re.findall(r"^(?:\S+: )?error: (.*)", error.replace("\r", "\n"), flags=re.MULTILINE)
+    return sentence
+
+
+BOTH = [
+    ("--num_train_epochs", "0"),
+    ("--num_train_epochs", "-1"),
+    ("--per_device_train_batch_size", "0"),
+    ("--per_device_eval_batch_size", "0"),
+    ("--gradient_accumulation_steps", "0"),
+    ("--learning_rate", "-1"),
+    ("--learning_rate", "nan"),
+    ("--weight_decay", "-1"),
+    ("--lr_scheduler_type", "spiral"),
+    ("--warmup_steps", "-1"),
+    ("--max_grad_norm", "-1"),
+    ("--report_to", "nobody"),
+    ("--eval_epochs", "0"),
+    ("--save_epochs", "0"),
+    ("--save_steps", "0"),
+    ("--save_total_limit", "0"),
+    ("--early_stopping_patience", "0"),
+    ("--generation_max_length", "0"),
+    ("--generation_num_beams", "0"),
+    ("--no_repeat_ngram_size", "-1"),
+    ("--seed", "-1"),
+    ("--dataloader_num_workers", "-1"),
+    ("--max_train_pictures", "0"),
+    ("--max_eval_pictures", "0"),
+    ("--max_caption_length", "0"),
+    ("--tokenizer", "no/such/tokenizer"),
+    ("--hidden_size", "0"),
+    ("--num_hidden_layers", "0"),
+    ("--image_size", "0"),
+    ("--dropout", "1.5"),
+    ("--vocab_size", "2"),
+    ("--resume_from_checkpoint", "no/such/checkpoint"),
+]
+OPTIONS = [
+    *((script, option, value) for option, value in BOTH for script in SCRIPTS),
+    ("train_lstm", "--image_embed_dim", "0"),
+    ("train_lstm", "--encoder_learning_rate", "-1"),
+    ("train_lstm", "--mixed_precision", "int3"),
+    ("train_vit_gpt2", "--num_attention_heads", "0"),
+    ("train_vit_gpt2", "--num_attention_heads", "5"),
+    ("train_vit_gpt2", "--patch_size", "0"),
+    ("train_vit_gpt2", "--patch_size", "64"),
+    ("train_vit_gpt2", "--prompt", "a word " * 2000),
+    ("train_vit_gpt2", "--optim", "no_such_optimizer"),
+]
+
+
+@pytest.mark.parametrize(("script", "option", "value"), OPTIONS)
+def test_an_impossible_value_is_refused_and_its_option_named(small_scenes, tmp_path, capsys, script, option, value):
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run", option, value]
+    sentence = refused(capsys, MAINS[script], arguments)
+    assert option.removeprefix("--") in sentence or value in sentence
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------- data and models
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_missing_split_is_named(small_scenes, tmp_path, capsys, script, split):
+    dataset = load_from_disk(small_scenes)
+    del dataset[split]
+    dataset.save_to_disk(tmp_path / "part")
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset", tmp_path / "part", "--output_dir", tmp_path / "run"]
+    assert f"part has no split '{split}'" in refused(capsys, MAINS[script], arguments)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_tokenizer_that_cannot_begin_or_end_a_caption_is_refused(small_scenes, tmp_path, capsys, script, name):
+    tokenizer = train_tokenizer(["a dog runs", "a red cat"], 40)
+    setattr(tokenizer, name, None)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
+    sentence = refused(capsys, MAINS[script], [*arguments, "--tokenizer", tmp_path / "tokenizer"])
+    assert name in sentence and str(tmp_path / "tokenizer") in sentence
+
+
+def test_a_tokenizer_larger_than_its_decoder_is_refused(small_scenes, trained, tmp_path, capsys):
+    model = caption.load_captioner(str(trained["train_vit_gpt2"]))[0]
+    model.decoder.save_pretrained(tmp_path / "decoder")
+    tokenizer = AutoTokenizer.from_pretrained(trained["train_vit_gpt2"])
+    tokenizer.add_tokens([f"<{number}>" for number in range(50)])
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    arguments = [*SCRIPTS["train_vit_gpt2"], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
+    arguments += ["--pretrained_decoder", "true", "--decoder", tmp_path / "decoder"]
+    sentence = refused(capsys, MAINS["train_vit_gpt2"], arguments)
+    assert f"the tokenizer has {len(tokenizer)} tokens, the decoder {model.decoder.config.vocab_size}" in sentence
+
+
+@pytest.mark.parametrize(
+    ("script", "name"), [("train_lstm", "test_efficientnet.r160_in1k"), ("train_vit_gpt2", "no/such_encoder")]
+)
+def test_encoder_weights_that_cannot_be_fetched_are_named(small_scenes, tmp_path, capsys, script, name):
+    """Offline, as all tests are."""
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
+    sentence = refused(capsys, MAINS[script], [*arguments, "--encoder", name, "--pretrained_encoder", "true"])
+    assert name in sentence
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_checkpoint_of_other_sizes_is_refused(small_scenes, trained, tmp_path, capsys, script):
+    (checkpoint,) = checkpoints(trained[script])
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
+    arguments += ["--hidden_size", "16", "--resume_from_checkpoint", checkpoint]
+    assert f"{checkpoint} is of another model" in refused(capsys, MAINS[script], arguments)
+
+
+def test_too_little_room_for_the_features_is_said_before_they_are_made(small_scenes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 100, 100))
+    arguments = [*SCRIPTS["train_lstm"], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
+    assert "--cache_features false" in refused(capsys, train_lstm.main, arguments)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("step", "what"), [(7, "the loss is nan"), (6, "holds what is no number")])
+def test_what_is_no_number_ends_the_run_and_is_never_saved(small_scenes, tmp_path, monkeypatch, script, step, what):
+    """A weight is spoilt in a step of the second epoch; a checkpoint is due after the sixth, whose loss was still a number."""
+    plain, steps = torch.optim.AdamW.step, []
+
+    def spoiling(optimizer, *arguments, **options):
+        result = plain(optimizer, *arguments, **options)
+        steps.append(1)
+        if len(steps) == step:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
+    arguments += ["--num_train_epochs", "3", *(["--save_steps", "6"] if step == 6 else [])]
+    with pytest.raises(SystemExit) as stopped:
+        MAINS[script](arguments)
+    sentence = str(stopped.value.code)
+    assert what in sentence and "--learning_rate" in sentence and "at step" in sentence
+    (last,) = checkpoints(tmp_path / "run")
+    assert last.name == "checkpoint-5" and str(last) in sentence and checkpoint_problem(last) is None
+
+
+# --------------------------------------------------------------------------------------------- captions, evaluation
+
+
+@pytest.fixture
+def picture(small_scenes, tmp_path) -> Path:
+    load_captions(small_scenes)["test"][0]["image"].save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said(trained, picture, capsys):
+    arguments = ["--model", trained["train_lstm"], picture, "--device", "cuda"]
+    assert "--device cuda cannot be used" in refused(capsys, caption.main, arguments)
+
+
+@pytest.mark.parametrize(
+    "harm", ["no folder", "no weights", "half the weights", "no tokenizer", "no config", "no json"]
+)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_model_that_does_not_load_is_named(trained, picture, tmp_path, capsys, script, harm):
+    folder = tmp_path / "model"
+    if harm != "no folder":
+        shutil.copytree(trained[script], folder)
+    weights = folder / "model.safetensors"
+    if harm == "no weights":
+        weights.unlink()
+    elif harm == "half the weights":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif harm == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif harm == "no config":
+        (folder / "config.json").unlink()
+    elif harm == "no json":
+        (folder / "config.json").write_text("{")
+    sentence = refused(capsys, caption.main, ["--model", folder, picture])
+    assert f"model {folder} cannot be loaded: " in sentence
+    refused(capsys, evaluate_captions.main, ["--model", folder, "--output_dir", tmp_path / "scores"])
+    assert not (tmp_path / "scores").exists()
+
+
+def test_weights_that_are_a_pickle_are_not_run(trained, picture, tmp_path, capsys):
+    """A file of weights of the old kind, with a command in it."""
+
+    class Command:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "owned",)
+
+    folder = tmp_path / "model"
+    shutil.copytree(trained["train_vit_gpt2"], folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"decoder": Command()}, folder / "pytorch_model.bin")
+    refused(capsys, caption.main, ["--model", folder, picture])
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_checkpoint_with_a_command_in_it_is_not_run(small_scenes, trained, tmp_path, script):
+    """Checksums keep no stranger out, who can write them anew; what keeps him out is `weights_only`."""
+
+    class Command:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "owned",)
+
+    (source,) = checkpoints(trained[script])
+    pickles = [path.name for path in source.iterdir() if path.suffix not in (".json", ".safetensors")]
+    assert len(pickles) >= 2  # the optimizer's and the random states
+    for name in pickles:
+        folder = tmp_path / name / "checkpoint-5"
+        with new_checkpoint(folder.parent, 5) as written:
+            shutil.copytree(source, written, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checksums.json"))
+            torch.save({"state": Command(), "random_state": Command(), "python": Command()}, written / name)
+        arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
+        arguments += ["--num_train_epochs", "2", "--resume_from_checkpoint", str(folder)]
+        with contextlib.suppress(SystemExit, Exception):
+            MAINS[script](arguments)
+        assert not (tmp_path / "owned").exists(), name
+
+
+def test_every_load_of_torch_is_for_weights_only():
+    """And nothing unpickles, switches on remote code, or runs a shell."""
+    root = Path(__file__).parent.parent
+    sources = [path for path in root.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(root).parts)]
+    text = "\n".join(path.read_text() for path in sources)
+    assert len(sources) > 30
+    for call in re.findall(r"torch\.load\([^)]*\)", text):
+        assert "weights_only=True" in call
+    for forbidden in (
+        "import pickle",
+        "pickle.load",
+        "joblib",
+        "shell=True",
+        "os.system",
+        "weights_only=False",
+        "eval(",
+    ):
+        uses = [
+            line
+            for line in text.splitlines()
+            if forbidden in line and not re.search(r"\w" + re.escape(forbidden), line)
+        ]
+        assert not [line for line in uses if ".eval(" not in line], forbidden
+    # In the lines of Python that the card of system A shows, whose reader decides; nowhere in what we run.
+    assert not re.findall(r"^[^#\"']*trust_remote_code\s*=\s*True", text, flags=re.MULTILINE)

@@ -1,0 +1,95 @@
+"""Captioning takes as much memory for many pictures as for few.
+
+python tests/test_soak.py --pictures 20000     the long version: one picture in a hundred is broken
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from PIL import Image
+
+FEW, MANY = 100, 500
+GROWTH_IN_MEGABYTES = 40  # a hundred decoded pictures of this size have 75
+
+
+def make_pictures(folder: Path, number: int) -> int:
+    """Fill a folder with links to one picture of 500 x 500, every hundredth broken. Returns how many are whole."""
+    folder.mkdir(parents=True)
+    Image.effect_noise((500, 500), 60).convert("RGB").save(folder.parent / "whole.jpg")
+    (folder.parent / "broken.jpg").write_bytes((folder.parent / "whole.jpg").read_bytes()[:3000])
+    for place in range(number):
+        os.link(folder.parent / ("broken.jpg" if place % 100 == 7 else "whole.jpg"), folder / f"{place:06}.jpg")
+    return number - len(range(7, number, 100))
+
+
+def caption(model: str, folder: str, output: str, peak) -> None:
+    import torch
+
+    import caption as script
+
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    script.main(["--model", model, folder, "--output", output, "--batch_size", "16", "--max_length", "8"])
+    peak.value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_megabytes(context, model: str, folder: Path, number: int) -> float:
+    """The most memory that the captioning of so many pictures takes, in a process of its own."""
+    whole = make_pictures(folder / str(number) / "pictures", number)
+    output = folder / f"{number}.jsonl"
+    peak = context.Value("q", 0)
+    arguments = (model, str(folder / str(number) / "pictures"), str(output), peak)
+    process = context.Process(target=caption, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    captions = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(captions) == len({line["image_id"] for line in captions}) == whole
+    return peak.value / 1024
+
+
+def tiny_model(folder: Path) -> str:
+    import train_lstm
+    from data_scripts.train_tokenizer import train_tokenizer
+    from modeling.captioner import save_captioner
+
+    tokenizer = train_tokenizer(["a red circle over a blue square"], 60)
+    arguments = {"encoder": "test_efficientnet", "pretrained_encoder": False, "image_size": 64, "num_hidden_layers": 1}
+    model, processor = train_lstm.build_model(
+        train_lstm.LSTMArguments(**arguments, image_embed_dim=16, hidden_size=16), tokenizer
+    )
+    save_captioner(model, processor, folder)
+    return str(folder)
+
+
+def test_captioning_five_times_as_many_pictures_takes_no_more_memory(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["caption"])
+    model = tiny_model(tmp_path / "model")
+    few, many = (peak_megabytes(context, model, tmp_path, number) for number in (FEW, MANY))
+    assert many - few < GROWTH_IN_MEGABYTES, f"{few:.0f} MB for {FEW} pictures, {many:.0f} MB for {MANY}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=20_000)
+    number = parser.parse_args().pictures
+    context = multiprocessing.get_context("forkserver")
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_model(Path(folder) / "model")
+        for size in (number // 10, number):
+            print(
+                f"{size:,} pictures: {peak_megabytes(context, model, Path(folder), size):,.0f} MB at most", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
