@@ -3,6 +3,7 @@
 Either system goes through here, in scripts, app and evaluation alike.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -47,8 +48,9 @@ def save_captioner(model: PreTrainedModel, processor, folder: str | os.PathLike)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
-        model.config.custom_pipelines = CUSTOM_PIPELINES
         model.save_pretrained(beside)
+        config = Path(beside) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"custom_pipelines": CUSTOM_PIPELINES}, indent=2))
         shutil.copy(captioning_pipeline.__file__, beside)
         processor.save_pretrained(beside)
         for path in Path(beside).iterdir():

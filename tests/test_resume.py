@@ -54,6 +54,10 @@ SAMPLE = [
 ]
 
 
+def not_asked(option: str, output_dir: str):
+    raise AssertionError(f"the Hub is asked for {option}")
+
+
 @pytest.mark.parametrize(("script", "moment"), SAMPLE)
 def test_a_killed_run_ends_on_every_bit_of_an_undisturbed_one(runs, script, moment):
     killed, found = runs(script).kill_and_resume(moment)
@@ -110,7 +114,7 @@ def small_checkpoint(output_dir: Path, step: int, state_file: str = "progress.js
 def test_a_checkpoint_is_whole_and_says_so(tmp_path):
     folder = small_checkpoint(tmp_path, 8)
     assert checkpoint_problem(folder) is None and [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
-    assert checkpoint_to_resume("last", str(tmp_path), "progress.json") == folder
+    assert checkpoint_to_resume("last", str(tmp_path), "progress.json", not_asked) == folder
 
 
 @pytest.mark.parametrize(
@@ -127,13 +131,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(tmp_path, monk
     before, newest = small_checkpoint(tmp_path, 8), small_checkpoint(tmp_path, 16)
     harm(newest)
     with pytest.raises(ValueError, match="is damaged") as refused:
-        checkpoint_to_resume("last", str(tmp_path), "progress.json")
+        checkpoint_to_resume("last", str(tmp_path), "progress.json", not_asked)
     sentence = str(refused.value)
     assert str(newest) in sentence and problem in sentence and f"--resume_from_checkpoint {before}" in sentence
-    assert checkpoint_to_resume(str(before), str(tmp_path), "progress.json") == before
+    assert checkpoint_to_resume(str(before), str(tmp_path), "progress.json", not_asked) == before
     monkeypatch.chdir(tmp_path)  # the same folder by another name is still not the one before it
     with pytest.raises(ValueError, match=f"--resume_from_checkpoint {before}$"):
-        checkpoint_to_resume("checkpoint-16", str(tmp_path), "progress.json")
+        checkpoint_to_resume("checkpoint-16", str(tmp_path), "progress.json", not_asked)
 
 
 def test_a_checkpoint_is_never_half_replaced(tmp_path, monkeypatch):
@@ -175,7 +179,7 @@ def test_old_ones_go_only_after_the_newest_and_never_the_best(tmp_path, monkeypa
 def test_a_checkpoint_of_the_other_script_is_refused(tmp_path):
     folder = small_checkpoint(tmp_path, 8, "trainer_state.json")
     with pytest.raises(ValueError, match="a checkpoint of the other training script"):
-        checkpoint_to_resume(str(folder), str(tmp_path), "progress.json")
+        checkpoint_to_resume(str(folder), str(tmp_path), "progress.json", not_asked)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
