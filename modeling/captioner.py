@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
 from . import captioning_pipeline
@@ -176,6 +178,25 @@ def token_texts(tokenizer, token_ids: list[int]) -> list[tuple[str, list[int]]]:
             pieces.append((added, places))
             places = []
     return pieces
+
+
+def stream_caption(model: PreTrainedModel, processor, inputs: dict, **generation) -> Iterator[str]:
+    """Caption one picture, giving the caption so far again at each new word; beams, which change their mind, once at the end.
+
+    Args as in `generate_captions`, with one picture.
+    """
+    if (generation.get("num_beams") or model.generation_config.num_beams or 1) > 1:
+        yield generate_captions(model, processor, inputs, **generation)[0]["caption"]
+        return
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        generated = executor.submit(model.generate, **inputs, **generation, streamer=streamer)
+        generated.add_done_callback(lambda _: streamer.end())  # after an error too: else the loop below waits for ever
+        caption = ""
+        for words in streamer:
+            caption += words
+            yield caption.strip()
+        generated.result()  # raises what generate() raised
 
 
 def caption_pictures(

@@ -1,4 +1,4 @@
-"""Laws of what is told of each token: how sure the model was, and where it looked."""
+"""Laws of what is told of captions: word by word as they are written, how sure the model was, where it looked."""
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from modeling.captioner import (
     inspect_captions,
     save_captioner,
     start_token_ids,
+    stream_caption,
     token_texts,
 )
 from modeling.processing import build_processor, centre_crop
@@ -105,6 +106,30 @@ def test_inspecting_changes_neither_captions_nor_model(captioner):
         assert [token["text"] for token in one["tokens"]] == [token["text"] for token in other["tokens"]]
         for first, second in zip(one["tokens"], other["tokens"], strict=True):
             assert first["probability"] == pytest.approx(second["probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize("generation", [{"no_repeat_ngram_size": 1}, {"num_beams": 3}, {"do_sample": True}], ids=str)
+def test_a_stream_grows_word_by_word_into_the_caption(captioner, generation):
+    model, processor, pixels = captioner
+    for one in pixels[:, None]:
+        torch.manual_seed(0)
+        whole = generate_captions(model, processor, {"pixel_values": one}, **generation)[0]["caption"]
+        torch.manual_seed(0)
+        seen = list(stream_caption(model, processor, {"pixel_values": one}, **generation))
+        assert seen[-1] == whole
+        if "num_beams" in generation:
+            assert len(seen) == 1
+            continue
+        words = whole.split()
+        grown = {" ".join(text.split()) for text in seen}
+        assert grown >= {" ".join(words[:number]) for number in range(1, len(words) + 1)}
+        assert all(" ".join(words).startswith(text) for text in grown)
+
+
+def test_a_stream_that_fails_says_so(captioner):
+    model, processor, pixels = captioner
+    with pytest.raises(ValueError, match="temperature"):
+        list(stream_caption(model, processor, {"pixel_values": pixels[:1]}, do_sample=True, temperature=-1.0))
 
 
 @SYSTEM_A_WITH_ATTENTION
