@@ -21,6 +21,7 @@ from data_scripts.caption_batches import CaptionCollator, Pictures
 from data_scripts.command_line import one_line_errors
 from metrics import CaptionScorer
 from modeling.captioner import caption_pictures, load_captioner
+from reporting.page import NUM_PICTURES
 from reporting.report import report_captions, tell_results
 from reporting.results import read_captions, write_results
 
@@ -101,7 +102,7 @@ def score_model(args: EvaluationArguments) -> None:
         num_workers=args.dataloader_num_workers,
     )
     loader = prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
-    captions = caption_pictures(model.to(accelerator.device), processor, loader, accelerator)
+    captions = caption_pictures(model.to(accelerator.device), processor, loader, accelerator, NUM_PICTURES)
     if accelerator.is_main_process:
         training_captions = None
         if "train" in dataset:

@@ -41,6 +41,7 @@ from modeling.processing import build_processor, timm_image_processor
 from recipes import DataArguments, parse_recipe
 from reporting.curves import draw_curves
 from reporting.model_card import write_model_card
+from reporting.page import NUM_PICTURES
 from reporting.push import CheckpointPush, download_checkpoint, push_to_hub
 from reporting.report import command_line, report_captions
 from reporting.results import write_history
@@ -278,7 +279,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     if args.load_best_model_at_end:
         captioner = InceptionLSTMForConditionalGeneration.from_pretrained(args.output_dir).to(accelerator.device)
     pictures = eval_loader(Pictures(dataset[split], features[split]))
-    captions = caption_pictures(captioner.eval(), processor, pictures, accelerator)
+    captions = caption_pictures(captioner.eval(), processor, pictures, accelerator, NUM_PICTURES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:

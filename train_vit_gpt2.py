@@ -51,6 +51,7 @@ from modeling.vit_gpt2 import (
 from recipes import DataArguments, parse_recipe
 from reporting.curves import draw_curves
 from reporting.model_card import write_model_card
+from reporting.page import NUM_PICTURES
 from reporting.push import CheckpointPush, download_checkpoint, push_to_hub
 from reporting.report import command_line, report_captions
 from reporting.results import write_history
@@ -239,7 +240,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
     if args.load_best_model_at_end:
         captioner = VisionEncoderDecoderModel.from_pretrained(args.output_dir).to(args.device)
     pictures = trainer.eval_loader(Pictures(dataset[split], features[split]))
-    captions = caption_pictures(captioner.eval(), processor, pictures, trainer.accelerator)
+    captions = caption_pictures(captioner.eval(), processor, pictures, trainer.accelerator, NUM_PICTURES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
     if trainer.is_world_process_zero():

@@ -4,9 +4,12 @@ Either system goes through here, in scripts, app and evaluation alike.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -14,10 +17,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel, TextIteratorStreamer
+from transformers.modeling_outputs import BaseModelOutput
 
 from . import captioning_pipeline
-from .processing import load_processor
+from .processing import centre_crop, load_processor
 
 # What config.json says of the pipeline beside it; transformers then runs that for `pipeline("image-to-text")`.
 CUSTOM_PIPELINES = {
@@ -70,32 +74,143 @@ def start_token_ids(model: PreTrainedModel) -> list[int]:
 
 
 @torch.inference_mode()
-def generate_captions(model: PreTrainedModel, processor, inputs: dict, **generation) -> list[dict]:
+def generate_captions(
+    model: PreTrainedModel, processor, inputs: dict, inspect: bool = False, **generation
+) -> list[dict]:
     """Caption one batch of pictures.
 
     Args:
         model: A captioner in eval; its generation config holds the decoding settings.
         processor: Its processor.
         inputs: `pixel_values` (batch, 3, height, width), or `encoder_outputs` with states (batch, positions, size).
+        inspect: Whether to tell of each token how sure the model was and where it looked, too.
         generation: What `generate()` takes, over the generation config.
 
     Returns:
-        For each picture {"caption": text, "ended": whether EOS ended it before the longest length did}.
+        For each picture {"caption": text, "ended": whether EOS ended it before the longest length did}, and what
+        `inspect_captions` tells where that is wanted.
     """
     sequences = model.generate(**inputs, **generation)  # (batch, start tokens and caption)
     words = sequences[:, len(start_token_ids(model)) :]
     ended = (words == processor.tokenizer.eos_token_id).any(dim=1).tolist()
     texts = processor.batch_decode(words, skip_special_tokens=True)
-    return [{"caption": text.strip(), "ended": end} for text, end in zip(texts, ended, strict=True)]
+    captions = [{"caption": text.strip(), "ended": end} for text, end in zip(texts, ended, strict=True)]
+    if inspect:
+        details = inspect_captions(model, processor, inputs, sequences)
+        captions = [made | more for made, more in zip(captions, details, strict=True)]
+    return captions
 
 
-def caption_pictures(model: PreTrainedModel, processor, loader: DataLoader, accelerator: Accelerator) -> list[dict]:
+@torch.inference_mode()
+def inspect_captions(model: PreTrainedModel, processor, inputs: dict, sequences: torch.Tensor) -> list[dict]:
+    """How sure a model is of each token of captions that are there already, and where it looks at each.
+
+    The encoder runs once; each caption is then read in one parallel pass with teacher forcing.
+
+    Args:
+        inputs: As in `generate_captions`.
+        sequences: int64 (batch, start tokens and caption), as `generate()` gave them.
+
+    Returns:
+        For each picture {"tokens", "centre_crop"}. A token is {"text", "probability"}: the model's own, before any rule of
+        decoding; where the model attends to a grid also "attention": rows of the grid, all together at most 1. Tokens that
+        are no whole character by themselves stand together. "centre_crop" is where the grid lies, see `centre_crop`.
+    """
+    states = (inputs.get("encoder_outputs") or model.get_encoder()(inputs["pixel_values"]))[0]
+    first = len(start_token_ids(model))
+    decoder = getattr(model, "decoder", None)  # system A has none, and tells its weights in any case
+    implementation = decoder and decoder.config._attn_implementation
+    if decoder:
+        decoder.set_attn_implementation("eager")  # the fused kernels keep the weights to themselves
+    captions = []
+    for state, ids in zip(states, sequences, strict=True):
+        words = ids[first:].tolist()
+        end = words.index(processor.tokenizer.eos_token_id) if processor.tokenizer.eos_token_id in words else len(words)
+        outputs = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=state[None]),
+            decoder_input_ids=ids[None, : first + end],
+            output_attentions=True,
+        )
+        # What stands behind a token says the next one: the last start token the caption's first.
+        logits = outputs.logits[0, first - 1 : first - 1 + end].float()  # (tokens, vocabulary)
+        chosen = logits.softmax(dim=-1).gather(1, ids[first : first + end, None])[:, 0]  # (tokens,)
+        grids = attention_grids(outputs.cross_attentions, first - 1, end)
+        tokens = []
+        for text, places in token_texts(processor.tokenizer, words[:end]):
+            token = {"text": text, "probability": chosen[places].prod().item()}
+            if grids is not None:
+                token["attention"] = grids[places].mean(0).tolist()
+            tokens.append(token)
+        captions.append({"tokens": tokens, "centre_crop": centre_crop(processor.image_processor)})
+    if decoder:
+        decoder.set_attn_implementation(implementation)
+    return captions
+
+
+def attention_grids(cross_attentions: tuple | None, first: int, num_tokens: int) -> torch.Tensor | None:
+    """Where a decoder looked at each token of one caption, (tokens, side, side); None where it looks at no grid.
+
+    The plain mean over layers and heads: each head's weights sum to one, and so do those of their mean; no layer or head is
+    picked as the one that shows what one hopes to see. What goes to positions before the grid, such as ViT's class token, is
+    left out, so that a grid may sum to less than one.
+
+    Args:
+        cross_attentions: A layer each, (1, heads, length, positions).
+        first: Position at which the first token was said.
+    """
+    if not cross_attentions or cross_attentions[0] is None:
+        return None
+    weights = torch.cat(cross_attentions, dim=1)[0].float().mean(0)[first : first + num_tokens]  # (tokens, positions)
+    side = math.isqrt(weights.shape[1])
+    return weights[:, weights.shape[1] - side**2 :].unflatten(1, (side, side))  # (tokens, side, side)
+
+
+def token_texts(tokenizer, token_ids: list[int]) -> list[tuple[str, list[int]]]:
+    """The text each token adds to a caption, blanks included, with its place; together they are the decoded caption.
+
+    A character may be cut over several tokens, or change one before it: such tokens come as one, with all their places.
+    """
+    pieces, places = [], []
+    for place in range(len(token_ids)):
+        places.append(place)
+        text = tokenizer.decode(token_ids[: place + 1], skip_special_tokens=True)
+        while not text.startswith("".join(piece for piece, _ in pieces)):  # half a character stood there
+            places = pieces.pop()[1] + places
+        if added := text[sum(len(piece) for piece, _ in pieces) :]:
+            pieces.append((added, places))
+            places = []
+    return pieces
+
+
+def stream_caption(model: PreTrainedModel, processor, inputs: dict, **generation) -> Iterator[str]:
+    """Caption one picture, giving the caption so far again at each new word; beams, which change their mind, once at the end.
+
+    Args as in `generate_captions`, with one picture.
+    """
+    if (generation.get("num_beams") or model.generation_config.num_beams or 1) > 1:
+        yield generate_captions(model, processor, inputs, **generation)[0]["caption"]
+        return
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        generated = executor.submit(model.generate, **inputs, **generation, streamer=streamer)
+        generated.add_done_callback(lambda _: streamer.end())  # after an error too: else the loop below waits for ever
+        caption = ""
+        for words in streamer:
+            caption += words
+            yield caption.strip()
+        generated.result()  # raises what generate() raised
+
+
+def caption_pictures(
+    model: PreTrainedModel, processor, loader: DataLoader, accelerator: Accelerator, num_inspected: int = 0
+) -> list[dict]:
     """Caption every picture of a prepared loader, under any number of processes.
 
     Args:
         model: A captioner in eval, not wrapped.
         loader: Batches with `index` and what `generate_captions` takes.
         accelerator: The run's; gathers what each process has written.
+        num_inspected: So many of the first pictures, rounded up to whole batches, get what `inspect_captions` tells.
 
     Returns:
         On every process the same list, in the order of `index`, each picture once.
@@ -103,7 +218,7 @@ def caption_pictures(model: PreTrainedModel, processor, loader: DataLoader, acce
     captions = {}
     for batch in tqdm(loader, desc="captioning", leave=False, disable=not accelerator.is_local_main_process):
         inputs = {name: batch[name] for name in ("pixel_values", "encoder_outputs") if name in batch}
-        made = generate_captions(model, processor, inputs)
+        made = generate_captions(model, processor, inputs, inspect=min(batch["index"]) < num_inspected)
         captions.update(zip(batch["index"].tolist(), made, strict=True))
     captions = dict(gather_object(list(captions.items())))  # a picture dealt to two processes counts once
     return [captions[index] for index in sorted(captions)]

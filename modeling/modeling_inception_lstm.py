@@ -147,6 +147,11 @@ class GridAttention(nn.Module):
         seen = nn.functional.scaled_dot_product_attention(hidden, *grid)  # (batch, length, hidden)
         return torch.tanh(self.output(torch.cat([hidden, seen], dim=-1)))
 
+    def weights(self, hidden: torch.Tensor, grid: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """How much each word looks at each place, (batch, length, positions): what the fused kernel above keeps to itself."""
+        scores = hidden @ grid[0].transpose(1, 2) / hidden.shape[-1] ** 0.5  # (batch, length, positions)
+        return scores.softmax(dim=-1)
+
 
 class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Picture in, caption out; trained with teacher forcing.
@@ -229,6 +234,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         label_smoothing: float = 0.0,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """Score each next token of the captions, and their loss where `labels` are given.
@@ -245,10 +251,12 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 order where absent.
             use_cache: Whether to give the state back; False where `labels` are given.
             num_items_in_batch, label_smoothing: See `caption_loss`.
+            output_attentions: Whether to tell where a model with attention looked.
 
         Returns:
             `loss` (nats a token) where `labels` are given, else `logits` (batch, length, vocabulary): the scores of a batch of
-            captions are never held all at once. `past_key_values` where `use_cache` says so.
+            captions are never held all at once. `past_key_values` where `use_cache` says so. Where asked for,
+            `cross_attentions` of one layer and one head: (batch, 1, length, positions).
         """
         if decoder_input_ids is None:
             decoder_input_ids = self.shift_right(labels)
@@ -267,7 +275,10 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             memory = (past_key_values.hidden, past_key_values.cell)
 
         outputs, (hidden, cell) = self.lstm(self.dropout(inputs), memory)  # (batch, length, hidden)
+        cross_attentions = None
         if self.attention:
+            if output_attentions:
+                cross_attentions = (self.attention.weights(outputs, grid).unsqueeze(1),)
             outputs = self.attention(outputs, grid)  # (batch, length, hidden)
         outputs = self.dropout(outputs)
         loss, logits = None, None
@@ -284,6 +295,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past_key_values=LSTMState(hidden, cell, num_tokens + decoder_input_ids.shape[1], grid)
             if use_cache
             else None,
+            cross_attentions=cross_attentions,
             encoder_last_hidden_state=encoder_outputs[0] if encoder_outputs is not None else None,
         )
 

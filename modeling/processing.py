@@ -31,6 +31,14 @@ def timm_image_processor(backbone, image_size: int | None = None) -> CLIPImagePr
     )
 
 
+def centre_crop(image_processor) -> float | None:
+    """Side of the square in a picture's middle that a model sees, in shares of its short side; None where it sees all of it."""
+    short_side = (image_processor.size or {}).get("shortest_edge")
+    if not getattr(image_processor, "do_center_crop", False) or not short_side:
+        return None
+    return min(image_processor.crop_size["height"] / short_side, 1.0)
+
+
 def build_processor(image_processor, tokenizer) -> VisionTextDualEncoderProcessor:
     """Both in one; called with `images=` it gives pixels, with `text=` token ids, and it decodes."""
     return VisionTextDualEncoderProcessor(image_processor=image_processor, tokenizer=tokenizer)

@@ -5,7 +5,6 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,6 +14,8 @@ from PIL import Image
 from reporting.results import METRIC_TITLES, write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
+NUM_PICTURES = 200
+NUM_LOOKS = 48  # pictures with maps of where the model looked: 5 kB each for 20 words over 14 x 14 places
 PICTURE_SIZE = 400  # longest side in pixels: tens of kB a picture, so that 200 of them still travel by mail
 
 
@@ -23,13 +24,16 @@ def write_page(
     pictures: Iterable[Image.Image],
     records: list[dict],
     results: dict,
-    num_pictures: int = 200,
+    num_pictures: int = NUM_PICTURES,
 ) -> Path:
     """Write captions.html, with the curves on it where `output_dir` holds a curves.png.
 
     Args:
         pictures: One for each record, in the same order; only the first `num_pictures` are taken from it.
-        records: {"image_id", "caption", "references"}, and where known "blind_caption" and "cider" (this picture's).
+        records: {"image_id", "caption", "references"}, and where known "blind_caption", "cider" (this picture's), and
+            "tokens" of the caption: {"text", "probability"} and "attention", rows of a grid over the picture or, where
+            "centre_crop" is a number, over the square of that share of its short side. Of these maps the first `NUM_LOOKS`
+            pictures' are kept, or where there are more a third each for the first, the worst and the best pictures.
         results: What `write_results` writes; whatever is missing is not shown.
 
     Returns:
@@ -39,9 +43,19 @@ def write_page(
         ValueError: There are fewer pictures than records.
     """
     shown = records[:num_pictures]
-    sources = [picture_data_uri(picture) for picture in islice(pictures, len(shown))]
-    if len(sources) < len(shown):
-        raise ValueError(f"the page needs a picture for each record: {len(sources)} pictures, {len(shown)} records")
+    looks = _pictures_with_looks(shown)
+    cards = [
+        {
+            "source": picture_data_uri(picture),
+            "ratio": round(picture.width / picture.height, 4),
+            "grid_box": _grid_box(picture, record.get("centre_crop")),
+            "looks": _look_maps(record.get("tokens") or []) if place in looks else None,
+            "record": record,
+        }
+        for place, (record, picture) in enumerate(zip(shown, pictures, strict=False))
+    ]
+    if len(cards) < len(shown):
+        raise ValueError(f"the page needs a picture for each record: {len(cards)} pictures, {len(shown)} records")
     script = (TEMPLATES / "captions.js").read_text(encoding="utf-8")
     curves = Path(output_dir) / "curves.png"
     # Captions, names and ids are other people's text. Autoescape makes them inert wherever they land, and the page's
@@ -54,7 +68,7 @@ def write_page(
         lstrip_blocks=True,
     )
     page = environment.get_template("captions.html.jinja").render(
-        cards=list(zip(sources, shown, strict=True)),
+        cards=cards,
         curves=_data_uri(curves.read_bytes(), "image/png") if curves.exists() else None,
         num_records=len(records),
         facts={
@@ -62,6 +76,8 @@ def write_page(
             "Training": known_facts(results.get("train")),
             "The captions": known_facts(results.get("diagnostics")),
         },
+        has_tokens=any(record.get("tokens") for record in shown),
+        num_looks=sum(card["looks"] is not None for card in cards),
         results=results,
         rows=score_rows(results),
         sortable=all(record.get("cider") is not None for record in shown),
@@ -81,7 +97,8 @@ def picture_data_uri(picture: Image.Image) -> str:
     small = picture.convert("RGB")
     small.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
     content = io.BytesIO()
-    small.save(content, format="JPEG", quality=80)
+    # A picture smaller than its place on the page is drawn larger, and its blocks with it.
+    small.save(content, format="JPEG", quality=80 if max(small.size) > PICTURE_SIZE // 2 else 95)
     return _data_uri(content.getvalue(), "image/jpeg")
 
 
@@ -118,6 +135,34 @@ def known_facts(values: dict | None) -> dict[str, str]:
         if value is not None:
             facts[name.replace("_", " ")] = str(value)
     return facts
+
+
+def _pictures_with_looks(records: list[dict]) -> set[int]:
+    """Places of the records whose maps are kept: what one sees first in each order of the page."""
+    places = range(len(records))
+    if len(records) <= NUM_LOOKS:
+        return set(places)
+    by_cider = sorted(places, key=lambda place: records[place].get("cider") or 0.0)
+    third = NUM_LOOKS // 3
+    return {*places[:third], *by_cider[:third], *by_cider[-third:]}
+
+
+def _look_maps(tokens: list[dict]) -> dict | None:
+    """Where the model looked at each token, a byte a place, each token's most looked at place 255."""
+    maps = [[weight for row in token.get("attention", ()) for weight in row] for token in tokens]
+    if not maps or not all(maps):
+        return None
+    content = b"".join(bytes(round(255 * weight / (max(weights) or 1)) for weight in weights) for weights in maps)
+    return {"side": len(tokens[0]["attention"]), "bytes": base64.b64encode(content).decode()}
+
+
+def _grid_box(picture: Image.Image, centre_crop: float | None) -> str:
+    """Where the model's grid lies on the picture, as CSS: left, top, width and height in per cent."""
+    width, height = picture.size
+    seen = (width, height) if centre_crop is None else (centre_crop * min(width, height),) * 2
+    shares = [100 * side / whole for side, whole in zip(seen, (width, height), strict=True)]
+    left, top = (50 - share / 2 for share in shares)
+    return f"left:{left:.2f}%;top:{top:.2f}%;width:{shares[0]:.2f}%;height:{shares[1]:.2f}%"
 
 
 def _data_uri(content: bytes, media_type: str) -> str:

@@ -31,7 +31,7 @@ def report_captions(
     Args:
         rows: `image`, `image_id` and `captions` of each picture.
         dataset: Its name, as the tables shall show it.
-        captions: {"caption", "ended"} of each row.
+        captions: {"caption", "ended"} of each row, and where known the "tokens" and "centre_crop" that the page shows.
         scorer: A `metrics.CaptionScorer` of the rows' captions.
         decoding: The generation config used.
         train: "epochs", "seconds" and "images_per_second" of the training, where there was one.
@@ -43,10 +43,10 @@ def report_captions(
     texts = [made["caption"] for made in captions]
     scores = scorer.report(texts, [made["ended"] for made in captions])
     per_image = scores.pop("per_image")
-    columns = zip(rows["image_id"], texts, rows["captions"], per_image, strict=True)
+    columns = zip(rows["image_id"], captions, rows["captions"], per_image, strict=True)
     records = [
-        {"image_id": image_id, "caption": caption, "references": references, **scored}
-        for image_id, caption, references, scored in columns
+        {**made, "image_id": image_id, "references": references, **scored}
+        for image_id, made, references, scored in columns
     ]
     results = {
         "dataset": dataset,

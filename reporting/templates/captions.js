@@ -1,6 +1,6 @@
 
 "use strict";
-// Order, filter and keyboard. Without script the page still shows every picture, in the order of the data.
+// Order, filter, keyboard, and where the model looked. Without script the page still shows every picture, in the order of the data.
 const list = document.getElementById("cards");
 const cards = [...list.children];
 const order = document.getElementById("order");
@@ -35,6 +35,53 @@ function move(step) {
   if (visible.length) visible[next].firstElementChild.focus();
 }
 
+// Darken a word's picture where the model did not look, and tell how sure it was; null brings the picture back.
+function look(card, token) {
+  const [canvas, told] = [card.querySelector("canvas"), card.querySelector(".told")];
+  told.textContent = token ? `${token.textContent.trim()}  ${token.dataset.sure}` : "";
+  if (!canvas) return;
+  canvas.hidden = !token;
+  if (!token) return;
+  const side = Number(canvas.dataset.side);
+  const places = side * side;
+  const start = [...card.querySelectorAll("article .token")].indexOf(token) * places;
+  const bytes = atob(canvas.dataset.looks);
+  const image = new ImageData(side, side);
+  for (let place = 0; place < places; place++) {
+    image.data.set([8, 8, 20, 0.78 * (255 - bytes.charCodeAt(start + place))], 4 * place);
+  }
+  const small = new OffscreenCanvas(side, side);
+  small.getContext("2d").putImageData(image, 0, 0);
+  const context = canvas.getContext("2d");
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  context.imageSmoothingQuality = "high"; // a few places, softly drawn over the whole picture
+  context.drawImage(small, 0, 0, canvas.width, canvas.height);
+}
+
+for (const card of cards) {
+  const tokens = [...card.querySelectorAll(".token")];
+  // One stop of the tab key a picture; from there arrows walk on.
+  tokens.forEach((token, index) => token.setAttribute("tabindex", index ? -1 : 0));
+  const focused = () => tokens.find((token) => token === document.activeElement) ?? null;
+  for (const token of tokens) {
+    token.addEventListener("mouseenter", () => look(card, token));
+    token.addEventListener("mouseleave", () => look(card, focused()));
+    token.addEventListener("focus", () => look(card, token));
+    token.addEventListener("blur", () => look(card, null));
+    token.addEventListener("click", () => token.focus());
+  }
+}
+
+// The next word of the picture one stands on; false where there is none.
+function walk(step) {
+  const card = document.activeElement.closest("#cards > li");
+  const tokens = card ? [...card.querySelectorAll(".token")] : [];
+  if (!tokens.length) return false;
+  const here = tokens.indexOf(document.activeElement);
+  tokens[Math.min(Math.max(here + step, 0), tokens.length - 1)].focus();
+  return true;
+}
+
 const moves = { j: 1, ArrowRight: 1, ArrowDown: 1, k: -1, ArrowLeft: -1, ArrowUp: -1 };
 document.addEventListener("keydown", (event) => {
   const control = event.target.closest("input, select, summary, .scroll");
@@ -51,10 +98,11 @@ document.addEventListener("keydown", (event) => {
     // Arrows scroll the page as ever until a picture has been stepped onto with j or k.
     if (event.key.startsWith("Arrow") && !list.contains(document.activeElement)) return;
     event.preventDefault();
+    if (/Left|Right/.test(event.key) && walk(moves[event.key])) return;
     move(moves[event.key]);
   }
 });
 order.addEventListener("change", arrange);
 filter.addEventListener("input", arrange);
-document.querySelector(".controls").hidden = false;
+for (const part of document.querySelectorAll(".controls, .by-hand")) part.hidden = false; // what needs this script
 arrange();

@@ -1,0 +1,201 @@
+"""Caption pictures in a browser, with several captioners side by side.
+
+    python app.py outputs/demo/lstm outputs/demo/vit_gpt2
+
+Without a model it takes those of `make demo`. It listens on this machine alone, and fetches nothing.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from markupsafe import Markup
+
+from data_scripts.command_line import one_line_errors
+from data_scripts.row_checks import MAX_PICTURE_BYTES, PICTURE, picture_problem
+from modeling.captioner import load_captioner, stream_caption
+from reporting.page import picture_data_uri
+
+try:
+    import gradio as gr
+except ImportError:
+    print("error: the app needs Gradio: pip install 'gradio>=6'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+DEMO_MODELS = ("outputs/demo/lstm", "outputs/demo/vit_gpt2")
+MAX_PICTURES = 32  # at once
+MAX_WAITING = 16  # requests in the queue; one is served at a time, the others wait or are turned away
+CSS = """
+.told { display: flex; flex-wrap: wrap; gap: .9rem 1.5rem; padding: .9rem 0; border-top: 1px solid var(--border-color-primary); }
+.told img { width: 11rem; height: 8.25rem; object-fit: contain; border-radius: 6px; background: var(--background-fill-secondary); }
+.told dl { flex: 1 1 18rem; display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .6rem 1.5rem; margin: 0; }
+.told dl { align-content: start; overflow-wrap: anywhere; }
+.told dt { opacity: .7; font-size: .85rem; }
+.told dd { margin: 0; min-height: 1.6em; font-size: 1.05rem; font-weight: 600; line-height: 1.35; }
+.told.now { flex-direction: column; border: 0; padding-top: 0; }
+.told.now img { width: 100%; height: min(24rem, 80vw); }
+.told.now dl { flex: none; }
+.told.now dd { font-size: 1.3rem; min-height: 3.6rem; }
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    # ---- Arguments --------------------------------------------------------------------------------------------------
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="folders or Hub ids of captioners of either kind")
+    parser.add_argument("--port", type=int, help="the first free one from 7860 on if not given")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    parser.add_argument("--share", action="store_true", help="open a public address through Gradio's servers as well")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    args = parser.parse_args(argv)
+    transformers.logging.disable_progress_bar()
+    with one_line_errors():
+        # ---- Models -------------------------------------------------------------------------------------------------
+        captioners = {name: load_captioner(name) for name in args.models or demo_models()}
+        for model, _ in captioners.values():
+            model.to(args.device)
+        # ---- App ----------------------------------------------------------------------------------------------------
+        launch(build_app(captioners), server_name=args.host, server_port=args.port, share=args.share)
+
+
+def demo_models() -> list[str]:
+    """What `make demo` has left here."""
+    found = [folder for folder in DEMO_MODELS if Path(folder, "config.json").is_file()]
+    if not found:
+        raise ValueError(
+            f"no model is named, and there is none in {' or '.join(DEMO_MODELS)}: "
+            "run `make demo`, or name a folder or Hub id: python app.py MODEL"
+        )
+    return found
+
+
+class OfflineBlocks(gr.Blocks):
+    """Blocks that fetch nothing: Gradio itself would download a file that a request names by its address."""
+
+    async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
+        if names_address(inputs):
+            raise gr.Error("Pictures are taken as files, not by address.")
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+
+
+def names_address(value) -> bool:
+    """Whether a request's JSON has a file that lies on another server."""
+    if isinstance(value, dict):
+        return "://" in str(value.get("path")) or any(map(names_address, value.values()))
+    return isinstance(value, list | tuple) and any(map(names_address, value))
+
+
+def build_app(captioners: dict[str, tuple]) -> gr.Blocks:
+    """The page: pictures in, captions of each captioner out.
+
+    Args:
+        captioners: Model and processor, by the name to show.
+    """
+    with OfflineBlocks(title="showtell", analytics_enabled=False, delete_cache=(600, 3600)) as app:
+        gr.Markdown(
+            f"# showtell\nDrop, choose, paste or photograph pictures, up to {MAX_PICTURES} at once, and read what "
+            f"{' and '.join(f'`{name}`' for name in captioners)} {'tell' if len(captioners) > 1 else 'tells'} of them."
+        )
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                pictures = gr.Gallery(
+                    label="Pictures",
+                    show_label=False,
+                    sources=["upload", "clipboard", "webcam"],
+                    file_types=["image"],
+                    interactive=True,
+                    columns=3,
+                    height=300,
+                )
+                folder = gr.UploadButton("Take a folder", file_count="directory", size="sm")
+                way = gr.Radio(["greedy", "beam search", "sampling"], value="greedy", label="Words are chosen by")
+                beams = gr.Slider(2, 10, value=4, step=1, label="Beams", visible=False)
+                temperature = gr.Slider(0.1, 2, value=1, step=0.1, label="Temperature", visible=False)
+                button = gr.Button("Caption", variant="primary", elem_id="caption")
+            with gr.Column(scale=3, min_width=320):
+                now = gr.HTML("<p>Captions appear here as they are written.</p>", elem_id="now")
+                download = gr.DownloadButton("Download captions.jsonl", visible=False, size="sm", elem_id="download")
+                done = gr.HTML(elem_id="done")
+        way.change(
+            lambda way: [gr.update(visible=way == "beam search"), gr.update(visible=way == "sampling")],
+            way,
+            [beams, temperature],
+        )
+        folder.upload(usable_pictures, folder, pictures)
+
+        def caption(paths, *settings):
+            yield from caption_files(captioners, [path for path, _ in paths or []], decoding(*settings))
+
+        button.click(caption, [pictures, way, beams, temperature], [now, done, download])
+    return app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+def launch(app: gr.Blocks, **options):
+    """Serve the app; fonts are the reader's own, so that nothing comes from another server."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(**fonts)
+    return app.launch(max_file_size=MAX_PICTURE_BYTES, theme=theme, css=CSS, footer_links=[], **options)
+
+
+def decoding(way: str, num_beams: int, temperature: float) -> dict:
+    """What `generate()` is told."""
+    if way == "sampling":
+        return {"do_sample": True, "num_beams": 1, "temperature": float(temperature)}
+    return {"do_sample": False, "num_beams": int(num_beams) if way == "beam search" else 1}
+
+
+def usable_pictures(paths: list[str]) -> list[str]:
+    """The pictures among uploaded files, as many as are captioned at once; what is left out is said on the page."""
+    good = []
+    for path in paths:
+        if len(good) == MAX_PICTURES:
+            gr.Warning(f"Only the first {MAX_PICTURES} pictures are taken.")
+            break
+        if problem := picture_problem(Path(path).read_bytes()):
+            gr.Warning(str(Markup.escape(f"{Path(path).name}: {problem}")))
+        else:
+            good.append(path)
+    return good
+
+
+def caption_files(captioners: dict[str, tuple], paths: list[str], generation: dict) -> Iterator[tuple]:
+    """Caption pictures one after the other, with each captioner in turn.
+
+    Yields at each new word what the page shows: the picture of the moment, those before it, the file to download.
+    """
+    paths = usable_pictures(paths)
+    if not paths:
+        raise gr.Error("There is no picture to caption: drop one, paste one, or take a photograph.")
+    lines, before, shown = [], "", ""
+    for path in paths:
+        picture = PICTURE.decode_example({"bytes": Path(path).read_bytes(), "path": None})
+        before, captions = shown + before, dict.fromkeys(captioners, "")
+        for name, (model, processor) in captioners.items():
+            pixels = processor(images=[picture], return_tensors="pt")["pixel_values"].to(model.device)
+            for captions[name] in stream_caption(model, processor, {"pixel_values": pixels}, **generation):
+                yield picture_card(picture, path, captions, "told now"), before, gr.skip()
+            lines.append({"image_id": Path(path).name, "model": name, "caption": captions[name]})
+        shown = picture_card(picture, path, captions, "told")
+    file = Path(tempfile.mkdtemp()) / "captions.jsonl"
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    yield gr.skip(), before, gr.update(value=str(file), visible=True)
+
+
+def picture_card(picture, path: str, captions: dict[str, str], kind: str) -> str:
+    """A picture with its captions as HTML; names and captions are text, whatever they hold."""
+    entries = Markup().join(
+        Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, caption) for name, caption in captions.items()
+    )
+    name = Path(path).name
+    return Markup('<div class="{}"><img src="{}" alt="{}" title="{}"><dl>{}</dl></div>').format(
+        kind, picture_data_uri(picture), name, name, entries
+    )
+
+
+if __name__ == "__main__":
+    main()

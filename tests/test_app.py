@@ -1,0 +1,185 @@
+"""Laws of the app: what is clicked in a browser, and what is refused."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from PIL import Image
+
+from data_scripts.train_tokenizer import train_tokenizer
+from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
+from modeling.captioner import generate_captions, save_captioner
+from modeling.processing import build_processor, timm_image_processor
+from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
+
+gr = pytest.importorskip("gradio", reason="needs Gradio (pip install 'gradio>=6')")
+
+import app  # noqa: E402 (without Gradio it ends with a sentence)
+
+HOSTILE = "<img src=x onerror=document.title=1>.png"
+
+
+@pytest.fixture(scope="module")
+def captioners():
+    """Both systems, small and with random weights: captions of nonsense, the same for the same picture."""
+    torch.manual_seed(0)
+    words = ["a red dog on the left", "the blue cats run", "a green picture of nothing"]
+    tokenizer = train_tokenizer(words * 5, 120)
+    config = InceptionLSTMConfig("test_efficientnet", vocab_size=len(tokenizer), image_embed_dim=32, hidden_size=32)
+    lstm = InceptionLSTMForConditionalGeneration(config)
+    encoder = encoder_config(32, 16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    decoder = decoder_config(len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vit_gpt2 = build_vit_gpt2(encoder, decoder, tokenizer, "the dog")
+    made = {
+        "one": (lstm, build_processor(timm_image_processor(lstm.encoder.backbone), tokenizer)),
+        "<b>two": (vit_gpt2, build_processor(vit_image_processor(encoder), tokenizer)),
+    }
+    for model, _ in made.values():
+        model.eval().generation_config.update(max_length=30, no_repeat_ngram_size=1)  # words, not one token for ever
+    return made
+
+
+@pytest.fixture
+def serve():
+    """Serve an app on the loopback address for one test."""
+    served = []
+
+    def serve_app(captioners: dict) -> str:
+        served.append(app.build_app(captioners))
+        return app.launch(served[-1], server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)[1]
+
+    yield serve_app
+    for blocks in served:
+        blocks.close(verbose=False)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in (("red.png", "red"), (HOSTILE, "blue")):
+        Image.new("RGB", (60, 40), colour).save(folder / name)
+    return folder
+
+
+def captions_of(captioners: dict, path, **generation) -> dict[str, str]:
+    image = Image.open(path).convert("RGB")
+    return {
+        name: generate_captions(
+            model, processor, dict(processor(images=[image], return_tensors="pt")), num_beams=1, **generation
+        )[0]["caption"]
+        for name, (model, processor) in captioners.items()
+    }
+
+
+def test_from_picture_to_caption_with_a_click(browser, serve, captioners, pictures):
+    page = browser.new_page(accept_downloads=True)
+    outside = []
+    page.on("request", lambda request: outside.append(request.url) if "//127.0.0.1" not in request.url else None)
+    page.goto(serve(captioners))
+    page.wait_for_selector("#caption")
+    page.set_input_files("input[type=file]:not([webkitdirectory])", [pictures / "red.png", pictures / HOSTILE])
+    page.wait_for_function("document.querySelectorAll('.grid-wrap img').length == 2")
+    # What has stood under the picture of the moment, as it stood there.
+    page.evaluate(
+        """() => { window.seen = []; new MutationObserver(() => {
+          const now = [...document.querySelectorAll("#now dd")].map((word) => word.textContent);
+          if (now.length) window.seen.push([document.querySelector("#now img").alt, ...now]);
+        }).observe(document.querySelector("#now"), {subtree: true, childList: true, characterData: true}); }"""
+    )
+    page.click("#caption")
+    page.wait_for_selector("#download", state="visible", timeout=60_000)
+    names = [page.locator("#now img").get_attribute("alt"), page.locator("#done img").get_attribute("alt")]
+    wanted = [captions_of(captioners, pictures / name) for name in (HOSTILE, "red.png")]
+    told = [
+        dict(zip(captioners, page.locator(f"{place} dd").all_text_contents(), strict=True))
+        for place in ("#now", "#done")
+    ]
+    assert told == wanted
+    assert names[1] == "red.png" and "<" not in names[0]  # Gradio keeps no such name
+    assert page.locator("#now dt").all_inner_texts() == list(captioners)
+    seen = page.evaluate("window.seen")
+    for column in (1, 2):
+        growing = list(dict.fromkeys(row[column] for row in seen if row[0] == "red.png"))
+        assert len(growing) > 2
+        assert all(later.startswith(earlier) for earlier, later in pairwise(growing))
+    with page.expect_download() as download:
+        page.click("#download")
+    lines = [json.loads(line) for line in download.value.path().read_text(encoding="utf-8").splitlines()]
+    assert [(line["model"], line["caption"]) for line in lines] == [*wanted[1].items(), *wanted[0].items()]
+    assert [line["image_id"] for line in lines][:2] == ["red.png"] * 2
+    assert not [url for url in outside if not url.startswith(("data:", "blob:"))]
+    page.close()
+
+
+def test_names_and_captions_are_text_in_the_page():
+    card = app.picture_card(Image.new("RGB", (8, 8)), f"/x/{HOSTILE}", {"<i>": "</dd><script>"}, "told")
+    assert "<script" not in card and "<i>" not in card and card.count("<img") == 1
+
+
+def test_a_file_that_is_named_by_address_is_not_fetched(serve, captioners, monkeypatch):
+    import gradio_client
+    from gradio import processing_utils
+
+    fetched = []
+
+    async def fetch(url, *_, **__):
+        fetched.append(url)
+        raise ValueError("fetched")
+
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", fetch)
+    client = gradio_client.Client(serve(captioners), verbose=False)
+    picture = {"path": "http://127.0.0.1:9/a.png", "url": None, "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(Exception, match="not by address"):
+        client.predict([{"image": picture, "caption": None}], "greedy", 4, 1.0, api_name="/caption")
+    assert not fetched
+
+
+def test_what_cannot_be_used_is_named_and_the_rest_is_taken(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(gr, "Warning", warnings.append)
+    Image.new("1", (9000, 8000)).save(tmp_path / "bomb.png")
+    (tmp_path / "text<b>.png").write_text("no picture")
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    paths = [str(tmp_path / name) for name in ("bomb.png", "text<b>.png", "good.png")]
+    assert app.usable_pictures(paths) == paths[2:]
+    assert warnings == [
+        "bomb.png: picture of more than 64,000,000 pixels",
+        "text&lt;b&gt;.png: picture does not decode",
+    ]
+    assert len(app.usable_pictures(paths[2:] * (app.MAX_PICTURES + 5))) == app.MAX_PICTURES
+    assert "Only the first" in warnings[-1]
+
+
+def test_no_picture_is_one_sentence(captioners):
+    with pytest.raises(gr.Error, match="no picture"):
+        next(app.caption_files(captioners, [], {}))
+
+
+@pytest.mark.parametrize(
+    ("way", "wanted"),
+    [
+        ("greedy", {"do_sample": False, "num_beams": 1}),
+        ("beam search", {"do_sample": False, "num_beams": 5}),
+        ("sampling", {"do_sample": True, "num_beams": 1, "temperature": 0.7}),
+    ],
+)
+def test_what_is_chosen_is_what_generate_is_told(way, wanted):
+    assert app.decoding(way, 5, 0.7) == wanted
+
+
+def test_the_app_starts_on_the_demos_models_and_listens_here_alone(captioners, tmp_path, monkeypatch, capsys):
+    launched = {}
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.update(options, queue=self.max_size()))
+    monkeypatch.setattr(gr.Blocks, "max_size", lambda self: self._queue.max_size, raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        app.main([])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: no model is named") and error.count("\n") == 1
+    save_captioner(*captioners["one"], app.DEMO_MODELS[0])
+    assert app.demo_models() == [app.DEMO_MODELS[0]]
+    app.main([])
+    assert (launched["server_name"], launched["share"]) == ("127.0.0.1", False)
+    assert launched["max_file_size"] == app.MAX_PICTURE_BYTES and launched["queue"] == app.MAX_WAITING

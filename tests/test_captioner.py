@@ -1,0 +1,209 @@
+"""Laws of what is told of captions: word by word as they are written, how sure the model was, where it looked."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForImageTextToText, CLIPImageProcessor, GPT2TokenizerFast, ViTImageProcessor
+
+from data_scripts.train_tokenizer import train_tokenizer
+from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
+from modeling.captioner import (
+    attention_grids,
+    generate_captions,
+    inspect_captions,
+    save_captioner,
+    start_token_ids,
+    stream_caption,
+    token_texts,
+)
+from modeling.processing import build_processor, centre_crop
+from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
+
+CAPTIONS = ["a red dog on the left", "the blue cats run", "犬が走る and a dog runs", "naïve cafés, 12 of them!"] * 5
+SYSTEM_A_WITH_ATTENTION = pytest.mark.parametrize("captioner", ["lstm with attention"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(CAPTIONS, 300)
+
+
+@pytest.fixture(params=["lstm", "lstm with attention", "vit_gpt2", "vit_gpt2 with prompt"])
+def captioner(request, tokenizer):
+    """A small captioner with random weights, and pixels for it."""
+    torch.manual_seed(0)
+    if request.param.startswith("lstm"):
+        config = InceptionLSTMConfig(
+            encoder_name="test_efficientnet",
+            vocab_size=len(tokenizer),
+            image_embed_dim=32,
+            hidden_size=32,
+            num_hidden_layers=1,
+            attention="attention" in request.param,
+        )
+        model = InceptionLSTMForConditionalGeneration(config)
+        image_processor = CLIPImageProcessor(size={"shortest_edge": 72}, crop_size={"height": 64, "width": 64})
+        size = 64
+    else:
+        encoder = encoder_config(48, 16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        decoder = decoder_config(len(tokenizer), hidden_size=48, num_hidden_layers=2, num_attention_heads=4)
+        model = build_vit_gpt2(encoder, decoder, tokenizer, "the dog" if "prompt" in request.param else "")
+        image_processor = vit_image_processor(encoder)
+        size = 48
+    model.generation_config.update(max_length=9)
+    return model.eval(), build_processor(image_processor, tokenizer), torch.randn(3, 3, size, size)
+
+
+def test_a_tokens_probability_is_the_one_it_was_generated_with(captioner):
+    model, processor, pixels = captioner
+    made = model.generate(pixels, output_logits=True, return_dict_in_generate=True)
+    wanted = model.compute_transition_scores(made.sequences, made.logits, normalize_logits=True).exp()
+    for row, told in enumerate(inspect_captions(model, processor, {"pixel_values": pixels}, made.sequences)):
+        words = made.sequences[row, len(start_token_ids(model)) :].tolist()
+        end = [*words, processor.tokenizer.eos_token_id].index(processor.tokenizer.eos_token_id)
+        of_pieces = [wanted[row, places].prod().item() for _, places in token_texts(processor.tokenizer, words[:end])]
+        assert [token["probability"] for token in told["tokens"]] == pytest.approx(of_pieces, abs=1e-6)
+
+
+def test_attention_is_where_generate_looked(captioner):
+    model, processor, pixels = captioner
+    if getattr(model, "decoder", None):
+        model.decoder.set_attn_implementation("eager")
+    made = model.generate(pixels, output_attentions=True, return_dict_in_generate=True)
+    if getattr(model, "decoder", None):
+        model.decoder.set_attn_implementation("sdpa")
+    told = inspect_captions(model, processor, {"pixel_values": pixels}, made.sequences)
+    if made.cross_attentions[0] is None:  # system A without attention looks at one summary
+        assert all("attention" not in token for caption in told for token in caption["tokens"])
+        return
+    for row, caption in enumerate(told):
+        words = made.sequences[row, len(start_token_ids(model)) :].tolist()
+        end = [*words, processor.tokenizer.eos_token_id].index(processor.tokenizer.eos_token_id)
+        # One step a token: (layers, heads) of the last position, their mean; the class token stands before the grid.
+        steps = [torch.stack(step)[:, row, :, -1].mean((0, 1)) for step in made.cross_attentions[:end]]
+        for (_, places), token in zip(token_texts(processor.tokenizer, words[:end]), caption["tokens"], strict=True):
+            grid = torch.tensor(token["attention"])
+            assert grid.shape[0] == grid.shape[1] > 1
+            of_steps = torch.stack([steps[place] for place in places]).mean(0)[-grid.numel() :]
+            torch.testing.assert_close(grid.flatten(), of_steps, atol=1e-5, rtol=1e-4)
+
+
+def test_inspecting_changes_neither_captions_nor_model(captioner):
+    model, processor, pixels = captioner
+    before = generate_captions(model, processor, {"pixel_values": pixels})
+    told = generate_captions(model, processor, {"pixel_values": pixels}, inspect=True)
+    assert [{key: caption[key] for key in ("caption", "ended")} for caption in told] == before
+    for caption in told:
+        assert "".join(token["text"] for token in caption["tokens"]).strip() == caption["caption"]
+    if getattr(model, "decoder", None):
+        assert model.decoder.config._attn_implementation == "sdpa"
+    states = model.get_encoder()(pixels)
+    by_states = generate_captions(model, processor, {"encoder_outputs": states}, inspect=True)
+    for one, other in zip(told, by_states, strict=True):
+        assert [token["text"] for token in one["tokens"]] == [token["text"] for token in other["tokens"]]
+        for first, second in zip(one["tokens"], other["tokens"], strict=True):
+            assert first["probability"] == pytest.approx(second["probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize("generation", [{"no_repeat_ngram_size": 1}, {"num_beams": 3}, {"do_sample": True}], ids=str)
+def test_a_stream_grows_word_by_word_into_the_caption(captioner, generation):
+    model, processor, pixels = captioner
+    for one in pixels[:, None]:
+        torch.manual_seed(0)
+        whole = generate_captions(model, processor, {"pixel_values": one}, **generation)[0]["caption"]
+        torch.manual_seed(0)
+        seen = list(stream_caption(model, processor, {"pixel_values": one}, **generation))
+        assert seen[-1] == whole
+        if "num_beams" in generation:
+            assert len(seen) == 1
+            continue
+        words = whole.split()
+        grown = {" ".join(text.split()) for text in seen}
+        assert grown >= {" ".join(words[:number]) for number in range(1, len(words) + 1)}
+        assert all(" ".join(words).startswith(text) for text in grown)
+
+
+def test_a_stream_that_fails_says_so(captioner):
+    model, processor, pixels = captioner
+    with pytest.raises(ValueError, match="temperature"):
+        list(stream_caption(model, processor, {"pixel_values": pixels[:1]}, do_sample=True, temperature=-1.0))
+
+
+@SYSTEM_A_WITH_ATTENTION
+def test_the_weights_told_are_the_weights_used(captioner):
+    model, _, pixels = captioner
+    attention = model.attention
+    hidden = torch.randn(3, 5, 32)
+    grid = attention.grid(model.encoder(pixels)[0])
+    fused = torch.nn.functional.scaled_dot_product_attention(hidden, *grid)
+    torch.testing.assert_close(attention.weights(hidden, grid) @ grid[1], fused)
+
+
+@SYSTEM_A_WITH_ATTENTION
+def test_a_loaded_model_tells_its_attention_through_generate(captioner, tmp_path):
+    model, processor, pixels = captioner
+    save_captioner(model, processor, tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    made = loaded.generate(pixels, num_beams=2, output_attentions=True, return_dict_in_generate=True)
+    for (step,) in made.cross_attentions:
+        assert step.shape == (6, 1, 1, 4)  # two beams of three pictures; one head; one new word; a grid of 2 x 2
+        torch.testing.assert_close(step.sum(-1), torch.ones(6, 1, 1))
+
+
+def test_heads_layers_and_positions_before_the_grid():
+    # Two layers of one head over a class token and four places; the caption's first token is said at position 1.
+    first, second = torch.zeros(1, 1, 3, 5), torch.zeros(1, 1, 3, 5)
+    first[0, 0, 1, 2], second[0, 0, 1, 0] = 1.0, 1.0
+    grids = attention_grids((first, second), first=1, num_tokens=2)
+    assert grids.tolist() == [[[0, 0.5], [0, 0]], [[0, 0], [0, 0]]]
+    assert attention_grids((None, None), 0, 1) is None
+    assert attention_grids(None, 0, 1) is None
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer():
+    """A byte a token, so that most characters below are cut."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({character: place for place, character in enumerate(alphabet)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return GPT2TokenizerFast(tokenizer_object=raw)
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=some.text(some.sampled_from("a bé犬🐶.,'n t!"), max_size=12))
+def test_pieces_of_any_caption_are_the_caption(bytes_tokenizer, text):
+    tokenizer = bytes_tokenizer
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    pieces = token_texts(tokenizer, ids)
+    assert "".join(piece for piece, _ in pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert not any("\ufffd" in piece for piece, _ in pieces)
+    told = [place for _, places in pieces for place in places]
+    assert told == sorted(set(told))
+
+
+@pytest.mark.parametrize("shape", [(200, 120), (120, 200)])
+def test_the_centre_crop_is_what_the_pixels_hold(shape):
+    processor = CLIPImageProcessor(size={"shortest_edge": 80}, crop_size={"height": 60, "width": 60})
+    share = centre_crop(processor)
+    assert share == 0.75
+    # White where the model is said to look, black around: its pixels are white but for the seam.
+    picture = Image.new("RGB", shape)
+    half = share * min(shape) / 2
+    middle = (shape[0] / 2, shape[1] / 2)
+    box = [middle[0] - half, middle[1] - half, middle[0] + half - 1, middle[1] + half - 1]
+    ImageDraw.Draw(picture).rectangle(box, fill="white")
+    pixels = processor(images=picture, return_tensors="pt")["pixel_values"][0, 0]
+    assert pixels[2:-2, 2:-2].min() == pixels.max()
+    outside = Image.new("RGB", shape, "white")
+    ImageDraw.Draw(outside).rectangle(box, fill="black")
+    pixels = processor(images=outside, return_tensors="pt")["pixel_values"][0, 0]
+    assert pixels[2:-2, 2:-2].max() == pixels.min()
+
+
+def test_a_picture_squeezed_whole_is_seen_whole():
+    assert centre_crop(ViTImageProcessor(size={"height": 32, "width": 32})) is None
+    assert centre_crop(CLIPImageProcessor(do_center_crop=False)) is None
