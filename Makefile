@@ -15,9 +15,14 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test quality bench clean
 
+LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
 demo: $(READY)
-	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		train_lstm.py recipes/lstm_demo.yaml
+	$(LAUNCH) train_lstm.py recipes/lstm_demo.yaml
+	$(LAUNCH) train_vit_gpt2.py recipes/vit_gpt2_demo.yaml --use_cpu true
+	$(BIN)/python -m reporting.compare outputs/demo/lstm outputs/demo/vit_gpt2 --output outputs/demo/compare.png
+	@echo "The pages: outputs/demo/lstm/captions.html and outputs/demo/vit_gpt2/captions.html"
+	@echo "Your own pictures, in a browser: $(BIN)/python app.py"
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
