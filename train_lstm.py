@@ -23,9 +23,9 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from accelerate.tracking import TrackioTracker
 from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, get_scheduler
 
 from data_scripts import load_captions
@@ -40,6 +40,7 @@ from modeling.modeling_inception_lstm import timm_source
 from modeling.processing import build_processor, timm_image_processor
 from recipes import DataArguments, parse_recipe
 from reporting.curves import draw_curves
+from reporting.live import EpochBar, check_trackers, score_and_show, tell_losses
 from reporting.model_card import write_model_card
 from reporting.page import NUM_PICTURES
 from reporting.push import CheckpointPush, download_checkpoint, push_to_hub
@@ -178,6 +179,9 @@ def main(argv: list[str] | None = None) -> None:
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     trackers = [name for name in args.report_to.split(",") if name != "none"]
     with one_line_errors():
+        check_trackers(trackers)
+        if "trackio" in trackers:  # by its name alone, its project would bear that of TensorBoard's folder
+            trackers[trackers.index("trackio")] = TrackioTracker("showtell", name=args.output_dir)
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision, log_with=trackers or None, project_dir=args.output_dir
         )
@@ -258,9 +262,8 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
             if progress.epoch % args.eval_epochs == 0 or last:
                 captioner = accelerator.unwrap_model(model)
                 row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"]))
-                row |= score_captions(
-                    accelerator, captioner, processor, eval_loader(Pictures(val_rows, val_features)), scorer
-                )
+                pictures = eval_loader(Pictures(val_rows, val_features))
+                row |= score_captions(accelerator, captioner, processor, pictures, val_rows, scorer)
                 keep_best(accelerator, captioner, processor, row, progress, args)
             record(accelerator, row, progress, args)
             asked = stopping.ask(accelerator)
@@ -380,13 +383,9 @@ def train_epoch(
     size = args.per_device_train_batch_size * accelerator.num_processes
     nats = torch.tensor(progress.epoch_nats / accelerator.num_processes, device=accelerator.device)
     tokens = torch.tensor(progress.epoch_tokens, device=accelerator.device)
-    with tqdm(
-        total=len(loader) * size,
-        initial=progress.epoch_steps * args.gradient_accumulation_steps * size,
-        unit="caption",
-        desc=f"epoch {progress.epoch + 1}/{args.num_train_epochs}",
-        disable=not accelerator.is_local_main_process,
-    ) as bar:
+    seen = progress.epoch_steps * args.gradient_accumulation_steps * size
+    silent = not accelerator.is_local_main_process
+    with EpochBar(progress.epoch + 1, args.num_train_epochs, len(loader) * size, seen, silent) as bar:
         for batches in accumulation_windows(accelerator, loader, args.gradient_accumulation_steps, progress):
             step_nats, step_tokens = train_step(accelerator, model, batches, optimizer, args.max_grad_norm)
             scheduler.step()
@@ -396,7 +395,7 @@ def train_epoch(
             bar.update(size * len(batches))
             if progress.step % 10 == 0:
                 loss = (nats * accelerator.num_processes / tokens).item()
-                bar.set_postfix(loss=f"{loss:.3f}")
+                bar.tell(loss)
                 if not math.isfinite(loss):
                     break
             # The last step of an epoch is saved, where it is to be, after the epoch's evaluation.
@@ -465,15 +464,13 @@ def validation_loss(accelerator, model, loader) -> float:
     return (nats / tokens).item()
 
 
-def score_captions(accelerator, model, processor, loader, scorer: CaptionScorer) -> dict:
+def score_captions(accelerator, model, processor, loader, rows, scorer: CaptionScorer) -> dict:
     """Caption the validation pictures and score them, and the captions dealt to other pictures beside."""
     started = time.perf_counter()
     captions = [made["caption"] for made in caption_pictures(model.eval(), processor, loader, accelerator)]
     generated = time.perf_counter()
-    scores = scorer.score(captions)
     return {
-        **scores,
-        "blind_cider": scorer.score(scorer.deal(captions))["cider"],
+        **score_and_show(captions, rows, scorer),
         "generation_seconds": round(generated - started, 2),
         "scoring_seconds": round(time.perf_counter() - generated, 2),
     }
@@ -525,7 +522,7 @@ def record(accelerator, row: dict, progress: Progress, args: LoopArguments) -> N
     """Tell what an epoch gave: in the log, in history.json, in the curves and to the trackers."""
     progress.history.append(row)
     track(accelerator, row)
-    logger.info(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    tell_losses(row)
     if accelerator.is_main_process:
         write_history(args.output_dir, progress.history)
         draw_curves(args.output_dir, progress.history)

@@ -23,6 +23,8 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from transformers import (
     AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
@@ -50,6 +52,7 @@ from modeling.vit_gpt2 import (
 )
 from recipes import DataArguments, parse_recipe
 from reporting.curves import draw_curves
+from reporting.live import EpochBar, check_trackers, score_and_show, tell_losses
 from reporting.model_card import write_model_card
 from reporting.page import NUM_PICTURES
 from reporting.push import CheckpointPush, download_checkpoint, push_to_hub
@@ -67,6 +70,8 @@ from training.checkpoints import (
 from training.stopping import StopSignal
 
 logger = logging.getLogger(__name__)
+
+HISTORY_NAMES = {"loss": "train_loss", "eval_loss": "eval_loss"}  # of the losses that the Trainer logs
 
 
 @dataclass
@@ -132,6 +137,7 @@ class LoopArguments(Seq2SeqTrainingArguments):
         default=0, metadata={"help": "No run of so many tokens is generated twice; 0 allows all."}
     )
     report_to: str = field(default="tensorboard", metadata={"help": "Trackers, with commas between; or none."})
+    project: str = field(default="showtell", metadata={"help": "Project of the run, in trackers that have projects."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When the training loss is logged."})
     hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = field(
         default="end",
@@ -152,7 +158,9 @@ class LoopArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         self.report_to = [name for name in self.report_to.split(",") if name != "none"]
+        self.run_name = self.run_name or self.output_dir
         super().__post_init__()
+        check_trackers(self.report_to)
         get_reporting_integration_callbacks(self.report_to)  # raises ValueError where it knows none of that name
         self.dataloader_pin_memory &= torch.cuda.is_available()
 
@@ -226,6 +234,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         train_dataset=pairs["train"],
         eval_dataset=pairs["validation"],
         eval_pictures=Pictures(val_rows, val_features),
+        eval_rows=val_rows,
         scorer=CaptionScorer(val_rows["captions"], training_captions),
     )
     trainer.add_callback(PushCheckpoints(pushing))
@@ -326,7 +335,7 @@ class CaptionTrainer(Seq2SeqTrainer):
     all accumulated batches, and scores the whole vocabulary at once: `caption_loss` does neither.
     """
 
-    def __init__(self, model, args: LoopArguments, *, processor, sampler, eval_pictures, scorer, **kwargs):
+    def __init__(self, model, args: LoopArguments, *, processor, sampler, eval_pictures, eval_rows, scorer, **kwargs):
         super().__init__(
             model,
             args,
@@ -337,10 +346,13 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.processor = processor
         self.sampler = sampler
         self.eval_pictures = eval_pictures
+        self.eval_rows = eval_rows
         self.scorer = scorer
         self.stopping = StopSignal()
         self.epoch_ends = EpochEnds(self)
         self.add_callback(self.epoch_ends)
+        for silent in (ProgressCallback, PrinterCallback):  # EpochEnds tells more, and no line of twenty numbers
+            self.remove_callback(silent)
         if "tensorboard" in args.report_to:
             self.remove_callback(TensorBoardCallback)
             self.add_callback(WholeCurve)
@@ -402,6 +414,10 @@ class CaptionTrainer(Seq2SeqTrainer):
             drop_old(args.output_dir, args.save_total_limit, keep_steps={best["step"]})
         self.accelerator.wait_for_everyone()
 
+    def mean_loss(self) -> float:
+        """Of the steps since it was last logged, in nats a token; on this process."""
+        return self._tr_loss.item() / (self.state.global_step - self._globalstep_last_logged)
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As always, but an encoder that is not frozen may have a learning rate of its own."""
         optimizer = super().create_optimizer(model)
@@ -459,10 +475,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         loader = self.eval_loader(self.eval_pictures)
         captions = [made["caption"] for made in caption_pictures(model, self.processor, loader, self.accelerator)]
         generated = time.perf_counter()
-        scores = self.scorer.score(captions)
         return {
-            **scores,
-            "blind_cider": self.scorer.score(self.scorer.deal(captions))["cider"],
+            **score_and_show(captions, self.eval_rows, self.scorer),
             "generation_seconds": round(generated - started, 2),
             "scoring_seconds": round(time.perf_counter() - generated, 2),
         }
@@ -492,8 +506,17 @@ class EpochEnds(TrainerCallback):
         self.trainer.sampler.set_epoch(int(state.epoch))
         write_curves(args, state)
         self.started = time.perf_counter()
+        epoch, num_pictures = int(state.epoch), len(self.trainer.train_dataset)
+        seen = round((state.epoch - epoch) * num_pictures)
+        silent = args.disable_tqdm or not state.is_local_process_zero
+        self.bar = EpochBar(epoch + 1, math.ceil(args.num_train_epochs), num_pictures, seen, silent)
 
     def on_step_end(self, args: LoopArguments, state, control, **kwargs):
+        self.bar.update(
+            min(self.trainer.sampler.batch_size, self.bar.total - self.bar.n)
+        )  # the last batch may be short
+        if state.global_step % 10 == 0:
+            self.bar.tell(self.trainer.mean_loss())
         asked = self.trainer.stopping.ask(self.trainer.accelerator)
         due = args.save_steps and state.global_step % args.save_steps == 0
         # The last step of an epoch is saved, where it is to be, after the epoch's evaluation.
@@ -510,12 +533,16 @@ class EpochEnds(TrainerCallback):
         entry = {"epoch": state.epoch, "step": state.global_step, "train_seconds": round(self.seconds(), 2)}
         state.log_history.append(entry)
         self.started = None
+        self.bar.close()
 
     def on_save(self, args: LoopArguments, state, control, **kwargs):
         if self.trainer.stopping.heard:
             self.trainer.stopping.leave(self.trainer.accelerator, state.global_step)
 
     def on_log(self, args: LoopArguments, state, control, logs=None, **kwargs):
+        losses = {name: logs[key] for key, name in HISTORY_NAMES.items() if key in logs}
+        if losses:
+            tell_losses({"epoch": state.epoch, "step": state.global_step, **losses})
         if not math.isfinite(logs.get("loss", 0.0)):
             check_finite(logs["loss"], self.trainer.model, state.global_step, args.learning_rate, args.output_dir)
 
@@ -577,14 +604,13 @@ def write_curves(args: LoopArguments, state) -> None:
 
 def history_rows(log_history: list[dict]) -> list[dict]:
     """What the Trainer has logged, as system A's history has it: one row for each step at which something was."""
-    names = {"loss": "train_loss", "eval_loss": "eval_loss"}
     rows = {}
     for entry in log_history:
         if "train_runtime" in entry:  # the Trainer's summary at the end
             continue
         row = rows.setdefault(entry["step"], {"epoch": round(entry["epoch"], 4), "step": entry["step"]})
         logged = {name: value for name, value in entry.items() if name not in ("epoch", "step")}
-        row |= {names.get(name, name.removeprefix("eval_")): value for name, value in logged.items()}
+        row |= {HISTORY_NAMES.get(name, name.removeprefix("eval_")): value for name, value in logged.items()}
     return list(rows.values())
 
 
