@@ -128,7 +128,8 @@ def inspect_captions(model: PreTrainedModel, processor, inputs: dict, sequences:
         end = words.index(processor.tokenizer.eos_token_id) if processor.tokenizer.eos_token_id in words else len(words)
         outputs = model(
             encoder_outputs=BaseModelOutput(last_hidden_state=state[None]),
-            decoder_input_ids=ids[None, : first + end],
+            # The last token is not read: as in generation, a caption may fill all of the decoder's positions.
+            decoder_input_ids=ids[None, : max(first + end - 1, first)],
             output_attentions=True,
         )
         # What stands behind a token says the next one: the last start token the caption's first.
