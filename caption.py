@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- Captions ---------------------------------------------------------------------------------------------------
     loader = DataLoader(PictureSources(names), args.batch_size, num_workers=args.num_workers, collate_fn=list)
-    items = caption_items(model, processor, tqdm(loader, unit="batch", disable=None), decoding)
+    inspect = bool(args.output and args.output.endswith(".html"))  # the page tells of each word how sure the model was
+    items = caption_items(model, processor, tqdm(loader, unit="batch", disable=None), decoding, inspect)
     with one_line_errors():
         num_captioned = write_items(items, args.output)
     if num_captioned < len(names):
@@ -111,8 +112,8 @@ def read_picture(name: str) -> bytes:
         return path.read_bytes()
 
 
-def caption_items(model, processor, batches, decoding: dict) -> Iterator[dict]:
-    """The items with a "caption" each, as they come; those that have a problem are named on stderr and dropped."""
+def caption_items(model, processor, batches, decoding: dict, inspect: bool = False) -> Iterator[dict]:
+    """The items with what `generate_captions` tells of each, as they come; those that have a problem are named on stderr and dropped."""
     for batch in batches:
         for item in batch:
             if "problem" in item:
@@ -120,9 +121,9 @@ def caption_items(model, processor, batches, decoding: dict) -> Iterator[dict]:
         good = [item for item in batch if "image" in item]
         if good:
             pixels = processor(images=[item["image"] for item in good], return_tensors="pt")["pixel_values"]
-            made = generate_captions(model, processor, {"pixel_values": pixels.to(model.device)}, **decoding)
+            made = generate_captions(model, processor, {"pixel_values": pixels.to(model.device)}, inspect, **decoding)
             for item, caption in zip(good, made, strict=True):
-                yield {**item, "caption": caption["caption"]}
+                yield {**item, **caption}
 
 
 def write_items(items: Iterator[dict], output: str | None) -> int:
@@ -138,8 +139,8 @@ def write_items(items: Iterator[dict], output: str | None) -> int:
             lines.append(json.dumps({"image_id": item["name"], "caption": item["caption"]}, ensure_ascii=False) + "\n")
         elif count <= NUM_PICTURES_ON_PAGE:
             item["image"].thumbnail((448, 448), Image.Resampling.LANCZOS)
-            pictures.append(item["image"])
-            records.append({"image_id": item["name"], "caption": item["caption"], "references": []})
+            pictures.append(item.pop("image"))
+            records.append({"image_id": item.pop("name"), "references": [], **item})
     if output and output.endswith(".html"):
         with tempfile.TemporaryDirectory() as folder:
             write_file(output, write_page(folder, pictures, records, {}).read_bytes())

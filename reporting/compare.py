@@ -46,14 +46,14 @@ def comparison_table(runs: Runs) -> str:
 
 
 def draw_comparison(path: Path, runs: Runs, histories: dict[str, list[dict]]) -> Path:
-    """Draw each run's CIDEr with its interval and blind score; beside it CIDEr and validation loss over the training.
+    """Draw each run's CIDEr with its interval and blind score; beside it CIDEr, blind CIDEr and validation loss over the training.
 
     Args:
         histories: For each folder the rows of its history.json; a panel no history has anything for is left out.
     """
     panels = {
         key: title
-        for key, title in {"cider": "CIDEr", "eval_loss": "Validation loss"}.items()
+        for key, title in {"cider": "CIDEr, and blind (dotted)", "eval_loss": "Validation loss"}.items()
         if any(points(history, key)[1] for history in histories.values())
     }
     figure, axes = new_figure(1 + len(panels))
@@ -62,7 +62,9 @@ def draw_comparison(path: Path, runs: Runs, histories: dict[str, list[dict]]) ->
     for axis, (key, title) in zip(axes[1:], panels.items(), strict=True):
         drawn = [history for history in histories.values() if points(history, key)[1]]
         for index, history in enumerate(histories.values()):
-            draw_line(axis, *points(history, key), label=None, colour=COLOURS[index % len(COLOURS)])
+            colour = COLOURS[index % len(COLOURS)]
+            draw_line(axis, *points(history, key), label=None, colour=colour)
+            draw_line(axis, *points(history, f"blind_{key}"), label=None, colour=colour, style=":")
         finish_axis(
             axis, title, " or ".join(sorted({time_key(history) for history in drawn})), from_zero=key == "cider"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from reporting.results import write_file
 
@@ -88,6 +89,8 @@ def draw_line(
 def finish_axis(axis: Axes, title: str, time: str, from_zero: bool = False) -> None:
     """Title, legend and frame, the same in every panel."""
     axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color="#222222")
+    if time == "epoch":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_xlabel(time, fontsize=9, color="#555555")
     axis.tick_params(labelsize=8.5, colors="#555555", length=3)
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from small_captioners import PICTURES, build
 
+import caption
+from modeling.captioner import save_captioner
 from reporting.page import NUM_LOOKS, write_page
 
 WORDS = (" a", " red", " d", "og")
@@ -103,6 +106,17 @@ def test_captions_without_what_is_told_of_words(tmp_path):
     bare, sure = Cards(page_of(tmp_path, records)).cards
     assert (bare["caption"], bare["sure"], bare["looks"]) == ("a red dog", [], None)
     assert (sure["caption"], len(sure["sure"]), sure["looks"]) == ("a red dog", 4, None)
+
+
+def test_the_page_that_caption_py_writes_tells_of_each_word(tmp_path):
+    save_captioner(*build("vit_gpt2"), tmp_path / "model")
+    for place, picture in enumerate(PICTURES[:2]):
+        picture.save(tmp_path / f"{place}.png")
+    pictures = [str(tmp_path / f"{place}.png") for place in range(2)]
+    caption.main([*pictures, "--model", str(tmp_path / "model"), "--output", str(tmp_path / "page.html")])
+    cards = Cards(tmp_path / "page.html").cards
+    assert len(cards) == 2
+    assert all(len(card["sure"]) == len(card["caption"].split()) > 0 and card["looks"][0] == 2 for card in cards)
 
 
 # In a browser

@@ -13,13 +13,17 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard
+from matplotlib.axes import Axes
 from PIL import Image
 
+from reporting import compare, sheet
 from reporting.compare import comparison_table, main
-from reporting.curves import draw_curves, points
+from reporting.curves import draw_curves, draw_line, finish_axis, new_figure, points
 from reporting.model_card import markdown_line, usage, write_model_card
 from reporting.page import PICTURE_SIZE, picture_data_uri, write_page
 from reporting.push import push_to_hub
@@ -33,6 +37,7 @@ from reporting.results import (
     write_history,
     write_results,
 )
+from reporting.samples import write_samples
 
 HOSTILE = (
     "<script>document.title = 'hacked'</script>",
@@ -492,6 +497,39 @@ def test_runs_are_compared_in_a_table_and_a_plot(tmp_path, capsys):
     assert [row[cider] for row in table[2:]] == ["0.500", "0.750"]
     assert len({len(row) for row in table}) == 1
     assert Image.open(tmp_path / "plot.png").format == "PNG"
+
+
+def test_the_plot_of_runs_shows_each_blind_score_beside(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare, "draw_line", lambda axis, times, values, **style: drawn.append((values, style)))
+    histories = {"one": [{"step": 1, "epoch": 1, "cider": 0.3, "blind_cider": 0.1}], "two": [{"step": 1, "epoch": 1}]}
+    compare.draw_comparison(tmp_path / "plot.png", dict.fromkeys(histories, some_results()), histories)
+    (ours, solid), (blind, dotted) = [line for line in drawn if line[0]]
+    assert (ours, blind) == ([0.3], [0.1])
+    assert solid["colour"] == dotted["colour"] and solid.get("style", "-") != dotted["style"]
+
+
+def test_epochs_are_counted_in_whole_numbers():
+    figure, (axis,) = new_figure(1)
+    draw_line(axis, [1, 2], [0.5, 0.4], label=None, colour="red")
+    finish_axis(axis, "Loss", "epoch")
+    figure.canvas.draw()
+    assert all(float(tick).is_integer() for tick in axis.get_xticks())
+
+
+def test_a_sheet_shows_so_many_samples_with_their_captions(tmp_path, monkeypatch, capsys):
+    assert sheet.main([str(tmp_path), "--output", str(tmp_path / "sheet.png")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "--show_pictures true" in said and said.count("\n") == 1
+    rows = Dataset.from_dict({"image": some_pictures(6)}).cast_column("image", datasets.Image())
+    captions = ["a dog", "$\\frac{1}$ and $", "", "word " * 60, "five", "six"]
+    write_samples(tmp_path, rows, captions, shown=True)
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axis, title, **style: titles.append((title, style["parse_math"])))
+    assert sheet.main([str(tmp_path), "--output", str(tmp_path / "sheet.png"), "--num_pictures", "5"]) == 0
+    assert [title for title, _ in titles][:3] == ["a dog", captions[1], "(empty caption)"] and len(titles) == 5
+    assert titles[3][0].count("\n") == 2 and not any(parse for _, parse in titles)
+    assert Image.open(tmp_path / "sheet.png").format == "PNG"
 
 
 def test_runs_scored_on_different_pictures_are_said_not_to_compare():
