@@ -26,6 +26,7 @@ from data_scripts.command_line import one_line_errors
 from data_scripts.whole_folder import whole_folder
 from modeling import InceptionLSTMForConditionalGeneration
 from modeling.captioner import load_captioner
+from modeling.modeling_inception_lstm import STATE_NAME
 
 OPSET = 20
 MAX_BYTES_IN_FILE = 1_800_000_000  # of weights; an .onnx file ends at 2 GiB, and more goes into a .data file beside it
@@ -83,7 +84,7 @@ class TransformerEncoder(nn.Module):
         # The decoder reads one token to fill its cache; what of it the keys and values do not need falls out of the export.
         token = torch.zeros(pixel_values.shape[0], 1, dtype=torch.int64)
         outputs = self.model(pixel_values=pixel_values, decoder_input_ids=token, use_cache=True)
-        layers = outputs.past_key_values.cross_attention_cache.layers
+        layers = outputs[STATE_NAME].cross_attention_cache.layers
         return [tensor for layer in layers for tensor in (layer.keys, layer.values)]  # (batch, heads, positions, size)
 
     def names(self) -> list[str]:
@@ -111,10 +112,10 @@ class TransformerStep(nn.Module):
             position_ids=position_ids,
             attention_mask=torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None],
             encoder_hidden_states=picture[0][:, 0],  # only for its length: keys and values are there already
-            past_key_values=cache,
             use_cache=True,
+            **{STATE_NAME: cache},
         )
-        layers = outputs.past_key_values.self_attention_cache.layers
+        layers = outputs[STATE_NAME].self_attention_cache.layers
         return [outputs.logits[:, -1], *(tensor for layer in layers for tensor in (layer.keys, layer.values))]
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -18,6 +18,9 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .caption_loss import caption_loss
 
+# What `generate()` and outputs call the state between two words; transformers 5.24 renamed it.
+STATE_NAME = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
+
 
 class InceptionLSTMConfig(PreTrainedConfig):
     """Sizes of the captioner; the defaults are those of the source report.
@@ -100,7 +103,7 @@ class TimmEncoder(nn.Module):
 
 @dataclass
 class LSTMState:
-    """What the LSTM remembers between two words, in the place of a transformer's `past_key_values`.
+    """What the LSTM remembers between two words, in the place of a transformer's keys and values.
 
     hidden, cell: (layers, batch, hidden size); num_tokens: decoder positions read so far; grid: what attention looks at.
     """
@@ -228,13 +231,14 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: LSTMState | None = None,
+        cache: LSTMState | None = None,
         labels: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         label_smoothing: float = 0.0,
         output_attentions: bool | None = None,
+        past_key_values: LSTMState | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """Score each next token of the captions, and their loss where `labels` are given.
@@ -242,26 +246,28 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             pixel_values: float (batch, 3, height, width), normalised as the processor does it.
             decoder_input_ids: int64 (batch, length). The first is the start token, whose slot the picture takes; made from
-                `labels` where absent. With `past_key_values`, only the tokens not yet read.
+                `labels` where absent. With `cache`, only the tokens not yet read.
             encoder_outputs: In place of `pixel_values`, what the encoder gave: (batch, positions, encoder size); one position
                 without attention.
-            past_key_values: State of the LSTM after the tokens read before.
+            cache: State of the LSTM after the tokens read before.
             labels: int64 (batch, length), caption and EOS, -100 where a caption has ended.
             image_index: int64 (batch,). Which of the pictures each caption is about, where several captions share one; in their
                 order where absent.
             use_cache: Whether to give the state back; False where `labels` are given.
             num_items_in_batch, label_smoothing: See `caption_loss`.
             output_attentions: Whether to tell where a model with attention looked.
+            past_key_values: The name of `cache` before transformers 5.24.
 
         Returns:
             `loss` (nats a token) where `labels` are given, else `logits` (batch, length, vocabulary): the scores of a batch of
-            captions are never held all at once. `past_key_values` where `use_cache` says so. Where asked for,
+            captions are never held all at once. The state, under `STATE_NAME`, where `use_cache` says so. Where asked for,
             `cross_attentions` of one layer and one head: (batch, 1, length, positions).
         """
         if decoder_input_ids is None:
             decoder_input_ids = self.shift_right(labels)
         inputs = self.token_embedding(decoder_input_ids)  # (batch, length, image embedding)
-        if past_key_values is None:
+        cache = past_key_values if cache is None else cache
+        if cache is None:
             if encoder_outputs is None:
                 encoder_outputs = self.encoder(pixel_values)
             states = encoder_outputs[0].to(inputs.dtype)  # (pictures, positions, encoder size)
@@ -271,8 +277,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             grid = self.attention.grid(states, image_index) if self.attention else None
             memory, num_tokens = None, 0
         else:
-            grid, num_tokens = past_key_values.grid, past_key_values.num_tokens
-            memory = (past_key_values.hidden, past_key_values.cell)
+            grid, num_tokens, memory = cache.grid, cache.num_tokens, (cache.hidden, cache.cell)
 
         outputs, (hidden, cell) = self.lstm(self.dropout(inputs), memory)  # (batch, length, hidden)
         cross_attentions = None
@@ -289,12 +294,11 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss = caption_loss(outputs, labels, head.weight, head.bias, num_items_in_batch, label_smoothing)
 
         use_cache = labels is None if use_cache is None else use_cache
+        state = LSTMState(hidden, cell, num_tokens + decoder_input_ids.shape[1], grid) if use_cache else None
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=LSTMState(hidden, cell, num_tokens + decoder_input_ids.shape[1], grid)
-            if use_cache
-            else None,
+            **{STATE_NAME: state},
             cross_attentions=cross_attentions,
             encoder_last_hidden_state=encoder_outputs[0] if encoder_outputs is not None else None,
         )
