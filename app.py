@@ -17,7 +17,7 @@ import transformers
 from markupsafe import Markup
 
 from data_scripts.command_line import one_line_errors
-from data_scripts.row_checks import MAX_PICTURE_BYTES, PICTURE, picture_problem
+from data_scripts.row_checks import MAX_PICTURE_BYTES, BadPicture, decode_picture
 from modeling.captioner import load_captioner, stream_caption
 from reporting.page import picture_data_uri
 
@@ -156,8 +156,10 @@ def usable_pictures(paths: list[str]) -> list[str]:
         if len(good) == MAX_PICTURES:
             gr.Warning(f"Only the first {MAX_PICTURES} pictures are taken.")
             break
-        if problem := picture_problem(Path(path).read_bytes()):
-            gr.Warning(str(Markup.escape(f"{Path(path).name}: {problem}")))
+        try:
+            decode_picture(Path(path).read_bytes())
+        except BadPicture as error:
+            gr.Warning(str(Markup.escape(f"{Path(path).name}: {error}")))
         else:
             good.append(path)
     return good
@@ -173,7 +175,7 @@ def caption_files(captioners: dict[str, tuple], paths: list[str], generation: di
         raise gr.Error("There is no picture to caption: drop one, paste one, or take a photograph.")
     lines, before, shown = [], "", ""
     for path in paths:
-        picture = PICTURE.decode_example({"bytes": Path(path).read_bytes(), "path": None})
+        picture = decode_picture(Path(path).read_bytes())
         before, captions = shown + before, dict.fromkeys(captioners, "")
         for name, (model, processor) in captioners.items():
             pixels = processor(images=[picture], return_tensors="pt")["pixel_values"].to(model.device)

@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 
 from data_scripts.archives import download
 from data_scripts.command_line import one_line_errors
-from data_scripts.row_checks import MAX_PICTURE_BYTES, PICTURE, picture_problem
+from data_scripts.row_checks import MAX_PICTURE_BYTES, BadPicture, decode_picture
 from modeling.captioner import generate_captions, load_captioner
-from reporting.page import write_page
+from modeling.processing import resized_side
+from reporting.page import PICTURE_SIZE, write_page
 from reporting.results import write_file
 
 PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -34,10 +35,16 @@ MAX_PICTURE_SECONDS = 60.0  # that one may take to come from the network
 
 
 class PictureSources(torch.utils.data.Dataset):
-    """Pictures by name: {"name", "image"}, or {"name", "problem"} where one cannot be used."""
+    """Pictures by name: {"name", "image"}, or {"name", "problem"} where one cannot be used.
 
-    def __init__(self, names: list[str]):
+    Args:
+        names: Files and http(s) addresses.
+        least_side: See `decode_picture`.
+    """
+
+    def __init__(self, names: list[str], least_side: int | None = None):
         self.names = names
+        self.least_side = least_side
 
     def __len__(self) -> int:
         return len(self.names)
@@ -45,12 +52,34 @@ class PictureSources(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         name = self.names[index]
         try:
-            content = read_picture(name)
+            return {"name": name, "image": decode_picture(read_picture(name), self.least_side)}
+        except BadPicture as error:
+            return {"name": name, "problem": str(error)}
         except (OSError, ValueError) as error:
             return {"name": name, "problem": f"cannot be read: {error}"}
-        if problem := picture_problem(content):
-            return {"name": name, "problem": problem}
-        return {"name": name, "image": PICTURE.decode_example({"bytes": content, "path": None})}
+
+
+class PictureCollator:
+    """Items of `PictureSources` as one batch, made where the pictures are decoded: (items, pixels of those without a problem).
+
+    Args:
+        processor: The captioner's.
+        keep_images: Whether the items keep their pictures, no larger than a page shows them.
+    """
+
+    def __init__(self, processor, keep_images: bool = False):
+        self.processor = processor
+        self.keep_images = keep_images
+
+    def __call__(self, items: list[dict]) -> tuple[list[dict], torch.Tensor | None]:
+        images = [item["image"] for item in items if "image" in item]
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
+        for item in items:
+            if "image" in item and self.keep_images:
+                item["image"].thumbnail((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
+            else:
+                item.pop("image", None)
+        return items, pixels
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,7 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=32, help="pictures captioned at once")
     parser.add_argument("--num_beams", type=int, help="beams; 1 is greedy; what the model was saved with if not given")
     parser.add_argument("--max_length", type=int, help="longest caption, in tokens; the model's own if not given")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read and decode pictures")
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        help="processes that read and decode pictures; if not given up to 8 on a GPU, and none on a CPU, which the model needs",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     args = parser.parse_args(argv)
     if args.output and Path(args.output).suffix not in (".txt", ".jsonl", ".html"):
@@ -81,8 +114,15 @@ def main(argv: list[str] | None = None) -> None:
     decoding = {name: value for name, value in decoding.items() if value is not None}
 
     # ---- Captions ---------------------------------------------------------------------------------------------------
-    loader = DataLoader(PictureSources(names), args.batch_size, num_workers=args.num_workers, collate_fn=list)
     inspect = bool(args.output and args.output.endswith(".html"))  # the page tells of each word how sure the model was
+    if args.num_workers is None:
+        args.num_workers = 0 if args.device == "cpu" else min(8, os.cpu_count())
+    loader = DataLoader(
+        PictureSources(names, 2 * resized_side(processor.image_processor)),
+        args.batch_size,
+        num_workers=args.num_workers,
+        collate_fn=PictureCollator(processor, keep_images=inspect),
+    )
     items = caption_items(model, processor, tqdm(loader, unit="batch", disable=None), decoding, inspect)
     with one_line_errors():
         num_captioned = write_items(items, args.output)
@@ -113,15 +153,19 @@ def read_picture(name: str) -> bytes:
 
 
 def caption_items(model, processor, batches, decoding: dict, inspect: bool = False) -> Iterator[dict]:
-    """The items with what `generate_captions` tells of each, as they come; those that have a problem are named on stderr and dropped."""
-    for batch in batches:
-        for item in batch:
+    """The items with what `generate_captions` tells of each, as they come; those that have a problem are named on stderr and dropped.
+
+    Args:
+        batches: What `PictureCollator` makes.
+        decoding, inspect: See `generate_captions`.
+    """
+    for items, pixels in batches:
+        for item in items:
             if "problem" in item:
                 print(f"{item['name']}: {item['problem']}", file=sys.stderr)
-        good = [item for item in batch if "image" in item]
-        if good:
-            pixels = processor(images=[item["image"] for item in good], return_tensors="pt")["pixel_values"]
+        if pixels is not None:
             made = generate_captions(model, processor, {"pixel_values": pixels.to(model.device)}, inspect, **decoding)
+            good = [item for item in items if "problem" not in item]
             for item, caption in zip(good, made, strict=True):
                 yield {**item, **caption}
 
@@ -138,7 +182,6 @@ def write_items(items: Iterator[dict], output: str | None) -> int:
         elif output.endswith(".jsonl"):
             lines.append(json.dumps({"image_id": item["name"], "caption": item["caption"]}, ensure_ascii=False) + "\n")
         elif count <= NUM_PICTURES_ON_PAGE:
-            item["image"].thumbnail((448, 448), Image.Resampling.LANCZOS)
             pictures.append(item.pop("image"))
             records.append({"image_id": item.pop("name"), "references": [], **item})
     if output and output.endswith(".html"):

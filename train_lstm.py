@@ -217,7 +217,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     model.to(accelerator.device)
     features = dict.fromkeys(dataset)
     if data_args.cache_features and model_args.freeze_encoder:
-        features = encode_splits(dataset, model.encoder, processor.image_processor)
+        features = encode_splits(dataset, model.encoder, processor.image_processor, data_args)
     pairs = {
         split: CaptionPairs(dataset[split], tokenizer, data_args.max_caption_length, features[split])
         for split in ("train", "validation")

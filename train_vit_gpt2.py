@@ -205,7 +205,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
     model.to(args.device)
     features = dict.fromkeys(dataset)
     if data_args.cache_features and model_args.freeze_encoder:
-        features = encode_splits(dataset, model.encoder, processor.image_processor)
+        features = encode_splits(dataset, model.encoder, processor.image_processor, data_args)
     start_ids = start_token_ids(model)
     room = model.config.decoder.max_position_embeddings - len(start_ids) + 1  # positions left for caption and EOS
     max_length = min(data_args.max_caption_length or room, room)

@@ -17,21 +17,21 @@ class Pictures(torch.utils.data.Dataset):
 
     Args:
         rows: Rows with an `image`.
-        features: As many rows of `encoder_features` from `cache_features`; pictures are then not decoded at all.
+        features: As many rows from `cache_features`; pictures are then not decoded at all.
     """
 
     def __init__(self, rows: Dataset, features: Dataset | None = None):
-        if features is None:
-            self.source, self.column = rows, "image"
-        else:
-            self.source, self.column = features.with_format("numpy"), "encoder_features"
+        self.source = rows.select_columns(["image"]) if features is None else features.with_format("numpy")
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        values = self.source[list(indices)][self.column]
-        return [{"index": index, self.column: value} for index, value in zip(indices, values, strict=True)]
+        columns = self.source[list(indices)]
+        return [
+            {"index": index, **{name: values[place] for name, values in columns.items()}}
+            for place, index in enumerate(indices)
+        ]
 
 
 def spread_evenly(num_rows: int | None, *tables: Dataset | None) -> tuple:
@@ -153,7 +153,7 @@ class CaptionCollator:
             a row and the model `image_index`; "pack" puts the captions of a picture behind each other into one row, and
             `decoder_position_ids`, by which transformers keeps them apart; None repeats the picture.
 
-    Called with items {"index", "image" or "encoder_features", and "decoder_input_ids" and "labels" where there are
+    Called with items {"index", "image" or the columns of `cache_features`, and "decoder_input_ids" and "labels" where there are
     captions}, it gives
         index: int64 (batch,), the rows of the pictures
         pixel_values: float32 (batch, 3, height, width), normalised
@@ -178,8 +178,10 @@ class CaptionCollator:
             if self.share_pictures == "index":
                 batch["image_index"] = torch.tensor(image_index)
         if "encoder_features" in items[0]:
-            features = torch.from_numpy(np.stack([item["encoder_features"] for item in pictures]))
-            batch["encoder_outputs"] = BaseModelOutput(last_hidden_state=features.float())
+            features = torch.from_numpy(np.stack([item["encoder_features"] for item in pictures])).float()
+            if "feature_scale" in items[0]:
+                features *= torch.from_numpy(np.stack([item["feature_scale"] for item in pictures])).unsqueeze(-1)
+            batch["encoder_outputs"] = BaseModelOutput(last_hidden_state=features)
         else:
             images = [item["image"].convert("RGB") for item in pictures]
             batch["pixel_values"] = self.processor(images=images, return_tensors="pt")["pixel_values"]

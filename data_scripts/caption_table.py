@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from tqdm import tqdm
 
-from data_scripts.row_checks import PICTURE, CheckedRow, SourceRow, check_row
+from data_scripts.row_checks import CheckedRow, SourceRow, check_row
 from data_scripts.splits import SPLITS, cut_missing_splits
 from data_scripts.whole_folder import whole_folder
 
-FEATURES = Features({"image": PICTURE, "image_id": Value("string"), "captions": List(Value("string"))})
+FEATURES = Features({"image": Image(mode="RGB"), "image_id": Value("string"), "captions": List(Value("string"))})
 
 DEFAULT_SHARE = 0.05
 ROWS_AT_ONCE = 64

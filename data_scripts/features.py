@@ -4,13 +4,15 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Array2D, Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,9 @@ def cache_features(
     encoder: Callable[[torch.Tensor], torch.Tensor],
     image_processor,
     fingerprint: str,
-    batch_size: int = 8,
+    in_8_bits: bool = False,
+    batch_size: int = 32,
+    num_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> Dataset:
     """What a frozen encoder says of every picture of a split, computed at most once.
@@ -50,82 +54,136 @@ def cache_features(
         encoder: Pixels (batch, 3, height, width) to states (batch, positions, size), without gradient and in eval.
         image_processor: Pictures to pixels.
         fingerprint: Of encoder and image processor; another one never meets this one's files.
+        in_8_bits: Whether to keep each state in 8 bits a number, as shares of its largest: half the disk, and not exact.
         batch_size: Pictures the encoder sees together.
+        num_workers: Processes that decode pictures; 0 decodes in this one.
         device: Where the encoder is.
 
     Returns:
-        As many rows, in the same order, with the one column `encoder_features`: float16 (positions, size).
+        As many rows, in the same order, with the columns of `store_states`.
 
     Under several processes each computes its share of the files and waits for the others. Files are written beside and
     renamed by `datasets`, 512 pictures each, so that after a kill all but the last few are there.
     """
     state = PartialState()
     pictures = dataset.select_columns(["image"])
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "showtell_features" / fingerprint
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "showtell_features" / (fingerprint + "-int8" * in_8_bits)
     os.makedirs(folder, exist_ok=True)
     starts = range(0, len(pictures), SHARD_SIZE)
     shards = [pictures.select(range(start, min(start + SHARD_SIZE, len(pictures)))) for start in starts]
     paths = [folder / f"{pictures_fingerprint(shard)}.arrow" for shard in shards]
 
-    def encode(images: list) -> torch.Tensor:
-        pixels = image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+    def to_pixels(rows: list[dict]) -> torch.Tensor:
+        images = [row["image"].convert("RGB") for row in rows]
+        return image_processor(images=images, return_tensors="pt")["pixel_values"]  # (batch, 3, height, width)
+
+    def encode(pixels: torch.Tensor) -> dict[str, np.ndarray]:
         with torch.inference_mode():
-            return encoder(pixels.to(device))  # (batch, positions, size)
+            return store_states(encoder(pixels.to(device)), in_8_bits)
 
     # Dealt by place, not by what is missing: another process may be writing already.
     mine = list(zip(shards, paths, strict=True))[state.process_index :: state.num_processes]
     missing = [(shard, path) for shard, path in mine if not path.exists()]
     if missing:
-        _write_shards(missing, encode, batch_size, show_progress=state.is_main_process)
+        rows = concatenate_datasets([shard for shard, _ in missing])
+        sizes = [len(shard) for shard, _ in missing]
+        loader = DataLoader(
+            rows, batch_sampler=batches_of_shards(sizes, batch_size), num_workers=num_workers, collate_fn=to_pixels
+        )
+        example = encode(to_pixels([rows[0]]))
+        files = dict(zip((path for _, path in missing), sizes, strict=True))
+        _write_files(files, map(encode, loader), example, batch_size, show_progress=state.is_main_process)
     state.wait_for_everyone()
     return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
 
 
-def _write_shards(shards: list[tuple[Dataset, Path]], encode: Callable, batch_size: int, show_progress: bool) -> None:
-    """Encode the pictures of each shard into its file, after saying how much that is."""
-    shape = tuple(encode([shards[0][0][0]["image"]]).shape[1:])  # (positions, size)
-    columns = datasets.Features({"encoder_features": Array2D(shape, "float16")})
-    num_pictures = sum(len(shard) for shard, _ in shards)
-    megabytes = num_pictures * shape[0] * shape[1] * 2 / 1e6
+def store_states(states: torch.Tensor, in_8_bits: bool = False) -> dict[str, np.ndarray]:
+    """States (batch, positions, size) as they are kept: `encoder_features`, float16 or, with their `feature_scale`, int8.
+
+    The scale, float32 (batch, positions), is each state's largest number over 127.
+    """
+    states = states.float().cpu()
+    if not in_8_bits:
+        return {"encoder_features": states.half().numpy()}
+    scale = states.abs().amax(dim=-1) / 127  # (batch, positions)
+    shares = states / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    return {"encoder_features": shares.round().to(torch.int8).numpy(), "feature_scale": scale.numpy()}
+
+
+def batches_of_shards(sizes: list[int], batch_size: int) -> list[range]:
+    """Places of shards that lie behind each other, in batches none of which reaches into two of them."""
+    ends = np.cumsum(sizes)
+    return [
+        range(start, min(start + batch_size, end))
+        for end, size in zip(ends.tolist(), sizes, strict=True)
+        for start in range(end - size, end, batch_size)
+    ]
+
+
+def _write_files(
+    files: dict[Path, int], batches: Iterator[dict], example: dict, batch_size: int, show_progress: bool
+) -> None:
+    """Write so many rows into each file, after saying how much that is.
+
+    Args:
+        files: Path and number of rows.
+        batches: Columns of `batch_size` rows, fewer at a file's end.
+        example: Columns of one row.
+    """
+    kinds = {1: lambda shape, dtype: datasets.List(datasets.Value(dtype), length=shape[0]), 2: datasets.Array2D}
+    columns = {name: kinds[value[0].ndim](value[0].shape, str(value.dtype)) for name, value in example.items()}
+    folder, num_pictures = next(iter(files)).parent, sum(files.values())
+    megabytes = num_pictures * sum(value.nbytes for value in example.values()) / 1e6
+    positions, size = example["encoder_features"].shape[1:]
     logger.info(
-        f"Encoding {num_pictures:,} pictures once: {shape[0]} x {shape[1]} numbers each, "
-        f"{megabytes:,.0f} MB in {shards[0][1].parent}"
+        f"Encoding {num_pictures:,} pictures once: {positions} x {size} numbers each, {megabytes:,.0f} MB in {folder}"
     )
-    free = shutil.disk_usage(shards[0][1].parent).free / 1e6
+    free = shutil.disk_usage(folder).free / 1e6
     if megabytes > free:
         raise OSError(
-            f"the features of {num_pictures:,} pictures need {megabytes:,.0f} MB in {shards[0][1].parent}, where {free:,.0f} "
-            "are free: make room, set HF_DATASETS_CACHE to a larger disk, or give --cache_features false"
+            f"the features of {num_pictures:,} pictures need {megabytes:,.0f} MB in {folder}, where {free:,.0f} are free: "
+            "make room, set HF_DATASETS_CACHE to a larger disk, or give --int8_features true or --cache_features false"
         )
     datasets.disable_progress_bars()  # ours counts pictures over all files
     with tqdm(total=num_pictures, unit="picture", desc="encoding", disable=not show_progress) as bar:
 
-        def encode_batch(batch: dict) -> dict:
-            states = encode(batch["image"])
-            bar.update(len(states))
-            return {"encoder_features": states.half().cpu().numpy()}
+        def next_batch(places: dict) -> dict:
+            bar.update(len(places["place"]))
+            return next(batches)
 
-        for shard, path in shards:
-            shard.map(
-                encode_batch,
+        for path, num_rows in files.items():
+            Dataset.from_dict({"place": range(num_rows)}).map(
+                next_batch,
                 batched=True,
                 batch_size=batch_size,
-                remove_columns=["image"],
-                features=columns,
+                remove_columns=["place"],
+                features=datasets.Features(columns),
                 cache_file_name=str(path),
                 new_fingerprint=path.stem,
             )
     datasets.enable_progress_bars()
 
 
-def encode_splits(dataset: DatasetDict, encoder: torch.nn.Module, image_processor) -> dict[str, Dataset]:
-    """The features of every split, by a frozen encoder that gives `last_hidden_state`."""
-    encoder = encoder.eval()
+def encode_splits(dataset: DatasetDict, encoder: torch.nn.Module, image_processor, args) -> dict[str, Dataset]:
+    """The features of every split, by a frozen encoder that gives `last_hidden_state`.
+
+    Args:
+        args: `int8_features` and `dataloader_num_workers` of the run.
+    """
+    encoder = encoder.eval().to(memory_format=torch.channels_last)  # convolutions are faster in it
     fingerprint = encoder_fingerprint(encoder, image_processor)
     device = next(encoder.parameters()).device
-    return {
+    features = {
         split: cache_features(
-            rows, lambda pixels: encoder(pixels).last_hidden_state, image_processor, fingerprint, device=device
+            rows,
+            lambda pixels: encoder(pixels).last_hidden_state,
+            image_processor,
+            fingerprint,
+            args.int8_features,
+            num_workers=args.dataloader_num_workers,
+            device=device,
         )
         for split, rows in dataset.items()
     }
+    encoder.to(memory_format=torch.contiguous_format)  # as it is saved
+    return features

@@ -39,6 +39,11 @@ def centre_crop(image_processor) -> float | None:
     return min(image_processor.crop_size["height"] / short_side, 1.0)
 
 
+def resized_side(image_processor) -> int:
+    """To how many pixels pictures are resized: their short side, or the longer of two that are given."""
+    return max(dict(image_processor.size).values())
+
+
 def build_processor(image_processor, tokenizer) -> VisionTextDualEncoderProcessor:
     """Both in one; called with `images=` it gives pixels, with `text=` token ids, and it decodes."""
     return VisionTextDualEncoderProcessor(image_processor=image_processor, tokenizer=tokenizer)

@@ -54,6 +54,9 @@ class DataArguments:
     cache_features: bool = field(
         default=True, metadata={"help": "Keep what a frozen encoder says of each picture on disk, in float16."}
     )
+    int8_features: bool = field(
+        default=False, metadata={"help": "Keep it in 8 bits a number: half the disk, and not quite the same."}
+    )
     group_by_length: bool = field(default=True, metadata={"help": "Put captions of like length into one batch."})
     group_by_picture: bool = field(
         default=False, metadata={"help": "Put the captions of a picture into one batch, which reads the picture once."}

@@ -1,5 +1,7 @@
 """Laws of pairs, their order, the collator and the feature cache."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -142,6 +144,34 @@ def test_features_are_the_encoders_own_in_half_precision_and_computed_once(rows,
     seen = encoder.num_pictures
     again = cache_features(rows, encoder, processor.image_processor, fingerprint)
     assert encoder.num_pictures == seen and len(again) == len(rows)
+
+
+def test_features_in_8_bits_are_half_as_large_and_nearly_the_same(rows, processor):
+    encoder = CountingEncoder()
+    kept = {
+        in_8_bits: cache_features(rows, encoder, processor.image_processor, "eight", in_8_bits)
+        for in_8_bits in (False, True)
+    }
+    assert kept[True].features["encoder_features"].dtype == "int8"
+    told = [
+        CaptionCollator(processor)(Pictures(rows, features).__getitems__(range(len(rows))))["encoder_outputs"][0]
+        for features in kept.values()
+    ]
+    largest = (
+        told[0].abs().amax(dim=-1, keepdim=True)
+    )  # a step is a 127th of it, half of one is lost; float16's own is less
+    assert ((told[1] - told[0]).abs() <= largest / 235).all() and not torch.equal(*told)
+    sizes = [sum(os.path.getsize(file["filename"]) for file in features.cache_files) for features in kept.values()]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_processes_that_decode_change_no_feature(rows, processor, monkeypatch):
+    monkeypatch.setattr("data_scripts.features.SHARD_SIZE", 10)
+    encoder = CountingEncoder()
+    options = {"image_processor": processor.image_processor, "batch_size": 4}
+    alone = cache_features(rows, encoder, fingerprint="alone", **options)
+    shared = cache_features(rows, encoder, fingerprint="shared", num_workers=2, **options)
+    assert alone["encoder_features"] == shared["encoder_features"]
 
 
 def test_changed_pictures_crop_or_weights_never_meet_old_features(rows, processor):

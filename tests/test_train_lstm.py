@@ -310,7 +310,9 @@ def test_caption_tells_files_and_folders_and_names_what_it_cannot_read(trained, 
     assert "broken.jpg: picture does not decode" in capsys.readouterr().err
 
     caption.main(["--model", str(trained), str(pictures / "0.png"), "--output", str(tmp_path / "captions.html")])
-    assert made[0] in re.sub("<[^>]*>", "", (tmp_path / "captions.html").read_text())  # each token stands in its own tag
+    assert made[0] in re.sub(
+        "<[^>]*>", "", (tmp_path / "captions.html").read_text()
+    )  # each token stands in its own tag
     caption.main(["--model", str(trained), str(pictures / "0.png")])
     assert capsys.readouterr().out == f"{pictures / '0.png'}\t{made[0]}\n"
     with pytest.raises(SystemExit) as stopped:
