@@ -5,11 +5,8 @@
 The captions are made here, always the same. Needs Java and `pip install pycocoevalcap`.
 """
 
-import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -20,6 +17,8 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from benchmarks.machine import benchmark_parser, describe_machine, write_result
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_REFERENCES = 5
@@ -142,27 +141,9 @@ def measure_growth(sizes: list[int]) -> list[dict]:
     return rows
 
 
-def describe_machine() -> dict:
-    """Name what the times were taken on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    java = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr.splitlines()
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "java": java[0] if java else "",
-        "pycocoevalcap": version("pycocoevalcap"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file to write the measurements to")
+    parser = benchmark_parser(__doc__, runs=3)
     parser.add_argument("--num_pictures", type=int, default=8000, help="pictures of the comparison")
-    parser.add_argument("--num_runs", type=int, default=3, help="runs of each side, in turns")
     arguments = parser.parse_args(argv)
     try:
         version("pycocoevalcap")
@@ -171,18 +152,16 @@ def main(argv: list[str] | None = None) -> None:
     if shutil.which("java") is None:
         parser.error("no `java` on the PATH, and pycocoevalcap's tokenizer is a Java program: install a Java runtime")
 
-    result = {"machine": describe_machine(), "comparison": compare(arguments.num_pictures, arguments.num_runs)}
+    java = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr.splitlines()
+    machine = describe_machine() | {"java": java[0], "pycocoevalcap": version("pycocoevalcap")}
+    result = {"machine": machine, "comparison": compare(arguments.num_pictures, arguments.runs)}
     result["growth"] = measure_growth([12_500, 25_000, 50_000, 100_000])
-    print(json.dumps(result["machine"]))
+    write_result(result, arguments.json)
     comparison = result["comparison"]
     print(
         f"{comparison['ratio_of_medians']:.1f} times faster by the clock, {comparison['ratio_of_cpu_medians']:.1f} times less processor "
         f"time, at a load of {comparison['load_average'][0]:.1f}; scores differ by {comparison['largest_difference']:.1e}"
     )
-    if arguments.json:
-        beside = arguments.json.with_name(arguments.json.name + ".tmp")
-        beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        beside.replace(arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,190 @@
+"""Time a training step of either decoder against plain matrix products of its shapes, and weigh the loss.
+
+    python -m benchmarks.decoder_step --json decoder_step.json
+
+A step is forward, loss and backward from the encoder's states; the products are all those that it cannot do without, float32,
+each with its two gradients. The loss is weighed in processes of its own, by the most memory they ever held.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from benchmarks.full_size import VOCABULARY, build_captioner, paragraphs, random_states
+from benchmarks.machine import benchmark_parser, describe_machine, in_turns, ratio_of_medians, synchronize, write_result
+from modeling.caption_loss import caption_loss
+from modeling.vit_gpt2 import hidden_states_as_logits
+
+SHAPE = {"lstm": (64, 70), "vit_gpt2": (8, 128)}  # captions and tokens of a batch
+HIDDEN = 768  # of GPT-2 small, whose vocabulary the loss is weighed over
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = benchmark_parser(__doc__, runs=5)
+    parser.add_argument("--system", choices=["lstm", "vit_gpt2"], nargs="+", default=["lstm", "vit_gpt2"])
+    parser.add_argument(
+        "--weigh", choices=["nothing", "plain", "ours"], help=argparse.SUPPRESS
+    )  # in a process of its own
+    args = parser.parse_args(argv)
+    if args.weigh:
+        return weigh(args.weigh)
+    result = {"machine": describe_machine(args.device)}
+    captions = [texts[0] for texts in paragraphs(None, 1000)["captions"]]
+    for system in args.system:
+        result[system] = compare_step(system, captions, args)
+    result["loss"] = compare_loss(args)
+    write_result(result, args.json)
+
+
+def compare_step(system: str, captions: list[str], args) -> dict:
+    """Billions of floating point operations a second of the step and of the bare products, in turns."""
+    model, _ = build_captioner(system, captions)
+    model.to(args.device).train()
+    batch_size, length = SHAPE[system]
+    states = random_states(system, batch_size, args.device)
+    labels = torch.randint(4, 1000, (batch_size, length), device=args.device)
+    products = list(lstm_products(model.config) if system == "lstm" else gpt2_products(model.config.decoder))
+    billions = sum(6 * count * batch * n * k * m for count, batch, n, k, m in products) / 1e9
+
+    def step() -> float:
+        start = time.perf_counter()
+        step_loss(system, model, states, labels).backward()
+        synchronize(args.device)
+        seconds = time.perf_counter() - start
+        model.zero_grad()
+        return billions / seconds
+
+    def bare() -> float:
+        seconds = 0.0
+        for count, batch, n, k, m in products:
+            left, right, out = (torch.randn(batch, *size, device=args.device) for size in ((n, k), (k, m), (n, m)))
+            if batch == 1:
+                left, right, out = left[0], right[0], out[0]
+            start = time.perf_counter()
+            for _ in range(count):
+                left @ right, out @ right.mT, left.mT @ out
+            synchronize(args.device)
+            seconds += time.perf_counter() - start
+        return billions / seconds
+
+    step(), bare()  # the first calls are not what is asked for
+    measured = in_turns({"step": step, "products": bare}, args.runs)
+    return {
+        "captions": batch_size,
+        "tokens": length,
+        "billions_a_second": measured,
+        "share": ratio_of_medians(measured, "step", "products"),
+    }
+
+
+def step_loss(system: str, model, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What the training scripts compute of a batch."""
+    if system == "lstm":
+        return model(encoder_outputs=(states,), labels=labels).loss
+    start = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)
+    with hidden_states_as_logits(model.decoder) as head:
+        hidden = model.decoder(
+            input_ids=torch.cat([start, labels[:, :-1]], dim=1), encoder_hidden_states=states, use_cache=False
+        ).logits
+    return caption_loss(hidden, labels, head.weight, head.bias)
+
+
+def lstm_products(config) -> Iterator[tuple[int, int, int, int, int]]:
+    """(times, batch, n, k, m) of each product n x k by k x m: what a layer reads of all words, its state word by word, the scores."""
+    captions, length = SHAPE["lstm"]
+    for layer in range(config.num_hidden_layers):
+        size = config.image_embed_dim if layer == 0 else config.hidden_size
+        yield 1, 1, captions * length, size, 4 * config.hidden_size
+    yield config.num_hidden_layers * length, 1, captions, config.hidden_size, 4 * config.hidden_size
+    yield 1, 1, captions * length, config.hidden_size, config.vocab_size
+
+
+def gpt2_products(config) -> Iterator[tuple[int, int, int, int, int]]:
+    """Likewise of GPT-2 with cross attention over 197 places."""
+    captions, length = SHAPE["vit_gpt2"]
+    tokens, places, size, layers = captions * length, 197, config.n_embd, config.n_layer
+    heads = captions * config.n_head
+    for rows, width, out in [
+        (tokens, size, 3 * size),  # queries, keys and values of the words
+        (tokens, size, size),
+        (tokens, size, size),  # queries for the picture
+        (captions * places, size, 2 * size),  # its keys and values
+        (tokens, size, size),
+        (tokens, size, 4 * size),
+        (tokens, 4 * size, size),
+    ]:
+        yield layers, 1, rows, width, out
+    for keys in (length, places):
+        yield layers, heads, length, size // config.n_head, keys
+        yield layers, heads, length, keys, size // config.n_head
+    yield 1, 1, tokens, size, config.vocab_size
+
+
+def loss_inputs(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, labels and weight of system B's loss, 8 captions of 128 tokens."""
+    torch.manual_seed(0)
+    hidden = torch.randn(*SHAPE["vit_gpt2"], HIDDEN, device=device, requires_grad=True)
+    weight = (0.02 * torch.randn(VOCABULARY["vit_gpt2"], HIDDEN, device=device)).requires_grad_()
+    return hidden, torch.randint(VOCABULARY["vit_gpt2"], SHAPE["vit_gpt2"], device=device), weight
+
+
+def plain_loss(hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The scores of all tokens at once, as float32, then their cross entropy."""
+    logits = nn.functional.linear(hidden, weight)
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+
+LOSSES = {"plain": plain_loss, "ours": caption_loss}
+
+
+def compare_loss(args) -> dict:
+    """Seconds, memory and gradients of both ways."""
+    gradients = {}
+
+    def seconds(name: str) -> float:
+        hidden, labels, weight = loss_inputs(args.device)
+        start = time.perf_counter()
+        LOSSES[name](hidden, labels, weight).backward()
+        synchronize(args.device)
+        gradients[name] = torch.cat([hidden.grad.flatten(), weight.grad.flatten()])
+        return time.perf_counter() - start
+
+    seconds("plain"), seconds("ours")
+    measured = in_turns({name: lambda name=name: seconds(name) for name in LOSSES}, args.runs)
+    difference = (gradients["ours"] - gradients["plain"]).norm() / gradients["plain"].norm()
+    held = {name: peak_memory(name) for name in ("nothing", *LOSSES)}
+    beyond = {name: held[name] - held["nothing"] for name in LOSSES}
+    return {
+        "seconds": measured,
+        "times_as_long": ratio_of_medians(measured, "ours", "plain"),
+        "megabytes_beyond_weights_and_their_gradients": beyond,
+        "share_of_memory": beyond["ours"] / beyond["plain"],
+        "relative_difference_of_gradients": difference.item(),
+    }
+
+
+def peak_memory(what: str) -> float:
+    """Megabytes that a process held at most which did nothing but this loss."""
+    command = [sys.executable, "-m", "benchmarks.decoder_step", "--weigh", what]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def weigh(what: str) -> None:
+    hidden, labels, weight = loss_inputs()
+    if what == "nothing":  # what both hold at the end: weights, states and their gradients
+        hidden.grad, weight.grad = torch.ones_like(hidden), torch.ones_like(weight)
+        (hidden[0, :1] @ weight[:1].T).sum().backward()
+    else:
+        LOSSES[what](hidden, labels, weight).backward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+if __name__ == "__main__":
+    main()

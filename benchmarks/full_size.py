@@ -1,0 +1,55 @@
+"""The two captioners of the report at full size, with random weights, and captions as long as its own."""
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from transformers import set_seed
+
+from data_scripts.train_tokenizer import train_tokenizer
+from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
+from modeling.processing import build_processor, timm_image_processor
+from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
+
+VOCABULARY = {"lstm": 8000, "vit_gpt2": 50257}
+BATCH_SIZE = {"lstm": 64, "vit_gpt2": 8}  # the report's
+
+
+def paragraphs(dataset: str | None, num_pictures: int) -> datasets.Dataset:
+    """The first pictures of a prepared data set with a caption each, or made ones: noise, and captions of made-up words whose
+    lengths spread as those of the report's paragraphs (60 words on average, 5 to 95 %: 28 to 99)."""
+    if dataset:
+        rows = datasets.load_from_disk(dataset)["train"]
+        return rows.select(range(min(num_pictures, len(rows)))).select_columns(["image", "captions"])
+    random = np.random.default_rng(0)
+    syllables = [first + second for first in "bdfgklmnprst" for second in "aeiou"]
+    words = ["".join(random.choice(syllables, random.integers(1, 4))) for _ in range(9000)]
+    shares = 1 / np.arange(1, len(words) + 1)
+    lengths = np.clip(random.lognormal(np.log(57), 0.38, num_pictures), 5, 259).astype(int)
+    captions = [[" ".join(random.choice(words, length, p=shares / shares.sum()))] for length in lengths]
+    pictures = [Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8)) for _ in range(num_pictures)]
+    images = [picture.resize((320, 240), Image.Resampling.BICUBIC) for picture in pictures]
+    features = datasets.Features({"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))})
+    return datasets.Dataset.from_dict({"image": images, "captions": captions}, features=features)
+
+
+def build_captioner(system: str, captions: list[str]) -> tuple:
+    """Model and processor of system A ("lstm": Inception-ResNet-v2, three layers of 1,024) or B ("vit_gpt2": ViT-base, GPT-2 small).
+
+    Args:
+        captions: What the tokenizer is trained on; system B scores 50,257 tokens however few it has.
+    """
+    set_seed(0)
+    tokenizer = train_tokenizer(captions, VOCABULARY["lstm"])
+    if system == "lstm":
+        model = InceptionLSTMForConditionalGeneration(InceptionLSTMConfig(vocab_size=VOCABULARY["lstm"]))
+        return model, build_processor(timm_image_processor(model.encoder.backbone), tokenizer)
+    encoder = encoder_config(224, 16, 768, 12, 12)
+    model = build_vit_gpt2(encoder, decoder_config(VOCABULARY["vit_gpt2"], 768, 12, 12), tokenizer)
+    return model, build_processor(vit_image_processor(encoder), tokenizer)
+
+
+def random_states(system: str, num_pictures: int, device: str) -> torch.Tensor:
+    """What either encoder gives of so many pictures, (pictures, positions, size), as random numbers."""
+    shape = {"lstm": (1, 1536), "vit_gpt2": (197, 768)}[system]
+    return torch.randn(num_pictures, *shape, generator=torch.Generator().manual_seed(0)).to(device)

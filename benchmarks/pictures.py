@@ -1,0 +1,98 @@
+"""Time pictures on their way from files to a model's pixels against bare decoding and resizing of the same files.
+
+    python -m benchmarks.pictures --pictures folder/ --json pictures.json
+
+The bare side opens each file with Pillow, resizes and crops it, and makes a tensor; ours is what `caption.py` does, checks
+included.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import caption
+from benchmarks.full_size import build_captioner, paragraphs
+from benchmarks.machine import benchmark_parser, describe_machine, in_turns, ratio_of_medians, write_result
+from modeling.processing import resized_side
+
+BATCH_SIZE = 32
+SIZES = {"small": (500, 375), "photograph": (4000, 3000)}  # pixels of the pictures that are made
+
+
+class BarePictures(torch.utils.data.Dataset):
+    """Files as normalised squares, (3, side, side), by Pillow and numpy alone."""
+
+    def __init__(self, paths: list[str], image_processor):
+        self.paths, self.side = paths, image_processor.crop_size["height"]
+        self.short, self.resample = image_processor.size["shortest_edge"], image_processor.resample
+        self.mean, self.std = (
+            torch.tensor(values)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with Image.open(self.paths[index]) as opened:
+            picture = opened.convert("RGB")
+        scale = self.short / min(picture.size)
+        picture = picture.resize([round(side * scale) for side in picture.size], self.resample)
+        left, top = ((side - self.side) // 2 for side in picture.size)
+        picture = picture.crop((left, top, left + self.side, top + self.side))
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+        return (pixels - self.mean) / self.std
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = benchmark_parser(__doc__, runs=5)
+    parser.add_argument("--pictures", help="folder of pictures; some are made if not given")
+    parser.add_argument("--num_pictures", type=int, default=128, help="of each kind that is made")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode, on both sides")
+    args = parser.parse_args(argv)
+    result = {"machine": describe_machine(args.device)}
+    _, processor = build_captioner("lstm", [texts[0] for texts in paragraphs(None, 200)["captions"]])
+    with tempfile.TemporaryDirectory() as folder:
+        folders = {"given": args.pictures} if args.pictures else make_pictures(Path(folder), args.num_pictures)
+        for kind, place in folders.items():
+            result[kind] = compare(caption.list_pictures(str(place)), processor, args)
+    write_result(result, args.json)
+
+
+def compare(paths: list[str], processor, args) -> dict:
+    """Pictures a second of both sides, in turns."""
+    sources = caption.PictureSources(paths, 2 * resized_side(processor.image_processor))
+    loaders = {
+        "bare": DataLoader(BarePictures(paths, processor.image_processor), BATCH_SIZE, num_workers=args.num_workers),
+        "ours": DataLoader(
+            sources, BATCH_SIZE, num_workers=args.num_workers, collate_fn=caption.PictureCollator(processor)
+        ),
+    }
+
+    def rate(loader: DataLoader) -> float:
+        start = time.perf_counter()
+        for _ in loader:
+            pass
+        return len(paths) / (time.perf_counter() - start)
+
+    measured = in_turns({name: lambda loader=loader: rate(loader) for name, loader in loaders.items()}, args.runs)
+    return {"pictures": len(paths), "a_second": measured, "share_of_bare": ratio_of_medians(measured, "ours", "bare")}
+
+
+def make_pictures(folder: Path, num_pictures: int) -> dict[str, Path]:
+    """JPEGs of a coloured cloud, always the same, a folder for each size; a tenth as many of the large ones."""
+    random = np.random.default_rng(0)
+    for kind, size in SIZES.items():
+        (folder / kind).mkdir()
+        for place in range(num_pictures if kind == "small" else max(num_pictures // 10, 4)):
+            cloud = Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+            cloud.resize(size, Image.Resampling.BICUBIC).save(folder / kind / f"{place}.jpg", quality=90)
+    return {kind: folder / kind for kind in SIZES}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Time an epoch of either training script against the report's way, full-size models with random weights on paragraphs.
+
+    python -m benchmarks.train_epoch --dataset data/paragraphs --json train_epoch.json
+
+The report's way is timed over a few steps, all of which are alike; ours is the script itself, over an epoch of few pictures
+whose features are there, as they are from the second epoch on. Building them is timed beside, and both grow with the data.
+"""
+
+import json
+import math
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import datasets
+import torch
+from torch.utils.data import DataLoader
+
+import train_lstm
+import train_vit_gpt2
+from benchmarks import report_way
+from benchmarks.full_size import BATCH_SIZE, VOCABULARY, build_captioner, paragraphs
+from benchmarks.machine import benchmark_parser, describe_machine, in_turns, ratio_of_medians, synchronize, write_result
+from data_scripts.caption_batches import CaptionCollator, CaptionPairs
+from data_scripts.features import cache_features
+
+NUM_PICTURES = {"lstm": 320, "vit_gpt2": 64}  # of our epoch
+EPOCH_CAPTIONS = 5715  # of the report's training split
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = benchmark_parser(__doc__, runs=3)
+    parser.add_argument("--system", choices=["lstm", "vit_gpt2"], nargs="+", default=["lstm", "vit_gpt2"])
+    parser.add_argument("--dataset", help="prepared data set; made-up paragraphs if not given")
+    parser.add_argument("--steps", type=int, default=1, help="steps of the report's way a run")
+    parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"], help="of our side")
+    args = parser.parse_args(argv)
+    result = {"machine": describe_machine(args.device)}
+    captions = paragraphs(args.dataset, EPOCH_CAPTIONS)
+    for system in args.system:
+        with tempfile.TemporaryDirectory() as folder:
+            datasets.config.HF_DATASETS_CACHE = Path(folder)  # every cache is built here, and goes with it
+            result[system] = compare(system, captions, Path(folder), args)
+    write_result(result, args.json)
+
+
+def compare(system: str, rows: datasets.Dataset, folder: Path, args) -> dict:
+    """Seconds a caption of the report's way and of ours, in turns."""
+    texts = [texts[0] for texts in rows["captions"]]
+    model, processor = build_captioner(system, texts)
+    model.to(args.device).train()
+    longest = max(CaptionPairs(rows, processor.tokenizer).lengths)
+    loader = DataLoader(report_way.CaptionDataset(rows, processor, longest), BATCH_SIZE[system], shuffle=True)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-4)
+    batches = iter(loader)
+
+    def report() -> float:
+        start = time.perf_counter()
+        for _ in range(args.steps):
+            batch = next(batches)
+            report_way.train_step(model, optimizer, **{name: value.to(args.device) for name, value in batch.items()})
+        synchronize(args.device)
+        return (time.perf_counter() - start) / args.steps / BATCH_SIZE[system]
+
+    agreement = losses_agree(system, model, processor, rows, args.device)
+    save_parts(system, model, processor, folder)
+    growth = []
+    for share in (4, 2, 1):
+        size = NUM_PICTURES[system] // share
+        start = time.perf_counter()
+        encode(model, processor, rows.select(range(size)), f"growth-{share}", args.device)
+        building = time.perf_counter() - start
+        growth.append(
+            {
+                "pictures": size,
+                "cache_seconds": building,
+                "epoch_seconds": size * ours(system, rows, size, folder, args),
+            }
+        )
+    measured = in_turns(
+        {"report": report, "ours": partial(ours, system, rows, NUM_PICTURES[system], folder, args)}, args.runs
+    )
+    cache = growth[-1]["cache_seconds"] / growth[-1]["pictures"]
+    seconds = {name: statistics.median(values) for name, values in measured.items()}
+    return {
+        "longest_caption": int(longest),
+        "seconds_a_caption": measured,
+        "seconds_an_epoch": {name: value * EPOCH_CAPTIONS for name, value in seconds.items()},
+        "times_faster": ratio_of_medians(measured, "report", "ours"),
+        "times_faster_with_building_the_cache": seconds["report"] / (seconds["ours"] + cache),
+        "growth": growth,
+        "relative_difference_of_losses": agreement,
+    }
+
+
+def ours(system: str, rows: datasets.Dataset, size: int, folder: Path, args) -> float:
+    """Seconds a caption in an epoch of so many, as the training script tells them."""
+    table = rows.select(range(size)).add_column("image_id", [str(place) for place in range(size)])
+    datasets.DatasetDict(train=table, validation=table.select(range(2))).save_to_disk(folder / f"set-{size}")
+    options = {
+        "dataset": folder / f"set-{size}",
+        "output_dir": folder / "run",
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": BATCH_SIZE[system],
+        "load_best_model_at_end": "false",
+        "report_to": "none",
+        "generation_max_length": 4,
+    }
+    if system == "lstm":
+        script = train_lstm
+        options |= {"encoder": "inception_resnet_v2", "pretrained_encoder": "false", "vocab_size": VOCABULARY[system]}
+        options |= {"mixed_precision": args.mixed_precision}
+    else:
+        script = train_vit_gpt2
+        options |= {"encoder": folder / "encoder", "decoder": folder / "decoder", "prompt": ""}
+        options |= {"use_cpu": args.device == "cpu", "bf16": args.mixed_precision == "bf16"}
+    script.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    history = json.loads((folder / "run" / "history.json").read_text())
+    return history[0]["train_seconds"] / size
+
+
+def save_parts(system: str, model, processor, folder: Path) -> None:
+    """System B's halves as folders of the kind its script starts from."""
+    if system == "vit_gpt2":
+        model.encoder.save_pretrained(folder / "encoder")
+        processor.image_processor.save_pretrained(folder / "encoder")
+        model.decoder.save_pretrained(folder / "decoder")
+        processor.tokenizer.save_pretrained(folder / "decoder")
+
+
+def encode(model, processor, rows: datasets.Dataset, name: str, device: str) -> datasets.Dataset:
+    """The features of the rows, built anew for each name."""
+    encoder = model.get_encoder().eval().to(memory_format=torch.channels_last)
+    features = cache_features(
+        rows, lambda pixels: encoder(pixels).last_hidden_state, processor.image_processor, name, device=device
+    )
+    encoder.to(memory_format=torch.contiguous_format)
+    return features
+
+
+@torch.no_grad()
+def losses_agree(system: str, model, processor, rows: datasets.Dataset, device: str) -> float:
+    """Relative difference between the loss of a batch by the report's way and by ours from cached features."""
+    rows = rows.select(range(BATCH_SIZE["vit_gpt2"]))
+    pairs = CaptionPairs(rows, processor.tokenizer, features=encode(model, processor, rows, "agreement", device))
+    dataset = report_way.CaptionDataset(rows, processor, max(pairs.lengths))
+    batch = next(iter(DataLoader(dataset, len(rows))))
+    plain = report_way.caption_loss(model.eval(), **{name: value.to(device) for name, value in batch.items()}).item()
+    cached = CaptionCollator(processor)(pairs.__getitems__(range(len(rows))))
+    del cached["index"]
+    states = type(cached["encoder_outputs"])(cached.pop("encoder_outputs").last_hidden_state.to(device))
+    cached = {name: value.to(device) for name, value in cached.items()}
+    model.train()
+    return math.fabs(model(encoder_outputs=states, **cached).loss.item() - plain) / plain
+
+
+if __name__ == "__main__":
+    main()
