@@ -7,8 +7,10 @@ Without a model it takes those of `make demo`. It listens on this machine alone,
 
 import argparse
 import json
+import math
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,13 +25,20 @@ from reporting.page import picture_data_uri
 
 try:
     import gradio as gr
+    from limits import RateLimitItemPerMinute
+    from limits.storage import MemoryStorage
+    from limits.strategies import MovingWindowRateLimiter
+    from starlette.middleware import Middleware
+    from starlette.responses import JSONResponse, PlainTextResponse
 except ImportError:
-    print("error: the app needs Gradio: pip install 'gradio>=6'", file=sys.stderr)
+    print("error: the app needs Gradio and limits: pip install --editable '.[app]'", file=sys.stderr)
     raise SystemExit(2) from None
 
 DEMO_MODELS = ("outputs/demo/lstm", "outputs/demo/vit_gpt2")
 MAX_PICTURES = 32  # at once
 MAX_WAITING = 16  # requests in the queue; one is served at a time, the others wait or are turned away
+# In any minute, of each address: uploads, captionings and all else that is sent; and what is fetched, a page being some 100 files.
+SENT, FETCHED = RateLimitItemPerMinute(60, namespace="sent"), RateLimitItemPerMinute(3000, namespace="fetched")
 CSS = """
 .told { display: flex; flex-wrap: wrap; gap: .9rem 1.5rem; padding: .9rem 0; border-top: 1px solid var(--border-color-primary); }
 .told img { width: 11rem; height: 8.25rem; object-fit: contain; border-radius: 6px; background: var(--background-fill-secondary); }
@@ -81,6 +90,29 @@ class OfflineBlocks(gr.Blocks):
         if names_address(inputs):
             raise gr.Error("Pictures are taken as files, not by address.")
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+
+
+class RequestRate:
+    """ASGI middleware that turns an address away that sends or fetches more than `SENT` or `FETCHED`, until it may again."""
+
+    def __init__(self, app):
+        self.app = app
+        self.limiter = MovingWindowRateLimiter(MemoryStorage())
+
+    async def __call__(self, scope, receive, send):
+        answer = self.app
+        if scope["type"] == "http":
+            rate = FETCHED if scope["method"] in ("GET", "HEAD", "OPTIONS") else SENT
+            address = scope["client"][0]
+            if not self.limiter.hit(rate, address):
+                seconds = max(1, math.ceil(self.limiter.get_window_stats(rate, address).reset_time - time.time()))
+                told = f"Too many requests from your address, {rate.amount} a minute at most: try again in {seconds} seconds."
+                headers = {"Retry-After": str(seconds)}
+                if scope["path"].endswith("/upload"):  # of which Gradio's page shows the whole answer, else the detail
+                    answer = PlainTextResponse(told, 429, headers)
+                else:
+                    answer = JSONResponse({"detail": told}, 429, headers)
+        await answer(scope, receive, send)
 
 
 def names_address(value) -> bool:
@@ -139,7 +171,8 @@ def launch(app: gr.Blocks, **options):
     """Serve the app; fonts are the reader's own, so that nothing comes from another server."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Default(**fonts)
-    return app.launch(max_file_size=MAX_PICTURE_BYTES, theme=theme, css=CSS, footer_links=[], **options)
+    limits = {"max_file_size": MAX_PICTURE_BYTES, "app_kwargs": {"middleware": [Middleware(RequestRate)]}}
+    return app.launch(theme=theme, css=CSS, footer_links=[], **limits, **options)
 
 
 def decoding(way: str, num_beams: int, temperature: float) -> dict:

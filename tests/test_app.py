@@ -1,10 +1,14 @@
 """Laws of the app: what is clicked in a browser, and what is refused."""
 
 import json
+import re
+import time
 from itertools import pairwise
 
 import pytest
+import requests
 import torch
+from limits import RateLimitItemPerMinute, RateLimitItemPerSecond
 from PIL import Image
 
 from data_scripts.train_tokenizer import train_tokenizer
@@ -110,6 +114,52 @@ def test_from_picture_to_caption_with_a_click(browser, serve, captioners, pictur
     assert [(line["model"], line["caption"]) for line in lines] == [*wanted[1].items(), *wanted[0].items()]
     assert [line["image_id"] for line in lines][:2] == ["red.png"] * 2
     assert not [url for url in outside if not url.startswith(("data:", "blob:"))]
+    page.close()
+
+
+def test_an_address_that_sends_too_much_waits_and_others_do_not(serve, captioners, monkeypatch):
+    url = serve(captioners)
+
+    def send(address: str = "127.0.0.1") -> requests.Response:
+        # uvicorn believes a proxy on its own machine, and nobody else, whom a request comes from.
+        return requests.post(url + "gradio_api/queue/join", json={}, headers={"X-Forwarded-For": address})
+
+    monkeypatch.setattr(app, "SENT", RateLimitItemPerMinute(3))
+    assert [send().status_code for _ in range(3)] == [422] * 3  # let through, and found empty
+    refused = send()
+    seconds = int(refused.headers["Retry-After"])
+    assert refused.status_code == 429 and 50 < seconds <= 60
+    assert refused.json() == {
+        "detail": f"Too many requests from your address, 3 a minute at most: try again in {seconds} seconds."
+    }
+    upload = requests.post(url + "gradio_api/upload", files={"files": b"x"})
+    assert (upload.status_code, upload.text[:32]) == (429, refused.json()["detail"][:32])
+    assert send("192.0.2.7").status_code == 422
+    assert requests.get(url).status_code == 200  # who may not send may still read
+
+    monkeypatch.setattr(app, "SENT", RateLimitItemPerSecond(1, 2))  # one in two seconds
+    assert [send().status_code for _ in range(2)] == [422, 429]
+    time.sleep(int(send().headers["Retry-After"]))
+    assert send().status_code == 422
+
+    monkeypatch.setattr(app, "FETCHED", RateLimitItemPerMinute(2))
+    assert [requests.get(url + "config").status_code for _ in range(3)] == [200, 200, 429]
+
+
+def test_the_page_says_when_to_try_again(browser, serve, captioners, pictures, monkeypatch):
+    page = browser.new_page()
+    monkeypatch.setattr(app, "SENT", RateLimitItemPerMinute(1))
+    page.goto(serve(captioners))
+    choose = "input[type=file]:not([webkitdirectory])"
+    page.wait_for_selector(choose, state="attached")
+    page.set_input_files(choose, pictures / "red.png")
+    page.wait_for_function("document.querySelectorAll('.grid-wrap img').length == 1")
+    page.click("#caption")
+    sentence = r"Too many requests from your address, 1 a minute at most: try again in \d+ seconds\.$"
+    page.get_by_text(re.compile(f"^{sentence}")).wait_for()
+    page.reload()  # which has every file of the page again
+    page.set_input_files(choose, pictures / "red.png")
+    page.get_by_text(re.compile(f"^HTTP 429: {sentence}")).wait_for()
     page.close()
 
 
