@@ -36,6 +36,10 @@ class EvaluationArguments:
     max_eval_pictures: int | None = field(default=None, metadata={"help": "Score on the first so many pictures."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures captioned at once."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
+    show_pictures: bool | None = field(
+        default=None,
+        metadata={"help": "The page of the pictures may be pushed; if not given, only that of drawn scenes."},
+    )
     generation_num_beams: int | None = field(default=None, metadata={"help": "Beams; the model's own if not given."})
     generation_max_length: int | None = field(
         default=None, metadata={"help": "Longest caption, in tokens; the model's own if not given."}
@@ -115,6 +119,7 @@ def score_model(args: EvaluationArguments) -> None:
             captions=captions,
             scorer=CaptionScorer(rows["captions"], training_captions),
             decoding=model.generation_config,
+            show_pictures=args.dataset == "scenes" if args.show_pictures is None else args.show_pictures,
         )
 
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import HubStrategy
 
 from reporting.hub import in_one_sentence, retried
 from reporting.model_card import name_on_card
-from reporting.results import write_file
+from reporting.results import read_results, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ def staged(
     """
     output_dir = Path(output_dir)
     names = [path.name for path in output_dir.iterdir() if not LEFT_HERE.fullmatch(path.name)]
-    if "samples" not in names and "captions.html" in names:
-        names.remove("captions.html")  # has every picture in it; samples are there only if pictures may be shown
+    if "captions.html" in names and not _may_be_shown(output_dir):
+        names.remove("captions.html")  # has every picture in it
     stage = tempfile.TemporaryDirectory(dir=output_dir, prefix=".pushing-")
     for name in names:
         _link(output_dir / name, Path(stage.name) / name)
@@ -202,6 +202,13 @@ def download_checkpoint(name: str, output_dir: str | os.PathLike) -> Path:
         for path in beside:
             write_file(Path(output_dir) / path, (folder / path).read_bytes())
     return folder / newest
+
+
+def _may_be_shown(output_dir: Path) -> bool:
+    try:
+        return read_results(output_dir).get("show_pictures") is True
+    except ValueError:  # where nothing says so, they may not
+        return False
 
 
 def _link(source: Path, target: Path) -> None:

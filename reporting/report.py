@@ -34,8 +34,9 @@ def report_captions(
         captions: {"caption", "ended"} of each row, and where known the "tokens" and "centre_crop" that the page shows.
         scorer: A `metrics.CaptionScorer` of the rows' captions.
         decoding: The generation config used.
-        train: "epochs", "seconds" and "images_per_second" of the training, where there was one.
-        show_pictures: Whether others may see them: a dozen is then put into samples/, for the card.
+        train: "epochs", "seconds" and "images_per_second" of the training that ends here. Where none does, samples/ stay as
+            they are: they belong to the card, which tells of the training.
+        show_pictures: Whether others may see them: a dozen is then put into samples/, for the card, and the page is pushed.
 
     Returns:
         The results, as they stand in results.json.
@@ -56,10 +57,12 @@ def report_captions(
         "decoding": decoding_settings(decoding),
         **scores,
         "train": train,
+        "show_pictures": show_pictures,
     }
     write_results(output_dir, results)
     write_captions(output_dir, records)
-    write_samples(output_dir, rows, texts, show_pictures)
+    if train is not None:
+        write_samples(output_dir, rows, texts, show_pictures)
     write_page(output_dir, (row["image"] for row in rows), records, results)
     tell_results(output_dir, results)
     return results

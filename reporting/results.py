@@ -18,7 +18,7 @@ METRIC_TITLES = {
 }
 RESULT_KEYS = (
     *("dataset", "split", "num_images", "references_per_image", "decoding", "metrics", "intervals", "blind"),
-    *("constant", "diagnostics", "sees_pictures", "warning", "train"),
+    *("constant", "diagnostics", "sees_pictures", "warning", "train", "show_pictures"),
 )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+import evaluate_captions
 import train_lstm
 import train_vit_gpt2
 from data_scripts import load_captions
@@ -108,6 +110,19 @@ def test_what_is_pushed_and_what_stays(runs, hub):
     # The card in the folder still names the folder.
     assert 'from_pretrained("me/lstm"' in files["README.md"].content.decode()
     assert 'from_pretrained("lstm"' in (runs["lstm"] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("option", [[], ["--show_pictures", "true"]])
+def test_an_evaluation_leaves_the_samples_and_says_whether_its_page_may_be_pushed(option, runs, small_scenes, tmp_path):
+    folder = shutil.copytree(runs["lstm"], tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
+    arguments = ["--model", str(folder), "--dataset", small_scenes, "--split", "validation", *option]
+    evaluate_captions.main([*arguments, "--output_dir", str(folder)])
+    assert json.loads((folder / "results.json").read_text())["split"] == "validation"
+    assert {path.name: path.read_bytes() for path in (folder / "samples").iterdir()} == before
+    with push.staged(folder) as stage:  # these scenes have no such name, and might be anybody's pictures
+        assert (Path(stage) / "captions.html").exists() == bool(option)
+        assert (Path(stage) / "samples" / "01.jpg").exists()
 
 
 def test_pictures_that_may_not_be_shown_stay(small_scenes, hub, tmp_path):
