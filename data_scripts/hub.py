@@ -20,6 +20,7 @@ from data_scripts.archives import read_file
 from data_scripts.command_line import add_table_options, one_line_errors, prepare
 from data_scripts.row_checks import OutsideSource, SourceRow
 from data_scripts.splits import SPLIT_NAMES
+from reporting.hub import in_one_sentence
 
 CAPTION_COLUMNS = ("captions", "caption", "text")
 
@@ -36,7 +37,7 @@ def open_dataset(source: str, revision: str | None = None, config_name: str | No
         else:
             dataset = load_dataset(source, config_name, revision=revision)
     except Exception as error:  # datasets, Arrow and the Hub's client each have their own
-        raise ValueError(f"data set '{source}' cannot be opened: {error}") from error
+        raise ValueError(f"data set '{source}' cannot be opened: {in_one_sentence(error, source)}") from error
     return DatasetDict({"train": dataset}) if isinstance(dataset, Dataset) else dataset
 
 
