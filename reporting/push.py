@@ -177,8 +177,9 @@ class CheckpointPush:
 def download_checkpoint(name: str, output_dir: str | os.PathLike) -> Path:
     """The newest checkpoint of a Hub repository, for `--resume_from_checkpoint OWNER/NAME` or `OWNER/NAME@REVISION`.
 
-    The best model so far, which lies beside the checkpoints, comes to `output_dir` where that has none. Optimiser and random
-    states in a checkpoint are pickles, which can run code: a repository has to be trusted like a program.
+    The best model so far, which lies beside the checkpoints, comes to `output_dir` where that has none. Nothing of either is run:
+    weights are safetensors, optimizer and random states are read by `torch.load(weights_only=True)`, the rest is JSON. System A's
+    code lies beside its model, for who loads that with `trust_remote_code=True`.
 
     Raises:
         ValueError: There is no such repository, or no checkpoint in it.
@@ -199,7 +200,9 @@ def download_checkpoint(name: str, output_dir: str | os.PathLike) -> Path:
             f"{in_one_sentence(error, repo_id)}; give a checkpoint folder, `last`, or a repository"
         ) from error
     if not (Path(output_dir) / "config.json").exists():
-        for path in beside:
+        for path in sorted(
+            beside, key="config.json".__eq__
+        ):  # last, so that what is half there after a kill is fetched again
             write_file(Path(output_dir) / path, (folder / path).read_bytes())
     return folder / newest
 

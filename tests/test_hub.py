@@ -20,6 +20,7 @@ from data_scripts import load_captions
 from modeling.captioner import generate_captions, load_captioner
 from reporting import push
 from reporting.hub import in_one_sentence
+from reporting.results import write_file
 
 ROOT = Path(__file__).parent.parent
 COMMON = ["--num_train_epochs", "2", "--max_eval_pictures", "3", "--max_train_pictures", "12", "--report_to", "none"]
@@ -188,7 +189,9 @@ def test_a_run_goes_on_from_the_checkpoint_on_the_hub(kind, small_scenes, hub, t
     assert ended.value.code == 2
 
 
-def test_the_last_checkpoint_replaces_the_one_before_and_brings_the_best_model(small_scenes, hub, tmp_path, capsys):
+def test_the_last_checkpoint_replaces_the_one_before_and_brings_the_best_model(
+    small_scenes, hub, tmp_path, monkeypatch
+):
     options = ["--push_to_hub", "true", "--hub_model_id", "me/run", "--hub_strategy", "checkpoint"]
     options += ["--hub_revision", "trial", "--save_total_limit", "1"]
     train("lstm", tmp_path / "run", small_scenes, "--num_train_epochs", "1", *options)
@@ -203,10 +206,14 @@ def test_the_last_checkpoint_replaces_the_one_before_and_brings_the_best_model(s
     pushing.finish()
     files = hub.repositories["model", "me/run"].files("trial")
     assert "last-checkpoint/renamed.json" in files and "last-checkpoint/progress.json" not in files
-    elsewhere = tmp_path / "elsewhere"
+    elsewhere, written = tmp_path / "elsewhere", []
+    monkeypatch.setattr(
+        push, "write_file", lambda path, content: written.append(path.name) or write_file(path, content)
+    )
     checkpoint = push.download_checkpoint("me/run@trial", elsewhere)
     assert (checkpoint / "renamed.json").exists() and checkpoint.name == "last-checkpoint"
     assert load_captioner(str(elsewhere))[0] is not None
+    assert written[-1] == "config.json" and "model.safetensors" in written  # killed before, it is fetched again
 
 
 @pytest.mark.timeout(60)  # a training that waits would wait forever
