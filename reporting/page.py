@@ -43,19 +43,7 @@ def write_page(
         ValueError: There are fewer pictures than records.
     """
     shown = records[:num_pictures]
-    looks = _pictures_with_looks(shown)
-    cards = [
-        {
-            "source": picture_data_uri(picture),
-            "ratio": round(picture.width / picture.height, 4),
-            "grid_box": _grid_box(picture, record.get("centre_crop")),
-            "looks": _look_maps(record.get("tokens") or []) if place in looks else None,
-            "record": record,
-        }
-        for place, (record, picture) in enumerate(zip(shown, pictures, strict=False))
-    ]
-    if len(cards) < len(shown):
-        raise ValueError(f"the page needs a picture for each record: {len(cards)} pictures, {len(shown)} records")
+    cards = _cards(shown, pictures)
     script = (TEMPLATES / "captions.js").read_text(encoding="utf-8")
     curves = Path(output_dir) / "curves.png"
     # Captions, names and ids are other people's text. Autoescape makes them inert wherever they land, and the page's
@@ -135,6 +123,24 @@ def known_facts(values: dict | None) -> dict[str, str]:
         if value is not None:
             facts[name.replace("_", " ")] = str(value)
     return facts
+
+
+def _cards(records: list[dict], pictures: Iterable[Image.Image]) -> list[dict]:
+    """What the template shows of each record: its picture, and where the model looked."""
+    looks = _pictures_with_looks(records)
+    cards = [
+        {
+            "source": picture_data_uri(picture),
+            "ratio": round(picture.width / picture.height, 4),
+            "grid_box": _grid_box(picture, record.get("centre_crop")),
+            "looks": _look_maps(record.get("tokens") or []) if place in looks else None,
+            "record": record,
+        }
+        for place, (record, picture) in enumerate(zip(records, pictures, strict=False))
+    ]
+    if len(cards) < len(records):
+        raise ValueError(f"the page needs a picture for each record: {len(cards)} pictures, {len(records)} records")
+    return cards
 
 
 def _pictures_with_looks(records: list[dict]) -> set[int]:

@@ -200,9 +200,8 @@ def download_checkpoint(name: str, output_dir: str | os.PathLike) -> Path:
             f"{in_one_sentence(error, repo_id)}; give a checkpoint folder, `last`, or a repository"
         ) from error
     if not (Path(output_dir) / "config.json").exists():
-        for path in sorted(
-            beside, key="config.json".__eq__
-        ):  # last, so that what is half there after a kill is fetched again
+        # The config last: what is half there after a kill is then fetched again.
+        for path in sorted(beside, key="config.json".__eq__):
             write_file(Path(output_dir) / path, (folder / path).read_bytes())
     return folder / newest
 
