@@ -58,7 +58,7 @@ from training.checkpoints import (
     refuse_deepspeed,
 )
 from training.sharding import WholeModel, gather_head
-from training.stopping import StopSignal
+from training.stopping import StopSignal, follow_launcher
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     data_args, model_args, args = parse_recipe((DataArguments, LSTMArguments, LoopArguments), argv, __doc__)
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
+    follow_launcher()
     trackers = [name for name in args.report_to.split(",") if name != "none"]
     with one_line_errors():
         check_trackers(trackers)

@@ -70,7 +70,7 @@ from training.checkpoints import (
     refuse_deepspeed,
 )
 from training.sharding import WholeModel
-from training.stopping import StopSignal
+from training.stopping import StopSignal, follow_launcher
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     args.dataloader_num_workers = data_args.dataloader_num_workers
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
+    follow_launcher()
     logging.basicConfig(level=logging.INFO if args.local_process_index == 0 else logging.WARNING, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     transformers.logging.disable_progress_bar()  # loading and saving take a second

@@ -165,6 +165,24 @@ def test_the_launcher_ends_when_one_process_dies(small_scenes, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
 
 
+LAUNCHERS = {"train_lstm": ["--multi_gpu", "--num_processes", "2"], "train_vit_gpt2": ["--num_processes", "1"]}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the launcher of one process leaves it alone")
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_sigterm_to_the_launcher_saves_too(small_scenes, tmp_path, script):
+    with launched(script, LAUNCHERS[script], small_scenes, tmp_path) as launcher:
+        processes = children(launcher)
+        launcher.terminate()
+        assert launcher.wait(timeout=90) != 0
+    ends = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in processes):
+        assert time.monotonic() < ends, "the run has outlived its launcher"
+        time.sleep(0.2)
+    newest = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert f"stopped by SIGTERM; checkpoint-{newest} is saved" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_gpus_share_a_model(small_scenes, tmp_path, script):
