@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -130,8 +130,8 @@ def test_a_model_that_two_processes_share_ends_where_a_whole_one_does(context, a
 
 
 @contextmanager
-def launched(script: str, options: list[str], dataset: str, folder: Path) -> Iterator[subprocess.Popen]:
-    """The launcher of a long run, as a user starts it, once the run has a checkpoint; `folder` gets the run and a log."""
+def launched(script: str, options: list[str], dataset: str, folder: Path) -> Iterator[tuple]:
+    """A long run as a user starts it, once it has a checkpoint: the launcher, and its processes. `folder` gets the run and a log."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [f"{script}.py", *SCRIPTS[script], "--dataset", dataset, "--output_dir", str(folder / "run")]
@@ -140,14 +140,18 @@ def launched(script: str, options: list[str], dataset: str, folder: Path) -> Ite
     with open(folder / "log", "w") as log:
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    ends = time.monotonic() + 150
+    ends, processes = time.monotonic() + 150, []
     try:
         while not list((folder / "run").glob("checkpoint-*")):
             assert time.monotonic() < ends and launcher.poll() is None, (folder / "log").read_text()[-3000:]
             time.sleep(0.2)
-        yield launcher
+        processes = children(launcher)
+        yield launcher, processes
     finally:
         launcher.kill()
+        for pid in processes:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def children(launcher: subprocess.Popen) -> list[int]:
@@ -157,8 +161,10 @@ def children(launcher: subprocess.Popen) -> list[int]:
 
 def test_the_launcher_ends_when_one_process_dies(small_scenes, tmp_path):
     """In the middle of a long run, from outside."""
-    with launched("train_lstm", ["--multi_gpu", "--num_processes", "2"], small_scenes, tmp_path) as launcher:
-        processes = children(launcher)
+    with launched("train_lstm", ["--multi_gpu", "--num_processes", "2"], small_scenes, tmp_path) as (
+        launcher,
+        processes,
+    ):
         assert len(processes) == 2
         os.kill(processes[1], signal.SIGKILL)
         assert launcher.wait(timeout=90) != 0
@@ -171,14 +177,13 @@ LAUNCHERS = {"train_lstm": ["--multi_gpu", "--num_processes", "2"], "train_vit_g
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the launcher of one process leaves it alone")
 @pytest.mark.parametrize("script", LAUNCHERS)
 def test_sigterm_to_the_launcher_saves_too(small_scenes, tmp_path, script):
-    with launched(script, LAUNCHERS[script], small_scenes, tmp_path) as launcher:
-        processes = children(launcher)
+    with launched(script, LAUNCHERS[script], small_scenes, tmp_path) as (launcher, processes):
         launcher.terminate()
         assert launcher.wait(timeout=90) != 0
-    ends = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in processes):
-        assert time.monotonic() < ends, "the run has outlived its launcher"
-        time.sleep(0.2)
+        ends = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in processes):
+            assert time.monotonic() < ends, "the run has outlived its launcher"
+            time.sleep(0.2)
     newest = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
     assert f"stopped by SIGTERM; checkpoint-{newest} is saved" in (tmp_path / "log").read_text()
 
