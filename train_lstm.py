@@ -49,13 +49,16 @@ from reporting.results import write_history
 from training.checkpoints import (
     check_finite,
     check_launch,
+    check_sharding,
     check_step_size,
     checkpoint_to_resume,
     drop_old,
     new_checkpoint,
     own_output_dir,
+    refuse_deepspeed,
 )
-from training.stopping import StopSignal
+from training.sharding import WholeModel, gather_head
+from training.stopping import StopSignal, follow_launcher
 
 logger = logging.getLogger(__name__)
 
@@ -177,11 +180,13 @@ def main(argv: list[str] | None = None) -> None:
     data_args, model_args, args = parse_recipe((DataArguments, LSTMArguments, LoopArguments), argv, __doc__)
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
+    follow_launcher()
     trackers = [name for name in args.report_to.split(",") if name != "none"]
     with one_line_errors():
         check_trackers(trackers)
         if "trackio" in trackers:  # by its name alone, its project would bear that of TensorBoard's folder
             trackers[trackers.index("trackio")] = TrackioTracker("showtell", name=args.output_dir)
+        refuse_deepspeed()
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision, log_with=trackers or None, project_dir=args.output_dir
         )
@@ -241,7 +246,9 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     pictures = pairs["train"].row_of_pair if data_args.group_by_picture else None
     sampler = CaptionSampler(pairs["train"].lengths, step_size, data_args.group_by_length, args.seed, pictures)
     train_loader = DataLoader(pairs["train"], args.per_device_train_batch_size, sampler=sampler, **loading)
+    whole = WholeModel(accelerator, model)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
+    gather_head(model)
 
     def eval_loader(items) -> DataLoader:
         loader = DataLoader(items, args.per_device_eval_batch_size, **loading)
@@ -260,11 +267,11 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
             row = train_epoch(accelerator, model, train_loader, optimizer, scheduler, progress, args, stopping)
             last = progress.epoch == args.num_train_epochs
             if progress.epoch % args.eval_epochs == 0 or last:
-                captioner = accelerator.unwrap_model(model)
-                row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"]))
-                pictures = eval_loader(Pictures(val_rows, val_features))
-                row |= score_captions(accelerator, captioner, processor, pictures, val_rows, scorer)
-                keep_best(accelerator, captioner, processor, row, progress, args)
+                with whole.of(model) as captioner:
+                    row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"]))
+                    pictures = eval_loader(Pictures(val_rows, val_features))
+                    row |= score_captions(accelerator, captioner, processor, pictures, val_rows, scorer)
+                    keep_best(accelerator, captioner, processor, row, progress, args)
             record(accelerator, row, progress, args)
             asked = stopping.ask(accelerator)
             due = progress.epoch % args.save_epochs == 0 or (args.save_steps and progress.step % args.save_steps == 0)
@@ -278,16 +285,17 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
     split = "test" if "test" in dataset else "validation"
-    captioner = accelerator.unwrap_model(model)
-    if args.load_best_model_at_end:
-        captioner = InceptionLSTMForConditionalGeneration.from_pretrained(args.output_dir).to(accelerator.device)
+    if not args.load_best_model_at_end:
+        with whole.of(model) as captioner:
+            if accelerator.is_main_process:
+                save_captioner(captioner, processor, args.output_dir)
+        accelerator.wait_for_everyone()
+    captioner = InceptionLSTMForConditionalGeneration.from_pretrained(args.output_dir).to(accelerator.device)
     pictures = eval_loader(Pictures(dataset[split], features[split]))
     captions = caption_pictures(captioner.eval(), processor, pictures, accelerator, NUM_PICTURES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        if not args.load_best_model_at_end:
-            save_captioner(captioner, processor, args.output_dir)
         results = report_captions(
             args.output_dir,
             rows=dataset[split],
@@ -425,7 +433,7 @@ def train_step(accelerator, model, batches: list[dict], optimizer, max_grad_norm
         batch.pop("index")
         with nullcontext() if position == len(batches) else accelerator.no_sync(model):
             # Several processes average their gradients, where the sum is wanted.
-            loss = model(**batch, num_items_in_batch=num_tokens / accelerator.num_processes).loss
+            loss = model(**batch, num_items_in_batch=num_tokens).loss * accelerator.num_processes
             accelerator.backward(loss)
         nats = nats + loss.detach() * num_tokens / accelerator.num_processes
     if max_grad_norm:
@@ -550,6 +558,7 @@ def load_checkpoint(accelerator, scheduler, folder: Path, step_size: int) -> Pro
         ValueError: The checkpoint is another model's, or its steps have other sizes.
     """
     progress = Progress(**json.loads((folder / "progress.json").read_text()))
+    check_sharding(folder, accelerator.is_fsdp2)
     check_step_size(folder, progress.step_size, step_size)
     try:
         accelerator.load_state(str(folder))

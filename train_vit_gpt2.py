@@ -61,13 +61,16 @@ from reporting.results import write_history
 from training.checkpoints import (
     check_finite,
     check_launch,
+    check_sharding,
     check_step_size,
     checkpoint_to_resume,
     drop_old,
     new_checkpoint,
     own_output_dir,
+    refuse_deepspeed,
 )
-from training.stopping import StopSignal
+from training.sharding import WholeModel
+from training.stopping import StopSignal, follow_launcher
 
 logger = logging.getLogger(__name__)
 
@@ -147,16 +150,19 @@ class LoopArguments(Seq2SeqTrainingArguments):
     )
 
     # What the loop below relies on is no option: pictures are no argument of `forward`, epochs decide on evaluation and
-    # checkpoints, and a loss that is not a number must be seen.
+    # checkpoints, a loss that is not a number must be seen, and it is the launcher that shares a model out.
     remove_unused_columns: bool = field(default=False, init=False)
     eval_strategy: str = field(default="no", init=False)
     save_strategy: str = field(default="no", init=False)
     metric_for_best_model: str = field(default="cider", init=False)
     greater_is_better: bool = field(default=True, init=False)
     logging_nan_inf_filter: bool = field(default=False, init=False)
+    fsdp: str | None = field(default=None, init=False)
+    deepspeed: str | None = field(default=None, init=False)
     dataloader_num_workers: int = field(default=0, init=False)  # stands among the data's options
 
     def __post_init__(self):
+        refuse_deepspeed()
         self.report_to = [name for name in self.report_to.split(",") if name != "none"]
         self.run_name = self.run_name or self.output_dir
         super().__post_init__()
@@ -171,7 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     args.dataloader_num_workers = data_args.dataloader_num_workers
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
+    follow_launcher()
     logging.basicConfig(level=logging.INFO if args.local_process_index == 0 else logging.WARNING, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     transformers.logging.disable_progress_bar()  # loading and saving take a second
     set_seed(args.seed)
     with one_line_errors():
@@ -245,16 +253,17 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
     split = "test" if "test" in dataset else "validation"
-    captioner = model
-    if args.load_best_model_at_end:
-        captioner = VisionEncoderDecoderModel.from_pretrained(args.output_dir).to(args.device)
+    if not args.load_best_model_at_end:
+        with trainer.whole.of(trainer.model) as captioner:
+            if trainer.is_world_process_zero():
+                save_captioner(captioner, processor, args.output_dir)
+        trainer.accelerator.wait_for_everyone()
+    captioner = VisionEncoderDecoderModel.from_pretrained(args.output_dir).to(args.device)
     pictures = trainer.eval_loader(Pictures(dataset[split], features[split]))
     captions = caption_pictures(captioner.eval(), processor, pictures, trainer.accelerator, NUM_PICTURES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
     if trainer.is_world_process_zero():
-        if not args.load_best_model_at_end:
-            save_captioner(captioner, processor, args.output_dir)
         results = report_captions(
             args.output_dir,
             rows=dataset[split],
@@ -349,6 +358,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.eval_rows = eval_rows
         self.scorer = scorer
         self.stopping = StopSignal()
+        self.whole = WholeModel(self.accelerator, model)
         self.epoch_ends = EpochEnds(self)
         self.add_callback(self.epoch_ends)
         for silent in (ProgressCallback, PrinterCallback):  # EpochEnds tells more, and no line of twenty numbers
@@ -362,18 +372,21 @@ class CaptionTrainer(Seq2SeqTrainer):
         return self.sampler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        # A ViT's weights are saved under older names than its modules have. `from_pretrained` knows them; the Trainer's own
-        # way takes them for missing, and goes on with the encoder it happens to have.
-        saved = VisionEncoderDecoderModel.from_pretrained(resume_from_checkpoint).state_dict()
+        folder = Path(resume_from_checkpoint)
         with one_line_errors():
-            check_step_size(
-                resume_from_checkpoint, self._loop(resume_from_checkpoint)["step_size"], self.sampler.batch_size
-            )
+            check_sharding(folder, self.accelerator.is_fsdp2)
+            check_step_size(folder, self._loop(folder)["step_size"], self.sampler.batch_size)
             try:
+                if self.accelerator.is_fsdp2:
+                    super()._load_from_checkpoint(resume_from_checkpoint, model)
+                    return
+                # A ViT's weights are saved under older names than its modules have. `from_pretrained` knows them; the
+                # Trainer's own way takes them for missing, and goes on with the encoder it happens to have.
+                saved = VisionEncoderDecoderModel.from_pretrained(folder).state_dict()
                 self.model.load_state_dict({name: saved[name] for name in self.model.state_dict()})
             except (KeyError, RuntimeError) as error:
                 reason = str(error).splitlines()[-1].strip()
-                raise ValueError(f"{resume_from_checkpoint} is of another model ({reason})") from error
+                raise ValueError(f"{folder} is of another model ({reason})") from error
 
     def _load_rng_state(self, checkpoint: str) -> None:
         # The Trainer calls this where a resumed run is about to take its first step. Of an epoch that has begun it has by
@@ -384,7 +397,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self._globalstep_last_logged = loop["step_logged"]
         self.epoch_ends.started -= loop["epoch_seconds"]
 
-    def _loop(self, checkpoint: str) -> dict:
+    def _loop(self, checkpoint: str | Path) -> dict:
         return json.loads((Path(checkpoint) / "loop.json").read_text())
 
     def _get_output_dir(self, trial) -> str:
@@ -433,7 +446,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         """Nats a token of the whole step, so that accumulated batches weigh as many tokens as they have."""
         inputs = {name: value for name, value in inputs.items() if name != "index"}  # no argument of the model's
         labels = inputs.pop("labels")
-        with hidden_states_as_logits(self.model.decoder) as head:
+        with hidden_states_as_logits(self.accelerator.unwrap_model(model).decoder) as head:
             outputs = model(**inputs, use_cache=False)  # with a cache transformers lets packed captions see each other
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         loss = caption_loss(outputs.logits, labels, head.weight, head.bias, num_items_in_batch, smoothing)
@@ -443,13 +456,14 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Validation loss, scores of generated captions, and what they cost; the model is kept if its CIDEr is the best."""
-        model = self.model.eval()
-        metrics = {"loss": self.validation_loss(model)} | self.score_captions(model)
-        metrics = {f"eval_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
-        since_best = evaluations_since_best(self.state.log_history)
-        if since_best == 0 and self.args.load_best_model_at_end and self.is_world_process_zero():
-            save_captioner(model, self.processor, self.args.output_dir)
+        with self.whole.of(self.model) as model:
+            model.eval()
+            metrics = {"loss": self.validation_loss(model)} | self.score_captions(model)
+            metrics = {f"eval_{name}": value for name, value in metrics.items()}
+            self.log(metrics)
+            since_best = evaluations_since_best(self.state.log_history)
+            if since_best == 0 and self.args.load_best_model_at_end and self.is_world_process_zero():
+                save_captioner(model, self.processor, self.args.output_dir)
         self.accelerator.wait_for_everyone()
         patience = self.args.early_stopping_patience
         if patience and since_best >= patience:

@@ -84,7 +84,8 @@ def run_together(
         cache: Folder for the features of the encoder. What the processes say goes to files beside it.
         moments: When each process gets a signal, as `arm` has it; None for never.
         environment: Variables of the launcher's.
-        conditions: `by`, the signal, and `max_file_bytes`, the longest file that can be written.
+        conditions: `by`, the signal, `max_file_bytes`, the longest file that can be written, and `sharded`, whether FSDP2 is to
+            be used if the environment wants it.
 
     Raises:
         TimeoutError: One of them did not come to an end.
@@ -126,6 +127,7 @@ def _run(
     environment: dict[str, str],
     by: int = signal.SIGKILL,
     max_file_bytes: int | None = None,
+    sharded: bool = False,
 ) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -140,9 +142,26 @@ def _run(
     sys.modules[script].draw_curves = lambda *_: None
     if max_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+    if sharded:
+        shard_on_cpus()
     if moment:
         arm(*moment, by)
     sys.modules[script].main(arguments)
+
+
+def shard_on_cpus() -> None:
+    """Have Accelerate take this process's CPU for a GPU where it decides on FSDP, which it leaves out on CPUs without a word."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    plain = PartialState.__init__
+
+    def init(self, *args, **kwargs) -> None:
+        plain(self, *args, **kwargs)
+        if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
 
 
 def arm(kind: str, count: float, by: int) -> None:

@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from kill_points import SCRIPTS, log_of, run_script, run_together, start_server
 from safetensors.torch import load_file
 
@@ -97,33 +101,106 @@ def test_sigterm_to_one_process_stops_all_and_three_go_on(context, alone, script
     assert_same(tmp_path / "run", folder / "one")
 
 
-def test_the_launcher_ends_when_one_process_dies(small_scenes, tmp_path):
-    """As a user starts it, from outside, in the middle of a long run."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [
-        "train_lstm.py",
-        *SCRIPTS["train_lstm"],
-        "--dataset",
-        small_scenes,
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
+def fsdp2_environment() -> dict[str, str]:
+    """What `accelerate launch` tells the processes of the checked-in config; the mixed precision excepted."""
+    config = str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", config, "x.py"]))
+    environment = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_model_that_two_processes_share_ends_where_a_whole_one_does(context, alone, script, tmp_path):
+    """FSDP2 as its config has it, stopped in the second epoch and resumed; two batches make a step."""
+    arguments, folder = alone(script)
+    arguments = [*arguments, "--per_device_train_batch_size", "6", "--gradient_accumulation_steps", "2"]
+    arguments += ["--output_dir", str(tmp_path / "run")]
+    sharded = {"environment": fsdp2_environment(), "sharded": True}
+    stopped = run_together(
+        context, script, arguments, tmp_path / "cache", [None, ("step", 7)], by=signal.SIGTERM, **sharded
+    )
+    assert stopped == [128 + signal.SIGTERM] * 2
+    assert (tmp_path / "run" / "checkpoint-7" / "pytorch_model_fsdp.bin").is_file()
+    arguments += ["--resume_from_checkpoint", "last"]
+    assert run_together(context, script, arguments, tmp_path / "cache", [None] * 2) == [2, 2]
+    sentence = "checkpoint-7 was made with FSDP2, and this run is without it"
+    assert sentence in log_of(script, tmp_path / "cache").read_text()
+    assert run_together(context, script, arguments, tmp_path / "cache", [None] * 2, **sharded) == [0, 0]
+    assert_same(tmp_path / "run", folder / "one")
+
+
+@contextmanager
+def launched(script: str, options: list[str], dataset: str, folder: Path) -> Iterator[tuple]:
+    """A long run as a user starts it, once it has a checkpoint: the launcher, and its processes. `folder` gets the run and a log."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [f"{script}.py", *SCRIPTS[script], "--dataset", dataset, "--output_dir", str(folder / "run")]
     command += ["--num_train_epochs", "9999", "--eval_epochs", "9999", "--save_epochs", "9999", "--save_steps", "3"]
     command += ["--report_to", "none"]
-    with open(tmp_path / "log", "w") as log:
+    with open(folder / "log", "w") as log:
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    ends = time.monotonic() + 150
-    while not list((tmp_path / "run").glob("checkpoint-*")):
-        assert time.monotonic() < ends and launcher.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        time.sleep(0.2)
-    children = subprocess.run(["ps", "--ppid", str(launcher.pid), "-o", "pid="], capture_output=True, text=True)
-    processes = [int(pid) for pid in children.stdout.split()]
-    assert len(processes) == 2
-    os.kill(processes[1], signal.SIGKILL)
-    assert launcher.wait(timeout=90) != 0
+    ends, processes = time.monotonic() + 150, []
+    try:
+        while not list((folder / "run").glob("checkpoint-*")):
+            assert time.monotonic() < ends and launcher.poll() is None, (folder / "log").read_text()[-3000:]
+            time.sleep(0.2)
+        processes = children(launcher)
+        yield launcher, processes
+    finally:
+        launcher.kill()
+        for pid in processes:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def children(launcher: subprocess.Popen) -> list[int]:
+    found = subprocess.run(["ps", "--ppid", str(launcher.pid), "-o", "pid="], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_the_launcher_ends_when_one_process_dies(small_scenes, tmp_path):
+    """In the middle of a long run, from outside."""
+    with launched("train_lstm", ["--multi_gpu", "--num_processes", "2"], small_scenes, tmp_path) as (
+        launcher,
+        processes,
+    ):
+        assert len(processes) == 2
+        os.kill(processes[1], signal.SIGKILL)
+        assert launcher.wait(timeout=90) != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
+
+
+LAUNCHERS = {"train_lstm": ["--multi_gpu", "--num_processes", "2"], "train_vit_gpt2": ["--num_processes", "1"]}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the launcher of one process leaves it alone")
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_sigterm_to_the_launcher_saves_too(small_scenes, tmp_path, script):
+    with launched(script, LAUNCHERS[script], small_scenes, tmp_path) as (launcher, processes):
+        launcher.terminate()
+        assert launcher.wait(timeout=90) != 0
+        ends = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in processes):
+            assert time.monotonic() < ends, "the run has outlived its launcher"
+            time.sleep(0.2)
+    newest = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert f"stopped by SIGTERM; checkpoint-{newest} is saved" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_gpus_share_a_model(small_scenes, tmp_path, script):
+    """The checked-in config as it is, bfloat16 and NCCL included."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
+    command += ["--num_processes", "2", "--main_process_port", "0", f"{script}.py", *SCRIPTS[script], *OPTIONS]
+    command += ["--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
+    command += ["--use_cpu", "false"] if script == "train_vit_gpt2" else []
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert list((tmp_path / "run").glob("checkpoint-*/pytorch_model_fsdp.bin"))
+    assert len((tmp_path / "run" / "captions.jsonl").read_text().splitlines()) == 9
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / "model.safetensors").values())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -135,17 +212,25 @@ def test_accelerate_accepts_the_config(path):
     assert f"--config_file recipes/accelerate/{path.name}" in path.read_text()
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_a_sharded_model_is_refused(monkeypatch, kind):
-    """FSDP2 was tried: the steps go well, and the evaluation of an uneven split waits forever."""
+SHARDINGS = {
+    "FSDP_VERSION": "1",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
+
+
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_a_model_is_shared_as_the_config_has_it_or_not_at_all(monkeypatch, name):
+    for setting, value in fsdp2_environment().items():
+        monkeypatch.setenv(setting, value)
     check_launch()
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(ValueError, match=r"several_gpus\.yaml"):
+    monkeypatch.setenv(name, SHARDINGS[name])
+    with pytest.raises(ValueError, match=rf"{name} is {SHARDINGS[name]}.*fsdp2\.yaml"):
         check_launch()
 
 
 LAUNCHES = {
-    "FSDP shares one model": {"ACCELERATE_USE_FSDP": "true"},
+    "DEEPSPEED is not supported": {"ACCELERATE_USE_DEEPSPEED": "true"},
     "2 processes were launched for GPUs, of which there are none": {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "false"},
 }
 

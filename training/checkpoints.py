@@ -15,11 +15,19 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 CHECKSUMS = "checksums.json"
+# What Accelerate takes where the launcher says nothing, and what is needed: FSDP1 is another thing; parts saved by themselves
+# are read with pickle; and every process has to have the weights, to encode pictures and for its copy.
+FSDP_SETTINGS = {
+    "FSDP_VERSION": ("1", "2"),
+    "FSDP_STATE_DICT_TYPE": ("SHARDED_STATE_DICT", "FULL_STATE_DICT"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "FALSE"),
+}
 
 
 @contextmanager
@@ -52,23 +60,35 @@ def own_output_dir(output_dir: str | os.PathLike) -> Iterator[None]:
         lock.lock.release()
 
 
-def check_launch() -> None:
-    """See to it that the processes know of one another, and that each has the whole model, as an evaluation needs it.
+def refuse_deepspeed() -> None:
+    """To be asked before Accelerate and the Trainer are, which want DeepSpeed to be installed.
 
     Raises:
-        ValueError: The launcher wants what is not there, or, as an option of transformers' can, shards the model.
+        ValueError: The launcher wants DeepSpeed.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "DEEPSPEED is not supported: run with recipes/accelerate/fsdp2.yaml, which shares one model among the processes, "
+            "or with several_gpus.yaml, which gives each a whole one"
+        )
+
+
+def check_launch() -> None:
+    """See to it that the processes know of one another, and that a model is shared out in no other way than works.
+
+    Raises:
+        ValueError: The launcher wants what is not there, or what is not done.
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and PartialState().num_processes == 1:
         raise ValueError(
             f"{started} processes were launched for GPUs, of which there are none: launch one process, or set ACCELERATE_USE_CPU=true"
         )
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise ValueError(
-                f"{name} shares one model among the processes, and an epoch's evaluation would wait forever for its parts; "
-                "run with recipes/accelerate/several_gpus.yaml, which gives each process a whole one"
-            )
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        for name, (default, needed) in FSDP_SETTINGS.items():
+            given = os.environ.get(name, default)
+            if given.upper() != needed:
+                raise ValueError(f"{name} is {given}, and has to be {needed}: run with recipes/accelerate/fsdp2.yaml")
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
@@ -254,6 +274,18 @@ def check_step_size(folder: Path, then: int, now: int) -> None:
             f"{folder} was made with {then} captions a step, here are {now}: per_device_train_batch_size x processes x "
             f"gradient_accumulation_steps must be {then} again"
         )
+
+
+def check_sharding(folder: Path, now: bool) -> None:
+    """See to it that a checkpoint of a model that was shared out by FSDP2 goes on so, and one of another does not.
+
+    Raises:
+        ValueError: Accelerate would look for files that it has not written.
+    """
+    then = (folder / f"{FSDP_MODEL_NAME}.bin").is_file()
+    if then != now:
+        made, runs = ("with", "without") if then else ("without", "with")
+        raise ValueError(f"{folder} was made {made} FSDP2, and this run is {runs} it: launch it as that one was")
 
 
 def check_finite(loss: float, model: torch.nn.Module, step: int, learning_rate: float, output_dir: str) -> None:

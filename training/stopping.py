@@ -1,5 +1,6 @@
 """SIGTERM as a request: the run saves at the end of its step and leaves."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -7,6 +8,18 @@ import sys
 from accelerate import Accelerator
 
 EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a program that SIGTERM has ended
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+def follow_launcher() -> None:
+    """Have Linux send this process SIGTERM when `accelerate launch` has ended, however it has.
+
+    With one process the launcher passes no signal on, and a run would go on behind the back of whoever has stopped it; with
+    several it does, but not where it is killed itself.
+    """
+    # The launcher alone sets this. A run started without it shall outlive the shell it was started from.
+    if sys.platform == "linux" and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopSignal:
