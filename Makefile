@@ -32,7 +32,7 @@ quality: $(READY)
 	$(BIN)/ruff format --check .
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.metrics
+	@for name in pictures decoder_step generate train_epoch metrics; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit; done
 
 $(READY): setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "showtell needs Python 3.10 or newer; $(PYTHON) was not found. Name one: make PYTHON=python3.12"; exit 1; }
