@@ -20,7 +20,7 @@ from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, Pictures
 from data_scripts.command_line import one_line_errors
 from metrics import CaptionScorer
-from modeling.captioner import caption_pictures, load_captioner
+from modeling.captioner import caption_pictures, load_captioner, start_token_ids
 from reporting.page import NUM_PICTURES
 from reporting.report import report_captions, tell_results
 from reporting.results import read_captions, write_results
@@ -43,6 +43,9 @@ class EvaluationArguments:
     generation_num_beams: int | None = field(default=None, metadata={"help": "Beams; the model's own if not given."})
     generation_max_length: int | None = field(
         default=None, metadata={"help": "Longest caption, in tokens; the model's own if not given."}
+    )
+    generation_min_length: int | None = field(
+        default=None, metadata={"help": "Shortest caption, in tokens; the model's own if not given."}
     )
     no_repeat_ngram_size: int | None = field(
         default=None, metadata={"help": "No run of so many tokens twice; the model's own if not given."}
@@ -88,12 +91,14 @@ def score_model(args: EvaluationArguments) -> None:
     if args.max_eval_pictures:
         rows = rows.select(range(min(args.max_eval_pictures, len(rows))))
     model, processor = load_captioner(args.model)
+    num_start = len(start_token_ids(model))
     model.generation_config.update(
         **{
             name: value
             for name, value in {
                 "num_beams": args.generation_num_beams,
-                "max_length": args.generation_max_length and args.generation_max_length + 1,
+                "max_length": args.generation_max_length and args.generation_max_length + num_start,
+                "min_length": args.generation_min_length and args.generation_min_length + num_start,
                 "no_repeat_ngram_size": args.no_repeat_ngram_size,
             }.items()
             if value is not None

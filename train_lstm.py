@@ -38,7 +38,7 @@ from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import caption_pictures, save_captioner
 from modeling.modeling_inception_lstm import timm_source
 from modeling.processing import build_processor, timm_image_processor
-from recipes import DataArguments, parse_recipe
+from recipes import DataArguments, check_lengths, parse_recipe
 from reporting.curves import draw_curves
 from reporting.live import EpochBar, check_trackers, score_and_show, tell_losses
 from reporting.model_card import write_model_card
@@ -133,6 +133,9 @@ class LoopArguments:
         default=None,
         metadata={"help": "Longest caption generated, in tokens; the training captions' 99th percentile if not given."},
     )
+    generation_min_length: int = field(
+        default=0, metadata={"help": "Shortest caption generated, in tokens; the end of one comes no earlier."}
+    )
     generation_num_beams: int = field(default=1, metadata={"help": "Beams; 1 is greedy."})
     no_repeat_ngram_size: int = field(
         default=0, metadata={"help": "No run of so many tokens is generated twice; 0 allows all."}
@@ -155,6 +158,9 @@ class LoopArguments:
             "help": "When to push: at the end only, or the model, the last or all checkpoints when one is saved."
         },
     )
+
+    def __post_init__(self):
+        check_lengths(self)
 
 
 @dataclass
@@ -229,7 +235,8 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     }
     longest = args.generation_max_length or math.ceil(np.percentile(pairs["train"].lengths, 99))
     model.generation_config.update(
-        max_length=longest + 1,  # the start token's slot, which the picture takes
+        max_length=max(longest, args.generation_min_length) + 1,  # the start token's slot, which the picture takes
+        min_length=args.generation_min_length + 1 if args.generation_min_length else None,
         num_beams=args.generation_num_beams,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )

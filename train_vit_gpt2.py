@@ -50,7 +50,7 @@ from modeling.vit_gpt2 import (
     hidden_states_as_logits,
     vit_image_processor,
 )
-from recipes import DataArguments, parse_recipe
+from recipes import DataArguments, check_lengths, parse_recipe
 from reporting.curves import draw_curves
 from reporting.live import EpochBar, check_trackers, score_and_show, tell_losses
 from reporting.model_card import write_model_card
@@ -136,6 +136,9 @@ class LoopArguments(Seq2SeqTrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better validation CIDEr."}
     )
+    generation_min_length: int = field(
+        default=0, metadata={"help": "Shortest caption generated, in tokens; the end of one comes no earlier."}
+    )
     no_repeat_ngram_size: int = field(
         default=0, metadata={"help": "No run of so many tokens is generated twice; 0 allows all."}
     )
@@ -163,6 +166,7 @@ class LoopArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         refuse_deepspeed()
+        check_lengths(self)
         self.report_to = [name for name in self.report_to.split(",") if name != "none"]
         self.run_name = self.run_name or self.output_dir
         super().__post_init__()
@@ -225,7 +229,8 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
     }
     longest = args.generation_max_length or math.ceil(np.percentile(pairs["train"].lengths, 99))
     model.generation_config.update(
-        max_length=min(longest, room) + len(start_ids),
+        max_length=min(max(longest, args.generation_min_length), room) + len(start_ids),
+        min_length=args.generation_min_length + len(start_ids) if args.generation_min_length else None,
         num_beams=args.generation_num_beams or 1,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )

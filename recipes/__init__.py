@@ -18,7 +18,7 @@ LOWEST = {
     **dict.fromkeys(("max_train_pictures", "max_eval_pictures", "image_size", "patch_size", "image_embed_dim"), 1),
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), 1),
     **dict.fromkeys(("learning_rate", "encoder_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
-    **dict.fromkeys(("no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("generation_min_length", "no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
     "vocab_size": 8,  # the four special tokens, and something to say
 }
 CHOICES = {
@@ -98,6 +98,19 @@ def parse_recipe(
             if problem := value_problem(option.name, getattr(group, option.name)):
                 parser.error(f"--{option.name} {getattr(group, option.name)}: {problem}")
     return tuple(groups)
+
+
+def check_lengths(args) -> None:
+    """See to it that a caption may be as long as it has to be.
+
+    Raises:
+        ValueError: It may not.
+    """
+    longest = args.generation_max_length
+    if longest and args.generation_min_length > longest:
+        raise ValueError(
+            f"--generation_min_length {args.generation_min_length}: it must not be more than --generation_max_length {longest}"
+        )
 
 
 def value_problem(name: str, value: Any) -> str | None:

@@ -179,7 +179,7 @@ def download_checkpoint(name: str, output_dir: str | os.PathLike) -> Path:
 
     The best model so far, which lies beside the checkpoints, comes to `output_dir` where that has none. Nothing of either is run:
     weights are safetensors, optimizer and random states are read by `torch.load(weights_only=True)`, the rest is JSON. System A's
-    code lies beside its model, for who loads that with `trust_remote_code=True`.
+    code lies beside its model, for who asks for remote code when loading that.
 
     Raises:
         ValueError: There is no such repository, or no checkpoint in it.

@@ -65,6 +65,7 @@ BOTH = [
     ("--save_total_limit", "0"),
     ("--early_stopping_patience", "0"),
     ("--generation_max_length", "0"),
+    ("--generation_min_length", "-1"),
     ("--generation_num_beams", "0"),
     ("--no_repeat_ngram_size", "-1"),
     ("--seed", "-1"),
@@ -92,6 +93,12 @@ OPTIONS = [
     ("train_vit_gpt2", "--prompt", "a word " * 2000),
     ("train_vit_gpt2", "--optim", "no_such_optimizer"),
 ]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_caption_has_to_be_no_longer_than_it_may(capsys, script):
+    sentence = refused(capsys, MAINS[script], ["--generation_min_length", "9", "--generation_max_length", "8"])
+    assert "--generation_min_length 9" in sentence and "--generation_max_length 8" in sentence
 
 
 @pytest.mark.parametrize(("script", "option", "value"), OPTIONS)

@@ -111,6 +111,23 @@ def test_the_longest_caption_generated_is_the_99th_percentile(trained, small_sce
     assert lengths[int(0.98 * len(lengths))] <= model.generation_config.max_length - 1 <= lengths[-1]
 
 
+def test_no_caption_is_shorter_or_longer_than_it_may_be(trained, small_scenes, tmp_path):
+    _, processor = load_captioner(str(trained))
+    options = [
+        "--model",
+        str(trained),
+        "--dataset",
+        small_scenes,
+        "--split",
+        "validation",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    evaluate_captions.main([*options, "--generation_min_length", "14", "--generation_max_length", "15"])
+    told = [json.loads(line)["caption"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert {len(ids) for ids in processor.tokenizer(told).input_ids} <= {14, 15, 16}  # a cut caption gets its EOS here
+
+
 def test_a_file_of_captions_scores_as_the_model_did(trained, tmp_path):
     evaluate_captions.main(["--predictions", str(trained / "captions.jsonl"), "--output_dir", str(tmp_path)])
     of_file = json.loads((tmp_path / "results.json").read_text())
