@@ -90,7 +90,10 @@ def generate_captions(
         For each picture {"caption": text, "ended": whether EOS ended it before the longest length did}, and what
         `inspect_captions` tells where that is wanted.
     """
-    sequences = model.generate(**inputs, **generation)  # (batch, start tokens and caption)
+    given = dict(inputs)
+    if "encoder_outputs" in given:  # a copy: generate() repeats the states for each beam, in place
+        given["encoder_outputs"] = BaseModelOutput(last_hidden_state=given["encoder_outputs"][0])
+    sequences = model.generate(**given, **generation)  # (batch, start tokens and caption)
     words = sequences[:, len(start_token_ids(model)) :]
     ended = (words == processor.tokenizer.eos_token_id).any(dim=1).tolist()
     texts = processor.batch_decode(words, skip_special_tokens=True)

@@ -91,17 +91,18 @@ def test_attention_is_where_generate_looked(captioner):
             torch.testing.assert_close(grid.flatten(), of_steps, atol=1e-5, rtol=1e-4)
 
 
-def test_inspecting_changes_neither_captions_nor_model(captioner):
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_inspecting_changes_neither_captions_nor_model(captioner, num_beams):
     model, processor, pixels = captioner
-    before = generate_captions(model, processor, {"pixel_values": pixels})
-    told = generate_captions(model, processor, {"pixel_values": pixels}, inspect=True)
+    before = generate_captions(model, processor, {"pixel_values": pixels}, num_beams=num_beams)
+    told = generate_captions(model, processor, {"pixel_values": pixels}, inspect=True, num_beams=num_beams)
     assert [{key: caption[key] for key in ("caption", "ended")} for caption in told] == before
     for caption in told:
         assert "".join(token["text"] for token in caption["tokens"]).strip() == caption["caption"]
     if getattr(model, "decoder", None):
         assert model.decoder.config._attn_implementation == "sdpa"
     states = model.get_encoder()(pixels)
-    by_states = generate_captions(model, processor, {"encoder_outputs": states}, inspect=True)
+    by_states = generate_captions(model, processor, {"encoder_outputs": states}, inspect=True, num_beams=num_beams)
     for one, other in zip(told, by_states, strict=True):
         assert [token["text"] for token in one["tokens"]] == [token["text"] for token in other["tokens"]]
         for first, second in zip(one["tokens"], other["tokens"], strict=True):
