@@ -47,6 +47,9 @@ class EvaluationArguments:
     generation_min_length: int | None = field(
         default=None, metadata={"help": "Shortest caption, in tokens; the model's own if not given."}
     )
+    length_penalty: float | None = field(
+        default=None, metadata={"help": "Of beams: the power of its length a caption's score is divided by; likewise."}
+    )
     no_repeat_ngram_size: int | None = field(
         default=None, metadata={"help": "No run of so many tokens twice; the model's own if not given."}
     )
@@ -99,6 +102,7 @@ def score_model(args: EvaluationArguments) -> None:
                 "num_beams": args.generation_num_beams,
                 "max_length": args.generation_max_length and args.generation_max_length + num_start,
                 "min_length": args.generation_min_length and args.generation_min_length + num_start,
+                "length_penalty": args.length_penalty,
                 "no_repeat_ngram_size": args.no_repeat_ngram_size,
             }.items()
             if value is not None

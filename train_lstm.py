@@ -137,6 +137,9 @@ class LoopArguments:
         default=0, metadata={"help": "Shortest caption generated, in tokens; the end of one comes no earlier."}
     )
     generation_num_beams: int = field(default=1, metadata={"help": "Beams; 1 is greedy."})
+    length_penalty: float = field(
+        default=1.0, metadata={"help": "Of beams: the power of its length that a caption's score is divided by."}
+    )
     no_repeat_ngram_size: int = field(
         default=0, metadata={"help": "No run of so many tokens is generated twice; 0 allows all."}
     )
@@ -238,6 +241,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
         max_length=max(longest, args.generation_min_length) + 1,  # the start token's slot, which the picture takes
         min_length=args.generation_min_length + 1 if args.generation_min_length else None,
         num_beams=args.generation_num_beams,
+        length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )
 

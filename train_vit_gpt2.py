@@ -139,6 +139,9 @@ class LoopArguments(Seq2SeqTrainingArguments):
     generation_min_length: int = field(
         default=0, metadata={"help": "Shortest caption generated, in tokens; the end of one comes no earlier."}
     )
+    length_penalty: float = field(
+        default=1.0, metadata={"help": "Of beams: the power of its length that a caption's score is divided by."}
+    )
     no_repeat_ngram_size: int = field(
         default=0, metadata={"help": "No run of so many tokens is generated twice; 0 allows all."}
     )
@@ -232,6 +235,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         max_length=min(max(longest, args.generation_min_length), room) + len(start_ids),
         min_length=args.generation_min_length + len(start_ids) if args.generation_min_length else None,
         num_beams=args.generation_num_beams or 1,
+        length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )
 

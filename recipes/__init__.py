@@ -125,6 +125,8 @@ def value_problem(name: str, value: Any) -> str | None:
         return f"it must be {LOWEST[name]} or more"
     if name == "num_train_epochs" and value <= 0:
         return "it must be more than 0"
+    if name == "length_penalty" and abs(value) > 100:  # a power of the length
+        return "it must be between -100 and 100"
     if name in ("dropout", "label_smoothing_factor") and not 0 <= value < 1:
         return "it must be 0 or more, and less than 1"
     return None

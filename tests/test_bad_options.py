@@ -66,6 +66,8 @@ BOTH = [
     ("--early_stopping_patience", "0"),
     ("--generation_max_length", "0"),
     ("--generation_min_length", "-1"),
+    ("--length_penalty", "nan"),
+    ("--length_penalty", "1e9"),
     ("--generation_num_beams", "0"),
     ("--no_repeat_ngram_size", "-1"),
     ("--seed", "-1"),
