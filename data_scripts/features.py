@@ -88,7 +88,11 @@ def cache_features(
         rows = concatenate_datasets([shard for shard, _ in missing])
         sizes = [len(shard) for shard, _ in missing]
         loader = DataLoader(
-            rows, batch_sampler=batches_of_shards(sizes, batch_size), num_workers=num_workers, collate_fn=to_pixels
+            rows,
+            batch_sampler=batches_of_shards(sizes, batch_size),
+            num_workers=num_workers,
+            collate_fn=to_pixels,
+            generator=torch.Generator(),  # else it draws a number, and a run that finds the features has others after it
         )
         example = encode(to_pixels([rows[0]]))
         files = dict(zip((path for _, path in missing), sizes, strict=True))

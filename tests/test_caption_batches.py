@@ -165,6 +165,13 @@ def test_features_in_8_bits_are_half_as_large_and_nearly_the_same(rows, processo
     assert sizes[1] < 0.6 * sizes[0]
 
 
+def test_a_run_that_finds_the_features_has_the_random_numbers_of_one_that_makes_them(rows, processor):
+    encoder = CountingEncoder()
+    state = torch.get_rng_state()
+    cache_features(rows, encoder, processor.image_processor, "random")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_processes_that_decode_change_no_feature(rows, processor, monkeypatch):
     monkeypatch.setattr("data_scripts.features.SHARD_SIZE", 10)
     encoder = CountingEncoder()
