@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from data_scripts.archives import download
 from data_scripts.command_line import one_line_errors
 from data_scripts.row_checks import MAX_PICTURE_BYTES, BadPicture, decode_picture
-from modeling.captioner import generate_captions, load_captioner
+from modeling.captioner import generate_captions, load_captioner, set_decoding
 from modeling.processing import resized_side
 from reporting.page import PICTURE_SIZE, write_page
 from reporting.results import write_file
@@ -42,7 +42,7 @@ class PictureSources(torch.utils.data.Dataset):
         least_side: See `decode_picture`.
     """
 
-    def __init__(self, names: list[str], least_side: int | None = None):
+    def __init__(self, names: list[str], least_side: int):
         self.names = names
         self.least_side = least_side
 
@@ -110,8 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             model.to(args.device)
         except (RuntimeError, AssertionError) as error:  # torch's for a device that is not there
             raise ValueError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
-    decoding = {"num_beams": args.num_beams, "max_length": args.max_length}
-    decoding = {name: value for name, value in decoding.items() if value is not None}
+    set_decoding(model, args.max_length, num_beams=args.num_beams)
 
     # ---- Captions ---------------------------------------------------------------------------------------------------
     inspect = bool(args.output and args.output.endswith(".html"))  # the page tells of each word how sure the model was
@@ -123,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         num_workers=args.num_workers,
         collate_fn=PictureCollator(processor, keep_images=inspect),
     )
-    items = caption_items(model, processor, tqdm(loader, unit="batch", disable=None), decoding, inspect)
+    items = caption_items(model, processor, tqdm(loader, unit="batch", disable=None), inspect)
     with one_line_errors():
         num_captioned = write_items(items, args.output)
     if num_captioned < len(names):
@@ -152,19 +151,19 @@ def read_picture(name: str) -> bytes:
         return path.read_bytes()
 
 
-def caption_items(model, processor, batches, decoding: dict, inspect: bool = False) -> Iterator[dict]:
+def caption_items(model, processor, batches, inspect: bool = False) -> Iterator[dict]:
     """The items with what `generate_captions` tells of each, as they come; those that have a problem are named on stderr and dropped.
 
     Args:
         batches: What `PictureCollator` makes.
-        decoding, inspect: See `generate_captions`.
+        inspect: See `generate_captions`.
     """
     for items, pixels in batches:
         for item in items:
             if "problem" in item:
                 print(f"{item['name']}: {item['problem']}", file=sys.stderr)
         if pixels is not None:
-            made = generate_captions(model, processor, {"pixel_values": pixels.to(model.device)}, inspect, **decoding)
+            made = generate_captions(model, processor, {"pixel_values": pixels.to(model.device)}, inspect)
             good = [item for item in items if "problem" not in item]
             for item, caption in zip(good, made, strict=True):
                 yield {**item, **caption}

@@ -20,7 +20,7 @@ from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, Pictures
 from data_scripts.command_line import one_line_errors
 from metrics import CaptionScorer
-from modeling.captioner import caption_pictures, load_captioner, start_token_ids
+from modeling.captioner import caption_pictures, load_captioner, set_decoding
 from reporting.page import NUM_PICTURES
 from reporting.report import report_captions, tell_results
 from reporting.results import read_captions, write_results
@@ -94,19 +94,13 @@ def score_model(args: EvaluationArguments) -> None:
     if args.max_eval_pictures:
         rows = rows.select(range(min(args.max_eval_pictures, len(rows))))
     model, processor = load_captioner(args.model)
-    num_start = len(start_token_ids(model))
-    model.generation_config.update(
-        **{
-            name: value
-            for name, value in {
-                "num_beams": args.generation_num_beams,
-                "max_length": args.generation_max_length and args.generation_max_length + num_start,
-                "min_length": args.generation_min_length and args.generation_min_length + num_start,
-                "length_penalty": args.length_penalty,
-                "no_repeat_ngram_size": args.no_repeat_ngram_size,
-            }.items()
-            if value is not None
-        }
+    set_decoding(
+        model,
+        args.generation_max_length,
+        args.generation_min_length,
+        num_beams=args.generation_num_beams,
+        length_penalty=args.length_penalty,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
     )
     loader = DataLoader(
         Pictures(rows),

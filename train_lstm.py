@@ -35,7 +35,7 @@ from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from metrics import CaptionScorer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
-from modeling.captioner import caption_pictures, save_captioner
+from modeling.captioner import caption_pictures, save_captioner, set_decoding
 from modeling.modeling_inception_lstm import timm_source
 from modeling.processing import build_processor, timm_image_processor
 from recipes import DataArguments, check_lengths, parse_recipe
@@ -237,9 +237,10 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
         for split in ("train", "validation")
     }
     longest = args.generation_max_length or math.ceil(np.percentile(pairs["train"].lengths, 99))
-    model.generation_config.update(
-        max_length=max(longest, args.generation_min_length) + 1,  # the start token's slot, which the picture takes
-        min_length=args.generation_min_length + 1 if args.generation_min_length else None,
+    set_decoding(
+        model,
+        max(longest, args.generation_min_length),
+        args.generation_min_length or None,
         num_beams=args.generation_num_beams,
         length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,

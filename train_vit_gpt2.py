@@ -41,7 +41,7 @@ from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from metrics import CaptionScorer
 from modeling.caption_loss import caption_loss
-from modeling.captioner import caption_pictures, save_captioner, start_token_ids
+from modeling.captioner import caption_pictures, save_captioner, set_decoding, start_token_ids
 from modeling.processing import build_processor
 from modeling.vit_gpt2 import (
     build_vit_gpt2,
@@ -231,9 +231,11 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         for split in ("train", "validation")
     }
     longest = args.generation_max_length or math.ceil(np.percentile(pairs["train"].lengths, 99))
-    model.generation_config.update(
-        max_length=min(max(longest, args.generation_min_length), room) + len(start_ids),
-        min_length=args.generation_min_length + len(start_ids) if args.generation_min_length else None,
+    shortest = min(args.generation_min_length, room)
+    set_decoding(
+        model,
+        min(max(longest, shortest), room),
+        shortest or None,
         num_beams=args.generation_num_beams or 1,
         length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,

@@ -29,9 +29,7 @@ HIDDEN = 768  # of GPT-2 small, whose vocabulary the loss is weighed over
 def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__, runs=5)
     parser.add_argument("--system", choices=["lstm", "vit_gpt2"], nargs="+", default=["lstm", "vit_gpt2"])
-    parser.add_argument(
-        "--weigh", choices=["nothing", "plain", "ours"], help=argparse.SUPPRESS
-    )  # in a process of its own
+    parser.add_argument("--weigh", choices=["nothing", *LOSSES], help=argparse.SUPPRESS)  # this process, and no more
     args = parser.parse_args(argv)
     if args.weigh:
         return weigh(args.weigh)
@@ -88,11 +86,9 @@ def step_loss(system: str, model, states: torch.Tensor, labels: torch.Tensor) ->
     """What the training scripts compute of a batch."""
     if system == "lstm":
         return model(encoder_outputs=(states,), labels=labels).loss
-    start = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)
+    ids = model.prepare_decoder_input_ids_from_labels(labels)
     with hidden_states_as_logits(model.decoder) as head:
-        hidden = model.decoder(
-            input_ids=torch.cat([start, labels[:, :-1]], dim=1), encoder_hidden_states=states, use_cache=False
-        ).logits
+        hidden = model.decoder(input_ids=ids, encoder_hidden_states=states, use_cache=False).logits
     return caption_loss(hidden, labels, head.weight, head.bias)
 
 

@@ -9,6 +9,7 @@ the model.
 import time
 
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks import report_way
 from benchmarks.full_size import build_captioner, paragraphs, random_states
@@ -57,7 +58,8 @@ def compare(system: str, captions: list[str], args) -> dict:
 
         hooks = [model.register_forward_pre_hook(now), model.register_forward_hook(now)]
         start = time.perf_counter()
-        ids = model.generate(encoder_outputs=(states,), max_length=length, do_sample=False)
+        outputs = BaseModelOutput(last_hidden_state=states)
+        ids = model.generate(encoder_outputs=outputs, max_length=length, do_sample=False)
         synchronize(args.device)
         seconds = time.perf_counter() - start
         for hook in hooks:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from reporting.results import write_file
+
 
 def benchmark_parser(description: str, runs: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,6 +67,4 @@ def write_result(result: dict, path: Path | None) -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if path:
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_file(path, f"{text}\n".encode())

@@ -24,7 +24,8 @@ from benchmarks import report_way
 from benchmarks.full_size import BATCH_SIZE, VOCABULARY, build_captioner, paragraphs
 from benchmarks.machine import benchmark_parser, describe_machine, in_turns, ratio_of_medians, synchronize, write_result
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs
-from data_scripts.features import cache_features
+from data_scripts.features import encode_splits
+from recipes import DataArguments
 
 NUM_PICTURES = {"lstm": 320, "vit_gpt2": 64}  # of our epoch
 EPOCH_CAPTIONS = 5715  # of the report's training split
@@ -70,7 +71,7 @@ def compare(system: str, rows: datasets.Dataset, folder: Path, args) -> dict:
     for share in (4, 2, 1):
         size = NUM_PICTURES[system] // share
         start = time.perf_counter()
-        encode(model, processor, rows.select(range(size)), f"growth-{share}", args.device)
+        encode(model, processor, rows.select(range(size)))
         building = time.perf_counter() - start
         growth.append(
             {
@@ -130,21 +131,17 @@ def save_parts(system: str, model, processor, folder: Path) -> None:
         processor.tokenizer.save_pretrained(folder / "decoder")
 
 
-def encode(model, processor, rows: datasets.Dataset, name: str, device: str) -> datasets.Dataset:
-    """The features of the rows, built anew for each name."""
-    encoder = model.get_encoder().eval().to(memory_format=torch.channels_last)
-    features = cache_features(
-        rows, lambda pixels: encoder(pixels).last_hidden_state, processor.image_processor, name, device=device
-    )
-    encoder.to(memory_format=torch.contiguous_format)
-    return features
+def encode(model, processor, rows: datasets.Dataset) -> datasets.Dataset:
+    """The features of rows that were not encoded before."""
+    table = datasets.DatasetDict(train=rows)
+    return encode_splits(table, model.get_encoder(), processor.image_processor, DataArguments())["train"]
 
 
 @torch.no_grad()
 def losses_agree(system: str, model, processor, rows: datasets.Dataset, device: str) -> float:
     """Relative difference between the loss of a batch by the report's way and by ours from cached features."""
     rows = rows.select(range(BATCH_SIZE["vit_gpt2"]))
-    pairs = CaptionPairs(rows, processor.tokenizer, features=encode(model, processor, rows, "agreement", device))
+    pairs = CaptionPairs(rows, processor.tokenizer, features=encode(model, processor, rows))
     dataset = report_way.CaptionDataset(rows, processor, max(pairs.lengths))
     batch = next(iter(DataLoader(dataset, len(rows))))
     plain = report_way.caption_loss(model.eval(), **{name: value.to(device) for name, value in batch.items()}).item()

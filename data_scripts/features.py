@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -82,20 +82,19 @@ def cache_features(
             return store_states(encoder(pixels.to(device)), in_8_bits)
 
     # Dealt by place, not by what is missing: another process may be writing already.
-    mine = list(zip(shards, paths, strict=True))[state.process_index :: state.num_processes]
-    missing = [(shard, path) for shard, path in mine if not path.exists()]
+    mine = list(zip(paths, shards, strict=True))[state.process_index :: state.num_processes]
+    missing = {path: shard for path, shard in mine if not path.exists()}  # the same pictures twice are one file
     if missing:
-        rows = concatenate_datasets([shard for shard, _ in missing])
-        sizes = [len(shard) for shard, _ in missing]
+        rows = concatenate_datasets(list(missing.values()))
+        files = {path: len(shard) for path, shard in missing.items()}
         loader = DataLoader(
             rows,
-            batch_sampler=batches_of_shards(sizes, batch_size),
+            batch_sampler=batches_of_shards(files.values(), batch_size),
             num_workers=num_workers,
             collate_fn=to_pixels,
             generator=torch.Generator(),  # else it draws a number, and a run that finds the features has others after it
         )
         example = encode(to_pixels([rows[0]]))
-        files = dict(zip((path for _, path in missing), sizes, strict=True))
         _write_files(files, map(encode, loader), example, batch_size, show_progress=state.is_main_process)
     state.wait_for_everyone()
     return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
@@ -114,14 +113,14 @@ def store_states(states: torch.Tensor, in_8_bits: bool = False) -> dict[str, np.
     return {"encoder_features": shares.round().to(torch.int8).numpy(), "feature_scale": scale.numpy()}
 
 
-def batches_of_shards(sizes: list[int], batch_size: int) -> list[range]:
+def batches_of_shards(sizes: Iterable[int], batch_size: int) -> list[range]:
     """Places of shards that lie behind each other, in batches none of which reaches into two of them."""
-    ends = np.cumsum(sizes)
-    return [
-        range(start, min(start + batch_size, end))
-        for end, size in zip(ends.tolist(), sizes, strict=True)
-        for start in range(end - size, end, batch_size)
-    ]
+    batches, first = [], 0
+    for size in sizes:
+        end = first + size
+        batches += [range(start, min(start + batch_size, end)) for start in range(first, end, batch_size)]
+        first = end
+    return batches
 
 
 def _write_files(
@@ -134,11 +133,13 @@ def _write_files(
         batches: Columns of `batch_size` rows, fewer at a file's end.
         example: Columns of one row.
     """
-    kinds = {1: lambda shape, dtype: datasets.List(datasets.Value(dtype), length=shape[0]), 2: datasets.Array2D}
-    columns = {name: kinds[value[0].ndim](value[0].shape, str(value.dtype)) for name, value in example.items()}
+    states = example["encoder_features"]
+    columns = datasets.Features(encoder_features=datasets.Array2D(states.shape[1:], str(states.dtype)))
+    if "feature_scale" in example:
+        columns["feature_scale"] = datasets.List(datasets.Value("float32"))
     folder, num_pictures = next(iter(files)).parent, sum(files.values())
     megabytes = num_pictures * sum(value.nbytes for value in example.values()) / 1e6
-    positions, size = example["encoder_features"].shape[1:]
+    positions, size = states.shape[1:]
     logger.info(
         f"Encoding {num_pictures:,} pictures once: {positions} x {size} numbers each, {megabytes:,.0f} MB in {folder}"
     )
@@ -161,7 +162,7 @@ def _write_files(
                 batched=True,
                 batch_size=batch_size,
                 remove_columns=["place"],
-                features=datasets.Features(columns),
+                features=columns,
                 cache_file_name=str(path),
                 new_fingerprint=path.stem,
             )

@@ -44,6 +44,23 @@ def load_captioner(name_or_path: str) -> tuple:
         raise ValueError(f"model {name_or_path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
+def set_decoding(
+    model: PreTrainedModel, max_length: int | None = None, min_length: int | None = None, **settings
+) -> None:
+    """Put decoding settings into a captioner's generation config; those that are None stay as they are.
+
+    Args:
+        max_length, min_length: Of a caption, in tokens; `generate()` counts the tokens it starts from as well.
+        settings: Others of `GenerationConfig`.
+    """
+    num_start = len(start_token_ids(model))
+    settings |= {
+        "max_length": max_length and max_length + num_start,
+        "min_length": min_length and min_length + num_start,
+    }
+    model.generation_config.update(**{name: value for name, value in settings.items() if value is not None})
+
+
 def save_captioner(model: PreTrainedModel, processor, folder: str | os.PathLike) -> None:
     """Save both into a folder, and the pipeline's code with them.
 

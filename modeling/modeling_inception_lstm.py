@@ -270,11 +270,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if cache is None:
             if encoder_outputs is None:
                 encoder_outputs = self.encoder(pixel_values)
-            states = encoder_outputs[0].to(inputs.dtype)  # (pictures, positions, encoder size)
-            image = self.image_projection(states.mean(1))  # (pictures, image embedding)
-            image = image if image_index is None else image[image_index]  # (batch, image embedding)
-            inputs = torch.cat([image.unsqueeze(1), inputs[:, 1:]], dim=1)  # (batch, length, image embedding)
-            grid = self.attention.grid(states, image_index) if self.attention else None
+            inputs, grid = self.show(encoder_outputs[0].to(inputs.dtype), inputs, image_index)
             memory, num_tokens = None, 0
         else:
             grid, num_tokens, memory = cache.grid, cache.num_tokens, (cache.hidden, cache.cell)
@@ -302,6 +298,18 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             cross_attentions=cross_attentions,
             encoder_last_hidden_state=encoder_outputs[0] if encoder_outputs is not None else None,
         )
+
+    def show(self, states: torch.Tensor, inputs: torch.Tensor, image_index: torch.Tensor | None = None) -> tuple:
+        """Put the picture, states (pictures, positions, encoder size), into the start token's slot of the LSTM's inputs.
+
+        Returns:
+            inputs: (batch, length, image embedding)
+            grid: What attention looks at; None without it.
+        """
+        image = self.image_projection(states.mean(1))  # (pictures, image embedding)
+        image = image if image_index is None else image[image_index]  # (batch, image embedding)
+        inputs = torch.cat([image.unsqueeze(1), inputs[:, 1:]], dim=1)  # (batch, length, image embedding)
+        return inputs, self.attention.grid(states, image_index) if self.attention else None
 
     def shift_right(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels (batch, length) as decoder inputs: the start token, then every label but the last."""

@@ -147,6 +147,8 @@ def test_an_address_that_sends_too_much_waits_and_others_do_not(serve, captioner
 
 
 def test_the_page_says_when_to_try_again(browser, serve, captioners, pictures, monkeypatch):
+    from playwright.sync_api import expect
+
     page = browser.new_page()
     monkeypatch.setattr(app, "SENT", RateLimitItemPerMinute(1))
     page.goto(serve(captioners))
@@ -156,10 +158,10 @@ def test_the_page_says_when_to_try_again(browser, serve, captioners, pictures, m
     page.wait_for_function("document.querySelectorAll('.grid-wrap img').length == 1")
     page.click("#caption")
     sentence = r"Too many requests from your address, 1 a minute at most: try again in \d+ seconds\.$"
-    page.get_by_text(re.compile(f"^{sentence}")).wait_for()
+    expect(page.get_by_text(re.compile(f"^{sentence}"))).to_be_visible(timeout=30_000)
     page.reload()  # which has every file of the page again
     page.set_input_files(choose, pictures / "red.png")
-    page.get_by_text(re.compile(f"^HTTP 429: {sentence}")).wait_for()
+    expect(page.get_by_text(re.compile(f"^HTTP 429: {sentence}"))).to_be_visible(timeout=30_000)
     page.close()
 
 

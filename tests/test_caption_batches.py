@@ -157,9 +157,8 @@ def test_features_in_8_bits_are_half_as_large_and_nearly_the_same(rows, processo
         CaptionCollator(processor)(Pictures(rows, features).__getitems__(range(len(rows))))["encoder_outputs"][0]
         for features in kept.values()
     ]
-    largest = (
-        told[0].abs().amax(dim=-1, keepdim=True)
-    )  # a step is a 127th of it, half of one is lost; float16's own is less
+    largest = told[0].abs().amax(dim=-1, keepdim=True)
+    # A step is a 127th of it, half of one is lost; float16's own loss is less.
     assert ((told[1] - told[0]).abs() <= largest / 235).all() and not torch.equal(*told)
     sizes = [sum(os.path.getsize(file["filename"]) for file in features.cache_files) for features in kept.values()]
     assert sizes[1] < 0.6 * sizes[0]
@@ -170,6 +169,15 @@ def test_a_run_that_finds_the_features_has_the_random_numbers_of_one_that_makes_
     state = torch.get_rng_state()
     cache_features(rows, encoder, processor.image_processor, "random")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_pictures_that_come_twice_are_one_file_and_mix_up_no_other(rows, processor, monkeypatch):
+    monkeypatch.setattr("data_scripts.features.SHARD_SIZE", 8)
+    encoder = CountingEncoder()
+    plain = cache_features(rows, encoder, processor.image_processor, "plain")["encoder_features"]
+    places = [*range(8), *range(8), *range(8, 24)]
+    doubled = cache_features(rows.select(places), encoder, processor.image_processor, "doubled")["encoder_features"]
+    assert list(doubled) == [plain[place] for place in places]
 
 
 def test_processes_that_decode_change_no_feature(rows, processor, monkeypatch):

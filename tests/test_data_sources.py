@@ -314,7 +314,10 @@ def test_same_picture_in_two_splits_is_reported_and_kept(tmp_path: Path, capsys)
 
 
 NOISE = Image.effect_noise((64, 64), 90).convert("RGB")
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # by a quarter
 GOOD_PICTURES = {
+    "turned": saved(NOISE.crop((0, 0, 64, 32)), "JPEG", exif=TURNED),
     "one pixel": picture(size=(1, 1)),
     "cmyk": saved(NOISE.convert("CMYK"), "JPEG"),
     "palette": saved(NOISE.convert("P"), "PNG"),
@@ -343,8 +346,9 @@ BAD_PICTURES = {
 
 @pytest.mark.parametrize("kind", GOOD_PICTURES)
 def test_every_good_picture_is_decoded_as_the_table_does_it(kind: str) -> None:
+    picture = decode_picture(GOOD_PICTURES[kind])
     table = datasets.Image(mode="RGB").decode_example({"bytes": GOOD_PICTURES[kind], "path": None})
-    assert ImageChops.difference(decode_picture(GOOD_PICTURES[kind]), table).getbbox() is None
+    assert picture.size == table.size and ImageChops.difference(picture, table).getbbox() is None
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

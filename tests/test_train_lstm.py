@@ -87,19 +87,14 @@ def test_a_run_leaves_what_the_contract_says(trained, small_scenes):
     assert list((trained / "logs").glob("**/events*"))
 
 
+def evaluate(model: Path, dataset: str, output_dir: Path, *options: str) -> None:
+    arguments = {"--model": model, "--dataset": dataset, "--split": "validation", "--output_dir": output_dir}
+    evaluate_captions.main([*(str(word) for option in arguments.items() for word in option), *options])
+
+
 def test_the_folder_holds_the_model_of_the_best_validation_cider(trained, small_scenes, tmp_path):
     history = json.loads((trained / "history.json").read_text())
-    arguments = [
-        "--model",
-        str(trained),
-        "--dataset",
-        small_scenes,
-        "--split",
-        "validation",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    evaluate_captions.main(arguments)
+    evaluate(trained, small_scenes, tmp_path)
     metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
     assert metrics["cider"] == pytest.approx(max(row["cider"] for row in history), abs=1e-9)
 
@@ -113,17 +108,7 @@ def test_the_longest_caption_generated_is_the_99th_percentile(trained, small_sce
 
 def test_no_caption_is_shorter_or_longer_than_it_may_be(trained, small_scenes, tmp_path):
     _, processor = load_captioner(str(trained))
-    options = [
-        "--model",
-        str(trained),
-        "--dataset",
-        small_scenes,
-        "--split",
-        "validation",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    evaluate_captions.main([*options, "--generation_min_length", "14", "--generation_max_length", "15"])
+    evaluate(trained, small_scenes, tmp_path, "--generation_min_length", "14", "--generation_max_length", "15")
     told = [json.loads(line)["caption"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert {len(ids) for ids in processor.tokenizer(told).input_ids} <= {14, 15, 16}  # a cut caption gets its EOS here
 
@@ -327,9 +312,8 @@ def test_caption_tells_files_and_folders_and_names_what_it_cannot_read(trained, 
     assert "broken.jpg: picture does not decode" in capsys.readouterr().err
 
     caption.main(["--model", str(trained), str(pictures / "0.png"), "--output", str(tmp_path / "captions.html")])
-    assert made[0] in re.sub(
-        "<[^>]*>", "", (tmp_path / "captions.html").read_text()
-    )  # each token stands in its own tag
+    page = (tmp_path / "captions.html").read_text()
+    assert made[0] in re.sub("<[^>]*>", "", page)  # each token stands in its own tag
     caption.main(["--model", str(trained), str(pictures / "0.png")])
     assert capsys.readouterr().out == f"{pictures / '0.png'}\t{made[0]}\n"
     with pytest.raises(SystemExit) as stopped:
