@@ -118,8 +118,7 @@ def ours(system: str, rows: datasets.Dataset, size: int, folder: Path, args) -> 
         options |= {"encoder": folder / "encoder", "decoder": folder / "decoder", "prompt": ""}
         options |= {"use_cpu": args.device == "cpu", "bf16": args.mixed_precision == "bf16"}
     script.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
-    history = json.loads((folder / "run" / "history.json").read_text())
-    return history[0]["train_seconds"] / size
+    return json.loads((folder / "run" / "results.json").read_text())["train"]["seconds"] / size
 
 
 def save_parts(system: str, model, processor, folder: Path) -> None:
