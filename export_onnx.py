@@ -62,14 +62,12 @@ class LSTMStep(nn.Module):
         embedding, *grid = picture
         token = self.model.token_embedding(input_ids)  # (batch, 1, image embedding)
         inputs = torch.where(position == 0, embedding.unsqueeze(1), token)  # (batch, 1, image embedding)
-        outputs, (hidden, cell) = self.model.lstm(inputs, tuple(state))  # (batch, 1, hidden)
-        if grid:
-            # With one head, (batch, 1, length, size): torch's exporter knows attention in no other shape.
-            outputs = self.model.attention(outputs.unsqueeze(1), tuple(part.unsqueeze(1) for part in grid)).squeeze(1)
-        return [self.model.lm_head(outputs)[:, -1], hidden, cell]
+        outputs, _, memory = self.model.read(inputs, tuple(grid) or None, tuple(state))  # (batch, 1, hidden)
+        return [self.model.lm_head(outputs)[:, -1], *memory]
 
     def state(self) -> dict[str, torch.Tensor]:
-        shape = (self.model.config.num_hidden_layers, BATCH, self.model.config.hidden_size)
+        config = self.model.config
+        shape = (config.num_hidden_layers + config.num_language_layers, BATCH, config.hidden_size)
         return {"hidden": torch.zeros(shape), "cell": torch.zeros(shape)}
 
 
@@ -138,7 +136,8 @@ def export_captioner(model, processor, folder: Path) -> None:
     encoder, step = (
         (LSTMEncoder(model), LSTMStep(model)) if is_lstm else (TransformerEncoder(model), TransformerStep(model))
     )
-    size = processor.image_processor.crop_size if is_lstm else processor.image_processor.size
+    image_processor = processor.image_processor
+    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
     pixels = torch.randn(BATCH, 3, size["height"], size["width"])
     picture, state = encoder(pixels), step.state()
     batch = torch.export.Dim("batch", min=1, max=4096)

@@ -75,6 +75,10 @@ class LSTMArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the pictures given to the encoder, in pixels; its own if not given."}
     )
+    center_crop: bool = field(
+        default=True,
+        metadata={"help": "Show the encoder a picture's middle, as in its training; else all of it, squeezed."},
+    )
     image_embed_dim: int = field(
         default=1024, metadata={"help": "Length of the picture's and of each token's embedding."}
     )
@@ -84,6 +88,10 @@ class LSTMArguments:
     attention: bool = field(
         default=False,
         metadata={"help": "Look at the places of the encoder's grid at each word, not at its summary alone."},
+    )
+    num_attention_heads: int = field(default=1, metadata={"help": "Ways in which it looks at them at once."})
+    num_language_layers: int = field(
+        default=0, metadata={"help": "LSTM layers behind the attention, which read what it saw and say the word."}
     )
     vocab_size: int = field(
         default=8000, metadata={"help": "Tokens of the tokenizer that is trained if none is given."}
@@ -346,6 +354,12 @@ def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: i
 def build_model(args: LSTMArguments, tokenizer) -> tuple:
     """Model and processor, the encoder's trained weights loaded where they are wanted."""
     check_special_tokens(tokenizer)
+    if args.hidden_size % args.num_attention_heads:
+        raise ValueError(
+            f"--num_attention_heads {args.num_attention_heads} does not divide --hidden_size {args.hidden_size}"
+        )
+    if args.num_language_layers and not args.attention:
+        raise ValueError("--num_language_layers wants --attention true; without it, give more --num_hidden_layers")
     try:
         backbone = timm.create_model(timm_source(args.encoder), pretrained=False, num_classes=0)
     except RuntimeError as error:
@@ -359,6 +373,8 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
         num_hidden_layers=args.num_hidden_layers,
         dropout=args.dropout,
         attention=args.attention,
+        num_attention_heads=args.num_attention_heads,
+        num_language_layers=args.num_language_layers,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -372,7 +388,7 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
                 f"--encoder {args.encoder}: its weights cannot be loaded ({str(error).strip().splitlines()[0]}); give a "
                 "folder that holds them, or --pretrained_encoder false"
             ) from error
-    return model, build_processor(timm_image_processor(backbone, args.image_size), tokenizer)
+    return model, build_processor(timm_image_processor(backbone, args.image_size, args.center_crop), tokenizer)
 
 
 def hub_names(args: LSTMArguments) -> list[str]:

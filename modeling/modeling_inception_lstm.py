@@ -34,6 +34,8 @@ class InceptionLSTMConfig(PreTrainedConfig):
         num_hidden_layers: LSTM layers.
         dropout: Share of the LSTM's inputs, of the values between its layers and of its outputs zeroed in training.
         attention: Whether each word looks at the places of the encoder's grid, in place of the encoder's summary alone.
+        num_attention_heads: Places it looks at in different ways at once.
+        num_language_layers: LSTM layers that read what attention saw and say the word; without any, attention itself says it.
     """
 
     model_type = "inception_lstm"
@@ -48,6 +50,8 @@ class InceptionLSTMConfig(PreTrainedConfig):
         num_hidden_layers: int = 3,
         dropout: float = 0.0,
         attention: bool = False,
+        num_attention_heads: int = 1,
+        num_language_layers: int = 0,
         pad_token_id: int = 0,
         bos_token_id: int = 1,
         eos_token_id: int = 2,
@@ -61,6 +65,8 @@ class InceptionLSTMConfig(PreTrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.dropout = dropout
         self.attention = attention
+        self.num_attention_heads = num_attention_heads
+        self.num_language_layers = num_language_layers
         # transformers registers one auto class a model by itself; `AutoModel` has to be named here.
         kwargs.setdefault("auto_map", {"AutoModel": "modeling_inception_lstm.InceptionLSTMForConditionalGeneration"})
         kwargs["is_encoder_decoder"] = True  # generate() then runs the encoder once and keeps its output
@@ -105,7 +111,8 @@ class TimmEncoder(nn.Module):
 class LSTMState:
     """What the LSTM remembers between two words, in the place of a transformer's keys and values.
 
-    hidden, cell: (layers, batch, hidden size); num_tokens: decoder positions read so far; grid: what attention looks at.
+    hidden, cell: (layers, batch, hidden size), those behind the attention last; num_tokens: decoder positions read so far;
+    grid: what attention looks at.
     """
 
     hidden: torch.Tensor
@@ -129,11 +136,13 @@ class GridAttention(nn.Module):
     """What the LSTM's output at each word sees of the picture.
 
     Attention after the recurrence (Luong et al., 2015, https://arxiv.org/abs/1508.04025, section 3.1, "general" score): the
-    state of the LSTM does not depend on it, so that all words of a caption are computed at once.
+    state of the LSTM does not depend on it, so that all words of a caption are computed at once. It has heads, as in Vaswani
+    et al., 2017 (https://arxiv.org/abs/1706.03762, section 3.2.2).
     """
 
-    def __init__(self, encoder_size: int, hidden_size: int):
+    def __init__(self, encoder_size: int, hidden_size: int, num_heads: int = 1):
         super().__init__()
+        self.num_heads = num_heads
         self.key = nn.Linear(encoder_size, hidden_size)
         self.value = nn.Linear(encoder_size, hidden_size)
         self.output = nn.Linear(2 * hidden_size, hidden_size)
@@ -147,13 +156,19 @@ class GridAttention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, grid: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Outputs of the LSTM and what they see, (batch, length, hidden) in and out."""
-        seen = nn.functional.scaled_dot_product_attention(hidden, *grid)  # (batch, length, hidden)
-        return torch.tanh(self.output(torch.cat([hidden, seen], dim=-1)))
+        query, keys, values = map(self._heads, (hidden, *grid))
+        seen = nn.functional.scaled_dot_product_attention(query, keys, values)  # (batch, heads, length, head size)
+        return torch.tanh(self.output(torch.cat([hidden, seen.transpose(1, 2).flatten(2)], dim=-1)))
 
     def weights(self, hidden: torch.Tensor, grid: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """How much each word looks at each place, (batch, length, positions): what the fused kernel above keeps to itself."""
-        scores = hidden @ grid[0].transpose(1, 2) / hidden.shape[-1] ** 0.5  # (batch, length, positions)
+        """How much each word looks at each place, (batch, heads, length, positions): what the fused kernel above keeps to itself."""
+        query, keys = self._heads(hidden), self._heads(grid[0])
+        scores = query @ keys.transpose(2, 3) / query.shape[-1] ** 0.5  # (batch, heads, length, positions)
         return scores.softmax(dim=-1)
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, places, hidden) as (batch, heads, places, head size)."""
+        return states.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -179,7 +194,17 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             batch_first=True,
             dropout=config.dropout if config.num_hidden_layers > 1 else 0.0,
         )
-        self.attention = GridAttention(self.encoder.output_size, config.hidden_size) if config.attention else None
+        self.attention = self.language_lstm = None
+        if config.attention:
+            self.attention = GridAttention(self.encoder.output_size, config.hidden_size, config.num_attention_heads)
+        if config.num_language_layers:
+            self.language_lstm = nn.LSTM(
+                config.hidden_size,
+                config.hidden_size,
+                config.num_language_layers,
+                batch_first=True,
+                dropout=config.dropout if config.num_language_layers > 1 else 0.0,
+            )
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
@@ -261,7 +286,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             `loss` (nats a token) where `labels` are given, else `logits` (batch, length, vocabulary): the scores of a batch of
             captions are never held all at once. The state, under `STATE_NAME`, where `use_cache` says so. Where asked for,
-            `cross_attentions` of one layer and one head: (batch, 1, length, positions).
+            `cross_attentions` of one layer: (batch, heads, length, positions).
         """
         if decoder_input_ids is None:
             decoder_input_ids = self.shift_right(labels)
@@ -275,13 +300,10 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             grid, num_tokens, memory = cache.grid, cache.num_tokens, (cache.hidden, cache.cell)
 
-        outputs, (hidden, cell) = self.lstm(self.dropout(inputs), memory)  # (batch, length, hidden)
+        outputs, looking, memory = self.read(inputs, grid, memory)
         cross_attentions = None
-        if self.attention:
-            if output_attentions:
-                cross_attentions = (self.attention.weights(outputs, grid).unsqueeze(1),)
-            outputs = self.attention(outputs, grid)  # (batch, length, hidden)
-        outputs = self.dropout(outputs)
+        if self.attention and output_attentions:
+            cross_attentions = (self.attention.weights(looking, grid),)
         loss, logits = None, None
         if labels is None:
             logits = self.lm_head(outputs)  # (batch, length, vocabulary)
@@ -290,7 +312,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss = caption_loss(outputs, labels, head.weight, head.bias, num_items_in_batch, label_smoothing)
 
         use_cache = labels is None if use_cache is None else use_cache
-        state = LSTMState(hidden, cell, num_tokens + decoder_input_ids.shape[1], grid) if use_cache else None
+        state = LSTMState(*memory, num_tokens + decoder_input_ids.shape[1], grid) if use_cache else None
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -310,6 +332,31 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image = image if image_index is None else image[image_index]  # (batch, image embedding)
         inputs = torch.cat([image.unsqueeze(1), inputs[:, 1:]], dim=1)  # (batch, length, image embedding)
         return inputs, self.attention.grid(states, image_index) if self.attention else None
+
+    def read(self, inputs: torch.Tensor, grid: tuple | None, memory: tuple[torch.Tensor, ...] | None = None) -> tuple:
+        """Read the picture and words, inputs (batch, length, image embedding).
+
+        Args:
+            grid: What attention looks at; None without it.
+            memory: Hidden states and cells, each (layers, batch, hidden), after what was read before.
+
+        Returns:
+            outputs: (batch, length, hidden), what `lm_head` reads.
+            looking: (batch, length, hidden), what attention looked with.
+            memory: As above, after these inputs.
+        """
+        first, last = None, None
+        if memory is not None:
+            num_first = self.config.num_hidden_layers
+            first, last = tuple(part[:num_first] for part in memory), tuple(part[num_first:] for part in memory)
+        looking, memory = self.lstm(self.dropout(inputs), first)
+        outputs = self.attention(looking, grid) if self.attention else looking
+        if self.language_lstm:
+            # Two LSTMs with the attention between them, as in Anderson et al., 2018 (https://arxiv.org/abs/1707.07998, section
+            # 3.2), but for the way back from the second to the first, so that all words are still computed at once.
+            outputs, of_last = self.language_lstm(self.dropout(outputs), last)
+            memory = tuple(torch.cat(parts) for parts in zip(memory, of_last, strict=True))
+        return self.dropout(outputs), looking, memory
 
     def shift_right(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels (batch, length) as decoder inputs: the start token, then every label but the last."""

@@ -13,18 +13,21 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 
 
-def timm_image_processor(backbone, image_size: int | None = None) -> CLIPImageProcessor:
+def timm_image_processor(backbone, image_size: int | None = None, center_crop: bool = True) -> CLIPImageProcessor:
     """The pictures a timm model was trained on, as an image processor that saves: resize, centre crop, normalise.
 
     Args:
         backbone: A timm model; its own data configuration is read.
         image_size: Side of the square given to the model, in pixels; the model's own where None.
+        center_crop: Whether the model sees a picture's middle, as it was trained to; else all of it, squeezed into the square.
     """
     data = timm.data.resolve_model_data_config(backbone)
     crop_size = image_size or data["input_size"][-1]
+    square = {"height": crop_size, "width": crop_size}
     return CLIPImageProcessor(
-        size={"shortest_edge": math.floor(crop_size / data["crop_pct"])},
-        crop_size={"height": crop_size, "width": crop_size},
+        size={"shortest_edge": math.floor(crop_size / data["crop_pct"])} if center_crop else square,
+        do_center_crop=center_crop,
+        crop_size=square,
         resample=PILImageResampling[data["interpolation"].upper()],
         image_mean=list(data["mean"]),
         image_std=list(data["std"]),

@@ -28,7 +28,13 @@ def build(kind: str, prompt: str = "", num_layers: int = 2) -> tuple:
     torch.manual_seed(0)
     if kind == "lstm":
         sizes = {"image_embed_dim": 32, "hidden_size": 32, "num_hidden_layers": num_layers, "vocab_size": len(WORDS)}
-        config = InceptionLSTMConfig(encoder_name="test_efficientnet", attention=prompt == "attention", **sizes)
+        config = InceptionLSTMConfig(
+            encoder_name="test_efficientnet",
+            attention=prompt == "attention",
+            num_attention_heads=4,
+            num_language_layers=int(prompt == "attention"),
+            **sizes,
+        )
         model = InceptionLSTMForConditionalGeneration(config)
         images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     else:
