@@ -237,9 +237,10 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
         # ---- Model --------------------------------------------------------------------------------------------------
         model, processor = build_model(model_args, tokenizer)
     model.to(accelerator.device)
-    features = dict.fromkeys(dataset)
+    num_views = data_args.augmentation_views
+    features = {split: [None] * (num_views if split == "train" else 1) for split in dataset}
     if data_args.cache_features and model_args.freeze_encoder:
-        features = encode_splits(dataset, model.encoder, processor.image_processor, data_args)
+        features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_views)
     pairs = {
         split: CaptionPairs(dataset[split], tokenizer, data_args.max_caption_length, features[split])
         for split in ("train", "validation")
@@ -263,8 +264,15 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
 
     collator = CaptionCollator(processor, share_pictures="index")
     loading = {"collate_fn": collator, "num_workers": data_args.dataloader_num_workers}
-    pictures = pairs["train"].row_of_pair if data_args.group_by_picture else None
-    sampler = CaptionSampler(pairs["train"].lengths, step_size, data_args.group_by_length, args.seed, pictures)
+    sampler = CaptionSampler(
+        pairs["train"].lengths,
+        step_size,
+        data_args.group_by_length,
+        args.seed,
+        pairs["train"].row_of_pair,
+        data_args.group_by_picture,
+        num_views,
+    )
     train_loader = DataLoader(pairs["train"], args.per_device_train_batch_size, sampler=sampler, **loading)
     whole = WholeModel(accelerator, model)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
@@ -280,7 +288,9 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
         with one_line_errors(ValueError):
             progress = load_checkpoint(accelerator, scheduler, resume_from, step_size)
     start_trackers(accelerator, options, progress)
-    val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], features["validation"])
+    val_rows, val_features = spread_evenly(
+        data_args.max_eval_pictures, dataset["validation"], features["validation"][0]
+    )
     scorer = CaptionScorer(val_rows["captions"], training_captions)
     with StopSignal() as stopping:
         while progress.epoch < args.num_train_epochs and not stops_early(progress, args):
@@ -311,7 +321,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
                 save_captioner(captioner, processor, args.output_dir)
         accelerator.wait_for_everyone()
     captioner = InceptionLSTMForConditionalGeneration.from_pretrained(args.output_dir).to(accelerator.device)
-    pictures = eval_loader(Pictures(dataset[split], features[split]))
+    pictures = eval_loader(Pictures(dataset[split], features[split][0]))
     captions = caption_pictures(captioner.eval(), processor, pictures, accelerator, NUM_PICTURES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------

@@ -218,9 +218,10 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         # ---- Model --------------------------------------------------------------------------------------------------
         model, processor = build_model(model_args, tokenizer)
     model.to(args.device)
-    features = dict.fromkeys(dataset)
+    num_views = data_args.augmentation_views
+    features = {split: [None] * (num_views if split == "train" else 1) for split in dataset}
     if data_args.cache_features and model_args.freeze_encoder:
-        features = encode_splits(dataset, model.encoder, processor.image_processor, data_args)
+        features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_views)
     start_ids = start_token_ids(model)
     room = model.config.decoder.max_position_embeddings - len(start_ids) + 1  # positions left for caption and EOS
     max_length = min(data_args.max_caption_length or room, room)
@@ -243,13 +244,22 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
 
     # ---- Optimiser --------------------------------------------------------------------------------------------------
     step_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    shared = pairs["train"].row_of_pair if data_args.group_by_picture else None
-    val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], features["validation"])
+    val_rows, val_features = spread_evenly(
+        data_args.max_eval_pictures, dataset["validation"], features["validation"][0]
+    )
     trainer = CaptionTrainer(
         model,
         args,
         processor=processor,
-        sampler=CaptionSampler(pairs["train"].lengths, step_size, data_args.group_by_length, args.seed, shared),
+        sampler=CaptionSampler(
+            pairs["train"].lengths,
+            step_size,
+            data_args.group_by_length,
+            args.seed,
+            pairs["train"].row_of_pair,
+            data_args.group_by_picture,
+            num_views,
+        ),
         train_dataset=pairs["train"],
         eval_dataset=pairs["validation"],
         eval_pictures=Pictures(val_rows, val_features),
@@ -270,7 +280,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
                 save_captioner(captioner, processor, args.output_dir)
         trainer.accelerator.wait_for_everyone()
     captioner = VisionEncoderDecoderModel.from_pretrained(args.output_dir).to(args.device)
-    pictures = trainer.eval_loader(Pictures(dataset[split], features[split]))
+    pictures = trainer.eval_loader(Pictures(dataset[split], features[split][0]))
     captions = caption_pictures(captioner.eval(), processor, pictures, trainer.accelerator, NUM_PICTURES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------

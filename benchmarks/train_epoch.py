@@ -133,14 +133,14 @@ def save_parts(system: str, model, processor, folder: Path) -> None:
 def encode(model, processor, rows: datasets.Dataset) -> datasets.Dataset:
     """The features of rows that were not encoded before."""
     table = datasets.DatasetDict(train=rows)
-    return encode_splits(table, model.get_encoder(), processor.image_processor, DataArguments())["train"]
+    return encode_splits(table, model.get_encoder(), processor.image_processor, DataArguments())["train"][0]
 
 
 @torch.no_grad()
 def losses_agree(system: str, model, processor, rows: datasets.Dataset, device: str) -> float:
     """Relative difference between the loss of a batch by the report's way and by ours from cached features."""
     rows = rows.select(range(BATCH_SIZE["vit_gpt2"]))
-    pairs = CaptionPairs(rows, processor.tokenizer, features=encode(model, processor, rows))
+    pairs = CaptionPairs(rows, processor.tokenizer, features=[encode(model, processor, rows)])
     dataset = report_way.CaptionDataset(rows, processor, max(pairs.lengths))
     batch = next(iter(DataLoader(dataset, len(rows))))
     plain = report_way.caption_loss(model.eval(), **{name: value.to(device) for name, value in batch.items()}).item()

@@ -11,6 +11,8 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
+from data_scripts.views import caption_of_view, view_of_picture
+
 
 class Pictures(torch.utils.data.Dataset):
     """The rows of a split as the collator wants them, one item a picture.
@@ -18,16 +20,20 @@ class Pictures(torch.utils.data.Dataset):
     Args:
         rows: Rows with an `image`.
         features: As many rows from `cache_features`; pictures are then not decoded at all.
+        view: See `view_of_picture`; features are of that view already.
     """
 
-    def __init__(self, rows: Dataset, features: Dataset | None = None):
+    def __init__(self, rows: Dataset, features: Dataset | None = None, view: int = 0):
         self.source = rows.select_columns(["image"]) if features is None else features.with_format("numpy")
+        self.view = view
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         columns = self.source[list(indices)]
+        if "image" in columns and self.view:
+            columns["image"] = [view_of_picture(image, self.view) for image in columns["image"]]
         return [
             {"index": index, **{name: values[place] for name, values in columns.items()}}
             for place, index in enumerate(indices)
@@ -50,7 +56,8 @@ class CaptionPairs(torch.utils.data.Dataset):
         rows: Rows with `image` and `captions`.
         tokenizer: Turns captions into token ids; EOS is put behind every caption here, also behind one that is cut.
         max_length: Longest caption kept, in tokens, EOS included, a prompt not; None keeps all.
-        features: See `Pictures`.
+        features: See `Pictures`; of each view of the pictures, so that there may be several. Pair 5 of 100 is item 5, and in view
+            2 item 205.
         start_ids: Tokens every caption starts from: the start token, then a prompt's where there is one; BOS where None.
         loss_on_prompt: Whether the prompt is learnt as well.
 
@@ -62,11 +69,11 @@ class CaptionPairs(torch.utils.data.Dataset):
         rows: Dataset,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None = None,
-        features: Dataset | None = None,
+        features: Sequence[Dataset | None] = (None,),
         start_ids: Sequence[int] | None = None,
         loss_on_prompt: bool = False,
     ):
-        self.pictures = Pictures(rows, features)
+        self.pictures = [Pictures(rows, of_view, view) for view, of_view in enumerate(features)]
         captions = rows["captions"]
         self.row_of_pair = np.repeat(np.arange(len(rows)), [len(texts) for texts in captions])
         self.start_ids = list(start_ids or [tokenizer.bos_token_id])
@@ -76,20 +83,31 @@ class CaptionPairs(torch.utils.data.Dataset):
         blank = " " if prompt_ids else ""
         texts = [blank + text for texts in captions for text in texts]
         cut = None if max_length is None else max_length - 1
-        tokens = tokenizer(texts, add_special_tokens=False).input_ids
-        self.token_ids = [[*ids[:cut], tokenizer.eos_token_id] for ids in tokens]
+
+        def ids_of_view(view: int) -> list[list[int]]:
+            tokens = tokenizer([caption_of_view(text, view) for text in texts], add_special_tokens=False).input_ids
+            return [[*ids[:cut], tokenizer.eos_token_id] for ids in tokens]
+
+        self.token_ids = ids_of_view(0)
+        self.mirrored_ids = ids_of_view(1) if len(features) > 1 else []
         self.lengths = np.array([len(ids) for ids in self.token_ids])
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        pictures = self.pictures.__getitems__([int(self.row_of_pair[index]) for index in indices])
-        return [picture | self.tokens(index) for picture, index in zip(pictures, indices, strict=True)]
+        views, pairs = np.divmod(indices, len(self))
+        items = {}
+        for view in np.unique(views):
+            places = np.flatnonzero(views == view)
+            pictures = self.pictures[view].__getitems__(self.row_of_pair[pairs[places]].tolist())
+            items.update(zip(places, pictures, strict=True))
+        return [items[place] | self.tokens(index) for place, index in enumerate(indices)]
 
     def tokens(self, index: int) -> dict:
         """What the decoder reads and, at the same positions, what it shall say next."""
-        token_ids = self.token_ids[index]
+        view, pair = divmod(index, len(self))
+        token_ids = self.mirrored_ids[pair] if view % 2 else self.token_ids[pair]
         return {"decoder_input_ids": self.start_ids + token_ids[:-1], "labels": self.prompt_labels + token_ids}
 
 
@@ -101,8 +119,10 @@ class CaptionSampler(Sampler[int]):
         batch_size: Pairs in a whole step, over all processes and accumulated batches.
         group_by_length: Whether pairs of like length share a batch: shuffled, sorted within runs of 50 batches, and the
             batches shuffled. Saves the padding, keeps the order random between batches.
-        pictures: Picture of each pair, where the captions of a picture are to stand together, so that a batch has few pictures;
-            it is then pictures with like numbers of tokens in all their captions that share a batch.
+        pictures: Picture of each pair.
+        group_by_picture: Whether the captions of a picture stand together, so that a batch has few pictures; it is then
+            pictures with like numbers of tokens in all their captions that share a batch.
+        num_views: Views of each picture, which take turns from epoch to epoch; see `CaptionPairs`.
     """
 
     def __init__(
@@ -112,13 +132,17 @@ class CaptionSampler(Sampler[int]):
         group_by_length: bool = True,
         seed: int = 0,
         pictures: Sequence[int] | None = None,
+        group_by_picture: bool = False,
+        num_views: int = 1,
     ):
         self.lengths = np.asarray(lengths)
-        if pictures is not None:
+        if group_by_picture:
             self.lengths = np.bincount(pictures, weights=self.lengths)[pictures]
         self.batch_size = batch_size
         self.group_by_length = group_by_length
+        self.group_by_picture = group_by_picture
         self.pictures = pictures
+        self.num_views = num_views
         self.seed = seed
         self.epoch = 0
 
@@ -131,7 +155,7 @@ class CaptionSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng([self.seed, self.epoch])
         order = random.permutation(len(self.lengths))
-        if self.pictures is not None:
+        if self.group_by_picture:
             turn = random.permutation(max(self.pictures) + 1)
             order = order[np.argsort(turn[self.pictures[order]], kind="stable")]
         if self.group_by_length:
@@ -141,6 +165,8 @@ class CaptionSampler(Sampler[int]):
             whole = len(order) // self.batch_size * self.batch_size  # the short batch stays last
             batches = order[:whole].reshape(-1, self.batch_size)
             order = np.concatenate([random.permutation(batches).reshape(-1), order[whole:]])
+        if self.num_views > 1:
+            order = order + len(self) * ((self.pictures[order] + self.epoch) % self.num_views)
         return iter(order.tolist())
 
 

@@ -15,6 +15,8 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from data_scripts.views import view_of_picture
+
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 512  # pictures a file: what a kill can cost
@@ -43,6 +45,7 @@ def cache_features(
     image_processor,
     fingerprint: str,
     in_8_bits: bool = False,
+    view: int = 0,
     batch_size: int = 32,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
@@ -55,6 +58,7 @@ def cache_features(
         image_processor: Pictures to pixels.
         fingerprint: Of encoder and image processor; another one never meets this one's files.
         in_8_bits: Whether to keep each state in 8 bits a number, as shares of its largest: half the disk, and not exact.
+        view: Which view of each picture it sees, see `view_of_picture`.
         batch_size: Pictures the encoder sees together.
         num_workers: Processes that decode pictures; 0 decodes in this one.
         device: Where the encoder is.
@@ -67,14 +71,18 @@ def cache_features(
     """
     state = PartialState()
     pictures = dataset.select_columns(["image"])
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "showtell_features" / (fingerprint + "-int8" * in_8_bits)
+    folder = (
+        Path(datasets.config.HF_DATASETS_CACHE)
+        / "showtell_features"
+        / (fingerprint + "-int8" * in_8_bits + f"-view{view}" * (view > 0))
+    )
     os.makedirs(folder, exist_ok=True)
     starts = range(0, len(pictures), SHARD_SIZE)
     shards = [pictures.select(range(start, min(start + SHARD_SIZE, len(pictures)))) for start in starts]
     paths = [folder / f"{pictures_fingerprint(shard)}.arrow" for shard in shards]
 
     def to_pixels(rows: list[dict]) -> torch.Tensor:
-        images = [row["image"].convert("RGB") for row in rows]
+        images = [view_of_picture(row["image"].convert("RGB"), view) for row in rows]
         return image_processor(images=images, return_tensors="pt")["pixel_values"]  # (batch, 3, height, width)
 
     def encode(pixels: torch.Tensor) -> dict[str, np.ndarray]:
@@ -169,25 +177,35 @@ def _write_files(
     datasets.enable_progress_bars()
 
 
-def encode_splits(dataset: DatasetDict, encoder: torch.nn.Module, image_processor, args) -> dict[str, Dataset]:
+def encode_splits(
+    dataset: DatasetDict, encoder: torch.nn.Module, image_processor, args, num_views: int = 1
+) -> dict[str, list[Dataset]]:
     """The features of every split, by a frozen encoder that gives `last_hidden_state`.
 
     Args:
         args: `int8_features` and `dataloader_num_workers` of the run.
+        num_views: Of the training pictures; the others have one.
+
+    Returns:
+        Of each split its views, see `view_of_picture`.
     """
     encoder = encoder.eval().to(memory_format=torch.channels_last)  # convolutions are faster in it
     fingerprint = encoder_fingerprint(encoder, image_processor)
     device = next(encoder.parameters()).device
     features = {
-        split: cache_features(
-            rows,
-            lambda pixels: encoder(pixels).last_hidden_state,
-            image_processor,
-            fingerprint,
-            args.int8_features,
-            num_workers=args.dataloader_num_workers,
-            device=device,
-        )
+        split: [
+            cache_features(
+                rows,
+                lambda pixels: encoder(pixels).last_hidden_state,
+                image_processor,
+                fingerprint,
+                args.int8_features,
+                view,
+                num_workers=args.dataloader_num_workers,
+                device=device,
+            )
+            for view in range(num_views if split == "train" else 1)
+        ]
         for split, rows in dataset.items()
     }
     encoder.to(memory_format=torch.contiguous_format)  # as it is saved

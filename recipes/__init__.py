@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from data_scripts.views import NUM_VIEWS
+
 # What no run can do with less, in either system.
 LOWEST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
@@ -18,6 +20,7 @@ LOWEST = {
     **dict.fromkeys(("max_train_pictures", "max_eval_pictures", "image_size", "patch_size", "image_embed_dim"), 1),
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), 1),
     "num_language_layers": 0,
+    "augmentation_views": 1,
     **dict.fromkeys(("learning_rate", "encoder_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
     **dict.fromkeys(("generation_min_length", "no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
     "vocab_size": 8,  # the four special tokens, and something to say
@@ -57,6 +60,13 @@ class DataArguments:
     )
     int8_features: bool = field(
         default=False, metadata={"help": "Keep it in 8 bits a number: half the disk, and not quite the same."}
+    )
+    augmentation_views: int = field(
+        default=1,
+        metadata={
+            "help": "Views of each training picture that take turns: 2 adds its mirror image, with left and right swapped in "
+            "its captions, more (up to 10) large parts of both."
+        },
     )
     group_by_length: bool = field(default=True, metadata={"help": "Put captions of like length into one batch."})
     group_by_picture: bool = field(
@@ -128,6 +138,8 @@ def value_problem(name: str, value: Any) -> str | None:
         return "it must be more than 0"
     if name == "length_penalty" and abs(value) > 100:  # a power of the length
         return "it must be between -100 and 100"
+    if name == "augmentation_views" and value > NUM_VIEWS:
+        return f"there are {NUM_VIEWS} views at most"
     if name in ("dropout", "label_smoothing_factor") and not 0 <= value < 1:
         return "it must be 0 or more, and less than 1"
     return None

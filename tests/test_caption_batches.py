@@ -5,12 +5,15 @@ import os
 import numpy as np
 import pytest
 import torch
+from PIL import ImageOps
+from torchvision.transforms import functional
 from transformers import CLIPImageProcessor
 
 from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures
 from data_scripts.features import cache_features, encoder_fingerprint
 from data_scripts.train_tokenizer import train_tokenizer
+from data_scripts.views import NUM_VIEWS, PART, caption_of_view, view_of_picture
 from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor
 
@@ -101,7 +104,7 @@ def test_grouped_by_picture_the_captions_of_a_picture_stand_together_beside_thos
     random = np.random.default_rng(0)
     pictures = np.repeat(np.arange(640), 5)
     lengths = random.integers(5, 30, len(pictures))
-    order = list(CaptionSampler(lengths, 60, pictures=pictures))
+    order = list(CaptionSampler(lengths, 60, pictures=pictures, group_by_picture=True))
     assert sorted(order) == list(range(len(pictures)))
     turns = pictures[order]
     assert (np.diff(turns) != 0).sum() == 639  # each picture once
@@ -109,6 +112,60 @@ def test_grouped_by_picture_the_captions_of_a_picture_stand_together_beside_thos
     batches = tokens[: len(tokens) // 12 * 12].reshape(-1, 12)
     assert 1 - batches.sum() / (12 * batches.max(axis=1)).sum() < 0.05
     assert abs(np.corrcoef(batches.mean(axis=1)[:-1], batches.mean(axis=1)[1:])[0, 1]) < 0.4
+
+
+def test_views_are_those_of_ten_crops(rows):
+    image = rows[0]["image"]
+    sizes = [round(PART * side) for side in (image.height, image.width)]
+    corners = functional.five_crop(image, sizes)[:4]
+    views = [image, functional.hflip(image), *(view for crop in corners for view in (crop, functional.hflip(crop)))]
+    assert len(views) == NUM_VIEWS
+    for view, expected in enumerate(views):
+        assert np.array_equal(view_of_picture(image, view), expected)
+
+
+def test_a_mirrored_caption_swaps_left_and_right():
+    caption = "Left of the leftmost man a bright left-handed cleft, to its RIGHT all is lefty. The right one"
+    mirrored = "Right of the rightmost man a bright right-handed cleft, to its Left all is lefty. The left one"
+    assert caption_of_view(caption, 3) == mirrored and caption_of_view(caption, 2) == caption
+
+
+@pytest.mark.parametrize("group_by_picture", [False, True])
+def test_a_picture_is_seen_in_each_view_in_turn_and_with_the_captions_of_that_view(rows, processor, group_by_picture):
+    captions = [text for texts in rows["captions"] for text in texts]
+    assert any("left" in caption for caption in captions) and any("right" in caption for caption in captions)
+    pairs = CaptionPairs(rows, processor.tokenizer, features=[None] * 3)
+    sampler = CaptionSampler(pairs.lengths, 16, True, 0, pairs.row_of_pair, group_by_picture, num_views=3)
+    plain = CaptionSampler(pairs.lengths, 16, True, 0, pairs.row_of_pair, group_by_picture)
+    seen = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        plain.set_epoch(epoch)
+        order = list(sampler)
+        assert [index % len(pairs) for index in order] == list(plain)
+        view_of_row = {}
+        for index, item in zip(order, pairs.__getitems__(order), strict=True):
+            view, pair = divmod(index, len(pairs))
+            row = pairs.row_of_pair[pair]
+            assert view_of_row.setdefault(row, view) == view
+            assert item["index"] == row
+            assert np.array_equal(item["image"], view_of_picture(rows[int(row)]["image"], view))
+            told = processor.tokenizer.decode(item["labels"], skip_special_tokens=True)
+            assert told == caption_of_view(captions[pair], view)
+        seen += order
+    assert sorted(seen) == list(range(3 * len(pairs)))
+
+
+def test_features_of_a_view_are_those_of_the_picture_seen_so(rows, processor):
+    encoder = CountingEncoder()
+    pictures = rows.select_columns(["image"]).select(range(20))
+    plain, mirrored = (
+        cache_features(pictures, encoder, processor.image_processor, "views", view=view) for view in (0, 1)
+    )
+    by_hand = pictures.map(lambda row: {"image": ImageOps.mirror(row["image"])})
+    expected = cache_features(by_hand, encoder, processor.image_processor, "by hand")
+    assert mirrored["encoder_features"] == expected["encoder_features"] != plain["encoder_features"]
+    assert encoder.num_pictures == 3 * (20 + 1)  # each file begins with an example
 
 
 def test_packed_captions_are_whole_and_told_apart_by_their_positions(rows, processor):
