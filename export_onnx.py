@@ -66,8 +66,7 @@ class LSTMStep(nn.Module):
         return [self.model.lm_head(outputs)[:, -1], *memory]
 
     def state(self) -> dict[str, torch.Tensor]:
-        config = self.model.config
-        shape = (config.num_hidden_layers + config.num_language_layers, BATCH, config.hidden_size)
+        shape = (self.model.config.num_hidden_layers, BATCH, self.model.config.hidden_size)
         return {"hidden": torch.zeros(shape), "cell": torch.zeros(shape)}
 
 

@@ -90,9 +90,6 @@ class LSTMArguments:
         metadata={"help": "Look at the places of the encoder's grid at each word, not at its summary alone."},
     )
     num_attention_heads: int = field(default=1, metadata={"help": "Ways in which it looks at them at once."})
-    num_language_layers: int = field(
-        default=0, metadata={"help": "LSTM layers behind the attention, which read what it saw and say the word."}
-    )
     vocab_size: int = field(
         default=8000, metadata={"help": "Tokens of the tokenizer that is trained if none is given."}
     )
@@ -368,8 +365,6 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
         raise ValueError(
             f"--num_attention_heads {args.num_attention_heads} does not divide --hidden_size {args.hidden_size}"
         )
-    if args.num_language_layers and not args.attention:
-        raise ValueError("--num_language_layers wants --attention true; without it, give more --num_hidden_layers")
     try:
         backbone = timm.create_model(timm_source(args.encoder), pretrained=False, num_classes=0)
     except RuntimeError as error:
@@ -384,7 +379,6 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
         dropout=args.dropout,
         attention=args.attention,
         num_attention_heads=args.num_attention_heads,
-        num_language_layers=args.num_language_layers,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -35,7 +35,6 @@ class InceptionLSTMConfig(PreTrainedConfig):
         dropout: Share of the LSTM's inputs, of the values between its layers and of its outputs zeroed in training.
         attention: Whether each word looks at the places of the encoder's grid, in place of the encoder's summary alone.
         num_attention_heads: Places it looks at in different ways at once.
-        num_language_layers: LSTM layers that read what attention saw and say the word; without any, attention itself says it.
     """
 
     model_type = "inception_lstm"
@@ -51,7 +50,6 @@ class InceptionLSTMConfig(PreTrainedConfig):
         dropout: float = 0.0,
         attention: bool = False,
         num_attention_heads: int = 1,
-        num_language_layers: int = 0,
         pad_token_id: int = 0,
         bos_token_id: int = 1,
         eos_token_id: int = 2,
@@ -66,7 +64,6 @@ class InceptionLSTMConfig(PreTrainedConfig):
         self.dropout = dropout
         self.attention = attention
         self.num_attention_heads = num_attention_heads
-        self.num_language_layers = num_language_layers
         # transformers registers one auto class a model by itself; `AutoModel` has to be named here.
         kwargs.setdefault("auto_map", {"AutoModel": "modeling_inception_lstm.InceptionLSTMForConditionalGeneration"})
         kwargs["is_encoder_decoder"] = True  # generate() then runs the encoder once and keeps its output
@@ -111,8 +108,7 @@ class TimmEncoder(nn.Module):
 class LSTMState:
     """What the LSTM remembers between two words, in the place of a transformer's keys and values.
 
-    hidden, cell: (layers, batch, hidden size), those behind the attention last; num_tokens: decoder positions read so far;
-    grid: what attention looks at.
+    hidden, cell: (layers, batch, hidden size); num_tokens: decoder positions read so far; grid: what attention looks at.
     """
 
     hidden: torch.Tensor
@@ -194,17 +190,9 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             batch_first=True,
             dropout=config.dropout if config.num_hidden_layers > 1 else 0.0,
         )
-        self.attention = self.language_lstm = None
+        self.attention = None
         if config.attention:
             self.attention = GridAttention(self.encoder.output_size, config.hidden_size, config.num_attention_heads)
-        if config.num_language_layers:
-            self.language_lstm = nn.LSTM(
-                config.hidden_size,
-                config.hidden_size,
-                config.num_language_layers,
-                batch_first=True,
-                dropout=config.dropout if config.num_language_layers > 1 else 0.0,
-            )
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
@@ -345,17 +333,8 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             looking: (batch, length, hidden), what attention looked with.
             memory: As above, after these inputs.
         """
-        first, last = None, None
-        if memory is not None:
-            num_first = self.config.num_hidden_layers
-            first, last = tuple(part[:num_first] for part in memory), tuple(part[num_first:] for part in memory)
-        looking, memory = self.lstm(self.dropout(inputs), first)
+        looking, memory = self.lstm(self.dropout(inputs), memory)
         outputs = self.attention(looking, grid) if self.attention else looking
-        if self.language_lstm:
-            # Two LSTMs with the attention between them, as in Anderson et al., 2018 (https://arxiv.org/abs/1707.07998, section
-            # 3.2), but for the way back from the second to the first, so that all words are still computed at once.
-            outputs, of_last = self.language_lstm(self.dropout(outputs), last)
-            memory = tuple(torch.cat(parts) for parts in zip(memory, of_last, strict=True))
         return self.dropout(outputs), looking, memory
 
     def shift_right(self, labels: torch.Tensor) -> torch.Tensor:

@@ -32,11 +32,13 @@ def build(kind: str, prompt: str = "", num_layers: int = 2) -> tuple:
             encoder_name="test_efficientnet",
             attention=prompt == "attention",
             num_attention_heads=4,
-            num_language_layers=int(prompt == "attention"),
             **sizes,
         )
         model = InceptionLSTMForConditionalGeneration(config)
-        images = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+        square = {"height": 64, "width": 64}
+        crops = prompt != "attention"  # else the whole picture, squeezed
+        size = {"shortest_edge": 64} if crops else square
+        images = CLIPImageProcessor(size=size, do_center_crop=crops, crop_size=square)
     else:
         sizes = {"hidden_size": 32, "num_hidden_layers": num_layers, "num_attention_heads": 4}
         model = build_vit_gpt2(

@@ -44,7 +44,6 @@ def captioner(request, tokenizer):
             num_hidden_layers=1,
             attention="attention" in request.param,
             num_attention_heads=2,
-            num_language_layers=int("attention" in request.param),
         )
         model = InceptionLSTMForConditionalGeneration(config)
         image_processor = CLIPImageProcessor(size={"shortest_edge": 72}, crop_size={"height": 64, "width": 64})
