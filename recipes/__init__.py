@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
-# What no run can do with less, in either system.
+# What no run can do with less, in any script.
 LOWEST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("eval_epochs", "save_epochs", "save_steps", "save_total_limit", "early_stopping_patience"), 1),
@@ -19,6 +19,8 @@ LOWEST = {
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), 1),
     **dict.fromkeys(("learning_rate", "encoder_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
     **dict.fromkeys(("generation_min_length", "no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("sample_no_repeat_ngram_size", "bleu_weight", "kl_weight"), 0),
+    **dict.fromkeys(("eval_steps", "num_samples"), 1),
     "vocab_size": 8,  # the four special tokens, and something to say
 }
 CHOICES = {
@@ -206,7 +208,7 @@ def value_problem(name: str, value: Any) -> str | None:
         return "it must be more than 0"
     if name == "length_penalty" and abs(value) > 100:  # a power of the length
         return "it must be between -100 and 100"
-    if name in ("dropout", "label_smoothing_factor") and not 0 <= value < 1:
+    if name in ("dropout", "label_smoothing_factor", "cross_entropy_share") and not 0 <= value < 1:
         return "it must be 0 or more, and less than 1"
     return None
 

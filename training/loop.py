@@ -69,6 +69,8 @@ def start_accelerator(args: LoopArguments) -> Accelerator:
         level=logging.INFO if accelerator.is_local_main_process else logging.WARNING, format="%(message)s"
     )
     logging.getLogger("accelerate").setLevel(logging.WARNING)
+    # It tells at each checkpoint that tied weights are saved once.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()  # loading and saving take a second
     set_seed(args.seed)
     return accelerator
