@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -254,7 +255,12 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
 
 
 def check_options(args: SCSTArguments) -> None:
-    """Raise ValueError where options do not go together."""
+    """Raise ValueError where options do not go together, or not with the launcher's."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "FSDP is not supported by train_scst.py, which samples from the model as it is: run with "
+            "recipes/accelerate/several_gpus.yaml, which gives each process a whole one"
+        )
     if args.model is None:
         raise ValueError("--model is missing: name the folder or the Hub id of the captioner to continue")
     if args.num_samples == 1 and args.baseline == "others":

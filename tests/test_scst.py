@@ -245,6 +245,7 @@ def test_samples_hang_on_seed_epoch_and_picture_and_on_no_saved_rule(kind):
     outputs = BaseModelOutput(last_hidden_state=states[3:4])
     start = self_critical.start_token_ids(model)
     for sample, row in zip(alone, sampling_numbers(7, 3, [3], 4, 9).numpy(), strict=True):
+        assert sample[-1] == 2 or len(sample) == model.generation_config.max_length - len(start)
         for place, token in enumerate(sample):
             read = torch.tensor([[*start, *sample[:place]]])
             logits = model(encoder_outputs=outputs, decoder_input_ids=read).logits[0, -1]
@@ -494,6 +495,12 @@ def test_no_model_and_a_model_of_neither_kind_are_refused(started, small_scenes,
     build("vit_gpt2")[1].save_pretrained(other)
     sentence = refused(other, small_scenes, tmp_path, capsys)
     assert f"--model {other} is a VisionEncoderDecoderModel that neither" in sentence
+
+
+def test_a_model_that_is_to_be_shared_out_is_refused(small_scenes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    sentence = refused(tmp_path / "any", small_scenes, tmp_path, capsys)
+    assert sentence.startswith("FSDP is not supported by train_scst.py") and "several_gpus.yaml" in sentence
 
 
 def test_a_checkpoint_of_another_script_or_of_other_steps_is_refused(whole, started, small_scenes, tmp_path, capsys):
