@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -386,6 +387,7 @@ def test_sigterm_saves_and_leaves(whole, started, small_scenes, tmp_path, monkey
         scst(started["lstm"], small_scenes, tmp_path / "lstm")
     assert stopped.value.code == 128 + signal.SIGTERM
     assert {path.name for path in (tmp_path / "lstm").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-5"}
+    time.sleep(1)  # TensorBoard reads files in the order of their names, in which those of one second stand anyhow
     scst(started["lstm"], small_scenes, tmp_path / "lstm", "--resume_from_checkpoint", "last")
     left, expected = what_is_left(tmp_path / "lstm"), what_is_left(whole["lstm"])
     for name in ("weights", "history", "captions", "curve"):
