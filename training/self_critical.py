@@ -68,7 +68,7 @@ class DrawByNumbers(LogitsProcessor):
         self.first = first
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)  # (rows, vocabulary)
+        cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # (rows, vocabulary)
         number = self.numbers[:, input_ids.shape[1] - self.first, None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, number, right=True).clamp(max=scores.shape[1] - 1)  # (rows, 1)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
@@ -100,15 +100,20 @@ def sample_captions(
     Returns:
         Token ids, those of one picture after those of the other; EOS stands behind a caption that came to its end.
     """
-    first = len(start_token_ids(model))
-    settings, processors = {}, LogitsProcessorList()
+    start_ids, processors = start_token_ids(model), LogitsProcessorList()
+    num_rows = len(states) if numbers is None else len(numbers)
+    rows = torch.arange(len(states), device=states.device).repeat_interleave(num_rows // len(states))
     if numbers is not None:
-        settings = {"do_sample": True, "top_k": 0, "num_return_sequences": len(numbers) // len(states)}
-        processors.append(DrawByNumbers(numbers.to(states.device), first))
-    with plain_decoding(model, no_repeat_ngram_size=no_repeat_ngram_size, **settings):
-        outputs = BaseModelOutput(last_hidden_state=states)
-        sequences = model.generate(encoder_outputs=outputs, logits_processor=processors)
-    return [until_end(words, model.generation_config.eos_token_id) for words in sequences[:, first:].tolist()]
+        processors.append(DrawByNumbers(numbers.to(states.device), len(start_ids)))
+    if shares_by(model) == "index":
+        # A picture is read once for all its captions; `generate()` takes their number from the starts.
+        starts = torch.tensor([start_ids], device=states.device).expand(num_rows, -1)
+        inputs = {"encoder_outputs": (states,), "image_index": rows, "decoder_input_ids": starts}
+    else:
+        inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=states[rows])}
+    with plain_decoding(model, no_repeat_ngram_size=no_repeat_ngram_size):
+        sequences = model.generate(**inputs, logits_processor=processors)
+    return [until_end(words, model.generation_config.eos_token_id) for words in sequences[:, len(start_ids) :].tolist()]
 
 
 def until_end(token_ids: list[int], eos: int) -> list[int]:
