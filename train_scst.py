@@ -29,7 +29,7 @@ from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
 from metrics import CaptionScorer, CiderD
 from modeling.caption_loss import caption_loss
-from modeling.captioner import caption_pictures, load_captioner, save_captioner, start_token_ids
+from modeling.captioner import caption_pictures, load_captioner, save_captioner, set_decoding, start_token_ids
 from recipes import PictureArguments, parse_recipe
 from reporting.live import EpochBar
 from reporting.page import NUM_PICTURES
@@ -105,8 +105,20 @@ class LoopArguments(recipes.LoopArguments):
         default=None,
         metadata={"help": "Longest caption sampled and generated, in tokens; the model's own if not given."},
     )
+    generation_min_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Shortest caption generated in evaluation, in tokens; samples have none; the model's own if not given."
+        },
+    )
     generation_num_beams: int | None = field(
         default=None, metadata={"help": "Beams in evaluation; 1 is greedy; the model's own if not given."}
+    )
+    length_penalty: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of beams in evaluation: the power of its length that a caption's score is divided by; likewise."
+        },
     )
     no_repeat_ngram_size: int | None = field(
         default=None,
@@ -152,7 +164,8 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
         split: CaptionPairs(dataset[split], processor.tokenizer, max_length, features[split], start_ids)
         for split in ("train", "validation")
     }
-    set_decoding(model, args, pairs["train"].lengths)
+    with one_line_errors():
+        use_decoding(model, args, pairs["train"].lengths)
     critic = SelfCritic(
         model,
         processor,
@@ -256,11 +269,12 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
 
 def check_options(args: SCSTArguments) -> None:
     """Raise ValueError where options do not go together, or not with the launcher's."""
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise ValueError(
-            "FSDP is not supported by train_scst.py, which samples from the model as it is: run with "
-            "recipes/accelerate/several_gpus.yaml, which gives each process a whole one"
-        )
+    for name in ("DEEPSPEED", "FSDP"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"{name} is not supported by train_scst.py, which samples from the model as it is: run with "
+                "recipes/accelerate/several_gpus.yaml, which gives each process a whole one"
+            )
     if args.model is None:
         raise ValueError("--model is missing: name the folder or the Hub id of the captioner to continue")
     if args.num_samples == 1 and args.baseline == "others":
@@ -290,30 +304,46 @@ def load_start(name: str) -> tuple:
     return model, processor, kind
 
 
-def num_positions(model) -> int | None:
-    """Decoder positions that a model has; None where they have no end."""
-    return model.config.decoder.max_position_embeddings if hasattr(model, "decoder") else None
+def room(model) -> int | None:
+    """Tokens of the longest caption that a model's decoder positions let it say; None where they have no end."""
+    if not hasattr(model, "decoder"):
+        return None
+    # The last token of a caption is said, and not read.
+    return model.config.decoder.max_position_embeddings - len(start_token_ids(model)) + 1
 
 
 def longest_caption(args: PictureArguments, model) -> int | None:
     """Longest training caption kept, in tokens."""
-    if num_positions(model) is None:
-        return args.max_caption_length
-    room = num_positions(model) - len(start_token_ids(model)) + 1
-    return min(args.max_caption_length or room, room)
+    lengths = [length for length in (args.max_caption_length, room(model)) if length is not None]
+    return min(lengths, default=None)
 
 
-def set_decoding(model, args: LoopArguments, lengths: np.ndarray) -> None:
-    """Put the options into the generation config, where there are any; else it stays as it was saved."""
-    num_start_ids = len(start_token_ids(model))
+def use_decoding(model, args: LoopArguments, lengths: np.ndarray) -> None:
+    """Put the options into the generation config, where there are any; else it stays as it was saved.
+
+    Raises:
+        ValueError: The shortest caption is longer than the longest.
+    """
     longest = args.generation_max_length
     if longest is None and model.generation_config.max_length is None:
         longest = math.ceil(np.percentile(lengths, 99))
-    given = {"num_beams": args.generation_num_beams, "no_repeat_ngram_size": args.no_repeat_ngram_size}
     if longest is not None:
-        # The last token of a caption is said, and not read.
-        given["max_length"] = min(longest + num_start_ids, (num_positions(model) or math.inf) + 1)
-    model.generation_config.update(**{name: value for name, value in given.items() if value is not None})
+        longest = min(longest, room(model) or longest)
+    set_decoding(
+        model,
+        longest,
+        args.generation_min_length,
+        num_beams=args.generation_num_beams,
+        length_penalty=args.length_penalty,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+    )
+    shortest, longest = model.generation_config.min_length or 0, model.generation_config.max_length
+    if shortest > longest:
+        num_start = len(start_token_ids(model))
+        raise ValueError(
+            f"the shortest caption is to have {shortest - num_start} tokens and the longest {longest - num_start}: give a lower "
+            "--generation_min_length or a higher --generation_max_length"
+        )
 
 
 def captions_of_pictures(pairs: CaptionPairs) -> list[list[list[int]]]:

@@ -31,8 +31,9 @@ import train_scst
 import train_vit_gpt2
 from metrics import CiderD
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
+from modeling.captioner import load_captioner
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config
-from training import self_critical
+from training import checkpoints, self_critical
 from training.self_critical import (
     DrawByNumbers,
     SelfCritic,
@@ -253,6 +254,33 @@ def test_samples_hang_on_seed_epoch_and_picture_and_on_no_saved_rule(kind):
             assert token == np.searchsorted(logits.double().softmax(-1).cumsum(-1).detach().numpy(), row[place])
 
 
+@pytest.mark.parametrize("rule", [0, 2])
+@pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", ""), ("vit_gpt2", "a red")])
+def test_a_sample_ends_with_eos_or_at_the_longest(kind, prompt, rule):
+    """What is drawn by the model's own scores, one token after the other, is said to its first EOS or to the longest length."""
+    model, processor = build(kind, prompt)
+    as_policy(model)
+    eos, start = model.generation_config.eos_token_id, self_critical.start_token_ids(model)
+    longest = model.generation_config.max_length - len(start)
+    with torch.no_grad():
+        states = model.get_encoder()(processor(images=PICTURES, return_tensors="pt")["pixel_values"]).last_hidden_state
+        numbers = sampling_numbers(7, 3, range(5), 6, longest)
+        samples = sample_captions(model, states, numbers, rule)
+        rows = torch.tensor([[*start]] * 30)
+        for place in range(longest):
+            outputs = BaseModelOutput(last_hidden_state=states.repeat_interleave(6, dim=0))
+            scores = model(encoder_outputs=outputs, decoder_input_ids=rows).logits[:, -1]
+            scores = NoRepeatNGramLogitsProcessor(rule)(rows, scores) if rule else scores
+            cumulative = scores.double().softmax(-1).cumsum(-1)
+            rows = torch.cat([rows, torch.searchsorted(cumulative, numbers[:, place, None], right=True)], dim=1)
+    critic = SelfCritic(model, processor, None, options(), seed=0)
+    for sample, row in zip(samples, rows[:, len(start) :].tolist(), strict=True):
+        length = row.index(eos) + 1 if eos in row else longest
+        assert sample == row[:length] and critic.ended(sample) == (eos in row)
+    kinds = {(critic.ended(sample), len(sample) == longest) for sample in samples}
+    assert kinds >= {(True, False), (False, True)}  # both came up
+
+
 # -------------------------------------------------------------------------------------------------- the optimum
 
 BEST = ["a red dog runs", "green cat sits", "the blue dog", "small cat under it", "big dog sits on it"]
@@ -446,6 +474,25 @@ def test_cross_entropy_and_the_bound_keep_a_run_near_its_start(started, small_sc
     assert taught["eval_loss"] < free["eval_loss"] - 0.01
 
 
+def test_decoding_options_are_of_evaluation_alone(whole, started, small_scenes, tmp_path):
+    """They change what is generated, and not what is sampled."""
+    model, processor = load_captioner(str(started["lstm"]))
+    saved = {name: getattr(model.generation_config, name) for name in ("min_length", "length_penalty", "num_beams")}
+    given = ["--generation_min_length", "12", "--length_penalty", "0.6", "--generation_num_beams", "2"]
+    scst(started["lstm"], small_scenes, tmp_path / "run", *given, "--learning_rate", "0", "--num_train_epochs", "1")
+    still = ["--learning_rate", "0", "--num_train_epochs", "1", "--report_to", "none"]
+    plain = scst(started["lstm"], small_scenes, tmp_path / "plain", *still)
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    for row, other in zip(history[1:], plain[1:], strict=True):
+        assert all(row[name] == other[name] for name in ("reward", "sample_length", "sample_ended"))
+    decoding = load_captioner(str(tmp_path / "run"))[0].generation_config
+    assert (decoding.min_length, decoding.length_penalty, decoding.num_beams) == (13, 0.6, 2)  # with the start token
+    told = [json.loads(line)["caption"] for line in (tmp_path / "run" / "captions.jsonl").read_text().splitlines()]
+    assert min(len(ids) for ids in processor.tokenizer(told).input_ids) >= 12
+    decoding = load_captioner(str(tmp_path / "plain"))[0].generation_config
+    assert {name: getattr(decoding, name) for name in saved} == saved
+
+
 # -------------------------------------------------------------------------------------------------- bad options
 
 
@@ -461,6 +508,7 @@ def test_cross_entropy_and_the_bound_keep_a_run_near_its_start(started, small_sc
         (["--cross_entropy_share", "1"], "--cross_entropy_share 1.0: it must be 0 or more, and less than 1"),
         (["--sample_no_repeat_ngram_size", "-1"], "--sample_no_repeat_ngram_size -1: it must be 0 or more"),
         (["--eval_steps", "0"], "--eval_steps 0: it must be 1 or more"),
+        (["--generation_min_length", "15"], "--generation_min_length 15: it must not be more than"),
         (["--group_by_picture", "true"], "there is no option --group_by_picture"),
     ],
 )
@@ -499,10 +547,29 @@ def test_no_model_and_a_model_of_neither_kind_are_refused(started, small_scenes,
     assert f"--model {other} is a VisionEncoderDecoderModel that neither" in sentence
 
 
-def test_a_model_that_is_to_be_shared_out_is_refused(small_scenes, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_model_that_is_to_be_shared_out_is_refused(name, small_scenes, tmp_path, capsys, monkeypatch):
+    """And nobody is sent to a recipe that is refused as well."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     sentence = refused(tmp_path / "any", small_scenes, tmp_path, capsys)
-    assert sentence.startswith("FSDP is not supported by train_scst.py") and "several_gpus.yaml" in sentence
+    assert sentence.startswith(f"{name} is not supported by train_scst.py")
+    assert re.findall(r"\w+\.yaml", sentence) == ["several_gpus.yaml"]
+
+
+def test_a_checkpoint_of_another_version_is_refused(whole, started, small_scenes, tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(whole["lstm"] / "checkpoint-3", checkpoint)
+    path = checkpoint / train_scst.STATE_FILE
+    progress = json.loads(path.read_text())
+    del progress["sums"]
+    path.write_text(json.dumps(progress | {"epoch_nats": 1.0, "epoch_tokens": 2}))
+    checkpoints._write_checksums(checkpoint)
+    sentence = refused(started["lstm"], small_scenes, tmp_path, capsys, "--resume_from_checkpoint", str(checkpoint))
+    assert (
+        f"{path} was written by another version" in sentence
+        and "(they differ in epoch_nats, epoch_tokens, sums)" in sentence
+    )
+    assert "--resume_from_checkpoint" in sentence
 
 
 def test_a_checkpoint_of_another_script_or_of_other_steps_is_refused(whole, started, small_scenes, tmp_path, capsys):

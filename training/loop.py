@@ -161,9 +161,16 @@ def load_checkpoint(
     """Put model, optimiser, schedule and random states back as they were, and say where the run stood.
 
     Raises:
-        ValueError: The checkpoint is another model's, or its steps have other sizes.
+        ValueError: The checkpoint is another version's or another model's, or its steps have other sizes.
     """
-    progress = Progress(**json.loads((folder / state_file).read_text()))
+    saved = json.loads((folder / state_file).read_text())
+    differing = saved.keys() ^ {field.name for field in dataclasses.fields(Progress)}
+    if differing:
+        raise ValueError(
+            f"{folder / state_file} was written by another version of this script (they differ in {', '.join(sorted(differing))}): "
+            "end that run with the version that began it, or begin anew without --resume_from_checkpoint"
+        )
+    progress = Progress(**saved)
     check_sharding(folder, accelerator.is_fsdp2)
     check_step_size(folder, progress.step_size, step_size, unit)
     try:
