@@ -5,29 +5,23 @@
 A recipe sets the options, the command line overrides it, `--help` lists them.
 """
 
-import dataclasses
-import json
 import logging
 import math
 import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import timm
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.tracking import TrackioTracker
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, get_scheduler
 
+import recipes
 from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
 from data_scripts.command_line import one_line_errors
@@ -38,27 +32,26 @@ from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import caption_pictures, save_captioner, set_decoding
 from modeling.modeling_inception_lstm import timm_source
 from modeling.processing import build_processor, timm_image_processor
-from recipes import DataArguments, check_lengths, parse_recipe
-from reporting.curves import draw_curves
-from reporting.live import EpochBar, check_trackers, score_and_show, tell_losses
-from reporting.model_card import write_model_card
+from recipes import DataArguments, parse_recipe
+from reporting.live import EpochBar
 from reporting.page import NUM_PICTURES
-from reporting.push import CheckpointPush, download_checkpoint, push_to_hub
-from reporting.report import command_line, report_captions
-from reporting.results import write_history
-from training.checkpoints import (
-    check_finite,
-    check_launch,
-    check_sharding,
-    check_step_size,
-    checkpoint_to_resume,
-    drop_old,
-    new_checkpoint,
-    own_output_dir,
-    refuse_deepspeed,
+from reporting.push import CheckpointPush, download_checkpoint
+from reporting.training_report import report_training
+from training.checkpoints import check_finite, checkpoint_to_resume, own_output_dir
+from training.evaluation import score_captions
+from training.loop import (
+    Progress,
+    accumulation_windows,
+    keep_best,
+    load_checkpoint,
+    record,
+    save_checkpoint,
+    start_accelerator,
+    start_trackers,
+    stops_early,
 )
 from training.sharding import WholeModel, gather_head
-from training.stopping import StopSignal, follow_launcher
+from training.stopping import StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -96,97 +89,13 @@ class LSTMArguments:
 
 
 @dataclass
-class LoopArguments:
-    """The training loop; names as in transformers.TrainingArguments."""
+class LoopArguments(recipes.LoopArguments):
+    """The training loop."""
 
     output_dir: str = field(default="outputs/lstm", metadata={"help": "Where model, results and checkpoints go."})
-    num_train_epochs: int = field(default=300, metadata={"help": "Times each caption is seen."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Captions a step on each device."})
-    per_device_eval_batch_size: int = field(
-        default=64, metadata={"help": "Captions or pictures at once in evaluation."}
-    )
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches whose gradients make one step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW, at its highest."})
     encoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Of an encoder that is not frozen; the common one if not given."}
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
-    lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "constant, constant_with_warmup, cosine, linear."}
-    )
-    warmup_steps: float = field(default=0, metadata={"help": "Steps of warm-up; below 1, their share of all steps."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are cut to this length; 0 cuts none."})
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, bf16 or fp16; as `accelerate` is set up if not given."}
-    )
-    seed: int = field(default=42, metadata={"help": "Of weights, order and dropout."})
-    eval_epochs: int = field(default=1, metadata={"help": "Epochs between two evaluations."})
-    save_epochs: int = field(default=1, metadata={"help": "Epochs between two checkpoints."})
-    save_steps: int | None = field(
-        default=None, metadata={"help": "Steps between two checkpoints inside an epoch; none there if not given."}
-    )
-    save_total_limit: int | None = field(
-        default=None, metadata={"help": "Checkpoints kept, the newest, and the best beside them; all if not given."}
-    )
-    load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "Leave the model of the best validation CIDEr in output_dir, else the last."}
-    )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better validation CIDEr."}
-    )
-    generation_max_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest caption generated, in tokens; the training captions' 99th percentile if not given."},
-    )
-    generation_min_length: int = field(
-        default=0, metadata={"help": "Shortest caption generated, in tokens; the end of one comes no earlier."}
-    )
-    generation_num_beams: int = field(default=1, metadata={"help": "Beams; 1 is greedy."})
-    length_penalty: float = field(
-        default=1.0, metadata={"help": "Of beams: the power of its length that a caption's score is divided by."}
-    )
-    no_repeat_ngram_size: int = field(
-        default=0, metadata={"help": "No run of so many tokens is generated twice; 0 allows all."}
-    )
-    report_to: str = field(
-        default="tensorboard", metadata={"help": "Trackers of Accelerate, with commas between; or none."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint folder, `last`, or OWNER/NAME[@REVISION] on the Hub."}
-    )
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload output_dir at the end."})
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Repository to push to; output_dir's name if not given."}
-    )
-    hub_private_repo: bool | None = field(default=None, metadata={"help": "Make the repository a private one."})
-    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to; main if not given."})
-    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = field(
-        default="end",
-        metadata={
-            "help": "When to push: at the end only, or the model, the last or all checkpoints when one is saved."
-        },
-    )
-
-    def __post_init__(self):
-        check_lengths(self)
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with each checkpoint."""
-
-    step_size: int  # captions
-    epoch: int = 0  # whole ones
-    step: int = 0
-    epoch_steps: int = 0  # of the epoch that has begun, and what its loss is made of
-    epoch_nats: float = 0.0
-    epoch_tokens: float = 0.0
-    train_seconds: float = 0.0
-    best_cider: float = -1.0
-    best_epoch: int = 0
-    best_step: int = 0
-    evaluations_since_best: int = 0
-    history: list[dict] = field(default_factory=list)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -194,23 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     data_args, model_args, args = parse_recipe((DataArguments, LSTMArguments, LoopArguments), argv, __doc__)
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
-    follow_launcher()
-    trackers = [name for name in args.report_to.split(",") if name != "none"]
     with one_line_errors():
-        check_trackers(trackers)
-        if "trackio" in trackers:  # by its name alone, its project would bear that of TensorBoard's folder
-            trackers[trackers.index("trackio")] = TrackioTracker("showtell", name=args.output_dir)
-        refuse_deepspeed()
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, log_with=trackers or None, project_dir=args.output_dir
-        )
-        check_launch()
-    logging.basicConfig(
-        level=logging.INFO if accelerator.is_local_main_process else logging.WARNING, format="%(message)s"
-    )
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    transformers.logging.disable_progress_bar()  # loading and saving take a second
-    set_seed(args.seed)
+        accelerator = start_accelerator(args)
     with one_line_errors(OSError), own_output_dir(args.output_dir):
         run(data_args, model_args, args, accelerator)
 
@@ -285,9 +179,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
         with one_line_errors(ValueError):
             progress = load_checkpoint(accelerator, scheduler, resume_from, step_size)
     start_trackers(accelerator, options, progress)
-    val_rows, val_features = spread_evenly(
-        data_args.max_eval_pictures, dataset["validation"], features["validation"][0]
-    )
+    val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], *features["validation"])
     scorer = CaptionScorer(val_rows["captions"], training_captions)
     with StopSignal() as stopping:
         while progress.epoch < args.num_train_epochs and not stops_early(progress, args):
@@ -318,35 +210,25 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
                 save_captioner(captioner, processor, args.output_dir)
         accelerator.wait_for_everyone()
     captioner = InceptionLSTMForConditionalGeneration.from_pretrained(args.output_dir).to(accelerator.device)
-    pictures = eval_loader(Pictures(dataset[split], features[split][0]))
+    pictures = eval_loader(Pictures(dataset[split], *features[split]))
     captions = caption_pictures(captioner.eval(), processor, pictures, accelerator, NUM_PICTURES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        results = report_captions(
-            args.output_dir,
-            rows=dataset[split],
-            dataset=Path(data_args.dataset).name,
+        report_training(
+            args,
+            data_args,
+            dataset=dataset,
             split=split,
             captions=captions,
             scorer=CaptionScorer(dataset[split]["captions"], training_captions),
             decoding=captioner.generation_config,
             train=training_cost(progress, len(pairs["train"])),
-            show_pictures=data_args.show_pictures,
-        )
-        write_model_card(
-            args.output_dir,
             kind="inception-lstm",
-            model_name=args.hub_model_id or args.output_dir,
-            results=results,
-            command=command_line(),
             options=options,
             base_models=hub_names(model_args),
-            training_data={"pictures": len(dataset["train"]), "captions": len(training_captions)},
+            pushing=pushing if args.push_to_hub else None,
         )
-        if args.push_to_hub:
-            pushing.finish()
-            push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_revision)
     accelerator.end_training()
 
 
@@ -421,8 +303,8 @@ def train_epoch(
     num_steps = math.ceil(len(loader) / args.gradient_accumulation_steps)
     loader.set_epoch(progress.epoch)
     size = args.per_device_train_batch_size * accelerator.num_processes
-    nats = torch.tensor(progress.epoch_nats / accelerator.num_processes, device=accelerator.device)
-    tokens = torch.tensor(progress.epoch_tokens, device=accelerator.device)
+    nats = torch.tensor(progress.sums.get("nats", 0.0) / accelerator.num_processes, device=accelerator.device)
+    tokens = torch.tensor(progress.sums.get("tokens", 0.0), device=accelerator.device)
     seen = progress.epoch_steps * args.gradient_accumulation_steps * size
     silent = not accelerator.is_local_main_process
     with EpochBar(progress.epoch + 1, args.num_train_epochs, len(loader) * size, seen, silent) as bar:
@@ -442,7 +324,7 @@ def train_epoch(
             asked = stopping.ask(accelerator)
             due = args.save_steps and progress.step % args.save_steps == 0
             if progress.epoch_steps < num_steps and (due or asked):
-                progress.epoch_nats, progress.epoch_tokens = accelerator.reduce(nats).item(), tokens.item()
+                progress.sums = {"nats": accelerator.reduce(nats).item(), "tokens": tokens.item()}
                 progress.train_seconds += time.perf_counter() - started
                 save_checkpoint(accelerator, model, scheduler, progress, args)
                 started = time.perf_counter()
@@ -451,7 +333,7 @@ def train_epoch(
     loss = (accelerator.reduce(nats) / tokens).item()
     check_finite(loss, model, progress.step, args.learning_rate, args.output_dir)
     progress.epoch += 1
-    progress.epoch_steps, progress.epoch_nats, progress.epoch_tokens = 0, 0.0, 0.0
+    progress.epoch_steps, progress.sums = 0, {}
     progress.train_seconds += time.perf_counter() - started
     return {"epoch": progress.epoch, "step": progress.step, "train_loss": loss}
 
@@ -475,22 +357,6 @@ def train_step(accelerator, model, batches: list[dict], optimizer, max_grad_norm
     return nats, num_tokens
 
 
-def accumulation_windows(accelerator, loader, num_batches: int, progress: Progress):
-    """The batches of an epoch in lists of `num_batches`, the last list shorter where they do not divide.
-
-    What `progress` has of the epoch is left out.
-    """
-    if progress.epoch_steps:
-        loader = accelerator.skip_first_batches(loader, progress.epoch_steps * num_batches)
-    # A loader that starts draws a number; a run resumed inside the epoch would draw it a second time.
-    with torch.random.fork_rng(devices=[]):
-        batches = iter(loader)
-        window = list(islice(batches, num_batches))
-    while window:
-        yield window
-        window = list(islice(batches, num_batches))
-
-
 @torch.inference_mode()
 def validation_loss(accelerator, model, loader) -> float:
     """Mean loss over all tokens of the validation captions, in nats."""
@@ -504,29 +370,6 @@ def validation_loss(accelerator, model, loader) -> float:
     return (nats / tokens).item()
 
 
-def score_captions(accelerator, model, processor, loader, rows, scorer: CaptionScorer) -> dict:
-    """Caption the validation pictures and score them, and the captions dealt to other pictures beside."""
-    started = time.perf_counter()
-    captions = [made["caption"] for made in caption_pictures(model.eval(), processor, loader, accelerator)]
-    generated = time.perf_counter()
-    return {
-        **score_and_show(captions, rows, scorer),
-        "generation_seconds": round(generated - started, 2),
-        "scoring_seconds": round(time.perf_counter() - generated, 2),
-    }
-
-
-def keep_best(accelerator, model, processor, row: dict, progress: Progress, args: LoopArguments) -> None:
-    """Leave the model in output_dir if no evaluation before had a better CIDEr."""
-    progress.evaluations_since_best += 1
-    if row["cider"] > progress.best_cider:
-        progress.best_cider, progress.evaluations_since_best = row["cider"], 0
-        progress.best_epoch, progress.best_step = progress.epoch, progress.step
-        if args.load_best_model_at_end and accelerator.is_main_process:
-            save_captioner(model, processor, args.output_dir)
-    accelerator.wait_for_everyone()
-
-
 def training_cost(progress: Progress, num_captions: int) -> dict:
     """What results.json tells of the training; evaluation and the encoding of pictures are not counted in."""
     return {
@@ -534,70 +377,6 @@ def training_cost(progress: Progress, num_captions: int) -> dict:
         "seconds": round(progress.train_seconds, 1),
         "images_per_second": round(progress.epoch * num_captions / progress.train_seconds, 1),
     }
-
-
-def stops_early(progress: Progress, args: LoopArguments) -> bool:
-    """Whether there were too many evaluations without a better one; true of a run that is resumed after that, too."""
-    return bool(args.early_stopping_patience) and progress.evaluations_since_best >= args.early_stopping_patience
-
-
-def start_trackers(accelerator, options: dict, progress: Progress) -> None:
-    """Start the trackers; those of a resumed run begin with all it knows of the epochs before.
-
-    What the killed run told them may reach further than its checkpoint, or, held back in a buffer, not so far: TensorBoard
-    forgets what else is in the folder.
-    """
-    known = {name: value for name, value in options.items() if value is not None}
-    accelerator.init_trackers("logs", known, init_kwargs={"tensorboard": {"purge_step": 0}})
-    for row in progress.history:
-        track(accelerator, row)
-
-
-def track(accelerator, row: dict) -> None:
-    scalars = {name: value for name, value in row.items() if name not in ("epoch", "step")}
-    accelerator.log(scalars, step=row["step"])
-
-
-def record(accelerator, row: dict, progress: Progress, args: LoopArguments) -> None:
-    """Tell what an epoch gave: in the log, in history.json, in the curves and to the trackers."""
-    progress.history.append(row)
-    track(accelerator, row)
-    tell_losses(row)
-    if accelerator.is_main_process:
-        write_history(args.output_dir, progress.history)
-        draw_curves(args.output_dir, progress.history)
-
-
-def save_checkpoint(accelerator, model, scheduler, progress: Progress, args: LoopArguments) -> None:
-    """Write `checkpoint-STEP`, whole or not at all, and drop old ones beyond save_total_limit."""
-    loss = progress.epoch_nats / max(progress.epoch_tokens, 1)
-    check_finite(loss, model, progress.step, args.learning_rate, args.output_dir)
-    with new_checkpoint(args.output_dir, progress.step) as folder:
-        accelerator.save_state(str(folder))
-        if accelerator.is_main_process:
-            # As JSON: what Accelerate saves of a registered scheduler, it unpickles.
-            (folder / "scheduler.json").write_text(json.dumps(scheduler.state_dict()))
-            (folder / "progress.json").write_text(json.dumps(dataclasses.asdict(progress)))
-    if accelerator.is_main_process:
-        drop_old(args.output_dir, args.save_total_limit, keep_steps={progress.best_step})
-    accelerator.wait_for_everyone()
-
-
-def load_checkpoint(accelerator, scheduler, folder: Path, step_size: int) -> Progress:
-    """Put model, optimiser, schedule and random states back as they were, and say where the run stood.
-
-    Raises:
-        ValueError: The checkpoint is another model's, or its steps have other sizes.
-    """
-    progress = Progress(**json.loads((folder / "progress.json").read_text()))
-    check_sharding(folder, accelerator.is_fsdp2)
-    check_step_size(folder, progress.step_size, step_size)
-    try:
-        accelerator.load_state(str(folder))
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder} is of another model ({str(error).splitlines()[-1].strip()})") from error
-    scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text()))
-    return progress
 
 
 if __name__ == "__main__":

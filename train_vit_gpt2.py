@@ -52,12 +52,11 @@ from modeling.vit_gpt2 import (
 )
 from recipes import DataArguments, check_lengths, parse_recipe
 from reporting.curves import draw_curves
-from reporting.live import EpochBar, check_trackers, score_and_show, tell_losses
-from reporting.model_card import write_model_card
+from reporting.live import EpochBar, check_trackers, tell_losses
 from reporting.page import NUM_PICTURES
-from reporting.push import CheckpointPush, download_checkpoint, push_to_hub
-from reporting.report import command_line, report_captions
+from reporting.push import CheckpointPush, download_checkpoint
 from reporting.results import write_history
+from reporting.training_report import report_training
 from training.checkpoints import (
     check_finite,
     check_launch,
@@ -69,6 +68,7 @@ from training.checkpoints import (
     own_output_dir,
     refuse_deepspeed,
 )
+from training.evaluation import score_captions
 from training.sharding import WholeModel
 from training.stopping import StopSignal, follow_launcher
 
@@ -244,9 +244,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
 
     # ---- Optimiser --------------------------------------------------------------------------------------------------
     step_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    val_rows, val_features = spread_evenly(
-        data_args.max_eval_pictures, dataset["validation"], features["validation"][0]
-    )
+    val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], *features["validation"])
     trainer = CaptionTrainer(
         model,
         args,
@@ -280,36 +278,26 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
                 save_captioner(captioner, processor, args.output_dir)
         trainer.accelerator.wait_for_everyone()
     captioner = VisionEncoderDecoderModel.from_pretrained(args.output_dir).to(args.device)
-    pictures = trainer.eval_loader(Pictures(dataset[split], features[split][0]))
+    pictures = trainer.eval_loader(Pictures(dataset[split], *features[split]))
     captions = caption_pictures(captioner.eval(), processor, pictures, trainer.accelerator, NUM_PICTURES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
     if trainer.is_world_process_zero():
-        results = report_captions(
-            args.output_dir,
-            rows=dataset[split],
-            dataset=Path(data_args.dataset).name,
+        report_training(
+            args,
+            data_args,
+            dataset=dataset,
             split=split,
             captions=captions,
             scorer=CaptionScorer(dataset[split]["captions"], training_captions),
             decoding=captioner.generation_config,
             train=training_cost(history_rows(trainer.state.log_history), len(pairs["train"])),
-            show_pictures=data_args.show_pictures,
-        )
-        write_model_card(
-            args.output_dir,
             kind="vit-gpt2",
-            model_name=args.hub_model_id or args.output_dir,
-            results=results,
-            command=command_line(),
             options=options,
             base_models=hub_names(model_args),
-            training_data={"pictures": len(dataset["train"]), "captions": len(training_captions)},
+            pushing=pushing if push else None,
+            token=args.hub_token,
         )
-        if push:
-            pushing.finish()
-            where = (args.hub_model_id, args.hub_private_repo, args.hub_revision)
-            push_to_hub(args.output_dir, *where, token=args.hub_token)
 
 
 def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: int):
@@ -505,16 +493,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         return (nats / tokens).item()
 
     def score_captions(self, model) -> dict:
-        """Caption the validation pictures and score them, and the captions dealt to other pictures beside."""
-        started = time.perf_counter()
         loader = self.eval_loader(self.eval_pictures)
-        captions = [made["caption"] for made in caption_pictures(model, self.processor, loader, self.accelerator)]
-        generated = time.perf_counter()
-        return {
-            **score_and_show(captions, self.eval_rows, self.scorer),
-            "generation_seconds": round(generated - started, 2),
-            "scoring_seconds": round(time.perf_counter() - generated, 2),
-        }
+        return score_captions(self.accelerator, model, self.processor, loader, self.eval_rows, self.scorer)
 
     def eval_loader(self, items) -> DataLoader:
         loader = DataLoader(

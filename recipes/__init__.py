@@ -5,14 +5,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser
 
 from data_scripts.views import NUM_VIEWS
 
-# What no run can do with less, in either system.
+# What no run can do with less, in any script.
 LOWEST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("eval_epochs", "save_epochs", "save_steps", "save_total_limit", "early_stopping_patience"), 1),
@@ -22,6 +22,8 @@ LOWEST = {
     "augmentation_views": 1,
     **dict.fromkeys(("learning_rate", "encoder_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
     **dict.fromkeys(("generation_min_length", "no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("sample_no_repeat_ngram_size", "bleu_weight", "kl_weight"), 0),
+    **dict.fromkeys(("eval_steps", "num_samples"), 1),
     "vocab_size": 8,  # the four special tokens, and something to say
 }
 CHOICES = {
@@ -31,17 +33,14 @@ CHOICES = {
 
 
 @dataclass
-class DataArguments:
-    """The captioned pictures of a run; the same for both systems."""
+class PictureArguments:
+    """The captioned pictures of a run; the same for every script."""
 
     dataset: str = field(
         default="scenes",
         metadata={
             "help": "Folder made by a data_scripts command, data set on the Hub, or `scenes`, drawn on the spot."
         },
-    )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a tokenizer; system A trains its own where none is given."}
     )
     max_train_pictures: int | None = field(default=None, metadata={"help": "Train on the first so many pictures."})
     max_eval_pictures: int | None = field(
@@ -60,17 +59,6 @@ class DataArguments:
     int8_features: bool = field(
         default=False, metadata={"help": "Keep it in 8 bits a number: half the disk, and not quite the same."}
     )
-    augmentation_views: int = field(
-        default=1,
-        metadata={
-            "help": "Views of each training picture that take turns: 2 adds its mirror image, with left and right swapped in "
-            "its captions, more (up to 10) large parts of both."
-        },
-    )
-    group_by_length: bool = field(default=True, metadata={"help": "Put captions of like length into one batch."})
-    group_by_picture: bool = field(
-        default=False, metadata={"help": "Put the captions of a picture into one batch, which reads the picture once."}
-    )
     show_pictures: bool | None = field(
         default=None,
         metadata={"help": "Put test pictures on the card and push the page of them; if not given, only drawn scenes."},
@@ -82,6 +70,99 @@ class DataArguments:
     def __post_init__(self):
         if self.show_pictures is None:
             self.show_pictures = self.dataset == "scenes"  # drawn here, so nobody else's
+
+
+@dataclass
+class DataArguments(PictureArguments):
+    """The same, where a new captioner learns the captions."""
+
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a tokenizer; system A trains its own where none is given."}
+    )
+    augmentation_views: int = field(
+        default=1,
+        metadata={
+            "help": "Views of each training picture that take turns: 2 adds its mirror image, with left and right swapped in "
+            "its captions, more (up to 10) large parts of both."
+        },
+    )
+    group_by_length: bool = field(default=True, metadata={"help": "Put captions of like length into one batch."})
+    group_by_picture: bool = field(
+        default=False, metadata={"help": "Put the captions of a picture into one batch, which reads the picture once."}
+    )
+
+
+@dataclass
+class LoopArguments:
+    """A training loop under Accelerate; names as in transformers.TrainingArguments."""
+
+    output_dir: str = field(default="outputs/run", metadata={"help": "Where model, results and checkpoints go."})
+    num_train_epochs: int = field(default=300, metadata={"help": "Times each caption is seen."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Captions a step on each device."})
+    per_device_eval_batch_size: int = field(
+        default=64, metadata={"help": "Captions or pictures at once in evaluation."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches whose gradients make one step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW, at its highest."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "constant, constant_with_warmup, cosine, linear."}
+    )
+    warmup_steps: float = field(default=0, metadata={"help": "Steps of warm-up; below 1, their share of all steps."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are cut to this length; 0 cuts none."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, bf16 or fp16; as `accelerate` is set up if not given."}
+    )
+    seed: int = field(default=42, metadata={"help": "Of weights, order and dropout."})
+    eval_epochs: int = field(default=1, metadata={"help": "Epochs between two evaluations."})
+    save_epochs: int = field(default=1, metadata={"help": "Epochs between two checkpoints."})
+    save_steps: int | None = field(
+        default=None, metadata={"help": "Steps between two checkpoints inside an epoch; none there if not given."}
+    )
+    save_total_limit: int | None = field(
+        default=None, metadata={"help": "Checkpoints kept, the newest, and the best beside them; all if not given."}
+    )
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Leave the model of the best validation CIDEr in output_dir, else the last."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better validation CIDEr."}
+    )
+    generation_max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest caption generated, in tokens; the training captions' 99th percentile if not given."},
+    )
+    generation_min_length: int = field(
+        default=0, metadata={"help": "Shortest caption generated, in tokens; the end of one comes no earlier."}
+    )
+    generation_num_beams: int = field(default=1, metadata={"help": "Beams; 1 is greedy."})
+    length_penalty: float = field(
+        default=1.0, metadata={"help": "Of beams: the power of its length that a caption's score is divided by."}
+    )
+    no_repeat_ngram_size: int = field(
+        default=0, metadata={"help": "No run of so many tokens is generated twice; 0 allows all."}
+    )
+    report_to: str = field(
+        default="tensorboard", metadata={"help": "Trackers of Accelerate, with commas between; or none."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, `last`, or OWNER/NAME[@REVISION] on the Hub."}
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload output_dir at the end."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository to push to; output_dir's name if not given."}
+    )
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Make the repository a private one."})
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to; main if not given."})
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = field(
+        default="end",
+        metadata={
+            "help": "When to push: at the end only, or the model, the last or all checkpoints when one is saved."
+        },
+    )
+
+    def __post_init__(self):
+        check_lengths(self)
 
 
 def parse_recipe(
@@ -117,7 +198,7 @@ def check_lengths(args) -> None:
         ValueError: It may not.
     """
     longest = args.generation_max_length
-    if longest and args.generation_min_length > longest:
+    if longest and (args.generation_min_length or 0) > longest:
         raise ValueError(
             f"--generation_min_length {args.generation_min_length}: it must not be more than --generation_max_length {longest}"
         )
@@ -139,7 +220,7 @@ def value_problem(name: str, value: Any) -> str | None:
         return "it must be between -100 and 100"
     if name == "augmentation_views" and value > NUM_VIEWS:
         return f"there are {NUM_VIEWS} views at most"
-    if name in ("dropout", "label_smoothing_factor") and not 0 <= value < 1:
+    if name in ("dropout", "label_smoothing_factor", "cross_entropy_share") and not 0 <= value < 1:
         return "it must be 0 or more, and less than 1"
     return None
 

@@ -20,6 +20,9 @@ PANELS: dict[str, Lines] = {
         "train_loss": ("training", COLOURS[0], "-"),
         "eval_loss": ("validation", COLOURS[1], "-"),
     },
+    "Reward": {
+        "reward": ("samples, training pictures", COLOURS[2], "-"),
+    },
     "CIDEr": {
         "cider": ("this model", COLOURS[0], "-"),
         "blind_cider": ("blind", COLOURS[0], ":"),

@@ -28,12 +28,12 @@ class EpochBar(tqdm):
         super().__init__(total=num_pictures, initial=seen, desc=title, unit=" pictures", disable=disable)
         self.later = (num_epochs - epoch) * num_pictures
 
-    def tell(self, loss: float) -> None:
-        """Show the epoch's mean loss, and how long all that is left takes at the epoch's pace."""
+    def tell(self, value: float, name: str = "loss") -> None:
+        """Show the epoch's mean loss, or what else is learnt by, and how long all that is left takes at the epoch's pace."""
         if self.disable:
             return
         seconds = self.format_dict["elapsed"] / (self.n - self.initial) * (max(self.total - self.n, 0) + self.later)
-        self.set_postfix_str(f"loss {loss:.3f}, training ends in {self.format_interval(seconds)}")
+        self.set_postfix_str(f"{name} {value:.3f}, training ends in {self.format_interval(seconds)}")
 
 
 def score_and_show(captions: Sequence[str], rows: Dataset, scorer) -> dict[str, float]:
@@ -44,7 +44,7 @@ def score_and_show(captions: Sequence[str], rows: Dataset, scorer) -> dict[str, 
         scorer: A `metrics.CaptionScorer` of the rows' captions.
 
     Returns:
-        The scores, and those of the captions dealt to other pictures as "blind_" and the score's name.
+        The scores, those of the captions dealt to other pictures as "blind_" and the score's name, and "distinct_words".
     """
     scores, blind = scorer.score(captions), scorer.score(scorer.deal(captions))
     lines = [" " * 12 + "".join(f"{title:>9}" for title in METRIC_TITLES.values())]
@@ -53,12 +53,14 @@ def score_and_show(captions: Sequence[str], rows: Dataset, scorer) -> dict[str, 
     for place in sorted({0, len(rows) // 2, len(rows) - 1}):  # always the same, so that one sees them change
         lines += [f"{rows[place]['image_id']}: {captions[place]}", f"    reference: {rows[place]['captions'][0]}"]
     logger.info("\n".join(lines))
-    return {**scores, **{f"blind_{metric}": score for metric, score in blind.items()}}
+    blind = {f"blind_{metric}": score for metric, score in blind.items()}
+    return {**scores, **blind, "distinct_words": scorer.distinct_words(captions)}
 
 
 def tell_losses(row: dict) -> None:
-    """One line of the log: which epoch and step, and the losses there are, in nats a token."""
-    names = {"epoch": "epoch", "step": "step", "train_loss": "training loss", "eval_loss": "validation loss"}
+    """One line of the log: which epoch and step, and the losses there are, in nats a token, or the reward of samples."""
+    names = {"epoch": "epoch", "step": "step", "train_loss": "training loss", "reward": "reward"}
+    names["eval_loss"] = "validation loss"
     logger.info(", ".join(f"{title} {row[name]:.4g}" for name, title in names.items() if name in row))
 
 

@@ -52,6 +52,7 @@ def write_model_card(
     base_models: Sequence[str] = (),
     licence: str = "apache-2.0",
     training_data: dict[str, int] | None = None,
+    continues: str | None = None,
 ) -> Path:
     """Write README.md: metadata with a model-index for the Hub, then what it is, use, scores, training, limits.
 
@@ -64,6 +65,7 @@ def write_model_card(
         base_models: Hub ids of the pretrained weights it started from; none where it started from random ones.
         licence: Of these weights, as the Hub names licences.
         training_data: What it was trained on: {"pictures": number, "captions": number}.
+        continues: The captioner that this run went on from, on its own reward.
 
     Returns:
         The path of the card. A curves.png beside it is shown on it, and so are the pictures in samples/.
@@ -75,7 +77,7 @@ def write_model_card(
     card = environment.get_template("model_card.md.jinja").render(
         card_data=card_metadata(kind, model_name, results, base_models, licence).to_yaml(),
         title=markdown_line(Path(model_name).name or model_name),
-        description=_description(kind, base_models),
+        description=_description(kind, base_models, continues),
         usage=usage(kind, model_name),
         one_line_usage=one_line_usage(model_name),
         scored_on=_scored_on(results),
@@ -174,7 +176,11 @@ def markdown_line(text: Any) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#!~$&])", r"\\\1", line)
 
 
-def _description(kind: Kind, base_models: Sequence[str]) -> str:
+def _description(kind: Kind, base_models: Sequence[str], continues: str | None) -> str:
+    if continues:
+        method = "[self-critical sequence training](https://arxiv.org/abs/1612.00563)"
+        start = markdown_line(without_path(continues))
+        return f"{DESCRIPTIONS[kind]} It continues {start} by {method} on its own CIDEr-D reward."
     links = " and ".join(f"[{name}](https://huggingface.co/{name})" for name in base_models)
     return f"{DESCRIPTIONS[kind]} It started from {links or 'random weights'}."
 

@@ -59,7 +59,7 @@ MOMENTS = {"step": 15, "stepped": 15, "evaluation": 3, "torch.save": 9, "sync": 
 def start_server() -> multiprocessing.context.BaseContext:
     """Processes that begin with everything imported, by a fork of one that has run nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*SCRIPTS, *IMPORTED_LATE])
+    context.set_forkserver_preload([*SCRIPTS, "train_scst", *IMPORTED_LATE])
     return context
 
 
@@ -139,7 +139,8 @@ def _run(
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = Path(cache)
     # They are drawn from history.json alone, and would take half the time.
-    sys.modules[script].draw_curves = lambda *_: None
+    for module in ("training.loop", "train_vit_gpt2"):
+        sys.modules[module].draw_curves = lambda *_: None
     if max_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     if sharded:

@@ -172,6 +172,30 @@ def test_rewards_of_a_batch_are_the_scores_of_its_pictures_in_the_whole_set():
     assert fitted.score(["zyx wvu tsr qpo"], [["zyx wvu tsr qpo"]])[0] == pytest.approx(10, abs=1e-9)
 
 
+def test_a_reward_is_the_score_of_the_caption_by_itself():
+    pictures, ended = [7, 2, 7, 0], [True, False, True, True]
+    captions = [PREDICTIONS[7], PREDICTIONS[2], REFERENCES[7][0], PREDICTIONS[0]]
+    fitted = CiderD(REFERENCES)
+    cider, bleu_4 = fitted.reward(captions, ended, pictures)
+    assert cider.tolist() == fitted.score(captions, [REFERENCES[picture] for picture in pictures]).tolist()
+    for caption, picture, score in zip(captions, pictures, bleu_4, strict=True):
+        assert score == pytest.approx(CaptionScorer([REFERENCES[picture]]).score([caption])["bleu_4"], abs=1e-9)
+
+
+def test_an_end_that_counts_is_a_word_of_references_and_of_captions_that_ended():
+    references = [["a dog runs", "the dog"], ["a cat on a mat", "a dog"]]
+    as_word = CiderD([[f"{caption} zzz" for caption in captions] for captions in references])
+    counted = CiderD(references, count_end=True)
+    captions, ended = ["a dog runs", "a dog runs", "a cat on a"], [True, False, False]
+    by_hand = ["a dog runs zzz", "a dog runs", "a cat on a"]
+    for ours, theirs in zip(
+        counted.reward(captions, ended, [0, 0, 1]), as_word.reward(by_hand, ended, [0, 0, 1]), strict=True
+    ):
+        assert ours.tolist() == pytest.approx(theirs.tolist(), abs=1e-9)
+    whole, broken_off, _ = counted.reward(captions, ended, [0, 0, 1])[0]
+    assert whole > broken_off
+
+
 @pytest.mark.parametrize(
     ("references", "predictions", "sentence"),
     [

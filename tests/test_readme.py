@@ -54,6 +54,10 @@ FASTER = {
         *(*TINY, "--pretrained_decoder", "false", "--num_attention_heads", "2", "--use_cpu", "true"),
         *("--freeze_encoder", "false", "--encoder_learning_rate", "1e-3"),
     ],
+    "train_scst": [
+        *("--num_train_epochs", "1", "--per_device_train_batch_size", "3", "--num_samples", "2", "--report_to", "none"),
+        *("--max_train_pictures", "6", "--max_eval_pictures", "2", "--eval_steps", "9", "--save_steps", "9"),
+    ],
 }
 
 
@@ -66,7 +70,15 @@ def split_command(command: str) -> tuple[str, list[str]]:
 def test_the_readme_names_every_way_in():
     named = {split_command(command)[0] for command in COMMANDS}
     sources = {"paragraphs", "flickr8k", "karpathy", "image_folder", "hub", "scenes"}
-    scripts = {"train_lstm", "caption", "evaluate_captions", "export_onnx", "reporting.push", "data_scripts.push"}
+    scripts = {
+        "train_lstm",
+        "train_scst",
+        "caption",
+        "evaluate_captions",
+        "export_onnx",
+        "reporting.push",
+        "data_scripts.push",
+    }
     assert scripts | {f"data_scripts.{source}" for source in sources} <= named
 
 
@@ -128,7 +140,8 @@ def workshop(tmp_path_factory) -> Path:
     for script, output in (("train_lstm", "lstm"), ("train_vit_gpt2", "vit_gpt2")):
         options = ["--dataset", "data/mine", "--output_dir", f"outputs/demo/{output}", *FASTER[script]]
         importlib.import_module(script).main([*options, "--prompt", "a"] if script == "train_vit_gpt2" else options)
-    shutil.copytree("outputs/demo/lstm", "outputs/mine")
+    for name in ("mine", "lstm_flickr8k", "lstm_paragraphs"):
+        shutil.copytree("outputs/demo/lstm", f"outputs/{name}")
     shutil.copy("outputs/mine/captions.jsonl", ".")
     inside.undo()
     return folder

@@ -176,9 +176,9 @@ def test_old_ones_go_only_after_the_newest_and_never_the_best(tmp_path, monkeypa
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-32"]  # none that is half removed
 
 
-def test_a_checkpoint_of_the_other_script_is_refused(tmp_path):
+def test_a_checkpoint_of_another_script_is_refused(tmp_path):
     folder = small_checkpoint(tmp_path, 8, "trainer_state.json")
-    with pytest.raises(ValueError, match="a checkpoint of the other training script"):
+    with pytest.raises(ValueError, match="a checkpoint of another training script"):
         checkpoint_to_resume(str(folder), str(tmp_path), "progress.json", not_asked)
 
 
@@ -198,7 +198,7 @@ def test_a_damaged_checkpoint_and_a_busy_folder_end_in_one_sentence(runs, script
     assert f"{newest} is damaged (model.safetensors" in sentence and "checkpoint-12" in sentence
     other = "train_vit_gpt2" if script == "train_lstm" else "train_lstm"
     arguments[-1] = str(checkpoints(runs(other).folder / "undisturbed")[-1])
-    assert "the other training script" in one_sentence(run, script, arguments, tmp_path)
+    assert "another training script" in one_sentence(run, script, arguments, tmp_path)
 
 
 def one_sentence(run: Comparison, script: str, arguments: list[str], folder: Path, **limits) -> str:

@@ -230,7 +230,7 @@ def checkpoint_to_resume(
         download: Given an option that is no folder here, and `output_dir`, brings the checkpoint.
 
     Raises:
-        ValueError: There is no checkpoint, it is the other system's, or it is damaged.
+        ValueError: There is no checkpoint, it is another script's, or it is damaged.
     """
     if option is None:
         return None
@@ -257,12 +257,12 @@ def checkpoint_to_resume(
         )
         raise ValueError(f"{folder} is damaged ({problem}): {offer}")
     if not (folder / state_file).is_file():
-        raise ValueError(f"--resume_from_checkpoint {folder}: a checkpoint of the other training script")
+        raise ValueError(f"--resume_from_checkpoint {folder}: a checkpoint of another training script")
     return folder
 
 
-def check_step_size(folder: Path, then: int, now: int) -> None:
-    """See to it that a step has as many captions as before, whatever the number of processes.
+def check_step_size(folder: Path, then: int, now: int, unit: str = "captions") -> None:
+    """See to it that a step has as many captions, or pictures, as before, whatever the number of processes.
 
     Epoch, place in it and learning rate are counted in steps.
 
@@ -271,7 +271,7 @@ def check_step_size(folder: Path, then: int, now: int) -> None:
     """
     if then != now:
         raise ValueError(
-            f"{folder} was made with {then} captions a step, here are {now}: per_device_train_batch_size x processes x "
+            f"{folder} was made with {then} {unit} a step, here are {now}: per_device_train_batch_size x processes x "
             f"gradient_accumulation_steps must be {then} again"
         )
 

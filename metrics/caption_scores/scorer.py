@@ -10,6 +10,7 @@ from .ngrams import MAX_ORDER, NgramIndex, count_words
 from .overlap import DocumentFrequencies, ReferenceTable, bleu, rouge_l
 from .ptb_tokenizer import tokenize
 
+END = " END"  # a word that no caption has: the tokenizer gives small letters
 METRIC_NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
 
 
@@ -80,6 +81,11 @@ class CaptionScorer:
             ValueError: Another number of predictions than of pictures, or one that is no string.
         """
         return self._mean(self._measure(tokenize_predictions(predictions, len(self.references))))
+
+    def distinct_words(self, predictions: Sequence[str]) -> int:
+        """How many different words the captions have, all together."""
+        captions = tokenize_predictions(predictions, len(self.references))
+        return len({word for caption in captions for word in caption.split()})
 
     def per_image_cider(self, predictions: Sequence[str]) -> list[float]:
         """CIDEr-D of each caption, in the order of the pictures."""
@@ -217,24 +223,52 @@ class CiderD:
 
     Args:
         references: For each picture of the reference set, as a rule the training split, a list of captions.
+        count_end: Whether a caption's end is a word of its n-grams, as in the rewards of Rennie et al.: else nothing is lost by
+            breaking off at "a dog on a".
     """
 
-    def __init__(self, references: Sequence[Sequence[str]]) -> None:
-        tokenized = tokenize_references(references)
-        picture = np.repeat(np.arange(len(tokenized)), [len(captions) for captions in tokenized])
+    def __init__(self, references: Sequence[Sequence[str]], count_end: bool = False) -> None:
+        self.end = END if count_end else ""
+        self.references = [[caption + self.end for caption in captions] for captions in tokenize_references(references)]
+        picture = np.repeat(np.arange(len(self.references)), [len(captions) for captions in self.references])
         self.index = NgramIndex()
-        counts = self.index.learn([caption for captions in tokenized for caption in captions])
-        self.frequencies = DocumentFrequencies(counts, picture, len(tokenized))
+        counts = self.index.learn([caption for captions in self.references for caption in captions])
+        self.frequencies = DocumentFrequencies(counts, picture, len(self.references))
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-        """Score a batch of captions, each against the references of its own picture, float64 (len(predictions),)."""
-        tokenized = tokenize_references(references)
-        captions = tokenize_predictions(predictions, len(tokenized))
+        """Score a batch of captions that ended, each against the references of its own picture, float64 (len(predictions),)."""
+        tokenized = [[caption + self.end for caption in captions] for captions in tokenize_references(references)]
+        captions = [caption + self.end for caption in tokenize_predictions(predictions, len(tokenized))]
+        return self._match(captions, tokenized)[0]
+
+    def reward(
+        self, predictions: Sequence[str], ended: Sequence[bool], pictures: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """CIDEr-D and BLEU-4 of each caption by itself, each float64 (len(predictions),).
+
+        Args:
+            predictions: Captions; a picture may have several.
+            ended: Whether each came to its end. Where the end counts, one that did not has none.
+            pictures: Of each caption, the place of its picture in the reference set.
+        """
+        captions = [
+            caption + self.end * end
+            for caption, end in zip(tokenize_predictions(predictions, len(pictures)), ended, strict=True)
+        ]
+        cider, matches, counts, table = self._match(captions, [self.references[picture] for picture in pictures])
+        lengths = count_words(counts, len(captions))
+        guesses = np.maximum(lengths[:, None] - np.arange(MAX_ORDER), 0)
+        return cider, bleu(matches, guesses, lengths, table.closest_length(lengths))[:, -1]
+
+    def _match(self, captions: list[str], references: list[list[str]]) -> tuple:
+        """CIDEr-D and BLEU's matches of the captions, their n-grams, and the table of the references they met."""
         num_predictions = len(captions)
-        captions += [caption for of_picture in tokenized for caption in of_picture]
+        captions = captions + [caption for of_picture in references for caption in of_picture]
         # counted together, so that a new n-gram bears the same number in a prediction and in its references
         counts = self.index.count(captions)
         table = ReferenceTable(
-            tokenized, [order.rows(num_predictions, len(captions)) for order in counts], self.frequencies
+            references, [order.rows(num_predictions, len(captions)) for order in counts], self.frequencies
         )
-        return table.match([order.rows(0, num_predictions) for order in counts])[1]
+        counts = [order.rows(0, num_predictions) for order in counts]
+        matches, cider = table.match(counts)
+        return cider, matches, counts, table

@@ -1,0 +1,66 @@
+"""What every training leaves at its end: results, page and card, and, where it is wanted, all of it on the Hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+from transformers import GenerationConfig
+
+from reporting.model_card import Kind, write_model_card
+from reporting.push import CheckpointPush, push_to_hub
+from reporting.report import command_line, report_captions
+
+
+def report_training(
+    args,
+    data_args,
+    *,
+    dataset: DatasetDict,
+    split: str,
+    captions: list[dict],
+    scorer,
+    decoding: GenerationConfig,
+    train: dict,
+    kind: Kind,
+    options: dict[str, Any],
+    base_models: Sequence[str],
+    pushing: CheckpointPush | None,
+    continues: str | None = None,
+    token: str | None = None,
+) -> None:
+    """Score the captions of a split, write results, page and card, and push. On the main process alone.
+
+    Args:
+        args, data_args: Options of the loop and of the data.
+        captions: What `caption_pictures` made of the split's pictures.
+        scorer, decoding, train: See `report_captions`.
+        kind, options, base_models, continues: See `write_model_card`.
+        pushing: Of the run's checkpoints; None where nothing is pushed.
+        token: Of the Hub.
+    """
+    results = report_captions(
+        args.output_dir,
+        rows=dataset[split],
+        dataset=Path(data_args.dataset).name,
+        split=split,
+        captions=captions,
+        scorer=scorer,
+        decoding=decoding,
+        train=train,
+        show_pictures=data_args.show_pictures,
+    )
+    write_model_card(
+        args.output_dir,
+        kind=kind,
+        model_name=args.hub_model_id or args.output_dir,
+        results=results,
+        command=command_line(),
+        options=options,
+        base_models=base_models,
+        training_data={"pictures": len(dataset["train"]), "captions": sum(map(len, dataset["train"]["captions"]))},
+        continues=continues,
+    )
+    if pushing:
+        pushing.finish()
+        push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_revision, token=token)

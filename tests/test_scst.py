@@ -1,0 +1,588 @@
+"""Laws of self-critical training: the gradient is the exact one, the optimum is found, and the script keeps its promises."""
+
+import copy
+import itertools
+import json
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import kill_points
+import numpy as np
+import pytest
+import torch
+from kill_points import SCRIPTS, differences, log_of, run_together, what_is_left
+from safetensors.torch import load_file
+from small_captioners import PICTURES, build
+from transformers import (
+    BertConfig,
+    NoRepeatNGramLogitsProcessor,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+import train_lstm
+import train_scst
+import train_vit_gpt2
+from metrics import CiderD
+from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
+from modeling.captioner import load_captioner
+from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config
+from training import checkpoints, self_critical
+from training.self_critical import (
+    DrawByNumbers,
+    SelfCritic,
+    advantages,
+    as_policy,
+    caption_log_probs,
+    plain_decoding,
+    sample_captions,
+    sampling_numbers,
+)
+
+ROOT = Path(__file__).parent.parent
+KINDS = ("lstm", "vit_gpt2")
+EOS = 1  # of the smallest captioners, whose tokens are start, EOS and two words
+
+
+def options(**given) -> SimpleNamespace:
+    plain = {"num_samples": 2, "baseline": "others", "bleu_weight": 0.0, "kl_weight": 0.0, "cross_entropy_share": 0.0}
+    return SimpleNamespace(**{**plain, "sample_no_repeat_ngram_size": 0, **given})
+
+
+# ------------------------------------------------------------------------------------------------- the gradient
+
+
+def smallest(kind: str) -> tuple:
+    """A captioner of four tokens that writes two at most, with dropout, and what its encoder says of one picture."""
+    torch.manual_seed(0)
+    if kind == "lstm":
+        sizes = {"vocab_size": 4, "image_embed_dim": 8, "hidden_size": 8, "num_hidden_layers": 2, "dropout": 0.5}
+        ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": EOS}
+        config = InceptionLSTMConfig(encoder_name="test_efficientnet", attention=True, **sizes, **ids)
+        model = InceptionLSTMForConditionalGeneration(config)
+        states = torch.randn(1, 4, model.encoder.output_size)
+    else:
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+        class Tokenizer:
+            bos_token_id, eos_token_id, pad_token_id = 0, EOS, EOS
+
+            def __len__(self):
+                return 4
+
+            def __call__(self, prompt, **_):
+                return SimpleNamespace(input_ids=[2])
+
+        tokenizer = Tokenizer()
+        model = build_vit_gpt2(
+            encoder_config(32, 16, **sizes), decoder_config(4, **sizes), tokenizer, prompt="a", dropout=0.5
+        )
+        states = torch.randn(1, 5, 8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("encoder.") and parameter.ndim > 1:
+                parameter.normal_(std=0.5)
+    model.get_encoder().requires_grad_(False)
+    model.generation_config.update(max_length=2 + (1 if kind == "lstm" else 2))
+    as_policy(model)
+    return model, states
+
+
+ALL_CAPTIONS = [[EOS], *([first, second] for first in (0, 2, 3) for second in range(4))]
+
+
+def exact_log_probs(model, states: torch.Tensor, rule: int) -> torch.Tensor:
+    """Of all captions there are, token after token, by the model's own logits and transformers' own rule."""
+    start = self_critical.start_token_ids(model)
+    log_probs = []
+    for caption in ALL_CAPTIONS:
+        total = 0.0
+        for place, token in enumerate(caption):
+            read = torch.tensor([[*start, *caption[:place]]])
+            outputs = model(encoder_outputs=BaseModelOutput(last_hidden_state=states), decoder_input_ids=read)
+            scores = outputs.logits[:, -1]
+            scores = NoRepeatNGramLogitsProcessor(rule)(read, scores) if rule else scores
+            total = total + scores.log_softmax(-1)[0, token]
+        log_probs.append(total)
+    return torch.stack(log_probs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "baseline", "kl_weight", "share", "rule"),
+    [
+        ("lstm", "others", 0.0, 0.0, 0),
+        ("vit_gpt2", "others", 0.3, 0.25, 0),
+        ("lstm", "greedy", 0.3, 0.25, 0),
+        ("vit_gpt2", "others", 0.3, 0.0, 1),
+    ],
+)
+def test_the_mean_gradient_over_all_samples_is_that_of_the_expected_reward(kind, baseline, kl_weight, share, rule):
+    """All captions of two tokens at most are counted out, and all pairs of samples."""
+    model, states = smallest(kind)
+    start = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    rewards = 10 * torch.rand(len(ALL_CAPTIONS))
+    reference = [2, 3]
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    log_probs = exact_log_probs(model, states, rule)
+    assert log_probs.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    possible = [place for place in range(len(ALL_CAPTIONS)) if log_probs[place] > -torch.inf]
+    assert (len(possible) < len(ALL_CAPTIONS)) == bool(rule)
+    log_probs, rewards = log_probs[possible], rewards[possible]
+    from_start = log_probs - exact_log_probs(start, states, rule)[possible].detach()
+    expected = (log_probs.exp() * (rewards - kl_weight * from_start)).sum()
+    cross_entropy = -exact_log_probs(model, states, 0)[ALL_CAPTIONS.index(reference)]
+    exact = share * cross_entropy - (1 - share) * expected
+    gradients = torch.autograd.grad(exact, list(learning.values()), allow_unused=True)
+
+    critic = SelfCritic(
+        model,
+        None,
+        None,
+        options(baseline=baseline, kl_weight=kl_weight, cross_entropy_share=share, sample_no_repeat_ngram_size=rule),
+        seed=0,
+        start=start if kl_weight else None,
+    )
+    greedy = torch.tensor([rewards[0]]) if baseline == "greedy" else None
+    references = [reference] if share else []
+    probabilities = log_probs.exp().detach()
+    for first, second in itertools.combinations_with_replacement(range(len(possible)), 2):
+        captions = [ALL_CAPTIONS[possible[first]], ALL_CAPTIONS[possible[second]]]
+        loss, _ = critic.loss_of(model, states, captions, rewards[[first, second]][None], greedy, references)
+        weight = probabilities[first] * probabilities[second] * (1 if first == second else 2)
+        (weight * loss).backward()
+    largest = max(gradient.abs().max() for gradient in gradients if gradient is not None)
+    assert largest > 0.1
+    for (name, parameter), gradient in zip(learning.items(), gradients, strict=True):
+        if gradient is not None:
+            assert (parameter.grad - gradient).abs().max() < 1e-5 * largest, name
+
+
+def test_a_baseline_never_hangs_on_the_sample_itself():
+    rewards = torch.rand(3, 4, dtype=torch.float64)
+    higher = rewards.clone()
+    higher[1, 2] += 5
+    for greedy in (None, torch.rand(3, dtype=torch.float64)):
+        gain = advantages(higher, greedy)[1, 2] - advantages(rewards, greedy)[1, 2]
+        assert gain.item() == pytest.approx(5)
+    assert advantages(rewards).sum(dim=1).tolist() == pytest.approx([0, 0, 0])
+
+
+# --------------------------------------------------------------------------------------- samples, probabilities
+
+
+@pytest.mark.parametrize("rule", [0, 2])
+@pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", ""), ("vit_gpt2", "a red")])
+def test_a_captions_probability_is_what_generate_says_token_by_token(kind, prompt, rule, monkeypatch):
+    """EOS included, and nothing of what stands behind it; also where the scores are held a few tokens at a time."""
+    model, processor = build(kind, prompt)
+    as_policy(model)
+    with torch.no_grad():
+        states = model.get_encoder()(processor(images=PICTURES, return_tensors="pt")["pixel_values"]).last_hidden_state
+        torch.manual_seed(1)
+        sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": 6, "no_repeat_ngram_size": rule}
+        with plain_decoding(model, **sampling):
+            made = model.generate(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+    first = made.sequences.shape[1] - len(made.scores)
+    scores = torch.stack(made.scores, dim=1).log_softmax(-1)  # (captions, tokens, vocabulary)
+    captions, expected = [], []
+    for words, of_caption in zip(made.sequences[:, first:].tolist(), scores, strict=True):
+        length = words.index(2) + 1 if 2 in words else len(words)
+        captions.append(words[:length])
+        expected.append(of_caption[range(length), words[:length]].sum())
+    ended = [caption[-1] == 2 for caption in captions]
+    assert any(ended) and not all(ended) and len(set(map(len, captions))) > 2
+    image_index = [place for place in range(len(PICTURES)) for _ in range(6)]
+    whole = caption_log_probs(model, model, states, captions, image_index, rule)
+    assert torch.allclose(whole, torch.stack(expected), atol=1e-4)
+    gradient = torch.autograd.grad(whole.sum(), model.get_output_embeddings().weight)[0]
+    monkeypatch.setattr(self_critical, "SCORES_AT_ONCE", 7 * 18)
+    parts = caption_log_probs(model, model, states, captions, image_index, rule)
+    assert torch.allclose(parts, whole, atol=1e-5)
+    assert torch.allclose(
+        torch.autograd.grad(parts.sum(), model.get_output_embeddings().weight)[0], gradient, atol=1e-4
+    )
+
+
+def test_a_number_draws_each_token_as_often_as_it_is_likely():
+    torch.manual_seed(0)
+    scores = 2 * torch.randn(1, 12)
+    scores[0, [3, 11]] = -torch.inf
+    numbers = (torch.arange(10_000, dtype=torch.float64) + 0.5)[:, None] / 10_000
+    drawn = DrawByNumbers(numbers, 1)(torch.zeros(10_000, 1, dtype=torch.int64), scores.expand(10_000, -1))
+    assert ((drawn == 0).sum(dim=1) == 1).all() and ((drawn == -torch.inf).sum(dim=1) == 11).all()
+    shares = (drawn == 0).double().mean(dim=0)
+    assert torch.allclose(shares, scores[0].double().softmax(-1), atol=1.1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_hang_on_seed_epoch_and_picture_and_on_no_saved_rule(kind):
+    model, processor = build(kind)
+    as_policy(model)
+    with torch.no_grad():
+        states = model.get_encoder()(processor(images=PICTURES, return_tensors="pt")["pixel_values"]).last_hidden_state
+    numbers = sampling_numbers(7, 3, range(5), 4, 9)
+    together = sample_captions(model, states, numbers)
+    model.generation_config.update(no_repeat_ngram_size=1, num_beams=3, min_length=8, repetition_penalty=5.0, top_k=2)
+    assert sample_captions(model, states, numbers) == together
+    assert model.generation_config.num_beams == 3 and model.generation_config.no_repeat_ngram_size == 1
+    alone = sample_captions(model, states[3:4], sampling_numbers(7, 3, [3], 4, 9))
+    assert alone == together[12:16]
+    for seed, epoch in ((7, 4), (8, 3)):
+        assert sample_captions(model, states, sampling_numbers(seed, epoch, range(5), 4, 9)) != together
+    # Token by token: the first whose cumulative probability is above its number.
+    outputs = BaseModelOutput(last_hidden_state=states[3:4])
+    start = self_critical.start_token_ids(model)
+    for sample, row in zip(alone, sampling_numbers(7, 3, [3], 4, 9).numpy(), strict=True):
+        assert sample[-1] == 2 or len(sample) == model.generation_config.max_length - len(start)
+        for place, token in enumerate(sample):
+            read = torch.tensor([[*start, *sample[:place]]])
+            logits = model(encoder_outputs=outputs, decoder_input_ids=read).logits[0, -1]
+            assert token == np.searchsorted(logits.double().softmax(-1).cumsum(-1).detach().numpy(), row[place])
+
+
+@pytest.mark.parametrize("rule", [0, 2])
+@pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", ""), ("vit_gpt2", "a red")])
+def test_a_sample_ends_with_eos_or_at_the_longest(kind, prompt, rule):
+    """What is drawn by the model's own scores, one token after the other, is said to its first EOS or to the longest length."""
+    model, processor = build(kind, prompt)
+    as_policy(model)
+    eos, start = model.generation_config.eos_token_id, self_critical.start_token_ids(model)
+    longest = model.generation_config.max_length - len(start)
+    with torch.no_grad():
+        states = model.get_encoder()(processor(images=PICTURES, return_tensors="pt")["pixel_values"]).last_hidden_state
+        numbers = sampling_numbers(7, 3, range(5), 6, longest)
+        samples = sample_captions(model, states, numbers, rule)
+        rows = torch.tensor([[*start]] * 30)
+        for place in range(longest):
+            outputs = BaseModelOutput(last_hidden_state=states.repeat_interleave(6, dim=0))
+            scores = model(encoder_outputs=outputs, decoder_input_ids=rows).logits[:, -1]
+            scores = NoRepeatNGramLogitsProcessor(rule)(rows, scores) if rule else scores
+            cumulative = scores.double().softmax(-1).cumsum(-1)
+            rows = torch.cat([rows, torch.searchsorted(cumulative, numbers[:, place, None], right=True)], dim=1)
+    critic = SelfCritic(model, processor, None, options(), seed=0)
+    for sample, row in zip(samples, rows[:, len(start) :].tolist(), strict=True):
+        length = row.index(eos) + 1 if eos in row else longest
+        assert sample == row[:length] and critic.ended(sample) == (eos in row)
+    kinds = {(critic.ended(sample), len(sample) == longest) for sample in samples}
+    assert kinds >= {(True, False), (False, True)}  # both came up
+
+
+# -------------------------------------------------------------------------------------------------- the optimum
+
+BEST = ["a red dog runs", "green cat sits", "the blue dog", "small cat under it", "big dog sits on it"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_caption_is_found(kind):
+    """It knows five captions and not which is whose; by the reward alone each picture gets its own, from beginning to end."""
+    model, processor = build(kind)
+    model.get_encoder().requires_grad_(False)
+    size = model.encoder.output_size if kind == "lstm" else 32
+    states = torch.randn(5, 1, size, generator=torch.Generator().manual_seed(0))
+    as_policy(model)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def learn(loss_of_step, num_steps: int, learning_rate: float) -> None:
+        optimizer = torch.optim.AdamW(learning, lr=learning_rate, weight_decay=0)
+        for step in range(num_steps):
+            loss_of_step(step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    everybodys = processor.tokenizer(BEST).input_ids * 5
+    learn(lambda _: -caption_log_probs(model, model, states, everybodys, np.repeat(range(5), 5)).mean(), 60, 1e-2)
+    cider = CiderD([[best] for best in BEST], count_end=True)
+    critic = SelfCritic(model, processor, cider, options(num_samples=20), seed=0)
+    batch = {"index": torch.arange(5), "encoder_outputs": BaseModelOutput(last_hidden_state=states)}
+    reward, _, _, _, num_samples, _ = critic.loss(model, batch, 0, 5)[1].tolist()
+    assert (
+        num_samples == 100 and reward / num_samples < 3
+    )  # one in five is its own, and worth 10, or 7.5 with three words
+    learn(lambda step: critic.loss(model, batch, step, 5)[0], 30, 5e-3)
+    captions = sample_captions(model, states, None)
+    assert processor.batch_decode(captions, skip_special_tokens=True) == BEST
+    assert all(caption[-1] == 2 for caption in captions)
+
+
+# --------------------------------------------------------------------------------------------------- the script
+
+# 24 pictures in steps of 8, evaluated inside the epochs and at their ends: after steps 0, 2, 3, 4 and 6.
+SMALL = [
+    *("--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--num_samples", "3", "--eval_steps", "2"),
+    *("--learning_rate", "3e-3", "--early_stopping_patience", "9", "--generation_max_length", "14"),
+]
+MAINS = {"lstm": train_lstm.main, "vit_gpt2": train_vit_gpt2.main}
+
+
+@pytest.fixture(scope="module")
+def started(small_scenes, tmp_path_factory) -> dict[str, Path]:
+    """Captioners of either kind that have learnt a little."""
+    folders = {}
+    for kind, main in MAINS.items():
+        folders[kind] = tmp_path_factory.mktemp("started") / kind
+        main(
+            [
+                *(*SCRIPTS[f"train_{kind}"], "--dataset", small_scenes, "--output_dir", str(folders[kind])),
+                *("--num_train_epochs", "4", "--per_device_train_batch_size", "24", "--learning_rate", "1e-2"),
+                *("--group_by_picture", "true", "--eval_epochs", "4", "--save_epochs", "4", "--report_to", "none"),
+            ]
+        )
+    return folders
+
+
+def scst(start: Path, dataset: str, folder: Path, *given: str) -> list[dict]:
+    """Run the script small, in this process, and give its history."""
+    arguments = ["--model", str(start), "--dataset", dataset, "--output_dir", str(folder), *SMALL, *given]
+    train_scst.main(arguments)
+    return json.loads((folder / "history.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(started, small_scenes, tmp_path_factory) -> dict[str, Path]:
+    """An undisturbed run of each kind, with a checkpoint after each step."""
+    folders = {kind: tmp_path_factory.mktemp("whole") / kind for kind in KINDS}
+    for kind, folder in folders.items():
+        scst(started[kind], small_scenes, folder, "--save_steps", "1")
+    return folders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_leaves_what_the_contract_says(kind, whole, started):
+    folder = whole[kind]
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "results.json", "captions.jsonl", "captions.html"} <= names
+    assert {"README.md", "curves.png", "history.json", "logs", *(f"checkpoint-{step}" for step in range(1, 7))} <= names
+    assert not [name for name in names if name.startswith(".")]
+    history = json.loads((folder / "history.json").read_text())
+    assert [(row["epoch"], row["step"]) for row in history] == [(0, 0), (0.6667, 2), (1, 3), (1.3333, 4), (2, 6)]
+    assert {"cider", "bleu_4", "rouge_l", "blind_cider", "distinct_words", "eval_loss"} <= history[0].keys()
+    assert all({"reward", "sample_length", "sample_ended", "cider"} <= row.keys() for row in history[1:])
+    # What stands at step 0 is the captioner it started from.
+    before = json.loads((started[kind] / "history.json").read_text())[-1]
+    assert history[0]["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-4)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["train"]["epochs"] == 2 and results["train"]["images_per_second"] > 0
+    card = (folder / "README.md").read_text()
+    assert f"It continues {started[kind].name.replace('_', chr(92) + '_')} by [self-critical" in card
+    # The encoder is what it was, to the bit.
+    weights, first = (
+        load_file(folder / "checkpoint-6" / "model.safetensors"),
+        load_file(started[kind] / "model.safetensors"),
+    )
+    encoder = [name for name in first if name.startswith("encoder.")]
+    assert encoder and all(torch.equal(weights[name], first[name]) for name in encoder if name in weights)
+    assert any(not torch.equal(value, weights[name]) for name, value in first.items() if name in weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_goes_on_ends_on_every_bit_of_an_undisturbed_one(kind, whole, started, small_scenes, tmp_path):
+    """From a checkpoint inside an epoch, before the evaluation in it."""
+    shutil.copytree(whole[kind], tmp_path / kind)
+    for step in range(2, 7):
+        shutil.rmtree(tmp_path / kind / f"checkpoint-{step}")
+    shutil.copy(started[kind] / "model.safetensors", tmp_path / kind)  # the best after the first step
+    scst(started[kind], small_scenes, tmp_path / kind, "--save_steps", "1", "--resume_from_checkpoint", "last")
+    assert not differences(what_is_left(tmp_path / kind), what_is_left(whole[kind]))
+
+
+def test_sigterm_saves_and_leaves(whole, started, small_scenes, tmp_path, monkeypatch):
+    """In the fifth step, after which no checkpoint is due."""
+    plain, steps = torch.optim.AdamW.step, []
+
+    def interrupted(optimizer, *arguments, **given):
+        steps.append(1)
+        if len(steps) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(optimizer, *arguments, **given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    monkeypatch.setattr("training.loop.draw_curves", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        scst(started["lstm"], small_scenes, tmp_path / "lstm")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert {path.name for path in (tmp_path / "lstm").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-5"}
+    time.sleep(1)  # TensorBoard reads files in the order of their names, in which those of one second stand anyhow
+    scst(started["lstm"], small_scenes, tmp_path / "lstm", "--resume_from_checkpoint", "last")
+    left, expected = what_is_left(tmp_path / "lstm"), what_is_left(whole["lstm"])
+    for name in ("weights", "history", "captions", "curve"):
+        assert not differences(left[name], expected[name], name)
+
+
+def test_two_processes_give_the_weights_of_one_with_the_double_batch(whole, started, small_scenes, tmp_path):
+    """Each samples for its pictures what one process samples for them."""
+    arguments = [
+        "--model",
+        str(started["lstm"]),
+        "--dataset",
+        small_scenes,
+        "--output_dir",
+        str(tmp_path / "two"),
+        *SMALL,
+    ]
+    arguments += ["--per_device_train_batch_size", "4", "--report_to", "none"]
+    codes = run_together(kill_points.start_server(), "train_scst", arguments, tmp_path / "cache", [None, None])
+    assert codes == [0, 0], log_of("train_scst", tmp_path / "cache").read_text()[-2000:]
+    ours, theirs = (
+        load_file(folder / "checkpoint-6" / "model.safetensors") for folder in (tmp_path / "two", whole["lstm"])
+    )
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5
+    rows, expected = (json.loads((folder / "history.json").read_text()) for folder in (tmp_path / "two", whole["lstm"]))
+    for row, other in zip(rows, expected, strict=True):
+        for name in {"reward", "sample_length", "sample_ended", "eval_loss", "cider"} & other.keys():
+            assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+
+
+def test_accumulated_batches_give_the_step_of_one_big_batch(whole, started, small_scenes, tmp_path):
+    sizes = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--report_to", "none"]
+    scst(started["lstm"], small_scenes, tmp_path / "run", *sizes, "--eval_epochs", "2", "--eval_steps", "99")
+    ours, theirs = (
+        load_file(folder / "checkpoint-6" / "model.safetensors") for folder in (tmp_path / "run", whole["lstm"])
+    )
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-5
+
+
+def test_early_stopping_leaves_the_captioner_it_started_from(started, small_scenes, tmp_path):
+    options = ["--learning_rate", "0", "--early_stopping_patience", "2", "--report_to", "none"]
+    history = scst(started["lstm"], small_scenes, tmp_path / "run", *options)
+    assert [row["step"] for row in history] == [0, 2, 3]
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", started["lstm"]))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_cross_entropy_and_the_bound_keep_a_run_near_its_start(started, small_scenes, tmp_path):
+    def last_row(*given: str) -> dict:
+        options = ["--learning_rate", "1e-2", "--eval_steps", "99", "--eval_epochs", "2", "--report_to", "none", *given]
+        return scst(started["lstm"], small_scenes, tmp_path / "-".join(given[1::2]), *options)[-1]
+
+    free, bound = last_row("--kl_weight", "1e-6"), last_row("--kl_weight", "2")
+    assert 0 <= bound["kl"] < 0.5 * free["kl"]
+    taught = last_row("--kl_weight", "1e-6", "--cross_entropy_share", "0.9")
+    assert taught["eval_loss"] < free["eval_loss"] - 0.01
+
+
+def test_decoding_options_are_of_evaluation_alone(whole, started, small_scenes, tmp_path):
+    """They change what is generated, and not what is sampled."""
+    model, processor = load_captioner(str(started["lstm"]))
+    saved = {name: getattr(model.generation_config, name) for name in ("min_length", "length_penalty", "num_beams")}
+    given = ["--generation_min_length", "12", "--length_penalty", "0.6", "--generation_num_beams", "2"]
+    scst(started["lstm"], small_scenes, tmp_path / "run", *given, "--learning_rate", "0", "--num_train_epochs", "1")
+    still = ["--learning_rate", "0", "--num_train_epochs", "1", "--report_to", "none"]
+    plain = scst(started["lstm"], small_scenes, tmp_path / "plain", *still)
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    for row, other in zip(history[1:], plain[1:], strict=True):
+        assert all(row[name] == other[name] for name in ("reward", "sample_length", "sample_ended"))
+    decoding = load_captioner(str(tmp_path / "run"))[0].generation_config
+    assert (decoding.min_length, decoding.length_penalty, decoding.num_beams) == (13, 0.6, 2)  # with the start token
+    told = [json.loads(line)["caption"] for line in (tmp_path / "run" / "captions.jsonl").read_text().splitlines()]
+    assert min(len(ids) for ids in processor.tokenizer(told).input_ids) >= 12
+    decoding = load_captioner(str(tmp_path / "plain"))[0].generation_config
+    assert {name: getattr(decoding, name) for name in saved} == saved
+
+
+# -------------------------------------------------------------------------------------------------- bad options
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--model", "no/such/model"], "model no/such/model cannot be loaded"),
+        (["--num_samples", "1"], "--num_samples 1: there is no other sample to beat"),
+        (["--num_samples", "0"], "--num_samples 0: it must be 1 or more"),
+        (["--baseline", "median"], "--baseline"),
+        (["--kl_weight", "-1"], "--kl_weight -1.0: it must be 0 or more"),
+        (["--bleu_weight", "nan"], "--bleu_weight nan: it must be a finite number"),
+        (["--cross_entropy_share", "1"], "--cross_entropy_share 1.0: it must be 0 or more, and less than 1"),
+        (["--sample_no_repeat_ngram_size", "-1"], "--sample_no_repeat_ngram_size -1: it must be 0 or more"),
+        (["--eval_steps", "0"], "--eval_steps 0: it must be 1 or more"),
+        (["--generation_min_length", "15"], "--generation_min_length 15: it must not be more than"),
+        (["--group_by_picture", "true"], "there is no option --group_by_picture"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_said_in_one_sentence(given, sentence, started, small_scenes, tmp_path, capsys):
+    assert sentence in refused(started["lstm"], small_scenes, tmp_path, capsys, *given)
+
+
+def refused(start: Path, dataset: str, folder: Path, capsys, *given: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        scst(start, dataset, folder / "run", *given)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in error
+    assert not (folder / "run").exists() or not list((folder / "run").iterdir())
+    (sentence,) = re.findall(r"^(?:\S+: )?error: (.*)", error.replace("\r", "\n"), flags=re.MULTILINE)
+    return sentence
+
+
+def test_no_model_and_a_model_of_neither_kind_are_refused(started, small_scenes, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_scst.main(["--dataset", small_scenes, "--output_dir", str(tmp_path / "run")])
+    assert stopped.value.code == 2 and "--model is missing" in capsys.readouterr().err
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    decoder = BertConfig(vocab_size=30, is_decoder=True, add_cross_attention=True, **sizes)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        ViTConfig(image_size=32, patch_size=16, **sizes),
+        decoder,
+        decoder_start_token_id=1,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    other = tmp_path / "other"
+    VisionEncoderDecoderModel(config).save_pretrained(other)
+    build("vit_gpt2")[1].save_pretrained(other)
+    sentence = refused(other, small_scenes, tmp_path, capsys)
+    assert f"--model {other} is a VisionEncoderDecoderModel that neither" in sentence
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_model_that_is_to_be_shared_out_is_refused(name, small_scenes, tmp_path, capsys, monkeypatch):
+    """And nobody is sent to a recipe that is refused as well."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    sentence = refused(tmp_path / "any", small_scenes, tmp_path, capsys)
+    assert sentence.startswith(f"{name} is not supported by train_scst.py")
+    assert re.findall(r"\w+\.yaml", sentence) == ["several_gpus.yaml"]
+
+
+def test_a_checkpoint_of_another_version_is_refused(whole, started, small_scenes, tmp_path, capsys):
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(whole["lstm"] / "checkpoint-3", checkpoint)
+    path = checkpoint / train_scst.STATE_FILE
+    progress = json.loads(path.read_text())
+    del progress["sums"]
+    path.write_text(json.dumps(progress | {"epoch_nats": 1.0, "epoch_tokens": 2}))
+    checkpoints._write_checksums(checkpoint)
+    sentence = refused(started["lstm"], small_scenes, tmp_path, capsys, "--resume_from_checkpoint", str(checkpoint))
+    assert (
+        f"{path} was written by another version" in sentence
+        and "(they differ in epoch_nats, epoch_tokens, sums)" in sentence
+    )
+    assert "--resume_from_checkpoint" in sentence
+
+
+def test_a_checkpoint_of_another_script_or_of_other_steps_is_refused(whole, started, small_scenes, tmp_path, capsys):
+    (checkpoint,) = started["lstm"].glob("checkpoint-*")
+    sentence = refused(started["lstm"], small_scenes, tmp_path, capsys, "--resume_from_checkpoint", str(checkpoint))
+    assert sentence.endswith("a checkpoint of another training script")
+    given = ["--resume_from_checkpoint", str(whole["lstm"] / "checkpoint-3"), "--per_device_train_batch_size", "5"]
+    assert "was made with 8 pictures a step, here are 5" in refused(
+        started["lstm"], small_scenes, tmp_path, capsys, *given
+    )
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("scst_*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_name_only_options_there_are(recipe):
+    groups = (train_scst.PictureArguments, train_scst.SCSTArguments, train_scst.LoopArguments)
+    assert len(train_scst.parse_recipe(groups, [str(recipe)])) == 3

@@ -1,0 +1,475 @@
+"""Either system, continued on its own CIDEr-D reward: self-critical sequence training, in an Accelerate loop.
+
+    accelerate launch train_scst.py recipes/scst_flickr8k.yaml --model outputs/lstm_flickr8k --output_dir outputs/scst
+
+A recipe sets the options, the command line overrides it, `--help` lists them.
+"""
+
+import copy
+import logging
+import math
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import parse_flag_from_env
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+import recipes
+from data_scripts import load_captions
+from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
+from data_scripts.command_line import one_line_errors
+from data_scripts.features import encode_splits
+from metrics import CaptionScorer, CiderD
+from modeling.caption_loss import caption_loss
+from modeling.captioner import caption_pictures, load_captioner, save_captioner, set_decoding, start_token_ids
+from recipes import PictureArguments, parse_recipe
+from reporting.live import EpochBar
+from reporting.page import NUM_PICTURES
+from reporting.push import CheckpointPush, download_checkpoint
+from reporting.training_report import report_training
+from training.checkpoints import check_finite, checkpoint_to_resume, own_output_dir
+from training.evaluation import score_captions
+from training.loop import (
+    Progress,
+    accumulation_windows,
+    keep_best,
+    load_checkpoint,
+    record,
+    save_checkpoint,
+    start_accelerator,
+    start_trackers,
+    stops_early,
+)
+from training.self_critical import FIGURES, SelfCritic, as_policy, last_states, shares_by
+from training.stopping import StopSignal
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "scst_progress.json"
+
+
+@dataclass
+class SCSTArguments:
+    """The captioner to go on from, and its reward."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the captioner to continue, of either system."}
+    )
+    num_samples: int = field(default=5, metadata={"help": "Captions sampled of each picture at each step."})
+    baseline: Literal["others", "greedy"] = field(
+        default="others",
+        metadata={"help": "What a sample has to beat: the mean of the picture's other samples, or its greedy caption."},
+    )
+    bleu_weight: float = field(
+        default=0.0, metadata={"help": "What a sample's BLEU-4 (0 to 1) counts beside its CIDEr-D (0 to 10)."}
+    )
+    kl_weight: float = field(
+        default=0.0, metadata={"help": "CIDEr-D that a nat of KL divergence from the starting model costs a caption."}
+    )
+    cross_entropy_share: float = field(
+        default=0.0, metadata={"help": "Share of the loss that is cross entropy of a training caption."}
+    )
+    sample_no_repeat_ngram_size: int = field(
+        default=0,
+        metadata={
+            "help": "No run of so many tokens is sampled twice, and the model learns as one that cannot; 0: none."
+        },
+    )
+
+
+@dataclass
+class LoopArguments(recipes.LoopArguments):
+    """The training loop."""
+
+    output_dir: str = field(default="outputs/scst", metadata={"help": "Where model, results and checkpoints go."})
+    num_train_epochs: int = field(default=5, metadata={"help": "Times each picture is seen."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pictures a step on each device."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW, at its highest."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW."})
+    seed: int = field(default=42, metadata={"help": "Of order and samples."})
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Steps between two evaluations inside an epoch; none there if not given."}
+    )
+    early_stopping_patience: int | None = field(
+        default=2, metadata={"help": "Stop after so many evaluations without a better validation CIDEr."}
+    )
+    generation_max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest caption sampled and generated, in tokens; the model's own if not given."},
+    )
+    generation_min_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Shortest caption generated in evaluation, in tokens; samples have none; the model's own if not given."
+        },
+    )
+    generation_num_beams: int | None = field(
+        default=None, metadata={"help": "Beams in evaluation; 1 is greedy; the model's own if not given."}
+    )
+    length_penalty: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of beams in evaluation: the power of its length that a caption's score is divided by; likewise."
+        },
+    )
+    no_repeat_ngram_size: int | None = field(
+        default=None,
+        metadata={"help": "In evaluation no run of so many tokens is generated twice; the model's own if not given."},
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    # ---- Arguments --------------------------------------------------------------------------------------------------
+    data_args, scst_args, args = parse_recipe((PictureArguments, SCSTArguments, LoopArguments), argv, __doc__)
+
+    # ---- Accelerator and seed ---------------------------------------------------------------------------------------
+    with one_line_errors():
+        check_options(scst_args)
+        accelerator = start_accelerator(args)
+    with one_line_errors(OSError), own_output_dir(args.output_dir):
+        run(data_args, scst_args, args, accelerator)
+
+
+def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArguments, accelerator: Accelerator) -> None:
+    """What one run does in the output directory that it has for itself."""
+    options = {**vars(data_args), **vars(scst_args), **vars(args)}
+
+    # ---- Data -------------------------------------------------------------------------------------------------------
+    with one_line_errors():
+        resume_from = checkpoint_to_resume(
+            args.resume_from_checkpoint, args.output_dir, STATE_FILE, download_checkpoint
+        )
+        pushing = CheckpointPush(args, active=args.push_to_hub and accelerator.is_main_process)
+        dataset = load_captions(data_args.dataset, splits=("train", "validation"))
+        if data_args.max_train_pictures:
+            dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
+        training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
+
+        # ---- Model --------------------------------------------------------------------------------------------------
+        model, processor, kind = load_start(scst_args.model)
+    model.to(accelerator.device)
+    features = {split: [None] for split in dataset}
+    if data_args.cache_features:
+        features = encode_splits(dataset, model.get_encoder(), processor.image_processor, data_args)
+    max_length, start_ids = longest_caption(data_args, model), start_token_ids(model)
+    pairs = {
+        split: CaptionPairs(dataset[split], processor.tokenizer, max_length, features[split], start_ids)
+        for split in ("train", "validation")
+    }
+    with one_line_errors():
+        use_decoding(model, args, pairs["train"].lengths)
+    critic = SelfCritic(
+        model,
+        processor,
+        CiderD(dataset["train"]["captions"], count_end=True),
+        scst_args,
+        args.seed,
+        start=copy.deepcopy(model) if scst_args.kl_weight else None,
+        token_ids=captions_of_pictures(pairs["train"]),
+    )
+
+    # ---- Optimiser --------------------------------------------------------------------------------------------------
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=args.learning_rate, weight_decay=args.weight_decay)
+    step_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    num_steps = math.ceil(len(dataset["train"]) / step_size) * args.num_train_epochs
+    warmup_steps = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * num_steps
+    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, round(warmup_steps), num_steps)
+
+    def batches(items, batch_size: int, share: str | None = None, sampler=None) -> DataLoader:
+        collator, workers = CaptionCollator(processor, share), data_args.dataloader_num_workers
+        return DataLoader(items, batch_size, sampler=sampler, collate_fn=collator, num_workers=workers)
+
+    def eval_loader(items, share: str | None = None) -> DataLoader:
+        loader = batches(items, args.per_device_eval_batch_size, share)
+        return prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
+
+    sampler = CaptionSampler(np.ones(len(dataset["train"])), step_size, group_by_length=False, seed=args.seed)
+    train_pictures = Pictures(dataset["train"], *features["train"])
+    train_loader = batches(train_pictures, args.per_device_train_batch_size, sampler=sampler)
+    model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
+
+    # ---- Training ---------------------------------------------------------------------------------------------------
+    progress = Progress(step_size)
+    if resume_from:
+        with one_line_errors(ValueError):
+            progress = load_checkpoint(accelerator, scheduler, resume_from, step_size, STATE_FILE, unit="pictures")
+    start_trackers(accelerator, options, progress)
+    val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], *features["validation"])
+    scorer = CaptionScorer(val_rows["captions"], training_captions)
+
+    def evaluate(row: dict) -> None:
+        captioner = accelerator.unwrap_model(model)
+        share = shares_by(captioner)
+        row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"], share))
+        pictures = eval_loader(Pictures(val_rows, val_features))
+        row |= score_captions(accelerator, captioner, processor, pictures, val_rows, scorer)
+        keep_best(accelerator, captioner, processor, row, progress, args)
+
+    with StopSignal() as stopping:
+        if not progress.history:  # what is to be beaten
+            row = {"epoch": 0, "step": 0}
+            evaluate(row)
+            record(accelerator, row, progress, args)
+        while progress.epoch < args.num_train_epochs and not stops_early(progress, args):
+            row = train_until_due(
+                accelerator, model, critic, train_loader, optimizer, scheduler, progress, args, stopping
+            )
+            epoch_ends, last = progress.epoch_steps == 0, progress.epoch == args.num_train_epochs
+            if (epoch_ends and progress.epoch % args.eval_epochs == 0) or last or is_due(progress, args.eval_steps):
+                evaluate(row)
+            record(accelerator, row, progress, args)
+            asked = stopping.ask(accelerator)
+            due = (epoch_ends and progress.epoch % args.save_epochs == 0) or is_due(progress, args.save_steps)
+            if due or last or asked or stops_early(progress, args):
+                save_checkpoint(accelerator, model, scheduler, progress, args, STATE_FILE)
+                pushing.send(progress.step)
+            if asked:
+                stopping.leave(accelerator, progress.step)
+    if stops_early(progress, args):
+        logger.info(f"No better validation CIDEr since step {progress.best_step}: stopped.")
+
+    # ---- Evaluation -------------------------------------------------------------------------------------------------
+    split = "test" if "test" in dataset else "validation"
+    captioner = accelerator.unwrap_model(model)
+    if args.load_best_model_at_end:
+        captioner = load_captioner(args.output_dir)[0].to(accelerator.device)
+    pictures = eval_loader(Pictures(dataset[split], *features[split]))
+    captions = caption_pictures(captioner.eval(), processor, pictures, accelerator, NUM_PICTURES)
+
+    # ---- Saving -----------------------------------------------------------------------------------------------------
+    if accelerator.is_main_process:
+        if not args.load_best_model_at_end:
+            save_captioner(captioner, processor, args.output_dir)
+        report_training(
+            args,
+            data_args,
+            dataset=dataset,
+            split=split,
+            captions=captions,
+            scorer=CaptionScorer(dataset[split]["captions"], training_captions),
+            decoding=captioner.generation_config,
+            train=training_cost(progress, len(dataset["train"])),
+            kind=kind,
+            options=options,
+            base_models=[] if os.path.isdir(scst_args.model) else [scst_args.model],
+            pushing=pushing if args.push_to_hub else None,
+            continues=scst_args.model,
+        )
+    accelerator.end_training()
+
+
+def check_options(args: SCSTArguments) -> None:
+    """Raise ValueError where options do not go together, or not with the launcher's."""
+    for name in ("DEEPSPEED", "FSDP"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"{name} is not supported by train_scst.py, which samples from the model as it is: run with "
+                "recipes/accelerate/several_gpus.yaml, which gives each process a whole one"
+            )
+    if args.model is None:
+        raise ValueError("--model is missing: name the folder or the Hub id of the captioner to continue")
+    if args.num_samples == 1 and args.baseline == "others":
+        raise ValueError("--num_samples 1: there is no other sample to beat; give 2 or more, or --baseline greedy")
+
+
+def load_start(name: str) -> tuple:
+    """The captioner to continue, its processor, and which system it is, as the model card has it.
+
+    Its encoder stays as it is.
+
+    Raises:
+        ValueError: It cannot be loaded, or is of neither system.
+    """
+    model, processor = load_captioner(name)
+    kinds = {"inception_lstm": "inception-lstm", "vision-encoder-decoder": "vit-gpt2"}
+    kind = kinds.get(model.config.model_type)
+    if kind is None or (kind == "vit-gpt2" and model.config.decoder.model_type != "gpt2"):
+        raise ValueError(
+            f"--model {name} is a {type(model).__name__} that neither train_lstm.py nor train_vit_gpt2.py makes: give one of theirs"
+        )
+    encoder = model.get_encoder().requires_grad_(False)
+    if getattr(encoder, "pooler", None) is not None:
+        # No captioner reads it. Where none was saved, it has random weights now, and would hide that the encoder is the same.
+        del encoder.pooler
+        encoder.pooler = None
+    return model, processor, kind
+
+
+def room(model) -> int | None:
+    """Tokens of the longest caption that a model's decoder positions let it say; None where they have no end."""
+    if not hasattr(model, "decoder"):
+        return None
+    # The last token of a caption is said, and not read.
+    return model.config.decoder.max_position_embeddings - len(start_token_ids(model)) + 1
+
+
+def longest_caption(args: PictureArguments, model) -> int | None:
+    """Longest training caption kept, in tokens."""
+    lengths = [length for length in (args.max_caption_length, room(model)) if length is not None]
+    return min(lengths, default=None)
+
+
+def use_decoding(model, args: LoopArguments, lengths: np.ndarray) -> None:
+    """Put the options into the generation config, where there are any; else it stays as it was saved.
+
+    Raises:
+        ValueError: The shortest caption is longer than the longest.
+    """
+    longest = args.generation_max_length
+    if longest is None and model.generation_config.max_length is None:
+        longest = math.ceil(np.percentile(lengths, 99))
+    if longest is not None:
+        longest = min(longest, room(model) or longest)
+    set_decoding(
+        model,
+        longest,
+        args.generation_min_length,
+        num_beams=args.generation_num_beams,
+        length_penalty=args.length_penalty,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+    )
+    shortest, longest = model.generation_config.min_length or 0, model.generation_config.max_length
+    if shortest > longest:
+        num_start = len(start_token_ids(model))
+        raise ValueError(
+            f"the shortest caption is to have {shortest - num_start} tokens and the longest {longest - num_start}: give a lower "
+            "--generation_min_length or a higher --generation_max_length"
+        )
+
+
+def captions_of_pictures(pairs: CaptionPairs) -> list[list[list[int]]]:
+    """The token ids of each picture's captions."""
+    ends = np.flatnonzero(np.diff(pairs.row_of_pair, append=-1)) + 1
+    return [pairs.token_ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def is_due(progress: Progress, num_steps: int | None) -> bool:
+    """Whether so many steps have passed since it was due before."""
+    return bool(num_steps) and progress.step % num_steps == 0
+
+
+def train_until_due(
+    accelerator,
+    model,
+    critic: SelfCritic,
+    loader,
+    optimizer,
+    scheduler,
+    progress: Progress,
+    args: LoopArguments,
+    stopping: StopSignal,
+) -> dict:
+    """Every picture once, or those of the epoch that are left, but no further than to an evaluation inside it.
+
+    Returns the row of the history that says how the samples did.
+    """
+    started = time.perf_counter()
+    as_policy(accelerator.unwrap_model(model))
+    num_steps = math.ceil(len(loader) / args.gradient_accumulation_steps)
+    loader.set_epoch(progress.epoch)
+    size = args.per_device_train_batch_size * accelerator.num_processes
+    sums = torch.tensor([progress.sums.get(name, 0.0) for name in FIGURES], dtype=torch.float64)
+    sums = sums / accelerator.num_processes
+    seen = progress.epoch_steps * args.gradient_accumulation_steps * size
+    silent = not accelerator.is_local_main_process
+    with EpochBar(progress.epoch + 1, args.num_train_epochs, len(loader) * size, seen, silent) as bar:
+        for batches in accumulation_windows(accelerator, loader, args.gradient_accumulation_steps, progress):
+            sums += train_step(accelerator, model, critic, batches, optimizer, progress.epoch, args.max_grad_norm)
+            scheduler.step()
+            progress.step += 1
+            progress.epoch_steps += 1
+            bar.update(size * len(batches))
+            if progress.step % 10 == 0:
+                figures = dict(zip(FIGURES, sums.tolist(), strict=True))
+                bar.tell(figures["reward"] / figures["samples"], "reward")
+                if not math.isfinite(figures["loss"]):
+                    break
+            # The last step before an evaluation is saved, where it is to be, after it.
+            if progress.epoch_steps == num_steps or is_due(progress, args.eval_steps):
+                break
+            asked = stopping.ask(accelerator)
+            if is_due(progress, args.save_steps) or asked:
+                progress.sums = all_sums(accelerator, sums)
+                progress.train_seconds += time.perf_counter() - started
+                save_checkpoint(accelerator, model, scheduler, progress, args, STATE_FILE)
+                started = time.perf_counter()
+                if asked:
+                    stopping.leave(accelerator, progress.step)
+    told = all_sums(accelerator, sums)
+    check_finite(told["loss"], model, progress.step, args.learning_rate, args.output_dir)
+    row = {"epoch": round(progress.epoch + progress.epoch_steps / num_steps, 4), "step": progress.step}
+    row |= {"reward": told["reward"] / told["samples"], "sample_length": told["tokens"] / told["samples"]}
+    row["sample_ended"] = told["ended"] / told["samples"]
+    if critic.start is not None:
+        row["kl"] = told["kl"] / told["samples"]
+    progress.sums = {}
+    if progress.epoch_steps == num_steps:
+        progress.epoch, progress.epoch_steps = progress.epoch + 1, 0
+    progress.train_seconds += time.perf_counter() - started
+    return row
+
+
+def all_sums(accelerator, sums: torch.Tensor) -> dict[str, float]:
+    """The sums of all processes, by name."""
+    total = accelerator.reduce(sums.to(accelerator.device))
+    return dict(zip(FIGURES, total.tolist(), strict=True))
+
+
+def train_step(
+    accelerator, model, critic: SelfCritic, batches: list[dict], optimizer, epoch: int, max_grad_norm: float
+) -> torch.Tensor:
+    """One step on all `batches` of all processes. Returns the sums of this process's samples."""
+    own = torch.tensor(sum(len(batch["index"]) for batch in batches), device=accelerator.device)
+    num_pictures = accelerator.reduce(own).item()
+    sums = 0.0
+    for position, batch in enumerate(batches, start=1):
+        with nullcontext() if position == len(batches) else accelerator.no_sync(model):
+            with accelerator.autocast():
+                # Several processes average their gradients, where the sum is wanted.
+                loss, figures = critic.loss(model, batch, epoch, num_pictures / accelerator.num_processes)
+            accelerator.backward(loss)
+        sums = sums + figures
+    if max_grad_norm:
+        accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return sums
+
+
+@torch.inference_mode()
+def validation_loss(accelerator, model, loader) -> float:
+    """Mean cross entropy over all tokens of the validation captions, in nats: how far the model has left their words."""
+    model.eval()
+    totals = torch.zeros(2, device=accelerator.device)
+    for batch in loader:
+        batch.pop("index")
+        labels = batch.pop("labels")
+        with accelerator.autocast():
+            hidden, head = last_states(model, model, **batch)
+            nats = caption_loss(hidden, labels, head.weight, head.bias, num_items_in_batch=1)
+        totals += torch.stack([nats, (labels != -100).sum()])
+    nats, tokens = accelerator.reduce(totals)
+    return (nats / tokens).item()
+
+
+def training_cost(progress: Progress, num_pictures: int) -> dict:
+    """What results.json tells of the training; evaluation and the encoding of pictures are not counted in."""
+    epochs = progress.history[-1]["epoch"]
+    return {
+        "epochs": epochs,
+        "seconds": round(progress.train_seconds, 1),
+        "images_per_second": round(epochs * num_pictures / progress.train_seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
