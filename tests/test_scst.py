@@ -272,7 +272,7 @@ def test_a_sample_ends_with_eos_or_at_the_longest(kind, prompt, rule):
             scores = model(encoder_outputs=outputs, decoder_input_ids=rows).logits[:, -1]
             scores = NoRepeatNGramLogitsProcessor(rule)(rows, scores) if rule else scores
             cumulative = scores.double().softmax(-1).cumsum(-1)
-            rows = torch.cat([rows, torch.searchsorted(cumulative, numbers[:, place, None], right=True)], dim=1)
+            rows = torch.cat([rows, torch.searchsorted(cumulative, numbers[:, [place]], right=True)], dim=1)
     critic = SelfCritic(model, processor, None, options(), seed=0)
     for sample, row in zip(samples, rows[:, len(start) :].tolist(), strict=True):
         length = row.index(eos) + 1 if eos in row else longest
@@ -563,6 +563,7 @@ def test_a_checkpoint_of_another_version_is_refused(whole, started, small_scenes
     progress = json.loads(path.read_text())
     del progress["sums"]
     path.write_text(json.dumps(progress | {"epoch_nats": 1.0, "epoch_tokens": 2}))
+    (checkpoint / checkpoints.CHECKSUMS).unlink()
     checkpoints._write_checksums(checkpoint)
     sentence = refused(started["lstm"], small_scenes, tmp_path, capsys, "--resume_from_checkpoint", str(checkpoint))
     assert (
