@@ -39,6 +39,7 @@ from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionS
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
+from data_scripts.trim_vocabulary import trim_tokenizer
 from metrics import CaptionScorer
 from modeling.caption_loss import caption_loss
 from modeling.captioner import caption_pictures, save_captioner, set_decoding, start_token_ids
@@ -96,6 +97,9 @@ class ViTGPT2Arguments:
     loss_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompt as well."})
     dropout: float | None = field(
         default=None, metadata={"help": "Share of the decoder's values zeroed in training; its own if not given."}
+    )
+    trim_vocabulary: bool = field(
+        default=False, metadata={"help": "Keep only the tokens, of tokenizer and decoder, that training captions use."}
     )
     image_size: int = field(default=224, metadata={"help": "Side of the pictures a made ViT sees, in pixels."})
     patch_size: int = field(default=16, metadata={"help": "Side of the patches it cuts them into, in pixels."})
@@ -213,10 +217,16 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
             dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
         training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
         tokenizer_name = data_args.tokenizer or (model_args.decoder if model_args.pretrained_decoder else None)
-        tokenizer = load_tokenizer(tokenizer_name, training_captions, model_args.vocab_size)
+        tokenizer, token_ids = load_tokenizer(tokenizer_name, training_captions, model_args.vocab_size), None
+        if model_args.trim_vocabulary:
+            num_tokens = len(tokenizer)
+            # Behind a prompt a caption begins with a blank.
+            texts = [model_args.prompt, *training_captions, *(f" {caption}" for caption in training_captions)]
+            tokenizer, token_ids = trim_tokenizer(tokenizer, texts)
+            logger.info(f"{len(tokenizer):,} of the vocabulary's {num_tokens:,} tokens are kept.")
 
         # ---- Model --------------------------------------------------------------------------------------------------
-        model, processor = build_model(model_args, tokenizer)
+        model, processor = build_model(model_args, tokenizer, token_ids)
     model.to(args.device)
     features = dict.fromkeys(dataset)
     if data_args.cache_features and model_args.freeze_encoder:
@@ -314,8 +324,8 @@ def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: i
     return tokenizer
 
 
-def build_model(args: ViTGPT2Arguments, tokenizer) -> tuple:
-    """Model and processor: the trained parts named, or parts made of the sizes given."""
+def build_model(args: ViTGPT2Arguments, tokenizer, token_ids: list[int] | None = None) -> tuple:
+    """Model and processor: the trained parts named, `token_ids` of a decoder's tokens kept; or parts made of the sizes given."""
     sizes = {
         "hidden_size": args.hidden_size,
         "num_hidden_layers": args.num_hidden_layers,
@@ -327,9 +337,11 @@ def build_model(args: ViTGPT2Arguments, tokenizer) -> tuple:
         if args.patch_size > args.image_size:
             raise ValueError(f"--patch_size {args.patch_size} is more than --image_size {args.image_size}")
         encoder = encoder_config(args.image_size, args.patch_size, **sizes)
-    decoder = args.decoder if args.pretrained_decoder else decoder_config(len(tokenizer), **sizes)
+    decoder = args.decoder
+    if not args.pretrained_decoder:
+        decoder, token_ids = decoder_config(len(tokenizer), **sizes), None
     try:
-        model = build_vit_gpt2(encoder, decoder, tokenizer, args.prompt, args.freeze_encoder, args.dropout)
+        model = build_vit_gpt2(encoder, decoder, tokenizer, args.prompt, args.freeze_encoder, args.dropout, token_ids)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
