@@ -22,6 +22,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     PrinterCallback,
     ProgressCallback,
@@ -70,6 +71,7 @@ from training.checkpoints import (
     own_output_dir,
     refuse_deepspeed,
 )
+from training.lora import TRAINED, add_lora, check_lora, load_trained, merged, save_trained
 from training.sharding import WholeModel
 from training.stopping import StopSignal, follow_launcher
 
@@ -97,6 +99,9 @@ class ViTGPT2Arguments:
     loss_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompt as well."})
     dropout: float | None = field(
         default=None, metadata={"help": "Share of the decoder's values zeroed in training; its own if not given."}
+    )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train adapters of this rank (LoRA) in the decoder's place; needs peft."}
     )
     trim_vocabulary: bool = field(
         default=False, metadata={"help": "Keep only the tokens, of tokenizer and decoder, that training captions use."}
@@ -206,6 +211,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
 
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
+        check_lora(model_args.lora_rank, model_args.pretrained_decoder)
         resume_from = checkpoint_to_resume(
             args.resume_from_checkpoint, args.output_dir, "trainer_state.json", download_checkpoint
         )
@@ -259,6 +265,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         model,
         args,
         processor=processor,
+        lora=bool(model_args.lora_rank),
         sampler=CaptionSampler(pairs["train"].lengths, step_size, data_args.group_by_length, args.seed, shared),
         train_dataset=pairs["train"],
         eval_dataset=pairs["validation"],
@@ -277,6 +284,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
     if not args.load_best_model_at_end:
         with trainer.whole.of(trainer.model) as captioner:
             if trainer.is_world_process_zero():
+                captioner = merged(captioner) if trainer.lora else captioner
                 save_captioner(captioner, processor, args.output_dir)
         trainer.accelerator.wait_for_everyone()
     captioner = VisionEncoderDecoderModel.from_pretrained(args.output_dir).to(args.device)
@@ -350,6 +358,9 @@ def build_model(args: ViTGPT2Arguments, tokenizer, token_ids: list[int] | None =
     positions, num_start_ids = model.config.decoder.max_position_embeddings, len(start_token_ids(model))
     if num_start_ids >= positions:
         raise ValueError(f"--prompt has {num_start_ids - 1:,} tokens, of which the decoder reads {positions:,} at most")
+    if args.lora_rank:
+        brought = getattr(AutoConfig.from_pretrained(args.decoder), "add_cross_attention", False)
+        add_lora(model.decoder, args.lora_rank, fresh_cross_attention=not brought)
     return model, build_processor(vit_image_processor(encoder), tokenizer)
 
 
@@ -367,7 +378,9 @@ class CaptionTrainer(Seq2SeqTrainer):
     all accumulated batches, and scores the whole vocabulary at once: `caption_loss` does neither.
     """
 
-    def __init__(self, model, args: LoopArguments, *, processor, sampler, eval_pictures, eval_rows, scorer, **kwargs):
+    def __init__(
+        self, model, args: LoopArguments, *, processor, lora, sampler, eval_pictures, eval_rows, scorer, **kwargs
+    ):
         super().__init__(
             model,
             args,
@@ -376,6 +389,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             **kwargs,
         )
         self.processor = processor
+        self.lora = lora
         self.sampler = sampler
         self.eval_pictures = eval_pictures
         self.eval_rows = eval_rows
@@ -399,7 +413,14 @@ class CaptionTrainer(Seq2SeqTrainer):
         with one_line_errors():
             check_sharding(folder, self.accelerator.is_fsdp2)
             check_step_size(folder, self._loop(folder)["step_size"], self.sampler.batch_size)
+            if (folder / TRAINED).is_file() != self.lora:
+                raise ValueError(
+                    f"{folder} was made {'without' if self.lora else 'with'} --lora_rank: give the same options"
+                )
             try:
+                if self.lora:
+                    load_trained(self.model, folder)
+                    return
                 if self.accelerator.is_fsdp2:
                     super()._load_from_checkpoint(resume_from_checkpoint, model)
                     return
@@ -419,6 +440,13 @@ class CaptionTrainer(Seq2SeqTrainer):
         self._tr_loss += loop["loss_since_logged"]
         self._globalstep_last_logged = loop["step_logged"]
         self.epoch_ends.started -= loop["epoch_seconds"]
+
+    def _save(self, output_dir: str, state_dict=None) -> None:
+        if not self.lora:
+            super()._save(output_dir, state_dict)
+            return
+        save_captioner(merged(self.model), self.processor, output_dir)
+        save_trained(self.model, Path(output_dir))
 
     def _loop(self, checkpoint: str | Path) -> dict:
         return json.loads((Path(checkpoint) / "loop.json").read_text())
@@ -480,7 +508,7 @@ class CaptionTrainer(Seq2SeqTrainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Validation loss, scores of generated captions, and what they cost; the model is kept if its CIDEr is the best."""
         with self.whole.of(self.model) as model:
-            model.eval()
+            model = (merged(model) if self.lora else model).eval()
             metrics = {"loss": self.validation_loss(model)} | self.score_captions(model)
             metrics = {f"eval_{name}": value for name, value in metrics.items()}
             self.log(metrics)

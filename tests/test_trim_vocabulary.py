@@ -39,11 +39,11 @@ END = "<|endoftext|>"
 
 
 def byte_level_bpe(kind: str) -> PreTrainedTokenizerFast:
-    """Trained on more than the captions. GPT-2's own has one special token; the others have three, among or behind the rest."""
+    """Trained on more than the captions. GPT-2's own has one special token; the others have three, behind the rest."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    special = [END] if kind == "gpt2" else ["<s>", "</s>"]
+    special = [END] if kind == "gpt2" else []
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -52,7 +52,7 @@ def byte_level_bpe(kind: str) -> PreTrainedTokenizerFast:
     raw.train_from_iterator(texts, trainer)
     if kind == "gpt2":
         return GPT2TokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END, unk_token=END, pad_token=END)
-    raw.add_special_tokens([AddedToken("<pad>", special=True)])
+    raw.add_special_tokens([AddedToken(token, special=True) for token in ("<s>", "</s>", "<pad>")])
     ends = [(token, raw.token_to_id(token)) for token in ("</s>", "<s>")]
     raw.post_processor = {
         "template": processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends),
