@@ -22,6 +22,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     PrinterCallback,
     ProgressCallback,
@@ -39,6 +40,7 @@ from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionS
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
+from data_scripts.trim_vocabulary import trim_tokenizer
 from metrics import CaptionScorer
 from modeling.caption_loss import caption_loss
 from modeling.captioner import caption_pictures, save_captioner, set_decoding, start_token_ids
@@ -69,6 +71,7 @@ from training.checkpoints import (
     refuse_deepspeed,
 )
 from training.evaluation import score_captions
+from training.lora import TRAINED, add_lora, check_lora, load_trained, merged, save_trained
 from training.sharding import WholeModel
 from training.stopping import StopSignal, follow_launcher
 
@@ -96,6 +99,12 @@ class ViTGPT2Arguments:
     loss_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompt as well."})
     dropout: float | None = field(
         default=None, metadata={"help": "Share of the decoder's values zeroed in training; its own if not given."}
+    )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train adapters of this rank (LoRA) in the decoder's place; needs peft."}
+    )
+    trim_vocabulary: bool = field(
+        default=False, metadata={"help": "Keep only the tokens, of tokenizer and decoder, that training captions use."}
     )
     image_size: int = field(default=224, metadata={"help": "Side of the pictures a made ViT sees, in pixels."})
     patch_size: int = field(default=16, metadata={"help": "Side of the patches it cuts them into, in pixels."})
@@ -202,6 +211,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
 
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
+        check_lora(model_args.lora_rank, model_args.pretrained_decoder)
         resume_from = checkpoint_to_resume(
             args.resume_from_checkpoint, args.output_dir, "trainer_state.json", download_checkpoint
         )
@@ -213,10 +223,16 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
             dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
         training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
         tokenizer_name = data_args.tokenizer or (model_args.decoder if model_args.pretrained_decoder else None)
-        tokenizer = load_tokenizer(tokenizer_name, training_captions, model_args.vocab_size)
+        tokenizer, token_ids = load_tokenizer(tokenizer_name, training_captions, model_args.vocab_size), None
+        if model_args.trim_vocabulary:
+            num_tokens = len(tokenizer)
+            # Behind a prompt a caption begins with a blank.
+            texts = [model_args.prompt, *training_captions, *(f" {caption}" for caption in training_captions)]
+            tokenizer, token_ids = trim_tokenizer(tokenizer, texts)
+            logger.info(f"{len(tokenizer):,} of the vocabulary's {num_tokens:,} tokens are kept.")
 
         # ---- Model --------------------------------------------------------------------------------------------------
-        model, processor = build_model(model_args, tokenizer)
+        model, processor = build_model(model_args, tokenizer, token_ids)
     model.to(args.device)
     num_views = data_args.augmentation_views
     features = {split: [None] * (num_views if split == "train" else 1) for split in dataset}
@@ -249,6 +265,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         model,
         args,
         processor=processor,
+        lora=bool(model_args.lora_rank),
         sampler=CaptionSampler(
             pairs["train"].lengths,
             step_size,
@@ -275,6 +292,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
     if not args.load_best_model_at_end:
         with trainer.whole.of(trainer.model) as captioner:
             if trainer.is_world_process_zero():
+                captioner = merged(captioner) if trainer.lora else captioner
                 save_captioner(captioner, processor, args.output_dir)
         trainer.accelerator.wait_for_everyone()
     captioner = VisionEncoderDecoderModel.from_pretrained(args.output_dir).to(args.device)
@@ -312,8 +330,8 @@ def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: i
     return tokenizer
 
 
-def build_model(args: ViTGPT2Arguments, tokenizer) -> tuple:
-    """Model and processor: the trained parts named, or parts made of the sizes given."""
+def build_model(args: ViTGPT2Arguments, tokenizer, token_ids: list[int] | None = None) -> tuple:
+    """Model and processor: the trained parts named, `token_ids` of a decoder's tokens kept; or parts made of the sizes given."""
     sizes = {
         "hidden_size": args.hidden_size,
         "num_hidden_layers": args.num_hidden_layers,
@@ -325,9 +343,11 @@ def build_model(args: ViTGPT2Arguments, tokenizer) -> tuple:
         if args.patch_size > args.image_size:
             raise ValueError(f"--patch_size {args.patch_size} is more than --image_size {args.image_size}")
         encoder = encoder_config(args.image_size, args.patch_size, **sizes)
-    decoder = args.decoder if args.pretrained_decoder else decoder_config(len(tokenizer), **sizes)
+    decoder = args.decoder
+    if not args.pretrained_decoder:
+        decoder, token_ids = decoder_config(len(tokenizer), **sizes), None
     try:
-        model = build_vit_gpt2(encoder, decoder, tokenizer, args.prompt, args.freeze_encoder, args.dropout)
+        model = build_vit_gpt2(encoder, decoder, tokenizer, args.prompt, args.freeze_encoder, args.dropout, token_ids)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -336,6 +356,9 @@ def build_model(args: ViTGPT2Arguments, tokenizer) -> tuple:
     positions, num_start_ids = model.config.decoder.max_position_embeddings, len(start_token_ids(model))
     if num_start_ids >= positions:
         raise ValueError(f"--prompt has {num_start_ids - 1:,} tokens, of which the decoder reads {positions:,} at most")
+    if args.lora_rank:
+        brought = getattr(AutoConfig.from_pretrained(args.decoder), "add_cross_attention", False)
+        add_lora(model.decoder, args.lora_rank, fresh_cross_attention=not brought)
     return model, build_processor(vit_image_processor(encoder), tokenizer)
 
 
@@ -353,7 +376,9 @@ class CaptionTrainer(Seq2SeqTrainer):
     all accumulated batches, and scores the whole vocabulary at once: `caption_loss` does neither.
     """
 
-    def __init__(self, model, args: LoopArguments, *, processor, sampler, eval_pictures, eval_rows, scorer, **kwargs):
+    def __init__(
+        self, model, args: LoopArguments, *, processor, lora, sampler, eval_pictures, eval_rows, scorer, **kwargs
+    ):
         super().__init__(
             model,
             args,
@@ -362,6 +387,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             **kwargs,
         )
         self.processor = processor
+        self.lora = lora
         self.sampler = sampler
         self.eval_pictures = eval_pictures
         self.eval_rows = eval_rows
@@ -385,7 +411,14 @@ class CaptionTrainer(Seq2SeqTrainer):
         with one_line_errors():
             check_sharding(folder, self.accelerator.is_fsdp2)
             check_step_size(folder, self._loop(folder)["step_size"], self.sampler.batch_size)
+            if (folder / TRAINED).is_file() != self.lora:
+                raise ValueError(
+                    f"{folder} was made {'without' if self.lora else 'with'} --lora_rank: give the same options"
+                )
             try:
+                if self.lora:
+                    load_trained(self.model, folder)
+                    return
                 if self.accelerator.is_fsdp2:
                     super()._load_from_checkpoint(resume_from_checkpoint, model)
                     return
@@ -405,6 +438,13 @@ class CaptionTrainer(Seq2SeqTrainer):
         self._tr_loss += loop["loss_since_logged"]
         self._globalstep_last_logged = loop["step_logged"]
         self.epoch_ends.started -= loop["epoch_seconds"]
+
+    def _save(self, output_dir: str, state_dict=None) -> None:
+        if not self.lora:
+            super()._save(output_dir, state_dict)
+            return
+        save_captioner(merged(self.model), self.processor, output_dir)
+        save_trained(self.model, Path(output_dir))
 
     def _loop(self, checkpoint: str | Path) -> dict:
         return json.loads((Path(checkpoint) / "loop.json").read_text())
@@ -466,7 +506,7 @@ class CaptionTrainer(Seq2SeqTrainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Validation loss, scores of generated captions, and what they cost; the model is kept if its CIDEr is the best."""
         with self.whole.of(self.model) as model:
-            model.eval()
+            model = (merged(model) if self.lora else model).eval()
             metrics = {"loss": self.validation_loss(model)} | self.score_captions(model)
             metrics = {f"eval_{name}": value for name, value in metrics.items()}
             self.log(metrics)

@@ -3,9 +3,10 @@
 The model is transformers' own `VisionEncoderDecoderModel`, not a subclass: it loads everywhere without remote code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -31,6 +32,7 @@ def build_vit_gpt2(
     prompt: str = "",
     freeze_encoder: bool = True,
     dropout: float | None = None,
+    token_ids: Sequence[int] | None = None,
 ) -> VisionEncoderDecoderModel:
     """Put a picture encoder and a language model together.
 
@@ -43,16 +45,20 @@ def build_vit_gpt2(
         prompt: Text every caption starts with; it is kept in the generation config, so that `generate()` starts from it.
         freeze_encoder: Whether the encoder stays as it is.
         dropout: Of the decoder; its own where None.
+        token_ids: Where the tokenizer has been trimmed, the number that each of its tokens has in `decoder`, rising.
 
     Raises:
         ValueError: The tokenizer has more tokens than the decoder.
     """
     decoder_model = _build_decoder(decoder, dropout)
-    if len(tokenizer) > decoder_model.config.vocab_size:
+    num_tokens = token_ids[-1] + 1 if token_ids else len(tokenizer)
+    if num_tokens > decoder_model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer):,} tokens, the decoder {decoder_model.config.vocab_size:,}: "
+            f"the tokenizer has {num_tokens:,} tokens, the decoder {decoder_model.config.vocab_size:,}: "
             "give --tokenizer the one the decoder was trained with"
         )
+    if token_ids:
+        _keep_tokens(decoder_model, token_ids)
     encoder_model = _build_encoder(encoder)
     special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     decoder_model.config.update(special_ids)
@@ -145,3 +151,12 @@ def _build_decoder(decoder: str | PreTrainedConfig, dropout: float | None) -> Pr
     if isinstance(decoder, str):
         return AutoModelForCausalLM.from_pretrained(decoder, config=config)
     return AutoModelForCausalLM.from_config(config)
+
+
+@torch.no_grad()
+def _keep_tokens(decoder: PreTrainedModel, token_ids: Sequence[int]) -> None:
+    """Leave of embeddings and head the rows of these tokens, numbered anew in this order."""
+    layers = (decoder.get_input_embeddings(), decoder.get_output_embeddings())
+    for rows in {rows for layer in layers for rows in layer.parameters()}:  # once where the two are tied
+        rows[: len(token_ids)] = rows[token_ids]
+    decoder.resize_token_embeddings(len(token_ids))

@@ -1,0 +1,72 @@
+"""Keep of a decoder's vocabulary what the training captions use: GPT-2's 50,257 tokens are most of a small decoder's work."""
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerBase
+
+
+def trim_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
+) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """Keep the tokens of `texts`, those that BPE's merges make on the way to them, the 256 bytes and all added tokens.
+
+    BPE takes, of the merges that apply, the one it learnt first. Those it takes in `texts` are all kept, and fewer compete:
+    `texts` have the same tokens as before. Other texts have more and shorter ones, single bytes at the shortest.
+
+    Returns:
+        The tokenizer with its new numbers, and for each of these the old one, rising: the rows of the decoder to keep.
+
+    Raises:
+        ValueError: The tokenizer is no byte-level BPE.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": None}}
+    model, alphabet = state["model"], set(pre_tokenizers.ByteLevel.alphabet())
+    if model["type"] != "BPE" or model["end_of_word_suffix"] or not alphabet <= model["vocab"].keys():
+        raise ValueError(
+            f"--trim_vocabulary: the tokenizer {tokenizer.name_or_path} is no byte-level BPE as GPT-2's is; leave it out"
+        )
+    parts = defaultdict(set)
+    for left, right in model["merges"]:
+        parts[left + right] |= {left, right}
+    used = {token_id for ids in tokenizer(list(texts), add_special_tokens=False).input_ids for token_id in ids}
+    added = [token["content"] for token in state["added_tokens"]]
+    waiting = {*tokenizer.convert_ids_to_tokens(list(used)), *added, *tokenizer.all_special_tokens, *alphabet}
+    kept = set()
+    while waiting:
+        token = waiting.pop()
+        kept.add(token)
+        waiting |= parts[token] - kept
+
+    old_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in kept}
+    new_ids = {token: new_id for new_id, token in enumerate(sorted(kept, key=old_ids.get))}
+    model["vocab"] = {token: new_ids[token] for token in model["vocab"] if token in kept}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in kept]
+    for token in state["added_tokens"]:
+        token["id"] = new_ids[token["content"]]
+    _renumber(state["post_processor"] or {}, new_ids)
+    state["padding"] = None  # it has a number, too; transformers sets it at each call
+    return _rebuild(tokenizer, state), sorted(old_ids.values())
+
+
+def _renumber(post_processor: dict, new_ids: dict[str, int]) -> None:
+    """Put new numbers where a post-processor, of whatever kind, has the special tokens it adds."""
+    for part in post_processor.get("processors", [post_processor]):
+        for special in part.get("special_tokens", {}).values():
+            special["ids"] = [new_ids[token] for token in special["tokens"]]
+        for name in {"cls", "sep"} & part.keys():  # pairs of token and number
+            part[name][1] = new_ids[part[name][0]]
+
+
+def _rebuild(tokenizer: PreTrainedTokenizerBase, state: dict) -> PreTrainedTokenizerBase:
+    """The same tokenizer with another `tokenizer.json`: through a folder, as it will come back for whoever loads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        Path(folder, "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+        trimmed = type(tokenizer).from_pretrained(folder)
+    trimmed.name_or_path = tokenizer.name_or_path
+    return trimmed
