@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils import set_seed
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -26,6 +27,7 @@ from data_scripts.command_line import one_line_errors
 from data_scripts.row_checks import MAX_PICTURE_BYTES, BadPicture, decode_picture
 from modeling.captioner import generate_captions, load_captioner, set_decoding
 from modeling.processing import resized_side
+from recipes import value_problem
 from reporting.page import PICTURE_SIZE, write_page
 from reporting.results import write_file
 
@@ -90,6 +92,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", help="file to write, .txt, .jsonl or .html; text on the screen if not given")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures captioned at once")
     parser.add_argument("--num_beams", type=int, help="beams; 1 is greedy; what the model was saved with if not given")
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        help="sample each word from the likeliest that hold so much of the probability, in place of beams",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of what is sampled")
     parser.add_argument("--max_length", type=int, help="longest caption, in tokens; the model's own if not given")
     parser.add_argument(
         "--num_workers",
@@ -100,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output and Path(args.output).suffix not in (".txt", ".jsonl", ".html"):
         parser.error(f"--output {args.output}: the name must end in .txt, .jsonl or .html")
+    if problem := value_problem("top_p", args.top_p):
+        parser.error(f"--top_p {args.top_p}: {problem}")
     transformers.logging.disable_progress_bar()
 
     with one_line_errors():
@@ -110,7 +120,8 @@ def main(argv: list[str] | None = None) -> None:
             model.to(args.device)
         except (RuntimeError, AssertionError) as error:  # torch's for a device that is not there
             raise ValueError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
-    set_decoding(model, args.max_length, num_beams=args.num_beams)
+    set_decoding(model, args.max_length, top_p=args.top_p, num_beams=args.num_beams)
+    set_seed(args.seed)
 
     # ---- Captions ---------------------------------------------------------------------------------------------------
     inspect = bool(args.output and args.output.endswith(".html"))  # the page tells of each word how sure the model was

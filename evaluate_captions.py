@@ -13,6 +13,7 @@ from pathlib import Path
 import transformers
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
@@ -21,6 +22,7 @@ from data_scripts.caption_batches import CaptionCollator, Pictures
 from data_scripts.command_line import one_line_errors
 from metrics import CaptionScorer
 from modeling.captioner import caption_pictures, load_captioner, set_decoding
+from recipes import value_problem
 from reporting.page import NUM_PICTURES
 from reporting.report import report_captions, tell_results
 from reporting.results import read_captions, write_results
@@ -53,11 +55,20 @@ class EvaluationArguments:
     no_repeat_ngram_size: int | None = field(
         default=None, metadata={"help": "No run of so many tokens twice; the model's own if not given."}
     )
+    top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Sample each word from the likeliest that hold so much of the probability, in place of beams."
+        },
+    )
+    seed: int = field(default=42, metadata={"help": "Of what is sampled."})
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(EvaluationArguments, description=__doc__)
     (args,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    if problem := value_problem("top_p", args.top_p):
+        parser.error(f"--top_p {args.top_p}: {problem}")
     if (args.predictions is None) == (args.model is None):
         parser.error("give either --model or --predictions")
     transformers.logging.disable_progress_bar()
@@ -87,6 +98,7 @@ def score_file(args: EvaluationArguments) -> None:
 def score_model(args: EvaluationArguments) -> None:
     """Caption a split and score it, under any number of processes."""
     accelerator = Accelerator()
+    set_seed(args.seed, device_specific=True)
     dataset = load_captions(args.dataset)
     if args.split not in dataset:
         raise ValueError(f"{args.dataset} has no split {args.split!r}; it has {', '.join(dataset)}")
@@ -99,6 +111,7 @@ def score_model(args: EvaluationArguments) -> None:
         args.generation_max_length,
         args.generation_min_length,
         num_beams=args.generation_num_beams,
+        top_p=args.top_p,
         length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )

@@ -45,15 +45,23 @@ def load_captioner(name_or_path: str) -> tuple:
 
 
 def set_decoding(
-    model: PreTrainedModel, max_length: int | None = None, min_length: int | None = None, **settings
+    model: PreTrainedModel,
+    max_length: int | None = None,
+    min_length: int | None = None,
+    top_p: float | None = None,
+    **settings,
 ) -> None:
     """Put decoding settings into a captioner's generation config; those that are None stay as they are.
 
     Args:
         max_length, min_length: Of a caption, in tokens; `generate()` counts the tokens it starts from as well.
+        top_p: Share of the probability whose likeliest tokens each word is sampled from, without beams (Holtzman et al., 2020,
+            https://arxiv.org/abs/1904.09751, section 3.1).
         settings: Others of `GenerationConfig`.
     """
     num_start = len(start_token_ids(model))
+    if top_p is not None:
+        settings |= {"do_sample": True, "top_p": top_p, "top_k": 0, "num_beams": 1}
     settings |= {
         "max_length": max_length and max_length + num_start,
         "min_length": min_length and min_length + num_start,

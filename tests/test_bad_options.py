@@ -68,6 +68,8 @@ BOTH = [
     ("--generation_min_length", "-1"),
     ("--length_penalty", "nan"),
     ("--length_penalty", "1e9"),
+    ("--augmentation_views", "0"),
+    ("--augmentation_views", "11"),
     ("--generation_num_beams", "0"),
     ("--no_repeat_ngram_size", "-1"),
     ("--seed", "-1"),
@@ -86,6 +88,8 @@ BOTH = [
 OPTIONS = [
     *((script, option, value) for option, value in BOTH for script in SCRIPTS),
     ("train_lstm", "--image_embed_dim", "0"),
+    ("train_lstm", "--num_attention_heads", "0"),
+    ("train_lstm", "--num_attention_heads", "5"),
     ("train_lstm", "--encoder_learning_rate", "-1"),
     ("train_lstm", "--mixed_precision", "int3"),
     ("train_vit_gpt2", "--num_attention_heads", "0"),
@@ -109,6 +113,13 @@ def test_an_impossible_value_is_refused_and_its_option_named(small_scenes, tmp_p
     sentence = refused(capsys, MAINS[script], arguments)
     assert option.removeprefix("--") in sentence or value in sentence
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("top_p", ["0", "1.1", "nan"])
+def test_a_share_of_the_probability_is_more_than_0_and_1_at_most(tmp_path, capsys, top_p):
+    evaluation = ["--model", tmp_path, "--dataset", tmp_path, "--output_dir", tmp_path / "scores"]
+    for main, arguments in ((evaluate_captions.main, evaluation), (caption.main, ["--model", tmp_path, "picture.jpg"])):
+        assert f"--top_p {float(top_p)}" in refused(capsys, main, [*arguments, "--top_p", top_p])
 
 
 # ---------------------------------------------------------------------------------------------------- data and models

@@ -15,6 +15,7 @@ from modeling.captioner import (
     generate_captions,
     inspect_captions,
     save_captioner,
+    set_decoding,
     start_token_ids,
     stream_caption,
     token_texts,
@@ -128,6 +129,24 @@ def test_a_stream_grows_word_by_word_into_the_caption(captioner, generation):
         ends = [number for number in range(1, len(words)) if words[number].isascii()] + [len(words)]
         assert grown >= {" ".join(words[:number]) for number in ends}
         assert all(" ".join(words).startswith(text) for text in grown)
+
+
+def test_the_smallest_nucleus_is_greedy_and_the_largest_is_the_models_own_law(captioner):
+    model, processor, pixels = captioner
+    inputs = {"pixel_values": pixels[:1].expand(256, -1, -1, -1)}
+    model.generation_config.num_beams = 3
+    set_decoding(model, top_p=1e-6)
+    sampled = generate_captions(model, processor, inputs)
+    assert sampled == generate_captions(model, processor, inputs, do_sample=False, num_beams=1)
+    set_decoding(model, top_p=1.0)
+    torch.manual_seed(0)
+    start = torch.tensor([start_token_ids(model)] * 256)
+    sampled = model.generate(**inputs, max_length=start.shape[1] + 1)[:, -1]
+    with torch.no_grad():
+        law = model(pixel_values=pixels[:1], decoder_input_ids=start[:1]).logits[0, -1].softmax(0)
+    shares = sampled.bincount(minlength=len(law)) / 256
+    assert (shares - law).abs().max() < 4 * (0.25 / 256) ** 0.5  # four standard errors at most
+    assert len(sampled.unique()) > 1
 
 
 def test_a_stream_that_fails_says_so(captioner):
