@@ -52,6 +52,7 @@ from training.loop import (
 )
 from training.sharding import WholeModel, gather_head
 from training.stopping import StopSignal
+from training.unfreezing import unfreeze_last_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,10 @@ class LSTMArguments:
     )
     pretrained_encoder: bool = field(default=True, metadata={"help": "Load the encoder's trained weights."})
     freeze_encoder: bool = field(default=True, metadata={"help": "Train nothing below the projection of its output."})
+    unfrozen_encoder_blocks: int = field(
+        default=0,
+        metadata={"help": "Last blocks of a frozen encoder that learn all the same, see encoder_learning_rate."},
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the pictures given to the encoder, in pixels; its own if not given."}
     )
@@ -130,7 +135,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     model.to(accelerator.device)
     num_views = data_args.augmentation_views
     features = {split: [None] * (num_views if split == "train" else 1) for split in dataset}
-    if data_args.cache_features and model_args.freeze_encoder:
+    if data_args.cache_features and model_args.freeze_encoder and not model_args.unfrozen_encoder_blocks:
         features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_views)
     pairs = {
         split: CaptionPairs(dataset[split], tokenizer, data_args.max_caption_length, features[split])
@@ -274,6 +279,8 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
                 f"--encoder {args.encoder}: its weights cannot be loaded ({str(error).strip().splitlines()[0]}); give a "
                 "folder that holds them, or --pretrained_encoder false"
             ) from error
+    if args.unfrozen_encoder_blocks:
+        unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
     return model, build_processor(timm_image_processor(backbone, args.image_size, args.center_crop), tokenizer)
 
 

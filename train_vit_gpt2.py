@@ -74,6 +74,7 @@ from training.evaluation import score_captions
 from training.lora import TRAINED, add_lora, check_lora, load_trained, merged, save_trained
 from training.sharding import WholeModel
 from training.stopping import StopSignal, follow_launcher
+from training.unfreezing import unfreeze_last_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,10 @@ class ViTGPT2Arguments:
         default=True, metadata={"help": "Load `decoder`; else a GPT-2 of the sizes below is made, with random weights."}
     )
     freeze_encoder: bool = field(default=True, metadata={"help": "Train nothing of the encoder."})
+    unfrozen_encoder_blocks: int = field(
+        default=0,
+        metadata={"help": "Last blocks of a frozen encoder that learn all the same, see encoder_learning_rate."},
+    )
     prompt: str = field(default="Image Caption:", metadata={"help": "Text every caption starts with; '' for none."})
     loss_on_prompt: bool = field(default=False, metadata={"help": "Learn the prompt as well."})
     dropout: float | None = field(
@@ -236,7 +241,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
     model.to(args.device)
     num_views = data_args.augmentation_views
     features = {split: [None] * (num_views if split == "train" else 1) for split in dataset}
-    if data_args.cache_features and model_args.freeze_encoder:
+    if data_args.cache_features and model_args.freeze_encoder and not model_args.unfrozen_encoder_blocks:
         features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_views)
     start_ids = start_token_ids(model)
     room = model.config.decoder.max_position_embeddings - len(start_ids) + 1  # positions left for caption and EOS
@@ -359,6 +364,8 @@ def build_model(args: ViTGPT2Arguments, tokenizer, token_ids: list[int] | None =
     if args.lora_rank:
         brought = getattr(AutoConfig.from_pretrained(args.decoder), "add_cross_attention", False)
         add_lora(model.decoder, args.lora_rank, fresh_cross_attention=not brought)
+    if args.unfrozen_encoder_blocks:
+        unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
     return model, build_processor(vit_image_processor(encoder), tokenizer)
 
 

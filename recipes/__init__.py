@@ -20,6 +20,7 @@ LOWEST = {
     **dict.fromkeys(("max_train_pictures", "max_eval_pictures", "image_size", "patch_size", "image_embed_dim"), 1),
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), 1),
     "augmentation_views": 1,
+    "unfrozen_encoder_blocks": 0,
     **dict.fromkeys(("learning_rate", "encoder_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
     **dict.fromkeys(("generation_min_length", "no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
     **dict.fromkeys(("sample_no_repeat_ngram_size", "bleu_weight", "kl_weight"), 0),

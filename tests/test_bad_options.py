@@ -70,6 +70,8 @@ BOTH = [
     ("--length_penalty", "1e9"),
     ("--augmentation_views", "0"),
     ("--augmentation_views", "11"),
+    ("--unfrozen_encoder_blocks", "-1"),
+    ("--unfrozen_encoder_blocks", "99"),
     ("--generation_num_beams", "0"),
     ("--no_repeat_ngram_size", "-1"),
     ("--seed", "-1"),

@@ -20,6 +20,7 @@ from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import generate_captions, load_captioner, save_captioner
 from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor, timm_image_processor
+from training.unfreezing import unfreeze_last_blocks
 
 ENCODER = "test_efficientnet"  # timm's own test model: BatchNorm, 256 numbers a picture
 ROOT = Path(__file__).parent.parent
@@ -229,6 +230,23 @@ def test_what_is_frozen_stays_and_the_rest_moves(freeze):
     else:
         assert any(name.endswith("running_mean") for name in moved)
         assert any(name.endswith("conv_stem.weight") for name in moved)
+
+
+def test_of_a_frozen_encoder_the_last_blocks_may_learn_but_no_statistics():
+    model = make_model(freeze_encoder=True)
+    unfreeze_last_blocks(model.encoder, 2)
+    before = {name: value.clone() for name, value in model.encoder.backbone.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    model(**random_batch()).loss.backward()
+    optimizer.step()
+    state = model.encoder.backbone.state_dict()
+    moved = {name for name, value in state.items() if not torch.equal(value, before[name])}
+    last = ("blocks.3.", "blocks.4.", "conv_head.", "bn2.")  # the fourth and fifth stage of five, and what is behind
+    learns = {name for name, _ in model.encoder.backbone.named_parameters() if name.startswith(last)}
+    assert moved == learns and any(name.startswith("conv_head") for name in moved)
+    with pytest.raises(ValueError, match="--unfrozen_encoder_blocks 7: the encoder has 6"):
+        unfreeze_last_blocks(model.encoder, 7)
 
 
 def test_a_pretrained_encoder_survives_construction_saving_and_loading(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -33,6 +34,7 @@ from modeling.vit_gpt2 import (
     hidden_states_as_logits,
     vit_image_processor,
 )
+from training.unfreezing import unfreeze_last_blocks
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220)}
 CAPTIONS = {name: f"a picture that is all {name} , {'very ' * length}{name} ." for length, name in enumerate(COLOURS)}
@@ -217,6 +219,16 @@ def test_frozen_encoder_stays_as_it_is_in_train(build, rows):
     assert torch.equal(first, second)
     assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
     assert all(parameter.requires_grad for parameter in model.decoder.parameters())
+
+
+def test_of_a_frozen_encoder_the_last_blocks_may_learn(build):
+    model, _ = build(freeze_encoder=True)
+    unfreeze_last_blocks(model.encoder, 1)
+    learns = {name for name, parameter in model.encoder.named_parameters() if parameter.requires_grad}
+    last = [name for name, _ in model.encoder.named_parameters() if re.search(r"layers?\.1\.", name)]
+    assert last and learns == {*last, "layernorm.weight", "layernorm.bias"}
+    with pytest.raises(ValueError, match="--unfrozen_encoder_blocks 3: the encoder has 2"):
+        unfreeze_last_blocks(model.encoder, 3)
 
 
 @pytest.mark.parametrize("prompt", ["", PROMPT])
