@@ -37,6 +37,7 @@ from reporting.live import EpochBar
 from reporting.page import NUM_PICTURES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.training_report import report_training
+from training.averaging import WeightAverage, check_average
 from training.checkpoints import check_finite, checkpoint_to_resume, own_output_dir
 from training.evaluation import score_captions
 from training.loop import (
@@ -101,6 +102,12 @@ class LoopArguments(recipes.LoopArguments):
     encoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Of an encoder that is not frozen; the common one if not given."}
     )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "What is evaluated and kept is an average of the weights, of which each step leaves so much; 0: none."
+        },
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     with one_line_errors():
+        check_average(args.ema_decay)
         accelerator = start_accelerator(args)
     with one_line_errors(OSError), own_output_dir(args.output_dir):
         run(data_args, model_args, args, accelerator)
@@ -170,9 +178,10 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
         num_views,
     )
     train_loader = DataLoader(pairs["train"], args.per_device_train_batch_size, sampler=sampler, **loading)
-    whole = WholeModel(accelerator, model)
+    whole, average = WholeModel(accelerator, model), WeightAverage(model, args.ema_decay)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
     gather_head(model)
+    average.register(accelerator)
 
     def eval_loader(items) -> DataLoader:
         loader = DataLoader(items, args.per_device_eval_batch_size, **loading)
@@ -188,10 +197,10 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     scorer = CaptionScorer(val_rows["captions"], training_captions)
     with StopSignal() as stopping:
         while progress.epoch < args.num_train_epochs and not stops_early(progress, args):
-            row = train_epoch(accelerator, model, train_loader, optimizer, scheduler, progress, args, stopping)
+            row = train_epoch(accelerator, model, train_loader, optimizer, scheduler, average, progress, args, stopping)
             last = progress.epoch == args.num_train_epochs
             if progress.epoch % args.eval_epochs == 0 or last:
-                with whole.of(model) as captioner:
+                with average.in_place(), whole.of(model) as captioner:
                     row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"]))
                     pictures = eval_loader(Pictures(val_rows, val_features))
                     row |= score_captions(accelerator, captioner, processor, pictures, val_rows, scorer)
@@ -210,7 +219,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     # ---- Evaluation -------------------------------------------------------------------------------------------------
     split = "test" if "test" in dataset else "validation"
     if not args.load_best_model_at_end:
-        with whole.of(model) as captioner:
+        with average.in_place(), whole.of(model) as captioner:
             if accelerator.is_main_process:
                 save_captioner(captioner, processor, args.output_dir)
         accelerator.wait_for_everyone()
@@ -302,7 +311,15 @@ def parameter_groups(model, args: LoopArguments) -> list[dict]:
 
 
 def train_epoch(
-    accelerator, model, loader, optimizer, scheduler, progress: Progress, args: LoopArguments, stopping: StopSignal
+    accelerator,
+    model,
+    loader,
+    optimizer,
+    scheduler,
+    average: WeightAverage,
+    progress: Progress,
+    args: LoopArguments,
+    stopping: StopSignal,
 ) -> dict:
     """Every caption once, or those of a resumed epoch that are left. Returns the epoch's row of the history."""
     started = time.perf_counter()
@@ -320,6 +337,7 @@ def train_epoch(
             scheduler.step()
             nats, tokens = nats + step_nats, tokens + step_tokens
             progress.step += 1
+            average.update(progress.step)
             progress.epoch_steps += 1
             bar.update(size * len(batches))
             if progress.step % 10 == 0:

@@ -223,7 +223,7 @@ def value_problem(name: str, value: Any) -> str | None:
         return "it must be more than 0, and 1 at most"
     if name == "augmentation_views" and value > NUM_VIEWS:
         return f"there are {NUM_VIEWS} views at most"
-    if name in ("dropout", "label_smoothing_factor", "cross_entropy_share") and not 0 <= value < 1:
+    if name in ("dropout", "label_smoothing_factor", "cross_entropy_share", "ema_decay") and not 0 <= value < 1:
         return "it must be 0 or more, and less than 1"
     return None
 

@@ -25,6 +25,7 @@ SCRIPTS = {
     "train_lstm": [
         *("--encoder", "test_efficientnet", "--pretrained_encoder", "false", "--image_size", "64"),
         *("--image_embed_dim", "32", "--hidden_size", "32", "--num_hidden_layers", "1", "--vocab_size", "120"),
+        *("--ema_decay", "0.9", "--augmentation_views", "2"),
     ],
     "train_vit_gpt2": [
         *(

@@ -90,6 +90,7 @@ BOTH = [
 OPTIONS = [
     *((script, option, value) for option, value in BOTH for script in SCRIPTS),
     ("train_lstm", "--image_embed_dim", "0"),
+    ("train_lstm", "--ema_decay", "1"),
     ("train_lstm", "--num_attention_heads", "0"),
     ("train_lstm", "--num_attention_heads", "5"),
     ("train_lstm", "--encoder_learning_rate", "-1"),

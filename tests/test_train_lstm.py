@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import caption
 import evaluate_captions
@@ -23,6 +24,7 @@ import train_lstm
 from data_scripts import load_captions
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling.captioner import generate_captions, load_captioner
+from training.averaging import WeightAverage
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -334,3 +336,51 @@ def test_caption_reads_a_picture_from_the_network(trained, small_scenes, tmp_pat
     assert told.out == f"{address}/picture.png\t{from_file}"
     assert f"{address}/nowhere.png: cannot be read: 404" in told.err
     server.shutdown()
+
+
+def test_the_average_is_that_of_torch():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    average = WeightAverage(model, 0.05)  # below what the first steps leave, so that it is the same at each
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.05))
+    theirs.update_parameters(model)  # the first only copies
+    for step in range(1, 6):
+        with torch.no_grad():
+            for parameter in model[1].parameters():
+                parameter.add_(torch.randn_like(parameter))
+        average.update(step)
+        theirs.update_parameters(model)
+    last = {name: value.clone() for name, value in model.state_dict().items()}
+    with average.in_place():
+        torch.testing.assert_close(model.state_dict(), theirs.module.state_dict())
+        assert not torch.equal(model[1].weight, last["1.weight"])
+    assert_same_weights(model.state_dict(), last)
+
+
+def test_the_first_steps_are_soon_forgotten():
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+        average = WeightAverage(model, 0.999)
+        model.weight.fill_(1.0)
+    left = 1.0
+    for step in range(1, 41):
+        average.update(step)
+        left *= step / (step + 9)
+    assert average.values[0].item() == pytest.approx(1 - left) and left < 1e-6
+
+
+def test_what_is_kept_is_the_average_and_a_checkpoint_without_one_is_refused(small_scenes, tmp_path, capsys):
+    last = train(tmp_path / "last", small_scenes, "--learning_rate", "1e-2", "--load_best_model_at_end", "false")
+    options = ("--learning_rate", "1e-2", "--load_best_model_at_end", "false", "--ema_decay", "0.9")
+    averaged = train(tmp_path / "averaged", small_scenes, *options)
+    saved = load_file(tmp_path / "averaged" / "checkpoint-16" / "average.safetensors")
+    assert_same_weights({name: averaged[name] for name in saved}, saved)
+    raw = load_file(tmp_path / "averaged" / "checkpoint-16" / "model.safetensors")
+    assert_same_weights(raw, last)  # the training itself does not change
+    assert not torch.equal(averaged["lm_head.weight"], last["lm_head.weight"])
+    resume = ("--resume_from_checkpoint", str(tmp_path / "last" / "checkpoint-8"))
+    with pytest.raises(SystemExit):
+        train(tmp_path / "other", small_scenes, *options, *resume)
+    assert "--ema_decay 0" in capsys.readouterr().err

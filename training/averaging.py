@@ -1,0 +1,80 @@
+"""An average of the weights over the last steps: what a model of a high learning rate would come to at a low one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+AVERAGE = "average.safetensors"  # in a checkpoint
+
+
+def check_average(decay: float) -> None:
+    """Raise ValueError where weights cannot be averaged."""
+    if decay and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError("--ema_decay is not done under FSDP: launch with recipes/accelerate/several_gpus.yaml")
+
+
+class WeightAverage:
+    """Exponential moving average of all weights that learn (Polyak and Juditsky, 1992, https://doi.org/10.1137/0330046).
+
+    Args:
+        model: As it is trained, not wrapped.
+        decay: Share of the average that a step leaves; 0 averages nothing. It is lower at first, so that the random weights of
+            the beginning are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.learning = {name: value for name, value in model.named_parameters() if value.requires_grad and decay}
+        self.values = [value.detach().clone() for value in self.learning.values()]
+
+    def register(self, accelerator) -> None:
+        """Go with the checkpoints that the accelerator saves and loads."""
+
+        def save(models, weights, folder) -> None:
+            if self.learning and accelerator.is_main_process:
+                save_file(dict(zip(self.learning, self.values, strict=True)), Path(folder) / AVERAGE)
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(lambda models, folder: self.load(Path(folder)))
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: It has no average.
+        """
+        if not self.learning:
+            return
+        if not (folder / AVERAGE).exists():
+            raise ValueError("its weights were not averaged: give --ema_decay 0")
+        saved = load_file(folder / AVERAGE)
+        for name, value in zip(self.learning, self.values, strict=True):
+            value.copy_(saved[name])
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the weights after a step in, the first of which is 1."""
+        if self.learning:
+            decay = min(self.decay, step / (step + 9))
+            torch._foreach_lerp_(self.values, list(self.learning.values()), 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model with the average for its weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for value, average in zip(self.learning.values(), self.values, strict=True):
+            kept = value.clone()
+            value.copy_(average)
+            average.copy_(kept)
