@@ -140,7 +140,7 @@ def workshop(tmp_path_factory) -> Path:
     for script, output in (("train_lstm", "lstm"), ("train_vit_gpt2", "vit_gpt2")):
         options = ["--dataset", "data/mine", "--output_dir", f"outputs/demo/{output}", *FASTER[script]]
         importlib.import_module(script).main([*options, "--prompt", "a"] if script == "train_vit_gpt2" else options)
-    for name in ("mine", "lstm_flickr8k", "lstm_paragraphs"):
+    for name in ("mine", "lstm_flickr8k", "lstm_best"):
         shutil.copytree("outputs/demo/lstm", f"outputs/{name}")
     shutil.copy("outputs/mine/captions.jsonl", ".")
     inside.undo()
