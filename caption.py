@@ -108,8 +108,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output and Path(args.output).suffix not in (".txt", ".jsonl", ".html"):
         parser.error(f"--output {args.output}: the name must end in .txt, .jsonl or .html")
-    if problem := value_problem("top_p", args.top_p):
-        parser.error(f"--top_p {args.top_p}: {problem}")
+    for name in ("top_p", "seed"):
+        if problem := value_problem(name, getattr(args, name)):
+            parser.error(f"--{name} {getattr(args, name)}: {problem}")
+    if args.top_p and args.num_beams and args.num_beams > 1:
+        parser.error(f"--top_p {args.top_p} and --num_beams {args.num_beams}: give one of them")
     transformers.logging.disable_progress_bar()
 
     with one_line_errors():

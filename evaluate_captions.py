@@ -61,14 +61,19 @@ class EvaluationArguments:
             "help": "Sample each word from the likeliest that hold so much of the probability, in place of beams."
         },
     )
-    seed: int = field(default=42, metadata={"help": "Of what is sampled."})
+    seed: int = field(
+        default=42, metadata={"help": "Of what is sampled; with other numbers of processes it is otherwise."}
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(EvaluationArguments, description=__doc__)
     (args,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
-    if problem := value_problem("top_p", args.top_p):
-        parser.error(f"--top_p {args.top_p}: {problem}")
+    for name in ("top_p", "seed"):
+        if problem := value_problem(name, getattr(args, name)):
+            parser.error(f"--{name} {getattr(args, name)}: {problem}")
+    if args.top_p and (args.generation_num_beams or 1) > 1:
+        parser.error(f"--top_p {args.top_p} and --generation_num_beams {args.generation_num_beams}: give one of them")
     if (args.predictions is None) == (args.model is None):
         parser.error("give either --model or --predictions")
     transformers.logging.disable_progress_bar()

@@ -100,7 +100,7 @@ class LoopArguments(recipes.LoopArguments):
 
     output_dir: str = field(default="outputs/lstm", metadata={"help": "Where model, results and checkpoints go."})
     encoder_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of an encoder that is not frozen; the common one if not given."}
+        default=None, metadata={"help": "Of what learns of the encoder; the common one if not given."}
     )
     ema_decay: float = field(
         default=0.0,
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     with one_line_errors():
-        check_average(args.ema_decay)
+        check_average(args.ema_decay, model_args.freeze_encoder)
         accelerator = start_accelerator(args)
     with one_line_errors(OSError), own_output_dir(args.output_dir):
         run(data_args, model_args, args, accelerator)
@@ -257,6 +257,8 @@ def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: i
 def build_model(args: LSTMArguments, tokenizer) -> tuple:
     """Model and processor, the encoder's trained weights loaded where they are wanted."""
     check_special_tokens(tokenizer)
+    if args.num_attention_heads > 1 and not args.attention:
+        raise ValueError(f"--num_attention_heads {args.num_attention_heads} wants --attention true")
     if args.hidden_size % args.num_attention_heads:
         raise ValueError(
             f"--num_attention_heads {args.num_attention_heads} does not divide --hidden_size {args.hidden_size}"
@@ -288,6 +290,8 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
                 f"--encoder {args.encoder}: its weights cannot be loaded ({str(error).strip().splitlines()[0]}); give a "
                 "folder that holds them, or --pretrained_encoder false"
             ) from error
+    if args.unfrozen_encoder_blocks and not args.freeze_encoder:
+        raise ValueError("--unfrozen_encoder_blocks wants --freeze_encoder true; without it, all of the encoder learns")
     if args.unfrozen_encoder_blocks:
         unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
     return model, build_processor(timm_image_processor(backbone, args.image_size, args.center_crop), tokenizer)
@@ -306,7 +310,8 @@ def parameter_groups(model, args: LoopArguments) -> list[dict]:
     others = [parameter for name, parameter in model.named_parameters() if not name.startswith("encoder.")]
     groups = [{"params": others}]
     if encoder:
-        groups.append({"params": encoder, "lr": args.encoder_learning_rate or args.learning_rate})
+        rate = args.learning_rate if args.encoder_learning_rate is None else args.encoder_learning_rate
+        groups.append({"params": encoder, "lr": rate})
     return groups
 
 
@@ -341,7 +346,7 @@ def train_epoch(
             progress.epoch_steps += 1
             bar.update(size * len(batches))
             if progress.step % 10 == 0:
-                loss = (nats * accelerator.num_processes / tokens).item()
+                loss = (accelerator.reduce(nats) / tokens).item()  # so that all processes stop where one has no number
                 bar.tell(loss)
                 if not math.isfinite(loss):
                     break

@@ -12,6 +12,7 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     with one_line_errors():
-        check_options(scst_args)
+        check_options(scst_args, args.output_dir)
         accelerator = start_accelerator(args)
     with one_line_errors(OSError), own_output_dir(args.output_dir):
         run(data_args, scst_args, args, accelerator)
@@ -239,16 +240,16 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
 
     # ---- Evaluation -------------------------------------------------------------------------------------------------
     split = "test" if "test" in dataset else "validation"
-    captioner = accelerator.unwrap_model(model)
-    if args.load_best_model_at_end:
-        captioner = load_captioner(args.output_dir)[0].to(accelerator.device)
+    if not args.load_best_model_at_end:
+        if accelerator.is_main_process:
+            save_captioner(accelerator.unwrap_model(model), processor, args.output_dir)
+        accelerator.wait_for_everyone()
+    captioner = load_captioner(args.output_dir)[0].to(accelerator.device)
     pictures = eval_loader(Pictures(dataset[split], *features[split]))
     captions = caption_pictures(captioner.eval(), processor, pictures, accelerator, NUM_PICTURES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        if not args.load_best_model_at_end:
-            save_captioner(captioner, processor, args.output_dir)
         report_training(
             args,
             data_args,
@@ -267,7 +268,7 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
     accelerator.end_training()
 
 
-def check_options(args: SCSTArguments) -> None:
+def check_options(args: SCSTArguments, output_dir: str) -> None:
     """Raise ValueError where options do not go together, or not with the launcher's."""
     for name in ("DEEPSPEED", "FSDP"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -277,6 +278,8 @@ def check_options(args: SCSTArguments) -> None:
             )
     if args.model is None:
         raise ValueError("--model is missing: name the folder or the Hub id of the captioner to continue")
+    if Path(args.model).resolve() == Path(output_dir).resolve():
+        raise ValueError(f"--output_dir {output_dir} is the --model's own folder, which would be lost: give another")
     if args.num_samples == 1 and args.baseline == "others":
         raise ValueError("--num_samples 1: there is no other sample to beat; give 2 or more, or --baseline greedy")
 
@@ -389,7 +392,7 @@ def train_until_due(
             progress.epoch_steps += 1
             bar.update(size * len(batches))
             if progress.step % 10 == 0:
-                figures = dict(zip(FIGURES, sums.tolist(), strict=True))
+                figures = all_sums(accelerator, sums)  # so that all processes stop where one has no number
                 bar.tell(figures["reward"] / figures["samples"], "reward")
                 if not math.isfinite(figures["loss"]):
                     break

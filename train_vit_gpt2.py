@@ -41,6 +41,7 @@ from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from data_scripts.trim_vocabulary import trim_tokenizer
+from data_scripts.views import caption_of_view
 from metrics import CaptionScorer
 from modeling.caption_loss import caption_loss
 from modeling.captioner import caption_pictures, save_captioner, set_decoding, start_token_ids
@@ -133,7 +134,7 @@ class LoopArguments(Seq2SeqTrainingArguments):
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "Of AdamW, at its highest."})
     encoder_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of an encoder that is not frozen; the common one if not given."}
+        default=None, metadata={"help": "Of what learns of the encoder; the common one if not given."}
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
     lr_scheduler_type: str = field(
@@ -231,8 +232,10 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         tokenizer, token_ids = load_tokenizer(tokenizer_name, training_captions, model_args.vocab_size), None
         if model_args.trim_vocabulary:
             num_tokens = len(tokenizer)
-            # Behind a prompt a caption begins with a blank.
-            texts = [model_args.prompt, *training_captions, *(f" {caption}" for caption in training_captions)]
+            views = range(min(data_args.augmentation_views, 2))
+            blank = " " if model_args.prompt else ""  # as `CaptionPairs` puts it
+            texts = [blank + caption_of_view(caption, view) for view in views for caption in training_captions]
+            texts.append(model_args.prompt)
             tokenizer, token_ids = trim_tokenizer(tokenizer, texts)
             logger.info(f"{len(tokenizer):,} of the vocabulary's {num_tokens:,} tokens are kept.")
 
@@ -364,6 +367,8 @@ def build_model(args: ViTGPT2Arguments, tokenizer, token_ids: list[int] | None =
     if args.lora_rank:
         brought = getattr(AutoConfig.from_pretrained(args.decoder), "add_cross_attention", False)
         add_lora(model.decoder, args.lora_rank, fresh_cross_attention=not brought)
+    if args.unfrozen_encoder_blocks and not args.freeze_encoder:
+        raise ValueError("--unfrozen_encoder_blocks wants --freeze_encoder true; without it, all of the encoder learns")
     if args.unfrozen_encoder_blocks:
         unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
     return model, build_processor(vit_image_processor(encoder), tokenizer)

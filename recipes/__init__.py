@@ -219,6 +219,8 @@ def value_problem(name: str, value: Any) -> str | None:
         return "it must be more than 0"
     if name == "length_penalty" and abs(value) > 100:  # a power of the length
         return "it must be between -100 and 100"
+    if name == "seed" and value >= 2**32:
+        return f"it must be less than {2**32}"
     if name == "top_p" and not 0 < value <= 1:
         return "it must be more than 0, and 1 at most"
     if name == "augmentation_views" and value > NUM_VIEWS:

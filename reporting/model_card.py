@@ -22,7 +22,8 @@ Kind = Literal["inception-lstm", "vit-gpt2"]
 DESCRIPTIONS = {
     "inception-lstm": (
         "A model that looks at a picture and tells what is in it: a convolutional encoder, whose summary of the picture "
-        "is the first thing an LSTM reads before it writes the caption, word by word."
+        "is the first thing an LSTM reads before it writes the caption, word by word (with `attention: true` it looks at the "
+        "picture's places again at each word)."
     ),
     "vit-gpt2": (
         "A model that looks at a picture and tells what is in it: a Vision Transformer reads the picture, and GPT-2 "

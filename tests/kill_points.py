@@ -25,7 +25,6 @@ SCRIPTS = {
     "train_lstm": [
         *("--encoder", "test_efficientnet", "--pretrained_encoder", "false", "--image_size", "64"),
         *("--image_embed_dim", "32", "--hidden_size", "32", "--num_hidden_layers", "1", "--vocab_size", "120"),
-        *("--ema_decay", "0.9", "--augmentation_views", "2"),
     ],
     "train_vit_gpt2": [
         *(
@@ -299,7 +298,8 @@ class Comparison:
     def __init__(self, context, script: str, dataset: str, folder: Path):
         self.context, self.script, self.folder = context, script, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.arguments = [*SCRIPTS[script], *OPTIONS, "--dataset", dataset]
+        self.arguments = [*SCRIPTS[script], *OPTIONS, "--dataset", dataset, "--augmentation_views", "2"]
+        self.arguments += ["--ema_decay", "0.9"] if script == "train_lstm" else []
         first = context.Process(target=time.sleep, args=(0,))  # the server imports everything before it
         first.start()
         first.join()

@@ -245,7 +245,7 @@ def test_of_a_frozen_encoder_the_last_blocks_may_learn_but_no_statistics():
     last = ("blocks.3.", "blocks.4.", "conv_head.", "bn2.")  # the fourth and fifth stage of five, and what is behind
     learns = {name for name, _ in model.encoder.backbone.named_parameters() if name.startswith(last)}
     assert moved == learns and any(name.startswith("conv_head") for name in moved)
-    with pytest.raises(ValueError, match="--unfrozen_encoder_blocks 7: the encoder has 6"):
+    with pytest.raises(ValueError, match="--unfrozen_encoder_blocks 7: give 6 at most"):
         unfreeze_last_blocks(model.encoder, 7)
 
 

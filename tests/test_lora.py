@@ -50,7 +50,7 @@ def test_merged_says_the_same_and_only_adapters_and_fresh_cross_attention_learn(
     assert [name for name, _ in model.named_parameters() if "lora_A" in name]  # is still what it was
 
 
-def test_a_run_resumes_exactly_and_leaves_a_plain_model(dataset, decoder, tmp_path):  # noqa: F811
+def test_a_run_resumes_exactly_and_leaves_a_plain_model(dataset, decoder, tmp_path, capsys):  # noqa: F811
     def train(name: str, **options):
         given = SMALL | {"dataset": dataset, "decoder": decoder[0], "output_dir": tmp_path / name, "dropout": 0.1}
         given |= {"pretrained_decoder": "true", "lora_rank": 2, "num_train_epochs": 3, "learning_rate": 1e-2} | options
@@ -68,6 +68,7 @@ def test_a_run_resumes_exactly_and_leaves_a_plain_model(dataset, decoder, tmp_pa
     assert moved and all(name.endswith("weight") and "wte" not in name and "ln_" not in name for name in moved)
     with pytest.raises(SystemExit):
         train("undisturbed", resume_from_checkpoint="last", lora_rank=3)
+    assert "checkpoint-" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_one_sentence(monkeypatch):

@@ -47,9 +47,10 @@ TINY = [
     *("--vocab_size", "90", "--max_train_pictures", "6", "--max_eval_pictures", "2", "--show_pictures", "true"),
     *("--image_size", "32", "--pretrained_encoder", "false", "--no_repeat_ngram_size", "0", "--report_to", "none"),
 ]
+# Accelerate wants the same precision in all runs of a process.
 # Added to a command, so that it ends in seconds; the last value of an option counts.
 FASTER = {
-    "train_lstm": [*TINY, "--encoder", "test_efficientnet", "--image_embed_dim", "16"],
+    "train_lstm": [*TINY, "--encoder", "test_efficientnet", "--image_embed_dim", "16", "--mixed_precision", "no"],
     "train_vit_gpt2": [
         *(*TINY, "--pretrained_decoder", "false", "--num_attention_heads", "2", "--use_cpu", "true"),
         *("--freeze_encoder", "false", "--encoder_learning_rate", "1e-3"),
@@ -57,6 +58,7 @@ FASTER = {
     "train_scst": [
         *("--num_train_epochs", "1", "--per_device_train_batch_size", "3", "--num_samples", "2", "--report_to", "none"),
         *("--max_train_pictures", "6", "--max_eval_pictures", "2", "--eval_steps", "9", "--save_steps", "9"),
+        *("--mixed_precision", "no"),
     ],
 }
 

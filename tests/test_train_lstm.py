@@ -383,4 +383,8 @@ def test_what_is_kept_is_the_average_and_a_checkpoint_without_one_is_refused(sma
     resume = ("--resume_from_checkpoint", str(tmp_path / "last" / "checkpoint-8"))
     with pytest.raises(SystemExit):
         train(tmp_path / "other", small_scenes, *options, *resume)
-    assert "--ema_decay 0" in capsys.readouterr().err
+    assert "another --ema_decay" in capsys.readouterr().err
+    resume = ("--resume_from_checkpoint", str(tmp_path / "averaged" / "checkpoint-8"))
+    with pytest.raises(SystemExit):
+        train(tmp_path / "other", small_scenes, *options[:-2], *resume)
+    assert "another --ema_decay" in capsys.readouterr().err

@@ -227,7 +227,7 @@ def test_of_a_frozen_encoder_the_last_blocks_may_learn(build):
     learns = {name for name, parameter in model.encoder.named_parameters() if parameter.requires_grad}
     last = [name for name, _ in model.encoder.named_parameters() if re.search(r"layers?\.1\.", name)]
     assert last and learns == {*last, "layernorm.weight", "layernorm.bias"}
-    with pytest.raises(ValueError, match="--unfrozen_encoder_blocks 3: the encoder has 2"):
+    with pytest.raises(ValueError, match="--unfrozen_encoder_blocks 3: give 2 at most"):
         unfreeze_last_blocks(model.encoder, 3)
 
 

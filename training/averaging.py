@@ -12,8 +12,12 @@ from torch import nn
 AVERAGE = "average.safetensors"  # in a checkpoint
 
 
-def check_average(decay: float) -> None:
+def check_average(decay: float, frozen_encoder: bool) -> None:
     """Raise ValueError where weights cannot be averaged."""
+    if decay and not frozen_encoder:
+        raise ValueError(
+            "--ema_decay wants --freeze_encoder true: an encoder's normalisation statistics are not averaged with its weights"
+        )
     if decay and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ValueError("--ema_decay is not done under FSDP: launch with recipes/accelerate/several_gpus.yaml")
 
@@ -46,13 +50,13 @@ class WeightAverage:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: It has no average.
+            ValueError: It has none, though weights are averaged, or the other way round; or one of other weights.
         """
-        if not self.learning:
-            return
-        if not (folder / AVERAGE).exists():
-            raise ValueError("its weights were not averaged: give --ema_decay 0")
-        saved = load_file(folder / AVERAGE)
+        saved = load_file(folder / AVERAGE) if (folder / AVERAGE).exists() else {}
+        if bool(saved) != bool(self.learning):
+            raise ValueError("it was trained with another --ema_decay, zero or more than that")
+        if saved.keys() != self.learning.keys():
+            raise ValueError("other weights of it learn")
         for name, value in zip(self.learning, self.values, strict=True):
             value.copy_(saved[name])
 

@@ -176,6 +176,6 @@ def load_checkpoint(
     try:
         accelerator.load_state(str(folder))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder} is of another model ({str(error).splitlines()[-1].strip()})") from error
+        raise ValueError(f"{folder} is of another model or training ({str(error).splitlines()[-1].strip()})") from error
     scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text()))
     return progress

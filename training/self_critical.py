@@ -3,7 +3,8 @@
 Rennie et al., 2017 (https://arxiv.org/abs/1612.00563), with the baseline of Luo, 2020 (https://arxiv.org/abs/2003.09971).
 
 The policy is the model's own distribution over captions, dropout off, up to its longest length: samples are drawn from it as it
-is, with none of the saved rules of decoding, and their probabilities are recomputed for it. Were one of the two done under a rule
+is, with none of the saved rules of decoding (or with the one against repetition, which is part of the policy then), and their
+probabilities are recomputed for it. Were one of the two done under a rule
 and the other not, the gradient would be that of no expected reward. EOS is a token like any other.
 """
 

@@ -15,20 +15,21 @@ def unfreeze_last_blocks(encoder: nn.Module, num_blocks: int) -> None:
     """
     backbone = getattr(encoder, "backbone", None)
     if backbone is not None:
-        groups = group_parameters(
-            backbone, backbone.group_matcher(coarse=True)
-        )  # names by layer, the stem's the lowest
-        blocks = [[backbone.get_parameter(name) for name in groups[layer]] for layer in sorted(groups)]
+        groups = group_parameters(backbone, backbone.group_matcher(coarse=True))  # names by layer
+        blocks = []
+        for layer in sorted(groups):
+            parameters = [backbone.get_parameter(name) for name in groups[layer]]
+            if blocks and all(parameter.ndim == 1 for parameter in parameters):  # a last normalisation is no block
+                blocks[-1] += parameters
+            else:
+                blocks.append(parameters)
     else:
         layers = max((module for module in encoder.modules() if isinstance(module, nn.ModuleList)), key=len)
         blocks = [list(layer.parameters()) for layer in layers]
-        of_blocks = {parameter for block in blocks for parameter in block}
-        after = list(encoder.parameters())
-        while after and after[0] is not blocks[-1][-1]:
-            after.pop(0)
-        blocks[-1] += [parameter for parameter in after if parameter not in of_blocks]
+        every = list(encoder.parameters())
+        blocks[-1] = every[[*map(id, every)].index(id(blocks[-1][0])) :]  # with what is behind the blocks
     if num_blocks > len(blocks):
-        raise ValueError(f"--unfrozen_encoder_blocks {num_blocks}: the encoder has {len(blocks)}")
+        raise ValueError(f"--unfrozen_encoder_blocks {num_blocks}: give {len(blocks)} at most")
     for block in blocks[-num_blocks:]:
         for parameter in block:
             parameter.requires_grad_(True)
