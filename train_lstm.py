@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, get_scheduler
+from transformers import AutoTokenizer
 
 import recipes
-from data_scripts import load_captions
+from data_scripts import load_for_training
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
@@ -43,6 +43,8 @@ from training.evaluation import score_captions
 from training.loop import (
     Progress,
     accumulation_windows,
+    build_scheduler,
+    is_due,
     keep_best,
     load_checkpoint,
     record,
@@ -132,19 +134,14 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
             args.resume_from_checkpoint, args.output_dir, "progress.json", download_checkpoint
         )
         pushing = CheckpointPush(args, active=args.push_to_hub and accelerator.is_main_process)
-        dataset = load_captions(data_args.dataset, splits=("train", "validation"))
-        if data_args.max_train_pictures:
-            dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
-        training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
+        dataset, training_captions = load_for_training(data_args.dataset, data_args.max_train_pictures)
         tokenizer = load_tokenizer(data_args.tokenizer, training_captions, model_args.vocab_size, accelerator)
 
         # ---- Model --------------------------------------------------------------------------------------------------
         model, processor = build_model(model_args, tokenizer)
     model.to(accelerator.device)
     num_views = data_args.augmentation_views
-    features = {split: [None] * (num_views if split == "train" else 1) for split in dataset}
-    if data_args.cache_features and model_args.freeze_encoder and not model_args.unfrozen_encoder_blocks:
-        features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_views)
+    features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_views)
     pairs = {
         split: CaptionPairs(dataset[split], tokenizer, data_args.max_caption_length, features[split])
         for split in ("train", "validation")
@@ -162,9 +159,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     # ---- Optimiser --------------------------------------------------------------------------------------------------
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.learning_rate, weight_decay=args.weight_decay)
     step_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    num_steps = math.ceil(len(pairs["train"]) / step_size) * args.num_train_epochs
-    warmup_steps = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * num_steps
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, round(warmup_steps), num_steps)
+    scheduler = build_scheduler(args, optimizer, math.ceil(len(pairs["train"]) / step_size))
 
     collator = CaptionCollator(processor, share_pictures="index")
     loading = {"collate_fn": collator, "num_workers": data_args.dataloader_num_workers}
@@ -207,7 +202,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
                     keep_best(accelerator, captioner, processor, row, progress, args)
             record(accelerator, row, progress, args)
             asked = stopping.ask(accelerator)
-            due = progress.epoch % args.save_epochs == 0 or (args.save_steps and progress.step % args.save_steps == 0)
+            due = progress.epoch % args.save_epochs == 0 or is_due(progress, args.save_steps)
             if due or last or asked or stops_early(progress, args):
                 save_checkpoint(accelerator, model, scheduler, progress, args)
                 pushing.send(progress.step)
@@ -290,10 +285,7 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
                 f"--encoder {args.encoder}: its weights cannot be loaded ({str(error).strip().splitlines()[0]}); give a "
                 "folder that holds them, or --pretrained_encoder false"
             ) from error
-    if args.unfrozen_encoder_blocks and not args.freeze_encoder:
-        raise ValueError("--unfrozen_encoder_blocks wants --freeze_encoder true; without it, all of the encoder learns")
-    if args.unfrozen_encoder_blocks:
-        unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
+    unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
     return model, build_processor(timm_image_processor(backbone, args.image_size, args.center_crop), tokenizer)
 
 
@@ -352,8 +344,7 @@ def train_epoch(
                     break
             # The last step of an epoch is saved, where it is to be, after the epoch's evaluation.
             asked = stopping.ask(accelerator)
-            due = args.save_steps and progress.step % args.save_steps == 0
-            if progress.epoch_steps < num_steps and (due or asked):
+            if progress.epoch_steps < num_steps and (is_due(progress, args.save_steps) or asked):
                 progress.sums = {"nats": accelerator.reduce(nats).item(), "tokens": tokens.item()}
                 progress.train_seconds += time.perf_counter() - started
                 save_checkpoint(accelerator, model, scheduler, progress, args)

@@ -21,16 +21,22 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader
-from transformers import get_scheduler
 
 import recipes
-from data_scripts import load_captions
+from data_scripts import load_for_training
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
 from metrics import CaptionScorer, CiderD
 from modeling.caption_loss import caption_loss
-from modeling.captioner import caption_pictures, load_captioner, save_captioner, set_decoding, start_token_ids
+from modeling.captioner import (
+    caption_pictures,
+    caption_room,
+    load_captioner,
+    save_captioner,
+    set_decoding,
+    start_token_ids,
+)
 from recipes import PictureArguments, parse_recipe
 from reporting.live import EpochBar
 from reporting.page import NUM_PICTURES
@@ -41,6 +47,8 @@ from training.evaluation import score_captions
 from training.loop import (
     Progress,
     accumulation_windows,
+    build_scheduler,
+    is_due,
     keep_best,
     load_checkpoint,
     record,
@@ -149,17 +157,12 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
             args.resume_from_checkpoint, args.output_dir, STATE_FILE, download_checkpoint
         )
         pushing = CheckpointPush(args, active=args.push_to_hub and accelerator.is_main_process)
-        dataset = load_captions(data_args.dataset, splits=("train", "validation"))
-        if data_args.max_train_pictures:
-            dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
-        training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
+        dataset, training_captions = load_for_training(data_args.dataset, data_args.max_train_pictures)
 
         # ---- Model --------------------------------------------------------------------------------------------------
         model, processor, kind = load_start(scst_args.model)
     model.to(accelerator.device)
-    features = {split: [None] for split in dataset}
-    if data_args.cache_features:
-        features = encode_splits(dataset, model.get_encoder(), processor.image_processor, data_args)
+    features = encode_splits(dataset, model.get_encoder(), processor.image_processor, data_args)
     max_length, start_ids = longest_caption(data_args, model), start_token_ids(model)
     pairs = {
         split: CaptionPairs(dataset[split], processor.tokenizer, max_length, features[split], start_ids)
@@ -181,21 +184,19 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=args.learning_rate, weight_decay=args.weight_decay)
     step_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    num_steps = math.ceil(len(dataset["train"]) / step_size) * args.num_train_epochs
-    warmup_steps = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * num_steps
-    scheduler = get_scheduler(args.lr_scheduler_type, optimizer, round(warmup_steps), num_steps)
+    scheduler = build_scheduler(args, optimizer, math.ceil(len(dataset["train"]) / step_size))
 
-    def batches(items, batch_size: int, share: str | None = None, sampler=None) -> DataLoader:
+    def loader_of(items, batch_size: int, share: str | None = None, sampler=None) -> DataLoader:
         collator, workers = CaptionCollator(processor, share), data_args.dataloader_num_workers
         return DataLoader(items, batch_size, sampler=sampler, collate_fn=collator, num_workers=workers)
 
     def eval_loader(items, share: str | None = None) -> DataLoader:
-        loader = batches(items, args.per_device_eval_batch_size, share)
+        loader = loader_of(items, args.per_device_eval_batch_size, share)
         return prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
 
     sampler = CaptionSampler(np.ones(len(dataset["train"])), step_size, group_by_length=False, seed=args.seed)
     train_pictures = Pictures(dataset["train"], *features["train"])
-    train_loader = batches(train_pictures, args.per_device_train_batch_size, sampler=sampler)
+    train_loader = loader_of(train_pictures, args.per_device_train_batch_size, sampler=sampler)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
 
     # ---- Training ---------------------------------------------------------------------------------------------------
@@ -307,17 +308,9 @@ def load_start(name: str) -> tuple:
     return model, processor, kind
 
 
-def room(model) -> int | None:
-    """Tokens of the longest caption that a model's decoder positions let it say; None where they have no end."""
-    if not hasattr(model, "decoder"):
-        return None
-    # The last token of a caption is said, and not read.
-    return model.config.decoder.max_position_embeddings - len(start_token_ids(model)) + 1
-
-
 def longest_caption(args: PictureArguments, model) -> int | None:
     """Longest training caption kept, in tokens."""
-    lengths = [length for length in (args.max_caption_length, room(model)) if length is not None]
+    lengths = [length for length in (args.max_caption_length, caption_room(model)) if length is not None]
     return min(lengths, default=None)
 
 
@@ -331,7 +324,7 @@ def use_decoding(model, args: LoopArguments, lengths: np.ndarray) -> None:
     if longest is None and model.generation_config.max_length is None:
         longest = math.ceil(np.percentile(lengths, 99))
     if longest is not None:
-        longest = min(longest, room(model) or longest)
+        longest = min(longest, caption_room(model) or longest)
     set_decoding(
         model,
         longest,
@@ -353,11 +346,6 @@ def captions_of_pictures(pairs: CaptionPairs) -> list[list[list[int]]]:
     """The token ids of each picture's captions."""
     ends = np.flatnonzero(np.diff(pairs.row_of_pair, append=-1)) + 1
     return [pairs.token_ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def is_due(progress: Progress, num_steps: int | None) -> bool:
-    """Whether so many steps have passed since it was due before."""
-    return bool(num_steps) and progress.step % num_steps == 0
 
 
 def train_until_due(

@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
-from data_scripts import load_captions
+from data_scripts import load_for_training
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
@@ -44,7 +44,7 @@ from data_scripts.trim_vocabulary import trim_tokenizer
 from data_scripts.views import caption_of_view
 from metrics import CaptionScorer
 from modeling.caption_loss import caption_loss
-from modeling.captioner import caption_pictures, save_captioner, set_decoding, start_token_ids
+from modeling.captioner import caption_pictures, caption_room, save_captioner, set_decoding, start_token_ids
 from modeling.processing import build_processor
 from modeling.vit_gpt2 import (
     build_vit_gpt2,
@@ -224,10 +224,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         if resume_from:
             stay_stopped(args, resume_from)
         pushing = CheckpointPush(args, active=push and args.process_index == 0, token=args.hub_token)
-        dataset = load_captions(data_args.dataset, splits=("train", "validation"))
-        if data_args.max_train_pictures:
-            dataset["train"] = dataset["train"].select(range(min(data_args.max_train_pictures, len(dataset["train"]))))
-        training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
+        dataset, training_captions = load_for_training(data_args.dataset, data_args.max_train_pictures)
         tokenizer_name = data_args.tokenizer or (model_args.decoder if model_args.pretrained_decoder else None)
         tokenizer, token_ids = load_tokenizer(tokenizer_name, training_captions, model_args.vocab_size), None
         if model_args.trim_vocabulary:
@@ -243,11 +240,9 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         model, processor = build_model(model_args, tokenizer, token_ids)
     model.to(args.device)
     num_views = data_args.augmentation_views
-    features = {split: [None] * (num_views if split == "train" else 1) for split in dataset}
-    if data_args.cache_features and model_args.freeze_encoder and not model_args.unfrozen_encoder_blocks:
-        features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_views)
+    features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_views)
     start_ids = start_token_ids(model)
-    room = model.config.decoder.max_position_embeddings - len(start_ids) + 1  # positions left for caption and EOS
+    room = caption_room(model)
     max_length = min(data_args.max_caption_length or room, room)
     pairs = {
         split: CaptionPairs(
@@ -367,10 +362,7 @@ def build_model(args: ViTGPT2Arguments, tokenizer, token_ids: list[int] | None =
     if args.lora_rank:
         brought = getattr(AutoConfig.from_pretrained(args.decoder), "add_cross_attention", False)
         add_lora(model.decoder, args.lora_rank, fresh_cross_attention=not brought)
-    if args.unfrozen_encoder_blocks and not args.freeze_encoder:
-        raise ValueError("--unfrozen_encoder_blocks wants --freeze_encoder true; without it, all of the encoder learns")
-    if args.unfrozen_encoder_blocks:
-        unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
+    unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
     return model, build_processor(vit_image_processor(encoder), tokenizer)
 
 

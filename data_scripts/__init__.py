@@ -13,13 +13,13 @@ Commands:
 
 from typing import Any
 
-__all__ = ["load_captions"]
+__all__ = ["load_captions", "load_for_training"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported when asked for: `python -m data_scripts.scenes` would otherwise find its module imported before it runs.
-    if name == "load_captions":
-        from data_scripts.load import load_captions
+    if name in __all__:
+        from data_scripts import load
 
-        return load_captions
+        return getattr(load, name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

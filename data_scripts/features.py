@@ -180,15 +180,18 @@ def _write_files(
 def encode_splits(
     dataset: DatasetDict, encoder: torch.nn.Module, image_processor, args, num_views: int = 1
 ) -> dict[str, list[Dataset]]:
-    """The features of every split, by a frozen encoder that gives `last_hidden_state`.
+    """The features of every split, by an encoder that gives `last_hidden_state`.
 
     Args:
-        args: `int8_features` and `dataloader_num_workers` of the run.
+        args: `cache_features`, `int8_features` and `dataloader_num_workers` of the run.
         num_views: Of the training pictures; the others have one.
 
     Returns:
-        Of each split its views, see `view_of_picture`.
+        Of each split its views, see `view_of_picture`; None for each where they are not kept, or the encoder learns.
     """
+    views = {split: range(num_views if split == "train" else 1) for split in dataset}
+    if not args.cache_features or any(parameter.requires_grad for parameter in encoder.parameters()):
+        return {split: [None] * len(views[split]) for split in dataset}
     encoder = encoder.eval().to(memory_format=torch.channels_last)  # convolutions are faster in it
     fingerprint = encoder_fingerprint(encoder, image_processor)
     device = next(encoder.parameters()).device
@@ -204,7 +207,7 @@ def encode_splits(
                 num_workers=args.dataloader_num_workers,
                 device=device,
             )
-            for view in range(num_views if split == "train" else 1)
+            for view in views[split]
         ]
         for split, rows in dataset.items()
     }

@@ -43,6 +43,18 @@ def load_captions(
     return dataset
 
 
+def load_for_training(source: str, max_pictures: int | None = None) -> tuple[DatasetDict, list[str]]:
+    """What a run trains and is validated on, as `load_captions` gives it, and all training captions in one list.
+
+    Args:
+        max_pictures: Of the training pictures the first so many; None keeps all.
+    """
+    dataset = load_captions(source, splits=("train", "validation"))
+    if max_pictures:
+        dataset["train"] = dataset["train"].select(range(min(max_pictures, len(dataset["train"]))))
+    return dataset, [text for texts in dataset["train"]["captions"] for text in texts]
+
+
 def _load_captions(
     source: str, image_column: str, caption_column: str | Sequence[str] | None, revision: str | None
 ) -> DatasetDict:

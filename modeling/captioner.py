@@ -98,6 +98,14 @@ def start_token_ids(model: PreTrainedModel) -> list[int]:
     return list(start[0]) if isinstance(start, list) else [start]
 
 
+def caption_room(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest caption, EOS included, that a decoder's positions leave room for; None where they have no end."""
+    if not hasattr(model, "decoder"):
+        return None
+    # The last token of a caption is said, and not read.
+    return model.config.decoder.max_position_embeddings - len(start_token_ids(model)) + 1
+
+
 @torch.inference_mode()
 def generate_captions(
     model: PreTrainedModel, processor, inputs: dict, inspect: bool = False, **generation

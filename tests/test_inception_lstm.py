@@ -234,6 +234,8 @@ def test_what_is_frozen_stays_and_the_rest_moves(freeze):
 
 def test_of_a_frozen_encoder_the_last_blocks_may_learn_but_no_statistics():
     model = make_model(freeze_encoder=True)
+    with pytest.raises(ValueError, match="--unfrozen_encoder_blocks 7: give 6 at most"):
+        unfreeze_last_blocks(model.encoder, 7)
     unfreeze_last_blocks(model.encoder, 2)
     before = {name: value.clone() for name, value in model.encoder.backbone.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -245,8 +247,8 @@ def test_of_a_frozen_encoder_the_last_blocks_may_learn_but_no_statistics():
     last = ("blocks.3.", "blocks.4.", "conv_head.", "bn2.")  # the fourth and fifth stage of five, and what is behind
     learns = {name for name, _ in model.encoder.backbone.named_parameters() if name.startswith(last)}
     assert moved == learns and any(name.startswith("conv_head") for name in moved)
-    with pytest.raises(ValueError, match="--unfrozen_encoder_blocks 7: give 6 at most"):
-        unfreeze_last_blocks(model.encoder, 7)
+    with pytest.raises(ValueError, match="wants --freeze_encoder true"):
+        unfreeze_last_blocks(model.encoder, 1)
 
 
 def test_a_pretrained_encoder_survives_construction_saving_and_loading(tmp_path):

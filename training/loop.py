@@ -12,6 +12,8 @@ import transformers
 from accelerate import Accelerator
 from accelerate.tracking import TrackioTracker
 from accelerate.utils import set_seed
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 
 from modeling.captioner import save_captioner
 from recipes import LoopArguments
@@ -74,6 +76,18 @@ def start_accelerator(args: LoopArguments) -> Accelerator:
     transformers.logging.disable_progress_bar()  # loading and saving take a second
     set_seed(args.seed)
     return accelerator
+
+
+def build_scheduler(args: LoopArguments, optimizer: torch.optim.Optimizer, epoch_steps: int) -> LRScheduler:
+    """The schedule of the learning rate over all epochs, each of so many steps."""
+    num_steps = epoch_steps * args.num_train_epochs
+    warmup_steps = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * num_steps
+    return get_scheduler(args.lr_scheduler_type, optimizer, round(warmup_steps), num_steps)
+
+
+def is_due(progress: Progress, num_steps: int | None) -> bool:
+    """Whether so many steps have passed since it was due before; never where there is no such number."""
+    return bool(num_steps) and progress.step % num_steps == 0
 
 
 def accumulation_windows(accelerator, loader, num_batches: int, progress: Progress):

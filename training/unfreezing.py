@@ -11,8 +11,12 @@ def unfreeze_last_blocks(encoder: nn.Module, num_blocks: int) -> None:
         encoder: System A's, of timm, whose blocks are the layers that timm itself groups; or one of transformers, of the ViT kind.
 
     Raises:
-        ValueError: It has fewer blocks.
+        ValueError: It has fewer blocks, or is not frozen.
     """
+    if not num_blocks:
+        return
+    if any(parameter.requires_grad for parameter in encoder.parameters()):
+        raise ValueError("--unfrozen_encoder_blocks wants --freeze_encoder true; without it, all of the encoder learns")
     backbone = getattr(encoder, "backbone", None)
     if backbone is not None:
         groups = group_parameters(backbone, backbone.group_matcher(coarse=True))  # names by layer
