@@ -86,11 +86,19 @@ class SCSTArguments:
     cross_entropy_share: float = field(
         default=0.0, metadata={"help": "Share of the loss that is cross entropy of a training caption."}
     )
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "Share of the model's values zeroed where it learns from its samples, drawn without."},
+    )
     sample_no_repeat_ngram_size: int = field(
         default=0,
         metadata={
             "help": "No run of so many tokens is sampled twice, and the model learns as one that cannot; 0: none."
         },
+    )
+    sample_min_length: int = field(
+        default=0,
+        metadata={"help": "No caption of fewer tokens is sampled, and the model learns as one that cannot; 0: none."},
     )
 
 
@@ -169,7 +177,7 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
         for split in ("train", "validation")
     }
     with one_line_errors():
-        use_decoding(model, args, pairs["train"].lengths)
+        use_decoding(model, args, pairs["train"].lengths, scst_args.sample_min_length)
     critic = SelfCritic(
         model,
         processor,
@@ -283,6 +291,8 @@ def check_options(args: SCSTArguments, output_dir: str) -> None:
         raise ValueError(f"--output_dir {output_dir} is the --model's own folder, which would be lost: give another")
     if args.num_samples == 1 and args.baseline == "others":
         raise ValueError("--num_samples 1: there is no other sample to beat; give 2 or more, or --baseline greedy")
+    if args.dropout and args.kl_weight:
+        raise ValueError("--dropout and --kl_weight do not go together: what dropout changes would count as divergence")
 
 
 def load_start(name: str) -> tuple:
@@ -314,11 +324,11 @@ def longest_caption(args: PictureArguments, model) -> int | None:
     return min(lengths, default=None)
 
 
-def use_decoding(model, args: LoopArguments, lengths: np.ndarray) -> None:
+def use_decoding(model, args: LoopArguments, lengths: np.ndarray, sample_min_length: int = 0) -> None:
     """Put the options into the generation config, where there are any; else it stays as it was saved.
 
     Raises:
-        ValueError: The shortest caption is longer than the longest.
+        ValueError: The shortest caption, or sample, is longer than the longest.
     """
     longest = args.generation_max_length
     if longest is None and model.generation_config.max_length is None:
@@ -333,13 +343,15 @@ def use_decoding(model, args: LoopArguments, lengths: np.ndarray) -> None:
         length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )
-    shortest, longest = model.generation_config.min_length or 0, model.generation_config.max_length
-    if shortest > longest:
-        num_start = len(start_token_ids(model))
-        raise ValueError(
-            f"the shortest caption is to have {shortest - num_start} tokens and the longest {longest - num_start}: give a lower "
-            "--generation_min_length or a higher --generation_max_length"
-        )
+    num_start = len(start_token_ids(model))
+    longest = model.generation_config.max_length - num_start
+    generated = (model.generation_config.min_length or num_start) - num_start
+    for name, shortest in (("generation_min_length", generated), ("sample_min_length", sample_min_length)):
+        if shortest > longest:
+            raise ValueError(
+                f"the shortest caption is to have {shortest} tokens and the longest {longest}: give a lower --{name} or a higher "
+                "--generation_max_length"
+            )
 
 
 def captions_of_pictures(pairs: CaptionPairs) -> list[list[list[int]]]:

@@ -1,9 +1,17 @@
 """The loss both captioners are trained on, without ever holding the scores of a whole batch over the vocabulary."""
 
+import math
+
 import torch
 from torch import nn
 
-SCORES_AT_ONCE = 2**24  # 64 MiB in float32; with fewer tokens at a time the matrix products get slow
+SCORES_AT_ONCE = 18 * 2**20  # 72 MiB in float32; with fewer tokens at a time the matrix products get slow
+
+
+def tokens_at_once(num_tokens: int, vocab_size: int) -> int:
+    """Tokens whose scores are held together: all chunks are of one size, since a small one costs as much as a large one."""
+    num_chunks = math.ceil(num_tokens * vocab_size / SCORES_AT_ONCE)
+    return max(1, math.ceil(num_tokens / max(1, num_chunks)))
 
 
 def caption_loss(
@@ -35,14 +43,15 @@ def caption_loss(
     if torch.is_autocast_enabled(hidden.device.type):  # torch's op does not look
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    chunk_size = max(1, SCORES_AT_ONCE // len(weight))
     nats = nn.functional.linear_cross_entropy(
         hidden,
         weight,
         labels,
         linear_bias=bias,
         reduction="sum",
-        options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None),
+        options=nn.LinearCrossEntropyOptions(
+            batch_chunk_size=tokens_at_once(len(hidden), len(weight)), chunking_method=None
+        ),
     )
     if label_smoothing:
         # (1 - s) (logsumexp - score of the label) + s (logsumexp - mean score), the vocabulary's mean score being linear too.

@@ -23,10 +23,11 @@ LOWEST = {
     "unfrozen_encoder_blocks": 0,
     **dict.fromkeys(("learning_rate", "encoder_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
     **dict.fromkeys(("generation_min_length", "no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
-    **dict.fromkeys(("sample_no_repeat_ngram_size", "bleu_weight", "kl_weight"), 0),
+    **dict.fromkeys(("sample_no_repeat_ngram_size", "sample_min_length", "bleu_weight", "kl_weight"), 0),
     **dict.fromkeys(("eval_steps", "num_samples"), 1),
     "vocab_size": 8,  # the four special tokens, and something to say
 }
+SHARES = ("dropout", "attention_dropout", "label_smoothing_factor", "cross_entropy_share", "ema_decay")
 CHOICES = {
     "lr_scheduler_type": ("constant", "constant_with_warmup", "cosine", "linear", "polynomial", "inverse_sqrt"),
     "mixed_precision": ("no", "bf16", "fp16"),
@@ -59,6 +60,10 @@ class PictureArguments:
     )
     int8_features: bool = field(
         default=False, metadata={"help": "Keep it in 8 bits a number: half the disk, and not quite the same."}
+    )
+    compile_encoder: bool = field(
+        default=False,
+        metadata={"help": "Compile the encoder before it sees the pictures: minutes, for a few per cent on a CPU."},
     )
     show_pictures: bool | None = field(
         default=None,
@@ -225,7 +230,7 @@ def value_problem(name: str, value: Any) -> str | None:
         return "it must be more than 0, and 1 at most"
     if name == "augmentation_views" and value > NUM_VIEWS:
         return f"there are {NUM_VIEWS} views at most"
-    if name in ("dropout", "label_smoothing_factor", "cross_entropy_share", "ema_decay") and not 0 <= value < 1:
+    if name in SHARES and not 0 <= value < 1:
         return "it must be 0 or more, and less than 1"
     return None
 

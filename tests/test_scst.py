@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from small_captioners import PICTURES, build
 from transformers import (
     BertConfig,
+    MinLengthLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
@@ -35,7 +36,9 @@ from modeling.captioner import load_captioner
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config
 from training import checkpoints, self_critical
 from training.self_critical import (
+    NO_RULES,
     DrawByNumbers,
+    Rules,
     SelfCritic,
     advantages,
     as_policy,
@@ -50,9 +53,10 @@ KINDS = ("lstm", "vit_gpt2")
 EOS = 1  # of the smallest captioners, whose tokens are start, EOS and two words
 
 
-def options(**given) -> SimpleNamespace:
+def options(rules: Rules = NO_RULES, **given) -> SimpleNamespace:
     plain = {"num_samples": 2, "baseline": "others", "bleu_weight": 0.0, "kl_weight": 0.0, "cross_entropy_share": 0.0}
-    return SimpleNamespace(**{**plain, "sample_no_repeat_ngram_size": 0, **given})
+    plain |= {"dropout": 0.0} | {f"sample_{name}": value for name, value in rules._asdict().items()}
+    return SimpleNamespace(**plain | given)
 
 
 # ------------------------------------------------------------------------------------------------- the gradient
@@ -97,8 +101,15 @@ def smallest(kind: str) -> tuple:
 ALL_CAPTIONS = [[EOS], *([first, second] for first in (0, 2, 3) for second in range(4))]
 
 
-def exact_log_probs(model, states: torch.Tensor, rule: int) -> torch.Tensor:
-    """Of all captions there are, token after token, by the model's own logits and transformers' own rule."""
+def under_rules(read: torch.Tensor, scores: torch.Tensor, rules: Rules, num_start: int, eos: int) -> torch.Tensor:
+    """Scores (rows, vocabulary) of what follows on the tokens `read`, under transformers' own rules."""
+    scores = MinLengthLogitsProcessor(rules.min_length + num_start, eos)(read, scores)
+    size = rules.no_repeat_ngram_size
+    return NoRepeatNGramLogitsProcessor(size)(read, scores) if size else scores
+
+
+def exact_log_probs(model, states: torch.Tensor, rules: Rules) -> torch.Tensor:
+    """Of all captions there are, token after token, by the model's own logits."""
     start = self_critical.start_token_ids(model)
     log_probs = []
     for caption in ALL_CAPTIONS:
@@ -106,23 +117,23 @@ def exact_log_probs(model, states: torch.Tensor, rule: int) -> torch.Tensor:
         for place, token in enumerate(caption):
             read = torch.tensor([[*start, *caption[:place]]])
             outputs = model(encoder_outputs=BaseModelOutput(last_hidden_state=states), decoder_input_ids=read)
-            scores = outputs.logits[:, -1]
-            scores = NoRepeatNGramLogitsProcessor(rule)(read, scores) if rule else scores
+            scores = under_rules(read, outputs.logits[:, -1], rules, len(start), EOS)
             total = total + scores.log_softmax(-1)[0, token]
         log_probs.append(total)
     return torch.stack(log_probs)
 
 
 @pytest.mark.parametrize(
-    ("kind", "baseline", "kl_weight", "share", "rule"),
+    ("kind", "baseline", "kl_weight", "share", "rules"),
     [
-        ("lstm", "others", 0.0, 0.0, 0),
-        ("vit_gpt2", "others", 0.3, 0.25, 0),
-        ("lstm", "greedy", 0.3, 0.25, 0),
-        ("vit_gpt2", "others", 0.3, 0.0, 1),
+        ("lstm", "others", 0.0, 0.0, Rules()),
+        ("vit_gpt2", "others", 0.3, 0.25, Rules(min_length=1)),
+        ("lstm", "greedy", 0.3, 0.25, Rules()),
+        ("lstm", "others", 0.0, 0.25, Rules(min_length=2)),
+        ("vit_gpt2", "others", 0.3, 0.0, Rules(no_repeat_ngram_size=1)),
     ],
 )
-def test_the_mean_gradient_over_all_samples_is_that_of_the_expected_reward(kind, baseline, kl_weight, share, rule):
+def test_the_mean_gradient_over_all_samples_is_that_of_the_expected_reward(kind, baseline, kl_weight, share, rules):
     """All captions of two tokens at most are counted out, and all pairs of samples."""
     model, states = smallest(kind)
     start = copy.deepcopy(model)
@@ -133,14 +144,14 @@ def test_the_mean_gradient_over_all_samples_is_that_of_the_expected_reward(kind,
     reference = [2, 3]
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-    log_probs = exact_log_probs(model, states, rule)
+    log_probs = exact_log_probs(model, states, rules)
     assert log_probs.exp().sum().item() == pytest.approx(1, abs=1e-5)
     possible = [place for place in range(len(ALL_CAPTIONS)) if log_probs[place] > -torch.inf]
-    assert (len(possible) < len(ALL_CAPTIONS)) == bool(rule)
+    assert (len(possible) < len(ALL_CAPTIONS)) == any(rules)
     log_probs, rewards = log_probs[possible], rewards[possible]
-    from_start = log_probs - exact_log_probs(start, states, rule)[possible].detach()
+    from_start = log_probs - exact_log_probs(start, states, rules)[possible].detach()
     expected = (log_probs.exp() * (rewards - kl_weight * from_start)).sum()
-    cross_entropy = -exact_log_probs(model, states, 0)[ALL_CAPTIONS.index(reference)]
+    cross_entropy = -exact_log_probs(model, states, Rules())[ALL_CAPTIONS.index(reference)]
     exact = share * cross_entropy - (1 - share) * expected
     gradients = torch.autograd.grad(exact, list(learning.values()), allow_unused=True)
 
@@ -148,7 +159,7 @@ def test_the_mean_gradient_over_all_samples_is_that_of_the_expected_reward(kind,
         model,
         None,
         None,
-        options(baseline=baseline, kl_weight=kl_weight, cross_entropy_share=share, sample_no_repeat_ngram_size=rule),
+        options(rules, baseline=baseline, kl_weight=kl_weight, cross_entropy_share=share),
         seed=0,
         start=start if kl_weight else None,
     )
@@ -177,20 +188,42 @@ def test_a_baseline_never_hangs_on_the_sample_itself():
     assert advantages(rewards).sum(dim=1).tolist() == pytest.approx([0, 0, 0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_on_where_it_learns_and_nowhere_else(kind):
+    model, states = smallest(kind)
+    samples, rewards = [[2, 3], [3, EOS]], torch.tensor([[1.0, 0.0]])
+
+    def gradients(share: float) -> list[torch.Tensor]:
+        critic = SelfCritic(model, None, None, options(dropout=share), seed=0)
+        return [
+            torch.autograd.grad(
+                critic.loss_of(model, states, samples, rewards)[0], model.get_output_embeddings().weight
+            )[0]
+            for _ in range(2)
+        ]
+
+    before = [(module.p, module.training) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    plain, dropped = gradients(0.0), gradients(0.5)
+    assert torch.equal(*plain) and not torch.equal(*dropped)
+    assert before == [(module.p, module.training) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert torch.equal(plain[0], gradients(0.0)[0])
+
+
 # --------------------------------------------------------------------------------------- samples, probabilities
 
 
-@pytest.mark.parametrize("rule", [0, 2])
+@pytest.mark.parametrize("rules", [Rules(), Rules(no_repeat_ngram_size=2, min_length=2)])
 @pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", ""), ("vit_gpt2", "a red")])
-def test_a_captions_probability_is_what_generate_says_token_by_token(kind, prompt, rule, monkeypatch):
+def test_a_captions_probability_is_what_generate_says_token_by_token(kind, prompt, rules, monkeypatch):
     """EOS included, and nothing of what stands behind it; also where the scores are held a few tokens at a time."""
     model, processor = build(kind, prompt)
     as_policy(model)
     with torch.no_grad():
         states = model.get_encoder()(processor(images=PICTURES, return_tensors="pt")["pixel_values"]).last_hidden_state
         torch.manual_seed(1)
-        sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": 6, "no_repeat_ngram_size": rule}
-        with plain_decoding(model, **sampling):
+        shortest = rules.min_length + len(self_critical.start_token_ids(model))
+        sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": 6, "min_length": shortest}
+        with plain_decoding(model, **sampling, no_repeat_ngram_size=rules.no_repeat_ngram_size):
             made = model.generate(
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
                 return_dict_in_generate=True,
@@ -204,13 +237,13 @@ def test_a_captions_probability_is_what_generate_says_token_by_token(kind, promp
         captions.append(words[:length])
         expected.append(of_caption[range(length), words[:length]].sum())
     ended = [caption[-1] == 2 for caption in captions]
-    assert any(ended) and not all(ended) and len(set(map(len, captions))) > 2
+    assert any(ended) and not all(ended) and len(set(map(len, captions))) > 1
     image_index = [place for place in range(len(PICTURES)) for _ in range(6)]
-    whole = caption_log_probs(model, model, states, captions, image_index, rule)
+    whole = caption_log_probs(model, model, states, captions, image_index, [rules] * len(captions))
     assert torch.allclose(whole, torch.stack(expected), atol=1e-4)
     gradient = torch.autograd.grad(whole.sum(), model.get_output_embeddings().weight)[0]
-    monkeypatch.setattr(self_critical, "SCORES_AT_ONCE", 7 * 18)
-    parts = caption_log_probs(model, model, states, captions, image_index, rule)
+    monkeypatch.setattr("modeling.caption_loss.SCORES_AT_ONCE", 7 * 18)
+    parts = caption_log_probs(model, model, states, captions, image_index, [rules] * len(captions))
     assert torch.allclose(parts, whole, atol=1e-5)
     assert torch.allclose(
         torch.autograd.grad(parts.sum(), model.get_output_embeddings().weight)[0], gradient, atol=1e-4
@@ -254,9 +287,9 @@ def test_samples_hang_on_seed_epoch_and_picture_and_on_no_saved_rule(kind):
             assert token == np.searchsorted(logits.double().softmax(-1).cumsum(-1).detach().numpy(), row[place])
 
 
-@pytest.mark.parametrize("rule", [0, 2])
+@pytest.mark.parametrize("rules", [Rules(), Rules(no_repeat_ngram_size=2, min_length=2)])
 @pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", ""), ("vit_gpt2", "a red")])
-def test_a_sample_ends_with_eos_or_at_the_longest(kind, prompt, rule):
+def test_a_sample_ends_with_eos_or_at_the_longest(kind, prompt, rules):
     """What is drawn by the model's own scores, one token after the other, is said to its first EOS or to the longest length."""
     model, processor = build(kind, prompt)
     as_policy(model)
@@ -265,12 +298,12 @@ def test_a_sample_ends_with_eos_or_at_the_longest(kind, prompt, rule):
     with torch.no_grad():
         states = model.get_encoder()(processor(images=PICTURES, return_tensors="pt")["pixel_values"]).last_hidden_state
         numbers = sampling_numbers(7, 3, range(5), 6, longest)
-        samples = sample_captions(model, states, numbers, rule)
+        samples = sample_captions(model, states, numbers, rules)
         rows = torch.tensor([[*start]] * 30)
         for place in range(longest):
             outputs = BaseModelOutput(last_hidden_state=states.repeat_interleave(6, dim=0))
             scores = model(encoder_outputs=outputs, decoder_input_ids=rows).logits[:, -1]
-            scores = NoRepeatNGramLogitsProcessor(rule)(rows, scores) if rule else scores
+            scores = under_rules(rows, scores, rules, len(start), eos)
             cumulative = scores.double().softmax(-1).cumsum(-1)
             rows = torch.cat([rows, torch.searchsorted(cumulative, numbers[:, [place]], right=True)], dim=1)
     critic = SelfCritic(model, processor, None, options(), seed=0)
@@ -507,6 +540,8 @@ def test_decoding_options_are_of_evaluation_alone(whole, started, small_scenes, 
         (["--bleu_weight", "nan"], "--bleu_weight nan: it must be a finite number"),
         (["--cross_entropy_share", "1"], "--cross_entropy_share 1.0: it must be 0 or more, and less than 1"),
         (["--sample_no_repeat_ngram_size", "-1"], "--sample_no_repeat_ngram_size -1: it must be 0 or more"),
+        (["--sample_min_length", "15"], "15 tokens and the longest 14: give a lower --sample_min_length"),
+        (["--dropout", "0.1", "--kl_weight", "0.1"], "--dropout and --kl_weight do not go together"),
         (["--eval_steps", "0"], "--eval_steps 0: it must be 1 or more"),
         (["--generation_min_length", "15"], "--generation_min_length 15: it must not be more than"),
         (["--group_by_picture", "true"], "there is no option --group_by_picture"),

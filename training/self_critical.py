@@ -3,14 +3,15 @@
 Rennie et al., 2017 (https://arxiv.org/abs/1612.00563), with the baseline of Luo, 2020 (https://arxiv.org/abs/2003.09971).
 
 The policy is the model's own distribution over captions, dropout off, up to its longest length: samples are drawn from it as it
-is, with none of the saved rules of decoding (or with the one against repetition, which is part of the policy then), and their
-probabilities are recomputed for it. Were one of the two done under a rule
-and the other not, the gradient would be that of no expected reward. EOS is a token like any other.
+is, with none of the saved rules of decoding but those of `Rules`, which are part of the policy, and their probabilities are
+recomputed for it. Were one of the two done under a rule and the other not, the gradient would be that of no expected reward.
+EOS is a token like any other.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.modeling_outputs import BaseModelOutput
 
 from data_scripts.caption_batches import CaptionCollator
-from modeling.caption_loss import SCORES_AT_ONCE
+from modeling.caption_loss import tokens_at_once
 from modeling.captioner import start_token_ids
 from modeling.vit_gpt2 import hidden_states_as_logits
 
@@ -28,6 +29,20 @@ from modeling.vit_gpt2 import hidden_states_as_logits
 def shares_by(model: PreTrainedModel) -> str:
     """How captions of a picture share it in one batch, as `CaptionCollator` names it: system A by index, B packed."""
     return "pack" if hasattr(model, "decoder") else "index"
+
+
+class Rules(NamedTuple):
+    """What the policy never says: what has no probability, both where captions are sampled and where they are learnt from.
+
+    no_repeat_ngram_size: Runs of so many tokens are not said twice; 0 allows all.
+    min_length: Tokens before EOS, at least.
+    """
+
+    no_repeat_ngram_size: int = 0
+    min_length: int = 0
+
+
+NO_RULES = Rules()
 
 
 def as_policy(model: PreTrainedModel) -> None:
@@ -76,6 +91,20 @@ class DrawByNumbers(LogitsProcessor):
 
 
 @contextmanager
+def dropout(model: PreTrainedModel, share: float) -> Iterator[None]:
+    """Zero such a share of the values that pass the model's dropout layers; 0 leaves it as it is."""
+    layers = [module for module in model.modules() if share and isinstance(module, nn.Dropout)]
+    saved = [(layer.p, layer.training) for layer in layers]
+    for layer in layers:
+        layer.p, layer.training = share, True
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, saved, strict=True):
+            layer.p, layer.training = state
+
+
+@contextmanager
 def plain_decoding(model: PreTrainedModel, **settings) -> Iterator[None]:
     """Let `generate()` do what `settings` say, with nothing of the saved generation config but start, end and length."""
     saved = model.generation_config
@@ -89,14 +118,14 @@ def plain_decoding(model: PreTrainedModel, **settings) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_captions(
-    model: PreTrainedModel, states: torch.Tensor, numbers: torch.Tensor | None, no_repeat_ngram_size: int = 0
+    model: PreTrainedModel, states: torch.Tensor, numbers: torch.Tensor | None, rules: Rules = NO_RULES
 ) -> list[list[int]]:
     """Captions of pictures as the policy makes them.
 
     Args:
         states: What the encoder says, (pictures, positions, size).
         numbers: float64 (pictures x samples, longest caption), see `sampling_numbers`; None for the greedy caption of each.
-        no_repeat_ngram_size: Part of the policy: no run of so many tokens twice; 0 allows all.
+        rules: Of the policy.
 
     Returns:
         Token ids, those of one picture after those of the other; EOS stands behind a caption that came to its end.
@@ -112,7 +141,8 @@ def sample_captions(
         inputs = {"encoder_outputs": (states,), "image_index": rows, "decoder_input_ids": starts}
     else:
         inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=states[rows])}
-    with plain_decoding(model, no_repeat_ngram_size=no_repeat_ngram_size):
+    shortest = rules.min_length and rules.min_length + len(start_ids)  # `generate()` counts those as well
+    with plain_decoding(model, no_repeat_ngram_size=rules.no_repeat_ngram_size, min_length=shortest):
         sequences = model.generate(**inputs, logits_processor=processors)
     return [until_end(words, model.generation_config.eos_token_id) for words in sequences[:, len(start_ids) :].tolist()]
 
@@ -179,7 +209,7 @@ def caption_log_probs(
     states: torch.Tensor,
     captions: Sequence[list[int]],
     image_index: Sequence[int],
-    no_repeat_ngram_size: int | Sequence[int] = 0,
+    rules: Sequence[Rules] | None = None,
 ) -> torch.Tensor:
     """The logarithm of each caption's probability, (captions,), in one parallel pass with teacher forcing.
 
@@ -187,7 +217,7 @@ def caption_log_probs(
         forward, model: See `last_states`.
         states: What the encoder says, (pictures, positions, size).
         captions, image_index: See `teacher_forcing`.
-        no_repeat_ngram_size: Of the policy; a number for each caption where they differ.
+        rules: Of the policy, for each caption; none where None.
     """
     start_ids = start_token_ids(model)
     batch = teacher_forcing(captions, image_index, start_ids, shares_by(model))
@@ -198,24 +228,24 @@ def caption_log_probs(
     said = labels != -100
     # The tokens of a row stand in the order of its captions, and the rows in that of the pictures.
     order = caption_index[said].unique_consecutive().tolist()
-    sizes = np.broadcast_to(no_repeat_ngram_size, len(captions))
-    banned = [tokens for place in order for tokens in banned_tokens(captions[place], start_ids, sizes[place])]
+    eos, rules = model.generation_config.eos_token_id, rules or [NO_RULES] * len(captions)
+    banned = [tokens for place in order for tokens in banned_tokens(captions[place], start_ids, eos, rules[place])]
     log_probs = token_log_probs(hidden[said], labels[said], head, banned)
     return log_probs.new_zeros(len(captions)).index_add(0, caption_index[said], log_probs)
 
 
-def banned_tokens(token_ids: list[int], start_ids: list[int], size: int) -> list[list[int]]:
-    """For each token of a caption, what could not stand in its place: what would have repeated a run of `size` tokens."""
-    sequence, first = [*start_ids, *token_ids], len(start_ids)
+def banned_tokens(token_ids: list[int], start_ids: list[int], eos: int, rules: Rules) -> list[list[int]]:
+    """For each token of a caption, what could not stand in its place: what would have repeated a run, or ended it too early."""
+    banned = [[eos] if place < rules.min_length else [] for place in range(len(token_ids))]
+    size = rules.no_repeat_ngram_size
     if not size:
-        return [[]] * len(token_ids)
-    followers, banned = defaultdict(list), []
+        return banned
+    sequence, first, followers = [*start_ids, *token_ids], len(start_ids), defaultdict(list)
     for place in range(len(sequence)):
         if place >= size:  # the run that ends before this place
             followers[tuple(sequence[place - size : place - 1])].append(sequence[place - 1])
-        if place >= first:
-            run = tuple(sequence[place - size + 1 : place]) if place >= size - 1 else None
-            banned.append(list(followers.get(run, [])))
+        if place >= max(first, size - 1):
+            banned[place - first] += followers.get(tuple(sequence[place - size + 1 : place]), [])
     return banned
 
 
@@ -241,7 +271,7 @@ def token_log_probs(
         scores = scores.index_put((row, column), scores.new_tensor(-torch.inf)) if len(row) else scores
         return -nn.functional.cross_entropy(scores, labels, reduction="none")
 
-    chunk_size = max(1, SCORES_AT_ONCE // head.out_features)
+    chunk_size = tokens_at_once(len(hidden), head.out_features)
     if len(hidden) <= chunk_size:
         return of_chunk(hidden, labels, row.to(hidden.device), column.to(hidden.device))
     chunks = []
@@ -274,15 +304,17 @@ def advantages(rewards: torch.Tensor, greedy: torch.Tensor | None = None) -> tor
 class SelfCritic:
     """Samples captions of a batch of pictures, rewards them, and gives the loss whose gradient makes the better ones likelier.
 
-    With dropout off and nothing else between sampling and learning, the mean of its gradient over the samples is the gradient of
-    `cross_entropy_share` x cross entropy - (1 - `cross_entropy_share`) x (expected reward - `kl_weight` x KL divergence from the
-    starting model), all for whole captions: a caption of the training set counts as a sample does whose advantage is 1.
+    The mean of its gradient over the samples is the gradient of `cross_entropy_share` x cross entropy - (1 - `cross_entropy_share`)
+    x (expected reward - `kl_weight` x KL divergence from the starting model), all for whole captions: a caption of the training set
+    counts as a sample does whose advantage is 1. With `dropout` it is another policy that learns than the one that samples, and
+    this holds no more; a small data set is harder to learn by heart then.
 
     Args:
         model: The captioner that learns; its encoder does not.
         processor: Its processor.
         cider: `metrics.CiderD` of the training pictures' captions, which counts the end.
-        options: `num_samples`, `baseline`, `bleu_weight`, `kl_weight`, `cross_entropy_share`, `sample_no_repeat_ngram_size`.
+        options: `num_samples`, `baseline`, `bleu_weight`, `kl_weight`, `cross_entropy_share`, `dropout`, `sample_no_repeat_ngram_size`,
+            `sample_min_length`.
         seed: Of the samples.
         start: The model it started from, where it is to stay near it.
         token_ids: Captions of each training picture, where there is cross entropy; an epoch takes one of each picture.
@@ -296,6 +328,7 @@ class SelfCritic:
         self.seed = seed
         self.start = start
         self.token_ids = token_ids
+        self.rules = Rules(options.sample_no_repeat_ngram_size, options.sample_min_length)
 
     def loss(
         self, forward: nn.Module, batch: dict, epoch: int, num_pictures: float
@@ -313,14 +346,13 @@ class SelfCritic:
         """
         options, pictures = self.options, batch["index"].tolist()
         states = self._states(batch)
-        rule = options.sample_no_repeat_ngram_size
         length = self.model.generation_config.max_length - len(start_token_ids(self.model))
         numbers = sampling_numbers(self.seed, epoch, pictures, options.num_samples, length)
-        samples = sample_captions(self.model, states, numbers, rule)
+        samples = sample_captions(self.model, states, numbers, self.rules)
         rewards = self.rewards(samples, np.repeat(pictures, options.num_samples)).view(len(pictures), -1)
         greedy = None
         if options.baseline == "greedy":
-            greedy = self.rewards(sample_captions(self.model, states, None, rule), pictures).to(states.device)
+            greedy = self.rewards(sample_captions(self.model, states, None, self.rules), pictures).to(states.device)
         references = []
         if options.cross_entropy_share:
             references = [self.token_ids[picture][epoch % len(self.token_ids[picture])] for picture in pictures]
@@ -351,21 +383,22 @@ class SelfCritic:
             rewards, greedy: See `advantages`.
             references: A caption of each picture, where there is cross entropy.
         """
-        options, rule = self.options, self.options.sample_no_repeat_ngram_size
+        options, rules = self.options, [self.rules] * len(samples)
         image_index = [picture for picture in range(len(states)) for _ in range(rewards.shape[1])]
-        log_probs = caption_log_probs(
-            forward,
-            self.model,
-            states,
-            [*samples, *references],
-            [*image_index, *range(len(references))],
-            [rule] * len(samples) + [0] * len(references),
-        )
+        with dropout(self.model, options.dropout):
+            log_probs = caption_log_probs(
+                forward,
+                self.model,
+                states,
+                [*samples, *references],
+                [*image_index, *range(len(references))],
+                rules + [NO_RULES] * len(references),
+            )
         of_samples = log_probs[: len(samples)].view_as(rewards)
         from_start = torch.zeros_like(rewards)
         if self.start is not None:
             with torch.no_grad():
-                before = caption_log_probs(self.start, self.start, states, samples, image_index, rule)
+                before = caption_log_probs(self.start, self.start, states, samples, image_index, rules)
             # Its mean is the KL divergence; as a part of the reward, also what it does to later words is learnt from.
             from_start = of_samples.detach() - before.view_as(rewards)
         gain = advantages(rewards - options.kl_weight * from_start, greedy)
