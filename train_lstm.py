@@ -91,6 +91,9 @@ class LSTMArguments:
         metadata={"help": "Look at the places of the encoder's grid at each word, not at its summary alone."},
     )
     num_attention_heads: int = field(default=1, metadata={"help": "Ways in which it looks at them at once."})
+    attention_dropout: float = field(
+        default=0.0, metadata={"help": "Share of what it can see at the places zeroed in training."}
+    )
     vocab_size: int = field(
         default=8000, metadata={"help": "Tokens of the tokenizer that is trained if none is given."}
     )
@@ -103,6 +106,9 @@ class LoopArguments(recipes.LoopArguments):
     output_dir: str = field(default="outputs/lstm", metadata={"help": "Where model, results and checkpoints go."})
     encoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Of what learns of the encoder; the common one if not given."}
+    )
+    label_smoothing_factor: float = field(
+        default=0.0, metadata={"help": "Share of each word's weight in the loss that is spread over all words."}
     )
     ema_decay: float = field(
         default=0.0,
@@ -252,8 +258,9 @@ def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: i
 def build_model(args: LSTMArguments, tokenizer) -> tuple:
     """Model and processor, the encoder's trained weights loaded where they are wanted."""
     check_special_tokens(tokenizer)
-    if args.num_attention_heads > 1 and not args.attention:
-        raise ValueError(f"--num_attention_heads {args.num_attention_heads} wants --attention true")
+    for name, default in (("num_attention_heads", 1), ("attention_dropout", 0)):
+        if getattr(args, name) != default and not args.attention:
+            raise ValueError(f"--{name} {getattr(args, name)} wants --attention true")
     if args.hidden_size % args.num_attention_heads:
         raise ValueError(
             f"--num_attention_heads {args.num_attention_heads} does not divide --hidden_size {args.hidden_size}"
@@ -272,6 +279,7 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
         dropout=args.dropout,
         attention=args.attention,
         num_attention_heads=args.num_attention_heads,
+        attention_dropout=args.attention_dropout,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -330,7 +338,9 @@ def train_epoch(
     silent = not accelerator.is_local_main_process
     with EpochBar(progress.epoch + 1, args.num_train_epochs, len(loader) * size, seen, silent) as bar:
         for batches in accumulation_windows(accelerator, loader, args.gradient_accumulation_steps, progress):
-            step_nats, step_tokens = train_step(accelerator, model, batches, optimizer, args.max_grad_norm)
+            step_nats, step_tokens = train_step(
+                accelerator, model, batches, optimizer, args.max_grad_norm, args.label_smoothing_factor
+            )
             scheduler.step()
             nats, tokens = nats + step_nats, tokens + step_tokens
             progress.step += 1
@@ -359,7 +369,9 @@ def train_epoch(
     return {"epoch": progress.epoch, "step": progress.step, "train_loss": loss}
 
 
-def train_step(accelerator, model, batches: list[dict], optimizer, max_grad_norm: float) -> tuple:
+def train_step(
+    accelerator, model, batches: list[dict], optimizer, max_grad_norm: float, label_smoothing: float = 0.0
+) -> tuple:
     """One step on all `batches` of all processes. Returns the sum of this process's losses, in nats, and all tokens."""
     # The sum of all tokens' losses over all processes and batches, divided once: as one big batch would.
     num_tokens = accelerator.reduce(sum((batch["labels"] != -100).sum() for batch in batches))
@@ -368,7 +380,8 @@ def train_step(accelerator, model, batches: list[dict], optimizer, max_grad_norm
         batch.pop("index")
         with nullcontext() if position == len(batches) else accelerator.no_sync(model):
             # Several processes average their gradients, where the sum is wanted.
-            loss = model(**batch, num_items_in_batch=num_tokens).loss * accelerator.num_processes
+            loss = model(**batch, num_items_in_batch=num_tokens, label_smoothing=label_smoothing).loss
+            loss = loss * accelerator.num_processes
             accelerator.backward(loss)
         nats = nats + loss.detach() * num_tokens / accelerator.num_processes
     if max_grad_norm:

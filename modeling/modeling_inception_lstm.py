@@ -35,6 +35,7 @@ class InceptionLSTMConfig(PreTrainedConfig):
         dropout: Share of the LSTM's inputs, of the values between its layers and of its outputs zeroed in training.
         attention: Whether each word looks at the places of the encoder's grid, in place of the encoder's summary alone.
         num_attention_heads: Places it looks at in different ways at once.
+        attention_dropout: Share of the grid's keys and values zeroed in training.
     """
 
     model_type = "inception_lstm"
@@ -50,6 +51,7 @@ class InceptionLSTMConfig(PreTrainedConfig):
         dropout: float = 0.0,
         attention: bool = False,
         num_attention_heads: int = 1,
+        attention_dropout: float = 0.0,
         pad_token_id: int = 0,
         bos_token_id: int = 1,
         eos_token_id: int = 2,
@@ -64,6 +66,7 @@ class InceptionLSTMConfig(PreTrainedConfig):
         self.dropout = dropout
         self.attention = attention
         self.num_attention_heads = num_attention_heads
+        self.attention_dropout = attention_dropout
         # transformers registers one auto class a model by itself; `AutoModel` has to be named here.
         kwargs.setdefault("auto_map", {"AutoModel": "modeling_inception_lstm.InceptionLSTMForConditionalGeneration"})
         kwargs["is_encoder_decoder"] = True  # generate() then runs the encoder once and keeps its output
@@ -95,7 +98,7 @@ class TimmEncoder(nn.Module):
         return getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
-        features = self.backbone(pixel_values)
+        features = self.backbone(pixel_values.to(next(self.backbone.parameters()).dtype))
         if features.ndim == 2:  # one summary: (batch, encoder size)
             features = features.unsqueeze(1)
         elif features.ndim == 4:  # a grid, the sizes first or last: (batch, encoder size, height, width)
@@ -136,16 +139,18 @@ class GridAttention(nn.Module):
     et al., 2017 (https://arxiv.org/abs/1706.03762, section 3.2.2).
     """
 
-    def __init__(self, encoder_size: int, hidden_size: int, num_heads: int = 1):
+    def __init__(self, encoder_size: int, hidden_size: int, num_heads: int = 1, dropout: float = 0.0):
         super().__init__()
         self.num_heads = num_heads
         self.key = nn.Linear(encoder_size, hidden_size)
         self.value = nn.Linear(encoder_size, hidden_size)
         self.output = nn.Linear(2 * hidden_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
 
     def grid(self, states: torch.Tensor, image_index: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of every place, each (batch, positions, hidden), from states (pictures, positions, encoder size)."""
-        keys, values = self.key(states), self.value(states)  # (pictures, positions, hidden)
+        # Where several captions share a picture, they miss the same of it.
+        keys, values = self.dropout(self.key(states)), self.dropout(self.value(states))  # (pictures, positions, hidden)
         if image_index is not None:
             keys, values = keys[image_index], values[image_index]  # (batch, positions, hidden)
         return keys, values
@@ -192,7 +197,9 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         self.attention = None
         if config.attention:
-            self.attention = GridAttention(self.encoder.output_size, config.hidden_size, config.num_attention_heads)
+            self.attention = GridAttention(
+                self.encoder.output_size, config.hidden_size, config.num_attention_heads, config.attention_dropout
+            )
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()

@@ -92,6 +92,8 @@ OPTIONS = [
     ("train_lstm", "--image_embed_dim", "0"),
     ("train_lstm", "--ema_decay", "1"),
     ("train_lstm", "--num_attention_heads", "0"),
+    ("train_lstm", "--attention_dropout", "1"),
+    ("train_lstm", "--attention_dropout", "0.2"),  # of no attention
     ("train_lstm", "--num_attention_heads", "5"),
     ("train_lstm", "--encoder_learning_rate", "-1"),
     ("train_lstm", "--mixed_precision", "int3"),

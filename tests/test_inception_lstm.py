@@ -207,6 +207,23 @@ def test_any_timm_encoder_gives_a_grid_whose_places_it_keeps(architecture):
     torch.testing.assert_close(states[0, row], place)
 
 
+def test_attention_dropout_hides_keys_and_values_in_training_alone():
+    """Of a share of them nothing is left, and the others are the larger for it; captions of one picture miss the same."""
+    model = make_model(attention=True, attention_dropout=0.25).train()
+    torch.manual_seed(0)
+    states = torch.randn(2, 60, model.encoder.output_size)
+    whole = model.attention.key(states), model.attention.value(states)
+    seen = model.attention.grid(states, torch.tensor([0, 1, 1]))
+    for numbers, left in zip(whole, seen, strict=True):
+        assert torch.equal(left[1], left[2])
+        gone = left[:2] == 0
+        assert gone.float().mean().item() == pytest.approx(0.25, abs=0.02)
+        torch.testing.assert_close(left[:2][~gone], (numbers / 0.75)[~gone])
+    assert not torch.equal(seen[0][:2] == 0, seen[1][:2] == 0)
+    for numbers, left in zip(whole, model.eval().attention.grid(states), strict=True):
+        assert torch.equal(numbers, left)
+
+
 def test_without_attention_there_is_nothing_of_it():
     plain, attentive = make_model(), make_model(attention=True)
     extra = attentive.state_dict().keys() - plain.state_dict().keys()

@@ -22,6 +22,7 @@ import caption
 import evaluate_captions
 import train_lstm
 from data_scripts import load_captions
+from data_scripts.caption_batches import CaptionCollator, CaptionPairs
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling.captioner import generate_captions, load_captioner
 from training.averaging import WeightAverage
@@ -235,6 +236,29 @@ def test_the_full_size_default_trains_validates_and_saves(small_scenes, tmp_path
     assert weights["lm_head.weight"].shape == (8000, 1024) and weights["image_projection.weight"].shape == (1024, 1536)
 
 
+def test_labels_are_smoothed_in_training_and_nowhere_else(small_scenes, tmp_path):
+    """Weights that stay as they are (learning rate 0) tell both losses: torch's own, of the same model."""
+    told = {}
+    for smoothing in ("0", "0.3"):
+        options = ["--learning_rate", "0", "--weight_decay", "0", "--num_train_epochs", "1"]
+        train(tmp_path / smoothing, small_scenes, *options, "--label_smoothing_factor", smoothing)
+        (told[smoothing],) = json.loads((tmp_path / smoothing / "history.json").read_text())
+    assert told["0.3"]["eval_loss"] == told["0"]["eval_loss"]
+    model, processor = load_captioner(str(tmp_path / "0"))
+    rows = load_captions(small_scenes)["train"]
+    pairs = CaptionPairs(rows, processor.tokenizer)
+    batch = CaptionCollator(processor)(pairs.__getitems__(range(len(pairs))))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = model(pixel_values=batch["pixel_values"], decoder_input_ids=model.shift_right(labels)).logits
+    plain, smoothed = (
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=share).item()
+        for share in (0.0, 0.3)
+    )
+    assert abs(smoothed - plain) > 1e-4 * plain
+    assert told["0.3"]["train_loss"] == pytest.approx(smoothed, rel=1e-5)
+
+
 def test_early_stopping_stops(small_scenes, tmp_path):
     options = [
         "--num_train_epochs",
@@ -302,9 +326,8 @@ def test_caption_tells_files_and_folders_and_names_what_it_cannot_read(trained, 
         rows[number]["image"].save(pictures / f"{number}.png")
     (pictures / "broken.jpg").write_text("no picture")
     output = tmp_path / "captions.jsonl"
-    caption.main(
-        ["--model", str(trained), str(pictures), str(pictures / "0.png"), "--output", str(output), "--batch_size", "2"]
-    )
+    options = ["--model", str(trained), "--dtype", "float32"]  # what generate() below computes in
+    caption.main([*options, str(pictures), str(pictures / "0.png"), "--output", str(output), "--batch_size", "2"])
     told = [json.loads(line) for line in output.read_text().splitlines()]
     assert [Path(line["image_id"]).name for line in told] == ["0.png", "1.png", "2.png", "0.png"]
     model, processor = load_captioner(str(trained))
@@ -313,10 +336,10 @@ def test_caption_tells_files_and_folders_and_names_what_it_cannot_read(trained, 
     assert [line["caption"] for line in told] == [*made, made[0]]
     assert "broken.jpg: picture does not decode" in capsys.readouterr().err
 
-    caption.main(["--model", str(trained), str(pictures / "0.png"), "--output", str(tmp_path / "captions.html")])
+    caption.main([*options, str(pictures / "0.png"), "--output", str(tmp_path / "captions.html")])
     page = (tmp_path / "captions.html").read_text()
     assert made[0] in re.sub("<[^>]*>", "", page)  # each token stands in its own tag
-    caption.main(["--model", str(trained), str(pictures / "0.png")])
+    caption.main([*options, str(pictures / "0.png")])
     assert capsys.readouterr().out == f"{pictures / '0.png'}\t{made[0]}\n"
     with pytest.raises(SystemExit) as stopped:
         caption.main(["--model", str(trained), str(tmp_path / "nowhere.png")])

@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import VisionEncoderDecoderModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import train_vit_gpt2
 from data_scripts.caption_table import FEATURES
@@ -165,6 +166,29 @@ def test_cached_features_train_as_pictures_do(train):
     cached, uncached = (train(name, cache_features=name, **options) for name in ("true", "false"))
     for name in ("train_loss", "eval_loss"):
         assert history(cached)[-1][name] == pytest.approx(history(uncached)[-1][name], rel=1e-3)
+
+
+def test_gradient_checkpointing_computes_blocks_again_and_learns_the_same(train, monkeypatch):
+    """With captions packed in a row, dropout, which draws, and an encoder that learns."""
+    calls = []
+    forward = GPT2MLP.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT2MLP, "forward", counted)
+    options = {"dropout": 0.1, "freeze_encoder": "false", "group_by_picture": "true", "num_train_epochs": 2}
+    folders, learnt = [], []
+    for asked in ("false", "true"):
+        calls.clear()
+        folders.append(train(asked, gradient_checkpointing=asked, **options))
+        learnt.append(sum(calls))
+    assert learnt[1] > learnt[0]
+    told = [[row["train_loss"] for row in history(folder)] for folder in folders]
+    assert told[1] == pytest.approx(told[0], rel=1e-5)
+    for name, value in weights(folders[0]).items():
+        torch.testing.assert_close(weights(folders[1])[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_training_and_validation_measure_the_same_loss(train):
