@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from data_scripts.archives import download
 from data_scripts.command_line import one_line_errors
 from data_scripts.row_checks import MAX_PICTURE_BYTES, BadPicture, decode_picture
-from modeling.captioner import generate_captions, load_captioner, set_decoding
+from modeling.captioner import generate_captions, load_captioner, set_decoding, use_device
 from modeling.processing import resized_side
 from recipes import value_problem
 from reporting.page import PICTURE_SIZE, write_page
@@ -105,6 +105,12 @@ def main(argv: list[str] | None = None) -> None:
         help="processes that read and decode pictures; if not given up to 8 on a GPU, and none on a CPU, which the model needs",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="numbers to compute in; auto is bfloat16, which changes a word now and then, where the device is fast in it",
+    )
     args = parser.parse_args(argv)
     if args.output and Path(args.output).suffix not in (".txt", ".jsonl", ".html"):
         parser.error(f"--output {args.output}: the name must end in .txt, .jsonl or .html")
@@ -119,10 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         names = [name for source in args.pictures for name in list_pictures(source)]
         # ---- Model --------------------------------------------------------------------------------------------------
         model, processor = load_captioner(args.model)
-        try:
-            model.to(args.device)
-        except (RuntimeError, AssertionError) as error:  # torch's for a device that is not there
-            raise ValueError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
+        use_device(model, args.device, args.dtype)
     set_decoding(model, args.max_length, top_p=args.top_p, num_beams=args.num_beams)
     set_seed(args.seed)
 

@@ -27,7 +27,7 @@ HIDDEN = 768  # of GPT-2 small, whose vocabulary the loss is weighed over
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = benchmark_parser(__doc__, runs=5)
+    parser = benchmark_parser(__doc__, runs=3)
     parser.add_argument("--system", choices=["lstm", "vit_gpt2"], nargs="+", default=["lstm", "vit_gpt2"])
     parser.add_argument("--weigh", choices=["nothing", *LOSSES], help=argparse.SUPPRESS)  # this process, and no more
     args = parser.parse_args(argv)

@@ -20,6 +20,7 @@ from data_scripts.views import view_of_picture
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 512  # pictures a file: what a kill can cost
+BATCH_SIZE = 32  # pictures the encoder sees together; files hold whole batches
 
 
 def encoder_fingerprint(encoder: torch.nn.Module, image_processor) -> str:
@@ -46,7 +47,7 @@ def cache_features(
     fingerprint: str,
     in_8_bits: bool = False,
     view: int = 0,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> Dataset:
@@ -183,7 +184,7 @@ def encode_splits(
     """The features of every split, by an encoder that gives `last_hidden_state`.
 
     Args:
-        args: `cache_features`, `int8_features` and `dataloader_num_workers` of the run.
+        args: `cache_features`, `int8_features`, `compile_encoder` and `dataloader_num_workers` of the run.
         num_views: Of the training pictures; the others have one.
 
     Returns:
@@ -195,11 +196,12 @@ def encode_splits(
     encoder = encoder.eval().to(memory_format=torch.channels_last)  # convolutions are faster in it
     fingerprint = encoder_fingerprint(encoder, image_processor)
     device = next(encoder.parameters()).device
+    encode = compiled_for_batches(encoder) if args.compile_encoder else encoder
     features = {
         split: [
             cache_features(
                 rows,
-                lambda pixels: encoder(pixels).last_hidden_state,
+                lambda pixels: encode(pixels).last_hidden_state,
                 image_processor,
                 fingerprint,
                 args.int8_features,
@@ -213,3 +215,23 @@ def encode_splits(
     }
     encoder.to(memory_format=torch.contiguous_format)  # as it is saved
     return features
+
+
+def compiled_for_batches(encoder: torch.nn.Module, batch_size: int = BATCH_SIZE) -> Callable:
+    """The encoder as `torch.compile` makes it, for whole batches; others, for which it would compile anew, it sees as it is.
+
+    Raises:
+        OSError: At its first batch, where it cannot be compiled, most often for want of a C++ compiler.
+    """
+    compiled = torch.compile(encoder)
+
+    def encode(pixels: torch.Tensor):
+        if len(pixels) != batch_size:
+            return encoder(pixels)
+        try:
+            return compiled(pixels)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split("\n")[:2])  # "backend='inductor' raised:" and what it raised
+            raise OSError(f"--compile_encoder true: {reason}") from error
+
+    return encode

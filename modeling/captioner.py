@@ -44,6 +44,31 @@ def load_captioner(name_or_path: str) -> tuple:
         raise ValueError(f"model {name_or_path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
+def use_device(model: PreTrainedModel, device: str | torch.device, dtype: str = "float32") -> None:
+    """Move a captioner to a device, and its weights to the numbers that it is to compute in there.
+
+    Args:
+        dtype: "float32", "bfloat16", or "auto": bfloat16 where the device has instructions for it.
+
+    Raises:
+        ValueError: The device cannot be used.
+    """
+    try:
+        device = torch.device(device)
+        if dtype == "auto":
+            dtype = "bfloat16" if computes_in_bfloat16(device) else "float32"
+        model.to(device, getattr(torch, dtype))
+    except (RuntimeError, AssertionError) as error:  # torch's for a device that is not there
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for it, so that it is faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def set_decoding(
     model: PreTrainedModel,
     max_length: int | None = None,

@@ -1,6 +1,7 @@
 """Laws of pairs, their order, the collator and the feature cache."""
 
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import CLIPImageProcessor
 
 from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures
-from data_scripts.features import cache_features, encoder_fingerprint
+from data_scripts.features import cache_features, compiled_for_batches, encoder_fingerprint
 from data_scripts.train_tokenizer import train_tokenizer
 from data_scripts.views import NUM_VIEWS, PART, caption_of_view, view_of_picture
 from modeling.modeling_inception_lstm import TimmEncoder
@@ -219,6 +220,35 @@ def test_features_in_8_bits_are_half_as_large_and_nearly_the_same(rows, processo
     assert ((told[1] - told[0]).abs() <= largest / 235).all() and not torch.equal(*told)
     sizes = [sum(os.path.getsize(file["filename"]) for file in features.cache_files) for features in kept.values()]
     assert sizes[1] < 0.6 * sizes[0]
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_compiled_encoder_sees_whole_batches_and_says_the_same(compiles, monkeypatch):
+    """The compiler itself is torch's, and takes half a minute: here it hands back what it was given, or is not there."""
+    torch.manual_seed(0)
+    encoder, seen = TimmEncoder("test_efficientnet").eval(), []
+
+    def backend(graph, inputs):
+        if not compiles:
+            raise RuntimeError("no C++ compiler")
+
+        def call(*inputs):
+            seen.extend(len(value) for value in inputs if value.ndim == 4 and value.shape[1:] == (3, 64, 64))
+            return graph(*inputs)
+
+        return call
+
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=backend))
+    encode = compiled_for_batches(encoder, batch_size=4)
+    pixels = torch.randn(6, 3, 64, 64)
+    with torch.inference_mode():
+        if not compiles:
+            with pytest.raises(OSError, match=r"--compile_encoder true: .*no C\+\+ compiler"):
+                encode(pixels[:4])
+            return
+        for batch in (pixels[:4], pixels[2:], pixels[:2], pixels[:1]):
+            assert torch.equal(encode(batch).last_hidden_state, encoder(batch).last_hidden_state)
+    assert seen == [4, 4]
 
 
 def test_a_run_that_finds_the_features_has_the_random_numbers_of_one_that_makes_them(rows, processor):

@@ -19,6 +19,7 @@ from modeling.captioner import (
     start_token_ids,
     stream_caption,
     token_texts,
+    use_device,
 )
 from modeling.processing import build_processor, centre_crop
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
@@ -235,3 +236,41 @@ def test_the_centre_crop_is_what_the_pixels_hold(shape):
 def test_a_picture_squeezed_whole_is_seen_whole():
     assert centre_crop(ViTImageProcessor(size={"height": 32, "width": 32})) is None
     assert centre_crop(CLIPImageProcessor(do_center_crop=False)) is None
+
+
+# ------------------------------------------------------------------------------------------------- numbers
+
+
+def test_captions_in_bfloat16_are_as_likely_as_in_float32(captioner):
+    """Their words may be others; what float32 says of their tokens is what bfloat16 said, as far as its digits go."""
+    model, processor, pixels = captioner
+    use_device(model, "cpu", "bfloat16")
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    with torch.inference_mode():
+        sequences = model.generate(pixel_values=pixels)
+    told = generate_captions(model, processor, {"pixel_values": pixels}, inspect=True)
+    use_device(model, "cpu", "float32")
+    exact = inspect_captions(model, processor, {"pixel_values": pixels}, sequences)
+    for caption, same in zip(told, exact, strict=True):
+        assert [token["text"] for token in caption["tokens"]] == [token["text"] for token in same["tokens"]]
+        for token, other in zip(caption["tokens"], same["tokens"], strict=True):
+            assert token["probability"] == pytest.approx(other["probability"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "dtype"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({}, torch.float32),
+    ],
+)
+def test_auto_is_what_the_processor_has_instructions_for(captioner, instructions, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    use_device(captioner[0], "cpu", "auto")
+    assert captioner[0].dtype == dtype
+
+
+def test_a_device_that_is_not_there_is_said(captioner):
+    with pytest.raises(ValueError, match="--device abacus cannot be used"):
+        use_device(captioner[0], "abacus", "auto")
