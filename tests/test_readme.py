@@ -54,11 +54,12 @@ FASTER = {
     "train_vit_gpt2": [
         *(*TINY, "--pretrained_decoder", "false", "--num_attention_heads", "2", "--use_cpu", "true"),
         *("--freeze_encoder", "false", "--encoder_learning_rate", "1e-3"),
+        *("--trim_vocabulary", "false", "--bf16", "false"),
     ],
     "train_scst": [
         *("--num_train_epochs", "1", "--per_device_train_batch_size", "3", "--num_samples", "2", "--report_to", "none"),
         *("--max_train_pictures", "6", "--max_eval_pictures", "2", "--eval_steps", "9", "--save_steps", "9"),
-        *("--mixed_precision", "no"),
+        *("--mixed_precision", "no", "--sample_min_length", "0"),
     ],
 }
 
