@@ -24,7 +24,14 @@ from torch.utils.data import DataLoader
 
 import recipes
 from data_scripts import load_for_training
-from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
+from data_scripts.caption_batches import (
+    CaptionCollator,
+    CaptionPairs,
+    CaptionSampler,
+    Pictures,
+    PictureViews,
+    spread_evenly,
+)
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
 from metrics import CaptionScorer, CiderD
@@ -170,7 +177,8 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
         # ---- Model --------------------------------------------------------------------------------------------------
         model, processor, kind = load_start(scst_args.model)
     model.to(accelerator.device)
-    features = encode_splits(dataset, model.get_encoder(), processor.image_processor, data_args)
+    num_views = data_args.augmentation_views
+    features = encode_splits(dataset, model.get_encoder(), processor.image_processor, data_args, num_views)
     max_length, start_ids = longest_caption(data_args, model), start_token_ids(model)
     pairs = {
         split: CaptionPairs(dataset[split], processor.tokenizer, max_length, features[split], start_ids)
@@ -186,6 +194,7 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
         args.seed,
         start=copy.deepcopy(model) if scst_args.kl_weight else None,
         token_ids=captions_of_pictures(pairs["train"]),
+        num_views=num_views,
     )
 
     # ---- Optimiser --------------------------------------------------------------------------------------------------
@@ -202,8 +211,15 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
         loader = loader_of(items, args.per_device_eval_batch_size, share)
         return prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
 
-    sampler = CaptionSampler(np.ones(len(dataset["train"])), step_size, group_by_length=False, seed=args.seed)
-    train_pictures = Pictures(dataset["train"], *features["train"])
+    train_pictures = PictureViews(dataset["train"], features["train"])
+    sampler = CaptionSampler(
+        np.ones(len(train_pictures)),
+        step_size,
+        group_by_length=False,
+        seed=args.seed,
+        pictures=np.arange(len(train_pictures)),
+        num_views=num_views,
+    )
     train_loader = loader_of(train_pictures, args.per_device_train_batch_size, sampler=sampler)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
 
@@ -354,10 +370,14 @@ def use_decoding(model, args: LoopArguments, lengths: np.ndarray, sample_min_len
             )
 
 
-def captions_of_pictures(pairs: CaptionPairs) -> list[list[list[int]]]:
-    """The token ids of each picture's captions."""
+def captions_of_pictures(pairs: CaptionPairs) -> list[list[list[list[int]]]]:
+    """The token ids of each picture's captions, as they are and, where there are views, as its mirror image's."""
     ends = np.flatnonzero(np.diff(pairs.row_of_pair, append=-1)) + 1
-    return [pairs.token_ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return [
+        [token_ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        for token_ids in (pairs.token_ids, pairs.mirrored_ids)
+        if token_ids
+    ]
 
 
 def train_until_due(

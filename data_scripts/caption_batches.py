@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from data_scripts.views import caption_of_view, view_of_picture
+from data_scripts.views import caption_of_view, view_in_epoch, view_of_picture
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -40,6 +40,29 @@ class Pictures(torch.utils.data.Dataset):
         ]
 
 
+class PictureViews(torch.utils.data.Dataset):
+    """Several views of the rows of a split: picture 5 of 100 is item 5, and in view 2 item 205.
+
+    Args:
+        rows: Rows with an `image`.
+        features: Of each view, see `Pictures`.
+    """
+
+    def __init__(self, rows: Dataset, features: Sequence[Dataset | None] = (None,)):
+        self.views = [Pictures(rows, of_view, view) for view, of_view in enumerate(features)]
+
+    def __len__(self) -> int:
+        return len(self.views[0])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        views, pictures = np.divmod(indices, len(self))
+        items = {}
+        for view in np.unique(views):
+            places = np.flatnonzero(views == view)
+            items.update(zip(places, self.views[view].__getitems__(pictures[places].tolist()), strict=True))
+        return [items[place] for place in range(len(indices))]
+
+
 def spread_evenly(num_rows: int | None, *tables: Dataset | None) -> tuple:
     """The same rows of each table: so many, evenly spread and always the same; all where None."""
     length = len(tables[0])
@@ -56,8 +79,7 @@ class CaptionPairs(torch.utils.data.Dataset):
         rows: Rows with `image` and `captions`.
         tokenizer: Turns captions into token ids; EOS is put behind every caption here, also behind one that is cut.
         max_length: Longest caption kept, in tokens, EOS included, a prompt not; None keeps all.
-        features: See `Pictures`; of each view of the pictures, so that there may be several. Pair 5 of 100 is item 5, and in view
-            2 item 205.
+        features: See `PictureViews`, whose way of counting this is: pair 5 of 100 is item 5, and in view 2 item 205.
         start_ids: Tokens every caption starts from: the start token, then a prompt's where there is one; BOS where None.
         loss_on_prompt: Whether the prompt is learnt as well.
 
@@ -73,7 +95,7 @@ class CaptionPairs(torch.utils.data.Dataset):
         start_ids: Sequence[int] | None = None,
         loss_on_prompt: bool = False,
     ):
-        self.pictures = [Pictures(rows, of_view, view) for view, of_view in enumerate(features)]
+        self.pictures = PictureViews(rows, features)
         captions = rows["captions"]
         self.row_of_pair = np.repeat(np.arange(len(rows)), [len(texts) for texts in captions])
         self.start_ids = list(start_ids or [tokenizer.bos_token_id])
@@ -97,12 +119,8 @@ class CaptionPairs(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         views, pairs = np.divmod(indices, len(self))
-        items = {}
-        for view in np.unique(views):
-            places = np.flatnonzero(views == view)
-            pictures = self.pictures[view].__getitems__(self.row_of_pair[pairs[places]].tolist())
-            items.update(zip(places, pictures, strict=True))
-        return [items[place] | self.tokens(index) for place, index in enumerate(indices)]
+        pictures = self.pictures.__getitems__(views * len(self.pictures) + self.row_of_pair[pairs])
+        return [picture | self.tokens(index) for picture, index in zip(pictures, indices, strict=True)]
 
     def tokens(self, index: int) -> dict:
         """What the decoder reads and, at the same positions, what it shall say next."""
@@ -166,7 +184,7 @@ class CaptionSampler(Sampler[int]):
             batches = order[:whole].reshape(-1, self.batch_size)
             order = np.concatenate([random.permutation(batches).reshape(-1), order[whole:]])
         if self.num_views > 1:
-            order = order + len(self) * ((self.pictures[order] + self.epoch) % self.num_views)
+            order = order + len(self) * view_in_epoch(self.pictures[order], self.epoch, self.num_views)
         return iter(order.tolist())
 
 

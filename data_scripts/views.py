@@ -27,8 +27,16 @@ def view_of_picture(image: Image.Image, view: int) -> Image.Image:
     return ImageOps.mirror(image) if view % 2 else image
 
 
+def view_in_epoch(picture, epoch: int, num_views: int):
+    """The view whose turn it is; of many pictures where `picture` is an array."""
+    return (picture + epoch) % num_views
+
+
 def caption_of_view(caption: str, view: int) -> str:
-    """The caption, with left and right swapped where the view is a mirror image, also where they mean something else."""
+    """The caption, with left and right swapped where the view is a mirror image, also where they mean something else.
+
+    Twice, it is the caption itself.
+    """
     if view % 2 == 0:
         return caption
 

@@ -55,6 +55,13 @@ class PictureArguments:
         default=None,
         metadata={"help": "Cut training captions to so many tokens, EOS included; none is cut if not given."},
     )
+    augmentation_views: int = field(
+        default=1,
+        metadata={
+            "help": "Views of each training picture that take turns: 2 adds its mirror image, with left and right swapped in "
+            "its captions, more (up to 10) large parts of both."
+        },
+    )
     cache_features: bool = field(
         default=True, metadata={"help": "Keep what a frozen encoder says of each picture on disk, in float16."}
     )
@@ -84,13 +91,6 @@ class DataArguments(PictureArguments):
 
     tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a tokenizer; system A trains its own where none is given."}
-    )
-    augmentation_views: int = field(
-        default=1,
-        metadata={
-            "help": "Views of each training picture that take turns: 2 adds its mirror image, with left and right swapped in "
-            "its captions, more (up to 10) large parts of both."
-        },
     )
     group_by_length: bool = field(default=True, metadata={"help": "Put captions of like length into one batch."})
     group_by_picture: bool = field(

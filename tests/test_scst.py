@@ -209,6 +209,28 @@ def test_dropout_is_on_where_it_learns_and_nowhere_else(kind):
     assert torch.equal(plain[0], gradients(0.0)[0])
 
 
+def test_what_is_left_in_a_mirror_image_is_right_in_the_references(monkeypatch):
+    """Of two samples, "left" and "right", the one that the reference has is the better one, or its mirror image."""
+    model, states = smallest("lstm")
+    texts = {2: "a dog left of a cat", 3: "a dog right of a cat"}
+    processor = SimpleNamespace(batch_decode=lambda captions, **_: [texts[caption[0]] for caption in captions])
+    monkeypatch.setattr(self_critical, "sample_captions", lambda *_: [[2, EOS], [3, EOS]])
+    cider = CiderD([["a dog left of a cat"], ["two birds sing"]], count_end=True)
+    token_ids = [[[[2, EOS]], [[3, 3]]], [[[3, EOS]], [[3, 3]]]]  # of the pictures, of their mirror images
+    critic = SelfCritic(
+        model, processor, cider, options(cross_entropy_share=0.5), seed=0, token_ids=token_ids, num_views=2
+    )
+    given = []
+    monkeypatch.setattr(critic, "loss_of", lambda *values: (given.append(values), (torch.tensor(0.0), 0.0))[1])
+    batch = {"index": torch.tensor([0]), "encoder_outputs": BaseModelOutput(last_hidden_state=states)}
+    for epoch in (0, 1):
+        critic.loss(model, batch, epoch, 1)
+    (_, _, _, rewards, _, references), (_, _, _, mirrored_rewards, _, mirrored_references) = given
+    assert rewards[0, 0] > 9.9 and rewards[0, 1] < 9
+    assert torch.equal(mirrored_rewards, rewards.flip(1))
+    assert references == [[2, EOS]] and mirrored_references == [[3, EOS]]
+
+
 # --------------------------------------------------------------------------------------- samples, probabilities
 
 
@@ -357,6 +379,7 @@ def test_the_best_caption_is_found(kind):
 SMALL = [
     *("--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--num_samples", "3", "--eval_steps", "2"),
     *("--learning_rate", "3e-3", "--early_stopping_patience", "9", "--generation_max_length", "14"),
+    *("--augmentation_views", "2"),
 ]
 MAINS = {"lstm": train_lstm.main, "vit_gpt2": train_vit_gpt2.main}
 

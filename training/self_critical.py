@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.modeling_outputs import BaseModelOutput
 
 from data_scripts.caption_batches import CaptionCollator
+from data_scripts.views import caption_of_view, view_in_epoch
 from modeling.caption_loss import tokens_at_once
 from modeling.captioner import start_token_ids
 from modeling.vit_gpt2 import hidden_states_as_logits
@@ -317,10 +318,12 @@ class SelfCritic:
             `sample_min_length`.
         seed: Of the samples.
         start: The model it started from, where it is to stay near it.
-        token_ids: Captions of each training picture, where there is cross entropy; an epoch takes one of each picture.
+        token_ids: Captions of each training picture, and of its mirror image where there are views, for the cross entropy; an
+            epoch takes one of each picture.
+        num_views: Of the pictures that are sampled for; see `data_scripts.views`.
     """
 
-    def __init__(self, model, processor, cider, options, seed: int, start=None, token_ids=None):
+    def __init__(self, model, processor, cider, options, seed: int, start=None, token_ids=None, num_views: int = 1):
         self.model = model
         self.processor = processor
         self.cider = cider
@@ -328,6 +331,7 @@ class SelfCritic:
         self.seed = seed
         self.start = start
         self.token_ids = token_ids
+        self.num_views = num_views
         self.rules = Rules(options.sample_no_repeat_ngram_size, options.sample_min_length)
 
     def loss(
@@ -338,24 +342,28 @@ class SelfCritic:
         Args:
             forward: The model, or what Accelerate has made of it.
             batch: `index`, the place of each picture among the training pictures, and `pixel_values` or `encoder_outputs`.
-            epoch: Decides on the samples.
+            epoch: Decides on the samples, and on the view.
             num_pictures: Divisor: the pictures of a whole step.
 
         Returns:
             The loss, and sums over the samples as in `FIGURES`, float64.
         """
         options, pictures = self.options, batch["index"].tolist()
+        views = [view_in_epoch(picture, epoch, self.num_views) for picture in pictures]
         states = self._states(batch)
         length = self.model.generation_config.max_length - len(start_token_ids(self.model))
         numbers = sampling_numbers(self.seed, epoch, pictures, options.num_samples, length)
         samples = sample_captions(self.model, states, numbers, self.rules)
-        rewards = self.rewards(samples, np.repeat(pictures, options.num_samples)).view(len(pictures), -1)
+        of_samples = (np.repeat(values, options.num_samples) for values in (pictures, views))
+        rewards = self.rewards(samples, *of_samples).view(len(pictures), -1)
         greedy = None
         if options.baseline == "greedy":
-            greedy = self.rewards(sample_captions(self.model, states, None, self.rules), pictures).to(states.device)
+            greedy = self.rewards(sample_captions(self.model, states, None, self.rules), pictures, views)
+            greedy = greedy.to(states.device)
         references = []
         if options.cross_entropy_share:
-            references = [self.token_ids[picture][epoch % len(self.token_ids[picture])] for picture in pictures]
+            captions = [self.token_ids[view % 2][picture] for picture, view in zip(pictures, views, strict=True)]
+            references = [of_picture[epoch % len(of_picture)] for of_picture in captions]
         loss, from_start = self.loss_of(forward, states, samples, rewards.to(states.device), greedy, references)
         figures = [
             rewards.sum().item(),
@@ -408,9 +416,11 @@ class SelfCritic:
             loss = (1 - share) * loss - share * log_probs[len(samples) :].sum()
         return loss, from_start.sum().item()
 
-    def rewards(self, captions: list[list[int]], pictures: Sequence[int]) -> torch.Tensor:
-        """CIDEr-D of captions of training pictures, and BLEU-4 where it has a weight, float32 (captions,)."""
+    def rewards(self, captions: list[list[int]], pictures: Sequence[int], views: Sequence[int]) -> torch.Tensor:
+        """CIDEr-D of captions of training pictures' views, and BLEU-4 where it has a weight, float32 (captions,)."""
         texts = self.processor.batch_decode(captions, skip_special_tokens=True)
+        # What is left in a mirror image is right in the picture that the references tell of.
+        texts = [caption_of_view(text, view) for text, view in zip(texts, views, strict=True)]
         cider, bleu_4 = self.cider.reward(texts, [self.ended(caption) for caption in captions], pictures)
         return torch.tensor(cider + self.options.bleu_weight * bleu_4, dtype=torch.float32)
 
