@@ -443,7 +443,7 @@ def train_until_due(
 
 def all_sums(accelerator, sums: torch.Tensor) -> dict[str, float]:
     """The sums of all processes, by name."""
-    total = accelerator.reduce(sums.to(accelerator.device))
+    total = accelerator.reduce(sums.to(accelerator.device)) if accelerator.num_processes > 1 else sums
     return dict(zip(FIGURES, total.tolist(), strict=True))
 
 

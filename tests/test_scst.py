@@ -272,12 +272,13 @@ def test_a_captions_probability_is_what_generate_says_token_by_token(kind, promp
     )
 
 
-def test_a_number_draws_each_token_as_often_as_it_is_likely():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_number_draws_each_token_as_often_as_it_is_likely(dtype):
     torch.manual_seed(0)
     scores = 2 * torch.randn(1, 12)
     scores[0, [3, 11]] = -torch.inf
     numbers = (torch.arange(10_000, dtype=torch.float64) + 0.5)[:, None] / 10_000
-    drawn = DrawByNumbers(numbers, 1)(torch.zeros(10_000, 1, dtype=torch.int64), scores.expand(10_000, -1))
+    drawn = DrawByNumbers(numbers.to(dtype), 1)(torch.zeros(10_000, 1, dtype=torch.int64), scores.expand(10_000, -1))
     assert ((drawn == 0).sum(dim=1) == 1).all() and ((drawn == -torch.inf).sum(dim=1) == 11).all()
     shares = (drawn == 0).double().mean(dim=0)
     assert torch.allclose(shares, scores[0].double().softmax(-1), atol=1.1e-4)

@@ -76,7 +76,7 @@ class DrawByNumbers(LogitsProcessor):
     """Draws each token by a number between 0 and 1 (the inverse of the cumulative distribution), and leaves `generate()` only that.
 
     Args:
-        numbers: float64 (rows, longest caption).
+        numbers: float64, or float32 where the device has no float64, (rows, longest caption).
         first: Decoder positions before the first drawn token.
     """
 
@@ -85,7 +85,7 @@ class DrawByNumbers(LogitsProcessor):
         self.first = first
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)  # (rows, vocabulary)
+        cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1, dtype=self.numbers.dtype)  # (rows, vocabulary)
         number = self.numbers[:, input_ids.shape[1] - self.first, None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, number, right=True).clamp(max=scores.shape[1] - 1)  # (rows, 1)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
@@ -135,7 +135,8 @@ def sample_captions(
     num_rows = len(states) if numbers is None else len(numbers)
     rows = torch.arange(len(states), device=states.device).repeat_interleave(num_rows // len(states))
     if numbers is not None:
-        processors.append(DrawByNumbers(numbers.to(states.device), len(start_ids)))
+        dtype = torch.float32 if states.device.type == "mps" else torch.float64  # Apple's has no float64
+        processors.append(DrawByNumbers(numbers.to(states.device, dtype), len(start_ids)))
     if shares_by(model) == "index":
         # A picture is read once for all its captions; `generate()` takes their number from the starts.
         starts = torch.tensor([start_ids], device=states.device).expand(num_rows, -1)
