@@ -282,6 +282,8 @@ def test_a_number_draws_each_token_as_often_as_it_is_likely(dtype):
     assert ((drawn == 0).sum(dim=1) == 1).all() and ((drawn == -torch.inf).sum(dim=1) == 11).all()
     shares = (drawn == 0).double().mean(dim=0)
     assert torch.allclose(shares, scores[0].double().softmax(-1), atol=1.1e-4)
+    last = DrawByNumbers(torch.ones(1, 1, dtype=dtype), 1)(torch.zeros(1, 1, dtype=torch.int64), scores)
+    assert last.argmax() == 10  # not 11, which is never said
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -86,8 +86,10 @@ class DrawByNumbers(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1, dtype=self.numbers.dtype)  # (rows, vocabulary)
-        number = self.numbers[:, input_ids.shape[1] - self.first, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, number, right=True).clamp(max=scores.shape[1] - 1)  # (rows, 1)
+        number = self.numbers[:, input_ids.shape[1] - self.first, None]
+        # What is rounded to 1 must not fall behind the last token there is.
+        number = number.clamp(max=1 - torch.finfo(number.dtype).eps) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, number, right=True)  # (rows, 1)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
