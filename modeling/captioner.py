@@ -91,7 +91,10 @@ def set_decoding(
         "max_length": max_length and max_length + num_start,
         "min_length": min_length and min_length + num_start,
     }
-    model.generation_config.update(**{name: value for name, value in settings.items() if value is not None})
+    decoding = model.generation_config
+    decoding.update(**{name: value for name, value in settings.items() if value is not None})
+    if (decoding.num_beams or 1) == 1:
+        decoding.length_penalty = None  # it is of beams, and without them transformers does not save it
 
 
 def save_captioner(model: PreTrainedModel, processor, folder: str | os.PathLike) -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from PIL import Image, ImageDraw
+from small_captioners import build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, GPT2TokenizerFast, ViTImageProcessor
 
@@ -14,6 +15,7 @@ from modeling.captioner import (
     attention_grids,
     generate_captions,
     inspect_captions,
+    load_captioner,
     save_captioner,
     set_decoding,
     start_token_ids,
@@ -130,6 +132,16 @@ def test_a_stream_grows_word_by_word_into_the_caption(captioner, generation):
         ends = [number for number in range(1, len(words)) if words[number].isascii()] + [len(words)]
         assert grown >= {" ".join(words[:number]) for number in ends}
         assert all(" ".join(words).startswith(text) for text in grown)
+
+
+@pytest.mark.parametrize("without_beams", [{"num_beams": 1}, {"top_p": 0.9}])
+def test_beams_can_be_taken_back(without_beams, tmp_path):
+    model, processor = build("lstm")
+    set_decoding(model, num_beams=3, length_penalty=0.7)
+    assert model.generation_config.length_penalty == 0.7
+    set_decoding(model, **without_beams)
+    save_captioner(model, processor, tmp_path)  # transformers saves no settings that contradict each other
+    assert load_captioner(str(tmp_path))[0].generation_config.num_beams == 1
 
 
 def test_the_smallest_nucleus_is_greedy_and_the_largest_is_the_models_own_law(captioner):
