@@ -49,6 +49,7 @@ from reporting.live import EpochBar
 from reporting.page import NUM_PICTURES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.training_report import report_training
+from training.averaging import mixed_with
 from training.checkpoints import check_finite, checkpoint_to_resume, own_output_dir
 from training.evaluation import score_captions
 from training.loop import (
@@ -89,6 +90,10 @@ class SCSTArguments:
     )
     kl_weight: float = field(
         default=0.0, metadata={"help": "CIDEr-D that a nat of KL divergence from the starting model costs a caption."}
+    )
+    start_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of the starting weights in what is evaluated and kept; the rest are those learnt."},
     )
     cross_entropy_share: float = field(
         default=0.0, metadata={"help": "Share of the loss that is cross entropy of a training caption."}
@@ -186,13 +191,14 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
     }
     with one_line_errors():
         use_decoding(model, args, pairs["train"].lengths, scst_args.sample_min_length)
+    start = copy.deepcopy(model) if scst_args.kl_weight or scst_args.start_share else None
     critic = SelfCritic(
         model,
         processor,
         CiderD(dataset["train"]["captions"], count_end=True),
         scst_args,
         args.seed,
-        start=copy.deepcopy(model) if scst_args.kl_weight else None,
+        start=start if scst_args.kl_weight else None,
         token_ids=captions_of_pictures(pairs["train"]),
         num_views=num_views,
     )
@@ -235,10 +241,11 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
     def evaluate(row: dict) -> None:
         captioner = accelerator.unwrap_model(model)
         share = shares_by(captioner)
-        row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"], share))
-        pictures = eval_loader(Pictures(val_rows, val_features))
-        row |= score_captions(accelerator, captioner, processor, pictures, val_rows, scorer)
-        keep_best(accelerator, captioner, processor, row, progress, args)
+        with mixed_with(captioner, start, scst_args.start_share):
+            row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"], share))
+            pictures = eval_loader(Pictures(val_rows, val_features))
+            row |= score_captions(accelerator, captioner, processor, pictures, val_rows, scorer)
+            keep_best(accelerator, captioner, processor, row, progress, args)
 
     with StopSignal() as stopping:
         if not progress.history:  # what is to be beaten
@@ -267,7 +274,9 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
     split = "test" if "test" in dataset else "validation"
     if not args.load_best_model_at_end:
         if accelerator.is_main_process:
-            save_captioner(accelerator.unwrap_model(model), processor, args.output_dir)
+            captioner = accelerator.unwrap_model(model)
+            with mixed_with(captioner, start, scst_args.start_share):
+                save_captioner(captioner, processor, args.output_dir)
         accelerator.wait_for_everyone()
     captioner = load_captioner(args.output_dir)[0].to(accelerator.device)
     pictures = eval_loader(Pictures(dataset[split], *features[split]))

@@ -27,7 +27,7 @@ LOWEST = {
     **dict.fromkeys(("eval_steps", "num_samples"), 1),
     "vocab_size": 8,  # the four special tokens, and something to say
 }
-SHARES = ("dropout", "attention_dropout", "label_smoothing_factor", "cross_entropy_share", "ema_decay")
+SHARES = ("dropout", "attention_dropout", "label_smoothing_factor", "cross_entropy_share", "start_share", "ema_decay")
 CHOICES = {
     "lr_scheduler_type": ("constant", "constant_with_warmup", "cosine", "linear", "polynomial", "inverse_sqrt"),
     "mixed_precision": ("no", "bf16", "fp16"),

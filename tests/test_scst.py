@@ -533,6 +533,21 @@ def test_cross_entropy_and_the_bound_keep_a_run_near_its_start(started, small_sc
     assert taught["eval_loss"] < free["eval_loss"] - 0.01
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_is_mixed_with_the_start_and_what_learns_is_not(kind, whole, started, small_scenes, tmp_path):
+    given = ["--start_share", "0.25", "--load_best_model_at_end", "false", "--save_steps", "6"]
+    history = scst(started[kind], small_scenes, tmp_path, *given)
+    folders = (started[kind], whole[kind] / "checkpoint-6", tmp_path / "checkpoint-6", tmp_path)
+    first, undisturbed, learnt, kept = (load_file(folder / "model.safetensors") for folder in folders)
+    assert not differences(learnt, undisturbed)
+    assert any(not torch.equal(value, first[name]) for name, value in kept.items())
+    for name, value in kept.items():
+        mixed = 0.25 * first[name] + 0.75 * learnt.get(name, first[name])
+        assert torch.allclose(value.float(), mixed, atol=1e-6), name
+    # What is scored is what is kept, not what learns.
+    assert history[-1]["eval_loss"] != json.loads((whole[kind] / "history.json").read_text())[-1]["eval_loss"]
+
+
 def test_decoding_options_are_of_evaluation_alone(whole, started, small_scenes, tmp_path):
     """They change what is generated, and not what is sampled."""
     model, processor = load_captioner(str(started["lstm"]))

@@ -1,4 +1,6 @@
-"""An average of the weights over the last steps: what a model of a high learning rate would come to at a low one."""
+"""Averages of weights: over the last steps, which is what a model of a high learning rate would come to at a low one; and of what was
+learnt with what it was learnt from.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,3 +84,23 @@ class WeightAverage:
             kept = value.clone()
             value.copy_(average)
             average.copy_(kept)
+
+
+@contextmanager
+def mixed_with(model: nn.Module, start: nn.Module | None, share: float) -> Iterator[None]:
+    """The model with weights of which so much are those that it started from (Wortsman et al., 2022, https://arxiv.org/abs/2109.01903).
+
+    Args:
+        start: As the model was; not looked at where the share is 0.
+    """
+    learning = {name: value for name, value in model.named_parameters() if value.requires_grad and share}
+    kept = [value.detach().clone() for value in learning.values()]
+    with torch.no_grad():
+        for name, value in learning.items():
+            value.lerp_(start.get_parameter(name), share)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value, own in zip(learning.values(), kept, strict=True):
+                value.copy_(own)
