@@ -59,7 +59,7 @@ FASTER = {
     "train_scst": [
         *("--num_train_epochs", "1", "--per_device_train_batch_size", "3", "--num_samples", "2", "--report_to", "none"),
         *("--max_train_pictures", "6", "--max_eval_pictures", "2", "--eval_steps", "9", "--save_steps", "9"),
-        *("--mixed_precision", "no", "--sample_min_length", "0"),
+        *("--mixed_precision", "no", "--sample_min_length", "0", "--generation_min_length", "0"),
     ],
 }
 
