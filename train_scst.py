@@ -137,7 +137,7 @@ class LoopArguments(recipes.LoopArguments):
     generation_min_length: int | None = field(
         default=None,
         metadata={
-            "help": "Shortest caption generated in evaluation, in tokens; samples have none; the model's own if not given."
+            "help": "Shortest caption generated in evaluation, in tokens, see sample_min_length for samples; the model's own if not given."
         },
     )
     generation_num_beams: int | None = field(

@@ -6,6 +6,7 @@ frozen encoder's output of each can be kept.
 
 import re
 
+import numpy as np
 from PIL import Image, ImageOps
 
 NUM_VIEWS = 10
@@ -27,8 +28,8 @@ def view_of_picture(image: Image.Image, view: int) -> Image.Image:
     return ImageOps.mirror(image) if view % 2 else image
 
 
-def view_in_epoch(picture, epoch: int, num_views: int):
-    """The view whose turn it is; of many pictures where `picture` is an array."""
+def view_in_epoch(picture: int | np.ndarray, epoch: int, num_views: int) -> int | np.ndarray:
+    """The view of a training picture, named by its row, whose turn it is; of many where `picture` is an array."""
     return (picture + epoch) % num_views
 
 
