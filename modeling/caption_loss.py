@@ -43,6 +43,8 @@ def caption_loss(
     if torch.is_autocast_enabled(hidden.device.type):  # torch's op does not look
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    # On a processor torch's op would compute all its products in float32, as if none computed in bfloat16 themselves.
+    policy = "compact" if hidden.device.type == "cpu" else "auto"
     nats = nn.functional.linear_cross_entropy(
         hidden,
         weight,
@@ -50,7 +52,7 @@ def caption_loss(
         linear_bias=bias,
         reduction="sum",
         options=nn.LinearCrossEntropyOptions(
-            batch_chunk_size=tokens_at_once(len(hidden), len(weight)), chunking_method=None
+            batch_chunk_size=tokens_at_once(len(hidden), len(weight)), chunking_method=None, acc_policy=policy
         ),
     )
     if label_smoothing:
