@@ -193,11 +193,11 @@ def encode_splits(
     views = {split: range(num_views if split == "train" else 1) for split in dataset}
     if not args.cache_features or any(parameter.requires_grad for parameter in encoder.parameters()):
         return {split: [None] * len(views[split]) for split in dataset}
-    encoder = encoder.eval().to(memory_format=torch.channels_last)  # convolutions are faster in it
+    encoder.eval()
     fingerprint = encoder_fingerprint(encoder, image_processor)
     device = next(encoder.parameters()).device
     encode = compiled_for_batches(encoder) if args.compile_encoder else encoder
-    features = {
+    return {
         split: [
             cache_features(
                 rows,
@@ -213,8 +213,6 @@ def encode_splits(
         ]
         for split, rows in dataset.items()
     }
-    encoder.to(memory_format=torch.contiguous_format)  # as it is saved
-    return features
 
 
 def compiled_for_batches(encoder: torch.nn.Module, batch_size: int = BATCH_SIZE) -> Callable:

@@ -98,7 +98,9 @@ class TimmEncoder(nn.Module):
         return getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
-        features = self.backbone(pixel_values.to(next(self.backbone.parameters()).dtype))
+        # Convolutions are faster on pixels whose channels lie side by side, and hand that order on.
+        pixel_values = pixel_values.to(next(self.backbone.parameters()).dtype, memory_format=torch.channels_last)
+        features = self.backbone(pixel_values)
         if features.ndim == 2:  # one summary: (batch, encoder size)
             features = features.unsqueeze(1)
         elif features.ndim == 4:  # a grid, the sizes first or last: (batch, encoder size, height, width)

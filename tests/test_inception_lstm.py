@@ -249,6 +249,22 @@ def test_what_is_frozen_stays_and_the_rest_moves(freeze):
         assert any(name.endswith("conv_stem.weight") for name in moved)
 
 
+def test_the_encoder_convolves_with_channels_side_by_side():
+    """In which convolutions are faster; its output is that of any order, and its own of torch's usual one."""
+    encoder, pixels = TimmEncoder(ENCODER, grid=True).eval(), random_batch()["pixel_values"]
+    seen = []
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        states = encoder(pixels).last_hidden_state
+        plain = encoder.backbone(pixels).flatten(2).transpose(1, 2)
+    last = torch.channels_last
+    assert [x.is_contiguous(memory_format=last) for x in seen[: len(seen) // 2]] == [True] * (len(seen) // 2)
+    assert not seen[len(seen) // 2].is_contiguous(memory_format=last)
+    torch.testing.assert_close(states, plain)
+
+
 def test_of_a_frozen_encoder_the_last_blocks_may_learn_but_no_statistics():
     model = make_model(freeze_encoder=True)
     with pytest.raises(ValueError, match="--unfrozen_encoder_blocks 7: give 6 at most"):
