@@ -163,7 +163,9 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     )
 
     # ---- Optimiser --------------------------------------------------------------------------------------------------
-    optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
     step_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     scheduler = build_scheduler(args, optimizer, math.ceil(len(pairs["train"]) / step_size))
 

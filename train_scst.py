@@ -205,7 +205,7 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
 
     # ---- Optimiser --------------------------------------------------------------------------------------------------
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(learning, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     step_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     scheduler = build_scheduler(args, optimizer, math.ceil(len(dataset["train"]) / step_size))
 
