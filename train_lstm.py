@@ -194,7 +194,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     progress = Progress(step_size)
     if resume_from:
         with one_line_errors(ValueError):
-            progress = load_checkpoint(accelerator, scheduler, resume_from, step_size)
+            progress = load_checkpoint(accelerator, scheduler, resume_from, progress)
     start_trackers(accelerator, options, progress)
     val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], *features["validation"])
     scorer = CaptionScorer(val_rows["captions"], training_captions)

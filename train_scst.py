@@ -33,7 +33,7 @@ from data_scripts.caption_batches import (
     spread_evenly,
 )
 from data_scripts.command_line import one_line_errors
-from data_scripts.features import encode_splits
+from data_scripts.features import encode_splits, weights_digest
 from metrics import CaptionScorer, CiderD
 from modeling.caption_loss import caption_loss
 from modeling.captioner import (
@@ -181,6 +181,7 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
 
         # ---- Model --------------------------------------------------------------------------------------------------
         model, processor, kind = load_start(scst_args.model)
+    start_digest = weights_digest(model)
     model.to(accelerator.device)
     num_views = data_args.augmentation_views
     features = encode_splits(dataset, model.get_encoder(), processor.image_processor, data_args, num_views)
@@ -230,10 +231,10 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
 
     # ---- Training ---------------------------------------------------------------------------------------------------
-    progress = Progress(step_size)
+    progress = Progress(step_size, start_digest)
     if resume_from:
         with one_line_errors(ValueError):
-            progress = load_checkpoint(accelerator, scheduler, resume_from, step_size, STATE_FILE, unit="pictures")
+            progress = load_checkpoint(accelerator, scheduler, resume_from, progress, STATE_FILE, unit="pictures")
     start_trackers(accelerator, options, progress)
     val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], *features["validation"])
     scorer = CaptionScorer(val_rows["captions"], training_captions)

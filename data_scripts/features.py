@@ -25,8 +25,13 @@ BATCH_SIZE = 32  # pictures the encoder sees together; files hold whole batches
 
 def encoder_fingerprint(encoder: torch.nn.Module, image_processor) -> str:
     """A digest of the encoder's layers, weights and statistics and of all that the image processor does."""
-    digest = hashlib.sha256(f"{image_processor.to_json_string()} {encoder}".encode())
-    for name, value in encoder.state_dict().items():
+    return weights_digest(encoder, f"{image_processor.to_json_string()} {encoder}")
+
+
+def weights_digest(module: torch.nn.Module, about: str = "") -> str:
+    """A digest of all weights and statistics of a module, and of what is told about it."""
+    digest = hashlib.sha256(about.encode())
+    for name, value in module.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

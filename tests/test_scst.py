@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from kill_points import SCRIPTS, differences, log_of, run_together, what_is_left
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_captioners import PICTURES, build
 from transformers import (
     BertConfig,
@@ -657,6 +657,17 @@ def test_a_checkpoint_of_another_script_or_of_other_steps_is_refused(whole, star
     assert "was made with 8 pictures a step, here are 5" in refused(
         started["lstm"], small_scenes, tmp_path, capsys, *given
     )
+
+
+def test_a_checkpoint_that_went_on_from_another_captioner_is_refused(whole, started, small_scenes, tmp_path, capsys):
+    """Its rest would be mixed with, or held near, weights that it never had."""
+    other = shutil.copytree(started["lstm"], tmp_path / "other", ignore=shutil.ignore_patterns("checkpoint-*"))
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.bias"] += 0.1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    given = ["--resume_from_checkpoint", str(whole["lstm"] / "checkpoint-3")]
+    sentence = refused(other, small_scenes, tmp_path, capsys, *given)
+    assert "checkpoint-3 went on from another captioner than --model: give the one" in sentence
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("scst_*.yaml")), ids=lambda path: path.name)

@@ -37,6 +37,7 @@ class Progress:
     """Where a run stands; saved with each checkpoint."""
 
     step_size: int  # captions, or pictures, over all processes and accumulated batches
+    start: str = ""  # digest of the weights that it goes on from, where those are a captioner's
     epoch: int = 0  # whole ones
     step: int = 0
     epoch_steps: int = 0  # of the epoch that has begun
@@ -170,9 +171,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    accelerator, scheduler, folder: Path, step_size: int, state_file: str = "progress.json", unit: str = "captions"
+    accelerator, scheduler, folder: Path, begun: Progress, state_file: str = "progress.json", unit: str = "captions"
 ) -> Progress:
     """Put model, optimiser, schedule and random states back as they were, and say where the run stood.
+
+    Args:
+        begun: This run's, before its first step.
 
     Raises:
         ValueError: The checkpoint is another version's or another model's, or its steps have other sizes.
@@ -186,7 +190,9 @@ def load_checkpoint(
         )
     progress = Progress(**saved)
     check_sharding(folder, accelerator.is_fsdp2)
-    check_step_size(folder, progress.step_size, step_size, unit)
+    check_step_size(folder, progress.step_size, begun.step_size, unit)
+    if progress.start != begun.start:
+        raise ValueError(f"{folder} went on from another captioner than --model: give the one that its run began with")
     try:
         accelerator.load_state(str(folder))
     except (RuntimeError, ValueError) as error:
