@@ -3,7 +3,7 @@ learnt with what it was learnt from.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -69,38 +69,32 @@ class WeightAverage:
             decay = min(self.decay, step / (step + 9))
             torch._foreach_lerp_(self.values, list(self.learning.values()), 1 - decay)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """The model with the average for its weights."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for value, average in zip(self.learning.values(), self.values, strict=True):
-            kept = value.clone()
-            value.copy_(average)
-            average.copy_(kept)
+        return with_values(list(self.learning.values()), self.values)
 
 
-@contextmanager
-def mixed_with(model: nn.Module, start: nn.Module | None, share: float) -> Iterator[None]:
+def mixed_with(model: nn.Module, start: nn.Module | None, share: float) -> AbstractContextManager[None]:
     """The model with weights of which so much are those that it started from (Wortsman et al., 2022, https://arxiv.org/abs/2109.01903).
 
     Args:
         start: As the model was; not looked at where the share is 0.
     """
     learning = {name: value for name, value in model.named_parameters() if value.requires_grad and share}
-    kept = [value.detach().clone() for value in learning.values()]
+    mixed = [value.detach().lerp(start.get_parameter(name).detach(), share) for name, value in learning.items()]
+    return with_values(list(learning.values()), mixed)
+
+
+@contextmanager
+def with_values(weights: list[torch.Tensor], values: list[torch.Tensor]) -> Iterator[None]:
+    """The weights with other values, and with their own again when it is left."""
+    own = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
-        for name, value in learning.items():
-            value.lerp_(start.get_parameter(name), share)
+        for weight, value in zip(weights, values, strict=True):
+            weight.copy_(value)
     try:
         yield
     finally:
         with torch.no_grad():
-            for value, own in zip(learning.values(), kept, strict=True):
-                value.copy_(own)
+            for weight, value in zip(weights, own, strict=True):
+                weight.copy_(value)
