@@ -1,7 +1,7 @@
 # make demo      draw pictures, train small captioners on them, score them, write the pages (a few minutes on two cores)
 # make test      run the tests
 # make quality   ruff check, ruff format --check
-# make bench     the benchmarks
+# make bench     the benchmarks (20 minutes on two cores; the last wants Java)
 # Each sets up .venv by itself; it is made once and reused until setup.cfg or pyproject.toml changes.
 
 PYTHON ?= python3
@@ -32,6 +32,7 @@ quality: $(READY)
 	$(BIN)/ruff format --check .
 
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[java]'
 	@for name in pictures decoder_step generate train_epoch metrics; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit; done
 
 $(READY): setup.cfg pyproject.toml

@@ -16,7 +16,7 @@ from benchmarks.full_size import build_captioner, paragraphs, random_states
 from benchmarks.machine import benchmark_parser, describe_machine, in_turns, ratio_of_medians, synchronize, write_result
 from modeling.captioner import start_token_ids
 
-MAX_LENGTH = {"lstm": 80, "vit_gpt2": 32}  # tokens; random weights rarely end a caption before
+MAX_LENGTH = {"lstm": 80, "vit_gpt2": 24}  # tokens; random weights rarely end a caption before
 
 
 def main(argv: list[str] | None = None) -> None:
