@@ -27,7 +27,7 @@ from benchmarks.full_size import BATCH_SIZE, VOCABULARY, build_captioner, paragr
 from benchmarks.machine import benchmark_parser, describe_machine, in_turns, ratio_of_medians, synchronize, write_result
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs
 from data_scripts.features import encode_splits
-from modeling.captioner import computes_in_bfloat16
+from modeling.caption_loss import computes_in_bfloat16
 from recipes import DataArguments
 
 NUM_PICTURES = {"lstm": 512, "vit_gpt2": 48}  # of our epoch; in fewer, its first step would weigh too much

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, TextItera
 from transformers.modeling_outputs import BaseModelOutput
 
 from . import captioning_pipeline
+from .caption_loss import computes_in_bfloat16
 from .processing import centre_crop, load_processor
 
 # What config.json says of the pipeline beside it; transformers then runs that for `pipeline("image-to-text")`.
@@ -60,13 +61,6 @@ def use_device(model: PreTrainedModel, device: str | torch.device, dtype: str = 
         model.to(device, getattr(torch, dtype))
     except (RuntimeError, AssertionError) as error:  # torch's for a device that is not there
         raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for it, so that it is faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def set_decoding(

@@ -37,7 +37,7 @@ class Progress:
     """Where a run stands; saved with each checkpoint."""
 
     step_size: int  # captions, or pictures, over all processes and accumulated batches
-    start: str = ""  # digest of the weights that it goes on from, where those are a captioner's
+    start_digest: str = ""  # of the captioner's weights that it goes on from, where it does
     epoch: int = 0  # whole ones
     step: int = 0
     epoch_steps: int = 0  # of the epoch that has begun
@@ -191,7 +191,7 @@ def load_checkpoint(
     progress = Progress(**saved)
     check_sharding(folder, accelerator.is_fsdp2)
     check_step_size(folder, progress.step_size, begun.step_size, unit)
-    if progress.start != begun.start:
+    if progress.start_digest != begun.start_digest:
         raise ValueError(f"{folder} went on from another captioner than --model: give the one that its run began with")
     try:
         accelerator.load_state(str(folder))
