@@ -61,6 +61,7 @@ from reporting.push import CheckpointPush, download_checkpoint
 from reporting.results import write_history
 from reporting.training_report import report_training
 from training.checkpoints import (
+    check_bfloat16,
     check_finite,
     check_launch,
     check_sharding,
@@ -206,6 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     with one_line_errors():
         check_launch()
+        if args.bf16:
+            check_bfloat16(args.device, "--bf16 true", "--bf16 false")
     with one_line_errors(OSError), own_output_dir(args.output_dir):
         run(data_args, model_args, args)
 

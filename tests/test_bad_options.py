@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import load_from_disk
 from kill_points import SCRIPTS
 from transformers import AutoTokenizer
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 import caption
 import evaluate_captions
 import train_lstm
+import train_scst
 import train_vit_gpt2
 from data_scripts import load_captions
 from data_scripts.train_tokenizer import train_tokenizer
@@ -118,6 +120,26 @@ def test_an_impossible_value_is_refused_and_its_option_named(small_scenes, tmp_p
     sentence = refused(capsys, MAINS[script], arguments)
     assert option.removeprefix("--") in sentence or value in sentence
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "asked", "instead"),
+    [
+        (train_lstm, ["--mixed_precision", "bf16"], "give --mixed_precision no"),
+        (train_vit_gpt2, ["--bf16", "true", "--use_cpu", "true"], "give --bf16 false"),
+        (train_scst, ["--mixed_precision", "bf16", "--model", "outputs/lstm"], "give --mixed_precision no"),
+    ],
+)
+def test_bfloat16_is_refused_on_a_processor_without_it(tmp_path, capsys, monkeypatch, script, asked, instead):
+    """There torch has no LSTM in it, and its products take a hundred times as long."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        sentence = refused(capsys, script.main, [*asked, "--output_dir", tmp_path / "run"])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # else later runs of this process would be in bfloat16
+    assert sentence.startswith(" ".join(asked[:2])) and instead in sentence
 
 
 @pytest.mark.parametrize("top_p", ["0", "1.1", "nan"])

@@ -153,6 +153,7 @@ def test_a_run_that_goes_on_ends_where_an_undisturbed_one_ends(small_scenes, tmp
         "3",
         "--load_best_model_at_end",
         "false",
+        *("--unfrozen_encoder_blocks", "1", "--encoder_learning_rate", "1e-4", "--augmentation_views", "2"),
     ]
     undisturbed = train(tmp_path / "whole", small_scenes, *options)
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -163,6 +164,15 @@ def test_a_run_that_goes_on_ends_where_an_undisturbed_one_ends(small_scenes, tmp
     of_both = [json.loads((tmp_path / run / "history.json").read_text()) for run in ("whole", "killed")]
     of_both = [[{k: v for k, v in row.items() if not k.endswith("seconds")} for row in history] for history in of_both]
     assert of_both[0] == of_both[1]
+
+
+def test_of_a_frozen_encoder_the_last_block_learns_at_its_own_rate_where_it_shall(trained, small_scenes, tmp_path):
+    options = ["--unfrozen_encoder_blocks", "1", "--learning_rate", "0", "--encoder_learning_rate", "1e-3"]
+    first = load_file(trained / "model.safetensors")  # of the same seed, its whole encoder frozen
+    last = train(tmp_path / "last", small_scenes, *options)
+    moved = {name for name in first if name.startswith("encoder.") and not torch.equal(last[name], first[name])}
+    learns = tuple(f"encoder.backbone.{part}." for part in ("blocks.4", "conv_head", "bn2"))
+    assert moved == {name for name in first if name.startswith(learns) and "running" not in name and "num_" not in name}
 
 
 def test_accumulated_batches_give_the_step_of_one_big_batch(small_scenes, tmp_path):

@@ -20,6 +20,8 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from modeling.caption_loss import computes_in_bfloat16
+
 CHECKSUMS = "checksums.json"
 # What Accelerate takes where the launcher says nothing, and what is needed: FSDP1 is another thing; parts saved by themselves
 # are read with pickle; and every process has to have the weights, to encode pictures and for its copy.
@@ -89,6 +91,23 @@ def check_launch() -> None:
             given = os.environ.get(name, default)
             if given.upper() != needed:
                 raise ValueError(f"{name} is {given}, and has to be {needed}: run with recipes/accelerate/fsdp2.yaml")
+
+
+def check_bfloat16(device: torch.device, asked: str, instead: str) -> None:
+    """See to it, where bfloat16 is asked for, that a processor has it: else torch has no LSTM, and products that take for ever.
+
+    Args:
+        device: Where training is to be.
+        asked, instead: The option that asks for bfloat16, and the one that does not.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if device.type == "cpu" and not computes_in_bfloat16(device):
+        raise ValueError(
+            f"{asked}: this processor has no instructions for bfloat16, and training would fail or take a hundred times as long: "
+            f"give {instead}"
+        )
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:

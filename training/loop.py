@@ -21,6 +21,7 @@ from reporting.curves import draw_curves
 from reporting.live import check_trackers, tell_losses
 from reporting.results import write_history
 from training.checkpoints import (
+    check_bfloat16,
     check_finite,
     check_launch,
     check_sharding,
@@ -68,6 +69,8 @@ def start_accelerator(args: LoopArguments) -> Accelerator:
         mixed_precision=args.mixed_precision, log_with=trackers or None, project_dir=args.output_dir
     )
     check_launch()
+    if accelerator.mixed_precision == "bf16":
+        check_bfloat16(accelerator.device, "--mixed_precision bf16", "--mixed_precision no")
     logging.basicConfig(
         level=logging.INFO if accelerator.is_local_main_process else logging.WARNING, format="%(message)s"
     )
