@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from data_scripts.command_line import one_line_errors
 from data_scripts.row_checks import MAX_PICTURE_BYTES, BadPicture, decode_picture
-from modeling.captioner import load_captioner, stream_caption
+from modeling.captioner import load_captioner, stream_caption, use_device
 from reporting.page import picture_data_uri
 
 try:
@@ -62,12 +62,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--share", action="store_true", help="open a public address through Gradio's servers as well")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     args = parser.parse_args(argv)
+    if args.port is not None and not 0 < args.port < 2**16:
+        parser.error(f"--port {args.port}: it must be from 1 to {2**16 - 1}")
     transformers.logging.disable_progress_bar()
     with one_line_errors():
         # ---- Models -------------------------------------------------------------------------------------------------
         captioners = {name: load_captioner(name) for name in args.models or demo_models()}
         for model, _ in captioners.values():
-            model.to(args.device)
+            use_device(model, args.device)
         # ---- App ----------------------------------------------------------------------------------------------------
         launch(build_app(captioners), server_name=args.host, server_port=args.port, share=args.share)
 
@@ -209,26 +211,28 @@ def caption_files(captioners: dict[str, tuple], paths: list[str], generation: di
     lines, before, shown = [], "", ""
     for path in paths:
         picture = decode_picture(Path(path).read_bytes())
+        source = picture_data_uri(picture)
         before, captions = shown + before, dict.fromkeys(captioners, "")
         for name, (model, processor) in captioners.items():
             pixels = processor(images=[picture], return_tensors="pt")["pixel_values"].to(model.device)
             for captions[name] in stream_caption(model, processor, {"pixel_values": pixels}, **generation):
-                yield picture_card(picture, path, captions, "told now"), before, gr.skip()
+                yield picture_card(source, path, captions, "told now"), before, gr.skip()
             lines.append({"image_id": Path(path).name, "model": name, "caption": captions[name]})
-        shown = picture_card(picture, path, captions, "told")
-    file = Path(tempfile.mkdtemp()) / "captions.jsonl"
-    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    yield gr.skip(), before, gr.update(value=str(file), visible=True)
+        shown = picture_card(source, path, captions, "told")
+    with tempfile.TemporaryDirectory() as folder:  # Gradio keeps a copy, and forgets it when it forgets the uploads
+        file = Path(folder) / "captions.jsonl"
+        file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        yield gr.skip(), before, gr.update(value=str(file), visible=True)
 
 
-def picture_card(picture, path: str, captions: dict[str, str], kind: str) -> str:
-    """A picture with its captions as HTML; names and captions are text, whatever they hold."""
+def picture_card(source: str, path: str, captions: dict[str, str], kind: str) -> str:
+    """A picture, as the address of its data, with its captions as HTML; names and captions are text, whatever they hold."""
     entries = Markup().join(
         Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, caption) for name, caption in captions.items()
     )
     name = Path(path).name
     return Markup('<div class="{}"><img src="{}" alt="{}" title="{}"><dl>{}</dl></div>').format(
-        kind, picture_data_uri(picture), name, name, entries
+        kind, source, name, name, entries
     )
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from data_scripts.archives import download
+from data_scripts.caption_table import printable
 from data_scripts.command_line import one_line_errors
 from data_scripts.row_checks import MAX_PICTURE_BYTES, BadPicture, decode_picture
 from modeling.captioner import generate_captions, load_captioner, set_decoding, use_device
@@ -114,9 +115,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output and Path(args.output).suffix not in (".txt", ".jsonl", ".html"):
         parser.error(f"--output {args.output}: the name must end in .txt, .jsonl or .html")
-    for name in ("top_p", "seed"):
-        if problem := value_problem(name, getattr(args, name)):
-            parser.error(f"--{name} {getattr(args, name)}: {problem}")
+    for name, value in vars(args).items():
+        if problem := value_problem(name, value):
+            parser.error(f"--{name} {value}: {problem}")
     if args.top_p and args.num_beams and args.num_beams > 1:
         parser.error(f"--top_p {args.top_p} and --num_beams {args.num_beams}: give one of them")
     transformers.logging.disable_progress_bar()
@@ -178,7 +179,7 @@ def caption_items(model, processor, batches, inspect: bool = False) -> Iterator[
     for items, pixels in batches:
         for item in items:
             if "problem" in item:
-                print(f"{item['name']}: {item['problem']}", file=sys.stderr)
+                print(f"{printable(item['name'])}: {item['problem']}", file=sys.stderr)
         if pixels is not None:
             made = generate_captions(model, processor, {"pixel_values": pixels.to(model.device)}, inspect)
             good = [item for item in items if "problem" not in item]
@@ -192,7 +193,7 @@ def write_items(items: Iterator[dict], output: str | None) -> int:
     lines, pictures, records = [], [], []
     for count, item in enumerate(items, start=1):
         if output is None:
-            print(f"{item['name']}\t{item['caption']}", flush=True)
+            print(f"{printable(item['name'])}\t{item['caption']}", flush=True)
         elif output.endswith(".txt"):
             lines.append(f"{item['name']}\t{item['caption']}\n")
         elif output.endswith(".jsonl"):
@@ -200,7 +201,10 @@ def write_items(items: Iterator[dict], output: str | None) -> int:
         elif count <= NUM_PICTURES_ON_PAGE:
             pictures.append(item.pop("image"))
             records.append({"image_id": item.pop("name"), "references": [], **item})
-    if output and output.endswith(".html"):
+    if output and count and output.endswith(".html"):
+        if count > NUM_PICTURES_ON_PAGE:
+            told = f"{output} shows the first {NUM_PICTURES_ON_PAGE} of {count:,} pictures; --output captions.jsonl holds all"
+            print(told, file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             write_file(output, write_page(folder, pictures, records, {}).read_bytes())
     elif output and count:

@@ -76,9 +76,9 @@ class EvaluationArguments:
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(EvaluationArguments, description=__doc__)
     (args,) = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
-    for name in ("top_p", "seed"):
-        if problem := value_problem(name, getattr(args, name)):
-            parser.error(f"--{name} {getattr(args, name)}: {problem}")
+    for name, value in vars(args).items():
+        if problem := value_problem(name, value):
+            parser.error(f"--{name} {value}: {problem}")
     if args.top_p and (args.generation_num_beams or 1) > 1:
         parser.error(f"--top_p {args.top_p} and --generation_num_beams {args.generation_num_beams}: give one of them")
     if (args.predictions is None) == (args.model is None):

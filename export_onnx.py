@@ -3,7 +3,7 @@
     python export_onnx.py outputs/demo/lstm outputs/demo/lstm_onnx
 
 It leaves encoder.onnx, step.onnx, the processor and the decoding settings; `caption_pictures` below captions with them, greedily, and
-shows how: it needs onnxruntime and numpy alone. Install with `pip install -e '.[onnx]'`.
+shows how: what it calls is onnxruntime and numpy alone. Install with `pip install -e '.[onnx]'`.
 
     encoder.onnx  pixel_values (batch, 3, height, width)  ->  picture.*: what every step looks at
     step.onnx     input_ids (batch, length), position (), picture.*, state.*  ->  logits (batch, vocabulary) after the last of
@@ -177,7 +177,7 @@ def _export(module: nn.Module, inputs: tuple, path: Path, input_names: list, out
 
 
 def caption_pictures(folder: str | Path, pixel_values: np.ndarray, max_length: int | None = None) -> list[list[int]]:
-    """The ids of the likeliest words of each picture, by onnxruntime.
+    """The ids of the likeliest words of each picture, by onnxruntime: what `generate()` gives without beams.
 
     Args:
         folder: What this script has left.
@@ -207,10 +207,24 @@ def caption_pictures(folder: str | Path, pixel_values: np.ndarray, max_length: i
         logits, *new = step.run(None, {"input_ids": tokens, "position": np.array(position), **picture, **state})
         state = dict(zip(state, new, strict=True))
         position += tokens.shape[1]
+        if captions.shape[1] < (settings.get("min_length") or 0):
+            logits[:, settings["eos_token_id"]] = -np.inf
+        for row, repeats in enumerate(repeating(captions, settings.get("no_repeat_ngram_size") or 0)):
+            logits[row, repeats] = -np.inf
         tokens = np.where(ended, settings["pad_token_id"], logits.argmax(-1))[:, None]  # (batch, 1)
         ended |= tokens[:, 0] == settings["eos_token_id"]
         captions = np.concatenate([captions, tokens], axis=1)
     return captions[:, len(start) :].tolist()
+
+
+def repeating(captions: np.ndarray, size: int) -> list[list[int]]:
+    """For each caption so far, (batch, length), the tokens with which its last ones would be a run of `size` that it has had."""
+    if not size or captions.shape[1] < size:
+        return []
+    runs = np.lib.stride_tricks.sliding_window_view(captions, size, axis=1)  # (batch, runs, size)
+    last = captions[:, None, captions.shape[1] - size + 1 :]  # (batch, 1, size - 1)
+    had = (runs[..., :-1] == last).all(-1)  # (batch, runs)
+    return [row[same, -1].tolist() for row, same in zip(runs, had, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> None:

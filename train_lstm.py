@@ -38,7 +38,7 @@ from reporting.page import NUM_PICTURES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.training_report import report_training
 from training.averaging import WeightAverage, check_average
-from training.checkpoints import check_finite, checkpoint_to_resume, own_output_dir
+from training.checkpoints import bring_best_model, check_finite, checkpoint_to_resume, own_output_dir
 from training.evaluation import score_captions
 from training.loop import (
     Progress,
@@ -137,7 +137,11 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
         resume_from = checkpoint_to_resume(
-            args.resume_from_checkpoint, args.output_dir, "progress.json", download_checkpoint
+            args.resume_from_checkpoint,
+            args.output_dir,
+            "progress.json",
+            download_checkpoint,
+            args.overwrite_output_dir,
         )
         pushing = CheckpointPush(args, active=args.push_to_hub and accelerator.is_main_process)
         dataset, training_captions = load_for_training(data_args.dataset, data_args.max_train_pictures)
@@ -195,12 +199,15 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     if resume_from:
         with one_line_errors(ValueError):
             progress = load_checkpoint(accelerator, scheduler, resume_from, progress)
+        bring_best_model(resume_from, args.output_dir)
     start_trackers(accelerator, options, progress)
     val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], *features["validation"])
     scorer = CaptionScorer(val_rows["captions"], training_captions)
     with StopSignal() as stopping:
         while progress.epoch < args.num_train_epochs and not stops_early(progress, args):
-            row = train_epoch(accelerator, model, train_loader, optimizer, scheduler, average, progress, args, stopping)
+            row = train_epoch(
+                accelerator, model, train_loader, optimizer, scheduler, average, progress, args, stopping, pushing
+            )
             last = progress.epoch == args.num_train_epochs
             if progress.epoch % args.eval_epochs == 0 or last:
                 with average.in_place(), whole.of(model) as captioner:
@@ -212,8 +219,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
             asked = stopping.ask(accelerator)
             due = progress.epoch % args.save_epochs == 0 or is_due(progress, args.save_steps)
             if due or last or asked or stops_early(progress, args):
-                save_checkpoint(accelerator, model, scheduler, progress, args)
-                pushing.send(progress.step)
+                save_checkpoint(accelerator, model, scheduler, progress, args, pushing)
             if asked:
                 stopping.leave(accelerator, progress.step)
     if stops_early(progress, args):
@@ -296,7 +302,14 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
                 "folder that holds them, or --pretrained_encoder false"
             ) from error
     unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
-    return model, build_processor(timm_image_processor(backbone, args.image_size, args.center_crop), tokenizer)
+    image_processor = timm_image_processor(backbone, args.image_size, args.center_crop)
+    if args.image_size:
+        try:
+            with torch.no_grad():
+                model.eval().encoder(torch.zeros(1, 3, args.image_size, args.image_size))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"--image_size {args.image_size}: {args.encoder} cannot see it ({error})") from error
+    return model, build_processor(image_processor, tokenizer)
 
 
 def hub_names(args: LSTMArguments) -> list[str]:
@@ -327,6 +340,7 @@ def train_epoch(
     progress: Progress,
     args: LoopArguments,
     stopping: StopSignal,
+    pushing: CheckpointPush,
 ) -> dict:
     """Every caption once, or those of a resumed epoch that are left. Returns the epoch's row of the history."""
     started = time.perf_counter()
@@ -359,7 +373,7 @@ def train_epoch(
             if progress.epoch_steps < num_steps and (is_due(progress, args.save_steps) or asked):
                 progress.sums = {"nats": accelerator.reduce(nats).item(), "tokens": tokens.item()}
                 progress.train_seconds += time.perf_counter() - started
-                save_checkpoint(accelerator, model, scheduler, progress, args)
+                save_checkpoint(accelerator, model, scheduler, progress, args, pushing)
                 started = time.perf_counter()
                 if asked:
                     stopping.leave(accelerator, progress.step)

@@ -50,7 +50,7 @@ from reporting.page import NUM_PICTURES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.training_report import report_training
 from training.averaging import mixed_with
-from training.checkpoints import check_finite, checkpoint_to_resume, own_output_dir
+from training.checkpoints import bring_best_model, check_finite, checkpoint_to_resume, own_output_dir
 from training.evaluation import score_captions
 from training.loop import (
     Progress,
@@ -174,7 +174,7 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
     # ---- Data -------------------------------------------------------------------------------------------------------
     with one_line_errors():
         resume_from = checkpoint_to_resume(
-            args.resume_from_checkpoint, args.output_dir, STATE_FILE, download_checkpoint
+            args.resume_from_checkpoint, args.output_dir, STATE_FILE, download_checkpoint, args.overwrite_output_dir
         )
         pushing = CheckpointPush(args, active=args.push_to_hub and accelerator.is_main_process)
         dataset, training_captions = load_for_training(data_args.dataset, data_args.max_train_pictures)
@@ -235,6 +235,7 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
     if resume_from:
         with one_line_errors(ValueError):
             progress = load_checkpoint(accelerator, scheduler, resume_from, progress, STATE_FILE, unit="pictures")
+        bring_best_model(resume_from, args.output_dir)
     start_trackers(accelerator, options, progress)
     val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], *features["validation"])
     scorer = CaptionScorer(val_rows["captions"], training_captions)
@@ -255,7 +256,7 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
             record(accelerator, row, progress, args)
         while progress.epoch < args.num_train_epochs and not stops_early(progress, args):
             row = train_until_due(
-                accelerator, model, critic, train_loader, optimizer, scheduler, progress, args, stopping
+                accelerator, model, critic, train_loader, optimizer, scheduler, progress, args, stopping, pushing
             )
             epoch_ends, last = progress.epoch_steps == 0, progress.epoch == args.num_train_epochs
             if (epoch_ends and progress.epoch % args.eval_epochs == 0) or last or is_due(progress, args.eval_steps):
@@ -264,8 +265,7 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
             asked = stopping.ask(accelerator)
             due = (epoch_ends and progress.epoch % args.save_epochs == 0) or is_due(progress, args.save_steps)
             if due or last or asked or stops_early(progress, args):
-                save_checkpoint(accelerator, model, scheduler, progress, args, STATE_FILE)
-                pushing.send(progress.step)
+                save_checkpoint(accelerator, model, scheduler, progress, args, pushing, STATE_FILE)
             if asked:
                 stopping.leave(accelerator, progress.step)
     if stops_early(progress, args):
@@ -400,6 +400,7 @@ def train_until_due(
     progress: Progress,
     args: LoopArguments,
     stopping: StopSignal,
+    pushing: CheckpointPush,
 ) -> dict:
     """Every picture once, or those of the epoch that are left, but no further than to an evaluation inside it.
 
@@ -433,7 +434,7 @@ def train_until_due(
             if is_due(progress, args.save_steps) or asked:
                 progress.sums = all_sums(accelerator, sums)
                 progress.train_seconds += time.perf_counter() - started
-                save_checkpoint(accelerator, model, scheduler, progress, args, STATE_FILE)
+                save_checkpoint(accelerator, model, scheduler, progress, args, pushing, STATE_FILE)
                 started = time.perf_counter()
                 if asked:
                     stopping.leave(accelerator, progress.step)

@@ -61,6 +61,7 @@ from reporting.push import CheckpointPush, download_checkpoint
 from reporting.results import write_history
 from reporting.training_report import report_training
 from training.checkpoints import (
+    bring_best_model,
     check_bfloat16,
     check_finite,
     check_launch,
@@ -161,6 +162,9 @@ class LoopArguments(Seq2SeqTrainingArguments):
     no_repeat_ngram_size: int = field(
         default=0, metadata={"help": "No run of so many tokens is generated twice; 0 allows all."}
     )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Remove the checkpoints that another run has left in output_dir."}
+    )
     report_to: str = field(default="tensorboard", metadata={"help": "Trackers, with commas between; or none."})
     project: str = field(default="showtell", metadata={"help": "Project of the run, in trackers that have projects."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When the training loss is logged."})
@@ -207,8 +211,10 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     with one_line_errors():
         check_launch()
-        if args.bf16:
-            check_bfloat16(args.device, "--bf16 true", "--bf16 false")
+        if args.mixed_precision == "bf16":  # by the launcher's word, too
+            check_bfloat16(
+                args.device, "--bf16 true", "--bf16 false" if args.bf16 else "--mixed_precision no to the launcher"
+            )
     with one_line_errors(OSError), own_output_dir(args.output_dir):
         run(data_args, model_args, args)
 
@@ -222,7 +228,11 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
     with one_line_errors():
         check_lora(model_args.lora_rank, model_args.pretrained_decoder)
         resume_from = checkpoint_to_resume(
-            args.resume_from_checkpoint, args.output_dir, "trainer_state.json", download_checkpoint
+            args.resume_from_checkpoint,
+            args.output_dir,
+            "trainer_state.json",
+            download_checkpoint,
+            args.overwrite_output_dir,
         )
         if resume_from:
             stay_stopped(args, resume_from)
@@ -286,8 +296,8 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         eval_pictures=Pictures(val_rows, val_features),
         eval_rows=val_rows,
         scorer=CaptionScorer(val_rows["captions"], training_captions),
+        pushing=pushing,
     )
-    trainer.add_callback(PushCheckpoints(pushing))
 
     # ---- Training ---------------------------------------------------------------------------------------------------
     with trainer.stopping:
@@ -384,7 +394,18 @@ class CaptionTrainer(Seq2SeqTrainer):
     """
 
     def __init__(
-        self, model, args: LoopArguments, *, processor, lora, sampler, eval_pictures, eval_rows, scorer, **kwargs
+        self,
+        model,
+        args: LoopArguments,
+        *,
+        processor,
+        lora,
+        sampler,
+        eval_pictures,
+        eval_rows,
+        scorer,
+        pushing: CheckpointPush,
+        **kwargs,
     ):
         super().__init__(
             model,
@@ -401,6 +422,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.scorer = scorer
         self.stopping = StopSignal()
         self.whole = WholeModel(self.accelerator, model)
+        self.add_callback(PushCheckpoints(pushing))  # before the next, which may leave once a checkpoint is saved
         self.epoch_ends = EpochEnds(self)
         self.add_callback(self.epoch_ends)
         for silent in (ProgressCallback, PrinterCallback):  # EpochEnds tells more, and no line of twenty numbers
@@ -436,6 +458,15 @@ class CaptionTrainer(Seq2SeqTrainer):
             except (KeyError, RuntimeError) as error:
                 reason = str(error).splitlines()[-1].strip()
                 raise ValueError(f"{folder} is of another model ({reason})") from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with one_line_errors():
+            try:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            except ValueError as error:  # torch's where other parts of the model learnt
+                raise ValueError(f"{checkpoint} was made with other parts learning: give the same options") from error
+        if checkpoint:
+            bring_best_model(Path(checkpoint), self.args.output_dir)
 
     def _load_rng_state(self, checkpoint: str) -> None:
         # The Trainer calls this where a resumed run is about to take its first step. Of an epoch that has begun it has by
@@ -480,7 +511,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             scored = [entry for entry in self.state.log_history if "eval_cider" in entry]
             best = max(scored, key=lambda entry: entry["eval_cider"], default={"step": 0})
-            drop_old(args.output_dir, args.save_total_limit, keep_steps={best["step"]})
+            drop_old(args.output_dir, args.save_total_limit, step, keep_steps={best["step"]})
         self.accelerator.wait_for_everyone()
 
     def mean_loss(self) -> float:

@@ -111,6 +111,7 @@ def ours(system: str, rows: datasets.Dataset, size: int, folder: Path, args, mix
         "num_train_epochs": 1,
         "per_device_train_batch_size": BATCH_SIZE[system],
         "load_best_model_at_end": "false",
+        "overwrite_output_dir": "true",
         "report_to": "none",
         "generation_max_length": 4,
     }

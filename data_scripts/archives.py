@@ -18,6 +18,7 @@ from tqdm import tqdm
 GIGABYTE = 2**30
 MAX_FILE_BYTES = GIGABYTE  # of one file; the largest honest one, COCO's captions, has a seventh of it
 MAX_UNPACKED_GIGABYTES = 64.0  # of a whole zip; all of COCO has a third of it
+ADVICE = "raise --max_unpacked_gigabytes if you trust it"
 SILENCE_SECONDS = 60.0  # that a server may keep before its first word and between two
 MAX_DOWNLOAD_SECONDS = 24 * 3600.0
 
@@ -71,7 +72,7 @@ def open_files(source: str | Path, max_unpacked_gigabytes: float = MAX_UNPACKED_
     if "://" in str(source):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "download.zip"
-            download(str(source), path, int(max_unpacked_gigabytes * GIGABYTE))
+            download(str(source), path, int(max_unpacked_gigabytes * GIGABYTE), advice=ADVICE)
             with _open_zip(path, str(source), max_unpacked_gigabytes) as files:
                 yield files
     elif Path(source).is_dir():
@@ -83,8 +84,14 @@ def open_files(source: str | Path, max_unpacked_gigabytes: float = MAX_UNPACKED_
         raise FileNotFoundError(f"{source} is neither a folder nor a file")
 
 
-def download(url: str, path: Path, max_bytes: int, max_seconds: float = MAX_DOWNLOAD_SECONDS) -> None:
-    """Fetch `url` into `path` with a progress bar.
+def download(
+    url: str,
+    path: Path,
+    max_bytes: int,
+    max_seconds: float = MAX_DOWNLOAD_SECONDS,
+    advice: str = "no more is fetched",
+) -> None:
+    """Fetch `url` into `path` with a progress bar; `advice` is for who meets the limit in bytes.
 
     Raises:
         ValueError: The URL is not http or https, or holds more than `max_bytes`.
@@ -104,7 +111,7 @@ def download(url: str, path: Path, max_bytes: int, max_seconds: float = MAX_DOWN
                     raise OSError(f"{url} takes more than {max_seconds:g} seconds to come")
                 # Counted here, because a server may say nothing about the length, or lie.
                 if file.tell() > max_bytes:
-                    raise ValueError(f"{url} is larger than {max_bytes / GIGABYTE:g} GiB (--max_unpacked_gigabytes)")
+                    raise ValueError(f"{url} is larger than {max_bytes / 2**20:,.0f} MiB: {advice}")
 
 
 def _as_it_comes(response: requests.Response) -> Iterator[bytes]:
@@ -158,8 +165,7 @@ def _open_zip(path: Path, location: str, max_unpacked_gigabytes: float) -> Itera
         unpacked = sum(member.file_size for member in archive.infolist()) / GIGABYTE
         if unpacked > max_unpacked_gigabytes:
             raise ValueError(
-                f"{location} unpacks to {unpacked:.1f} GiB, more than the {max_unpacked_gigabytes:g} GiB allowed: "
-                "raise --max_unpacked_gigabytes if you trust it"
+                f"{location} unpacks to {unpacked:.1f} GiB, more than the {max_unpacked_gigabytes:g} GiB allowed: {ADVICE}"
             )
         readers = {
             member.filename: _member_reader(archive, member, location)

@@ -77,9 +77,9 @@ def check_rows(rows: Sequence[SourceRow], strict: bool, summary: Summary) -> Ite
                     checked.problems.append("second picture of that name")
                     checked.usable = False
                 if checked.problems and strict:
-                    raise ValueError(f"{_printable(checked.row.place)}: {checked.problems[0]} (--strict)")
+                    raise ValueError(f"{printable(checked.row.place)}: {checked.problems[0]} (--strict)")
                 for problem in checked.problems:
-                    summary.skipped.setdefault(problem, []).append(_printable(checked.row.place))
+                    summary.skipped.setdefault(problem, []).append(printable(checked.row.place))
                 if checked.usable:
                     image_ids.add(checked.row.image_id)
                     usable.append(checked)
@@ -87,8 +87,8 @@ def check_rows(rows: Sequence[SourceRow], strict: bool, summary: Summary) -> Ite
             yield usable
 
 
-def _printable(text: str) -> str:
-    # File names are anybody's: no escape sequence reaches the terminal, no lone surrogate breaks the printing.
+def printable(text: str) -> str:
+    """A name, which is anybody's, so that no escape sequence reaches the terminal and no lone surrogate breaks the printing."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

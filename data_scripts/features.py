@@ -20,12 +20,16 @@ from data_scripts.views import view_of_picture
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 512  # pictures a file: what a kill can cost
+# Of a transformers encoder's config, what changes its output and shows in no weight's shape.
+TELLING = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 BATCH_SIZE = 32  # pictures the encoder sees together; files hold whole batches
 
 
 def encoder_fingerprint(encoder: torch.nn.Module, image_processor) -> str:
-    """A digest of the encoder's layers, weights and statistics and of all that the image processor does."""
-    return weights_digest(encoder, f"{image_processor.to_json_string()} {encoder}")
+    """A digest of the encoder's layers, settings, weights and statistics and of all that the image processor does."""
+    settings = getattr(encoder, "config", None)  # layers do not show how many heads they have
+    settings = {} if settings is None else {name: getattr(settings, name, None) for name in TELLING}
+    return weights_digest(encoder, f"{image_processor.to_json_string()} {encoder} {settings}")
 
 
 def weights_digest(module: torch.nn.Module, about: str = "") -> str:

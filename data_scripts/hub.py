@@ -91,7 +91,7 @@ def _gather(split: Dataset, split_name: str, columns: Sequence[str]) -> dict[str
     texts = split.select_columns([*columns, "image_id"] if has_id else columns)
     gathered: dict[str, tuple[int, list[Any]]] = {}
     for number, row in enumerate(texts):
-        image_id = str(row["image_id"]) if has_id else f"{split_name}_{number}"
+        image_id = str(row["image_id"]) if has_id and row["image_id"] is not None else f"{split_name}_{number}"
         _, captions = gathered.setdefault(image_id, (number, []))
         for column in columns:
             captions += row[column] if isinstance(row[column], list) else [row[column]]

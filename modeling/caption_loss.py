@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+FLOAT16_TOKENS = 1024  # of up to 64 nats each
 SCORES_AT_ONCE = 2**24  # 64 MiB in float32; with fewer tokens at a time the matrix products get slow
 
 
@@ -52,23 +53,26 @@ def caption_loss(
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     # On a processor torch's op computes all its products in float32, unless told that this one is fast in bfloat16.
     fast = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and computes_in_bfloat16(hidden.device)
-    nats = nn.functional.linear_cross_entropy(
-        hidden,
-        weight,
-        labels,
-        linear_bias=bias,
-        reduction="sum",
-        options=nn.LinearCrossEntropyOptions(
-            batch_chunk_size=tokens_at_once(len(hidden), len(weight)),
-            chunking_method=None,
-            acc_policy="compact" if fast else "auto",
-        ),
+    options = nn.LinearCrossEntropyOptions(
+        batch_chunk_size=tokens_at_once(len(hidden), len(weight)),
+        chunking_method=None,
+        acc_policy="compact" if fast else "auto",
+    )
+    # The sum has the operands' numbers, and float16 ends at 65,504 nats.
+    size = FLOAT16_TOKENS if hidden.dtype == torch.float16 else max(1, len(hidden))
+    nats = sum(
+        nn.functional.linear_cross_entropy(
+            *(part, weight, said), linear_bias=bias, reduction="sum", options=options
+        ).float()
+        for part, said in zip(hidden.split(size), labels.split(size), strict=True)
     )
     if label_smoothing:
         # (1 - s) (logsumexp - score of the label) + s (logsumexp - mean score), the vocabulary's mean score being linear too.
-        label_score = (hidden * weight[labels]).sum()
-        mean_score = hidden.sum(0) @ weight.mean(0)
+        summed = {"dtype": torch.promote_types(hidden.dtype, torch.float32)}
+        label_score = (hidden * weight[labels]).sum(**summed)
+        mean_score = hidden.sum(0, **summed) @ weight.mean(0, **summed)
         if bias is not None:
-            label_score, mean_score = label_score + bias[labels].sum(), mean_score + len(hidden) * bias.mean()
+            label_score = label_score + bias[labels].sum(**summed)
+            mean_score = mean_score + len(hidden) * bias.mean(**summed)
         nats = nats + label_smoothing * (label_score - mean_score)
     return nats / num_items_in_batch

@@ -86,11 +86,23 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, architecture: str, grid: bool = False):
         super().__init__()
-        pooling = {"global_pool": ""} if grid else {}
-        self.backbone = timm.create_model(architecture, pretrained=False, num_classes=0, **pooling)
+        self.grid = grid
+        self.backbone = self.create_backbone(architecture, pretrained=False)
         # timm has initialised its layers its own way; transformers' `post_init` would do it again, and otherwise.
         for module in self.modules():
             module._is_hf_initialized = True
+
+    def create_backbone(self, name: str, pretrained: bool) -> nn.Module:
+        """The timm model, all of whose buffers are saved: `from_pretrained` leaves the others without a value."""
+        pooling = {"global_pool": ""} if self.grid else {}
+        backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **pooling)
+        for module in backbone.modules():
+            for buffer_name, buffer in list(module.named_buffers(recurse=False)):
+                module.register_buffer(buffer_name, buffer)
+        return backbone
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}"  # part of what tells one encoder's kept features from another's
 
     @property
     def output_size(self) -> int:
@@ -232,7 +244,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             name: timm name ("inception_resnet_v2.tf_in1k"), Hub id ("timm/inception_resnet_v2.tf_in1k"), or a local folder
                 with timm's `config.json` and `model.safetensors`.
         """
-        pretrained = timm.create_model(timm_source(name), pretrained=True, num_classes=0)  # pooling has no weights
+        pretrained = self.encoder.create_backbone(timm_source(name), pretrained=True)
         self.encoder.backbone.load_state_dict(pretrained.state_dict())
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:

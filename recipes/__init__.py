@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -24,7 +24,8 @@ LOWEST = {
     **dict.fromkeys(("learning_rate", "encoder_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
     **dict.fromkeys(("generation_min_length", "no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
     **dict.fromkeys(("sample_no_repeat_ngram_size", "sample_min_length", "bleu_weight", "kl_weight"), 0),
-    **dict.fromkeys(("eval_steps", "num_samples"), 1),
+    **dict.fromkeys(("eval_steps", "num_samples", "batch_size", "num_beams", "max_length"), 1),
+    "num_workers": 0,
     "vocab_size": 8,  # the four special tokens, and something to say
 }
 SHARES = ("dropout", "attention_dropout", "label_smoothing_factor", "cross_entropy_share", "start_share", "ema_decay")
@@ -154,6 +155,9 @@ class LoopArguments:
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint folder, `last`, or OWNER/NAME[@REVISION] on the Hub."}
     )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Remove the checkpoints that another run has left in output_dir."}
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "Upload output_dir at the end."})
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Repository to push to; output_dir's name if not given."}
@@ -191,9 +195,14 @@ def parse_recipe(
     if unknown:
         parser.error(f"there is no option {unknown[0]}; --help lists them")
     for group in groups:
+        kinds = get_type_hints(type(group))
         for option in fields(group):
-            if problem := value_problem(option.name, getattr(group, option.name)):
-                parser.error(f"--{option.name} {getattr(group, option.name)}: {problem}")
+            value, kind = getattr(group, option.name), kinds[option.name]
+            problem = value_problem(option.name, value)
+            if get_origin(kind) is Literal and value not in get_args(kind):  # argparse does not look at a recipe's
+                problem = f"it must be one of {', '.join(map(str, get_args(kind)))}"
+            if problem:
+                parser.error(f"--{option.name} {value}: {problem}")
     return tuple(groups)
 
 
@@ -245,10 +254,13 @@ def read_recipe(path: str, dataclasses: Sequence[type], parser: HfArgumentParser
         parser.error(f"{path} is not YAML: {error}")
     if not isinstance(recipe, dict):
         parser.error(f"{path} holds no options: lines of `name: value` are expected")
-    known = {option.name for kind in dataclasses for option in fields(kind)}
-    unknown = sorted(set(map(str, recipe)) - known)
+    known = {option.name: option for kind in dataclasses for option in fields(kind)}
+    unknown = sorted(set(map(str, recipe)) - known.keys())
     if unknown:
         parser.error(f"{path}: there is no option {', '.join(unknown)}; --help lists them")
+    for name, value in recipe.items():
+        if isinstance(value, list | dict | None) and isinstance(known[name].default, str | int | float):
+            parser.error(f"{path}: {name} wants one value, as in `{name}: {known[name].default}`")
     # argparse converts defaults that are strings, as it does what stands on the command line: "1e-3" becomes a number.
     return {
         name: str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value

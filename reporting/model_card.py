@@ -27,7 +27,8 @@ DESCRIPTIONS = {
     ),
     "vit-gpt2": (
         "A model that looks at a picture and tells what is in it: a Vision Transformer reads the picture, and GPT-2 "
-        "writes the caption while attending to it. It is a plain `VisionEncoderDecoderModel`; no remote code is needed."
+        "writes the caption while attending to it. It is a plain `VisionEncoderDecoderModel`, which loads without remote "
+        "code; only the pipeline in one line below wants some."
     ),
 }
 # System A is a class of its own and travels with its code; system B loads by transformers alone.

@@ -174,12 +174,12 @@ class CheckpointPush:
         logger.error(f"Step {step} was not pushed to {self.repo_id}: {in_one_sentence(error, self.repo_id)}.")
 
 
-def download_checkpoint(name: str, output_dir: str | os.PathLike) -> Path:
+def download_checkpoint(name: str) -> Path:
     """The newest checkpoint of a Hub repository, for `--resume_from_checkpoint OWNER/NAME` or `OWNER/NAME@REVISION`.
 
-    The best model so far, which lies beside the checkpoints, comes to `output_dir` where that has none. Nothing of either is run:
-    weights are safetensors, optimizer and random states are read by `torch.load(weights_only=True)`, the rest is JSON. System A's
-    code lies beside its model, for who asks for remote code when loading that.
+    Beside it comes what lies beside it there, the best model so far. Nothing of either is run: weights are safetensors, optimizer
+    and random states are read by `torch.load(weights_only=True)`, the rest is JSON. System A's code lies beside its model, for who
+    asks for remote code when loading that.
 
     Raises:
         ValueError: There is no such repository, or no checkpoint in it.
@@ -199,10 +199,6 @@ def download_checkpoint(name: str, output_dir: str | os.PathLike) -> Path:
             f"--resume_from_checkpoint {name}: there is no such folder with a checkpoint, and on the Hub "
             f"{in_one_sentence(error, repo_id)}; give a checkpoint folder, `last`, or a repository"
         ) from error
-    if not (Path(output_dir) / "config.json").exists():
-        # The config last: what is half there after a kill is then fetched again.
-        for path in sorted(beside, key="config.json".__eq__):
-            write_file(Path(output_dir) / path, (folder / path).read_bytes())
     return folder / newest
 
 

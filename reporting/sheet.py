@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="sheet.png", metavar="FILE", help="where it goes (default: sheet.png)")
     parser.add_argument("--num_pictures", type=int, default=8, help="pictures on it")
     arguments = parser.parse_args(argv)
+    if arguments.num_pictures < 1:
+        parser.error(f"--num_pictures {arguments.num_pictures}: give 1 or more")
     try:
         print(draw_sheet(Path(arguments.output), arguments.run, arguments.num_pictures))
     except (ValueError, OSError) as error:

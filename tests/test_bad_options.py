@@ -127,19 +127,21 @@ def test_an_impossible_value_is_refused_and_its_option_named(small_scenes, tmp_p
     [
         (train_lstm, ["--mixed_precision", "bf16"], "give --mixed_precision no"),
         (train_vit_gpt2, ["--bf16", "true", "--use_cpu", "true"], "give --bf16 false"),
+        (train_vit_gpt2, ["--use_cpu", "true"], "give --mixed_precision no to the launcher"),
         (train_scst, ["--mixed_precision", "bf16", "--model", "outputs/lstm"], "give --mixed_precision no"),
     ],
 )
 def test_bfloat16_is_refused_on_a_processor_without_it(tmp_path, capsys, monkeypatch, script, asked, instead):
     """There torch has no LSTM in it, and its products take a hundred times as long."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if "bf16" in " ".join(asked) else "bf16")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         sentence = refused(capsys, script.main, [*asked, "--output_dir", tmp_path / "run"])
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)  # else later runs of this process would be in bfloat16
-    assert sentence.startswith(" ".join(asked[:2])) and instead in sentence
+    assert re.match(r"--(mixed_precision bf16|bf16 true): this processor has no", sentence) and instead in sentence
 
 
 @pytest.mark.parametrize("top_p", ["0", "1.1", "nan"])
@@ -149,7 +151,37 @@ def test_a_share_of_the_probability_is_more_than_0_and_1_at_most(tmp_path, capsy
         assert f"--top_p {float(top_p)}" in refused(capsys, main, [*arguments, "--top_p", top_p])
 
 
+@pytest.mark.parametrize(
+    ("main", "option", "value"),
+    [
+        (caption.main, "--batch_size", "0"),
+        (caption.main, "--num_beams", "0"),
+        (caption.main, "--num_workers", "-1"),
+        (evaluate_captions.main, "--generation_num_beams", "0"),
+        (evaluate_captions.main, "--max_eval_pictures", "-5"),
+        (evaluate_captions.main, "--length_penalty", "nan"),
+    ],
+)
+def test_an_impossible_number_is_refused_where_captions_are_made(tmp_path, capsys, main, option, value):
+    arguments = {caption.main: ["--model", tmp_path, "picture.jpg"]}
+    arguments[evaluate_captions.main] = [
+        "--model",
+        tmp_path,
+        "--dataset",
+        tmp_path,
+        "--output_dir",
+        tmp_path / "scores",
+    ]
+    assert refused(capsys, main, [*arguments[main], option, value]).startswith(f"{option} {value}: it must be")
+
+
 # ---------------------------------------------------------------------------------------------------- data and models
+
+
+def test_a_size_that_the_encoder_cannot_see_is_refused(small_scenes, tmp_path, capsys):
+    arguments = ["--dataset", small_scenes, "--output_dir", tmp_path / "run", "--encoder", "test_vit", *SMALL]
+    arguments += ["--pretrained_encoder", "false", "--vocab_size", "120", "--image_size", "100"]
+    assert refused(capsys, train_lstm.main, arguments).startswith("--image_size 100: test_vit cannot see it")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import ImageOps
 from torchvision.transforms import functional
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, ViTConfig, ViTModel
 
 from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures
@@ -291,6 +291,21 @@ def test_changed_pictures_crop_or_weights_never_meet_old_features(rows, processo
     assert encoder_fingerprint(encoder.encoder, other_crop) != fingerprint
     next(buffer for name, buffer in encoder.encoder.named_buffers() if name.endswith("running_mean"))[0] += 1e-3
     assert encoder_fingerprint(encoder.encoder, processor.image_processor) != fingerprint
+
+
+def test_encoders_of_the_same_weights_that_say_something_else_never_share_features(processor):
+    """Neither a grid in place of one summary nor the number of heads shows in the weights."""
+    encoders = []
+    for grid in (False, True):
+        torch.manual_seed(1)
+        encoders.append(TimmEncoder("test_vit", grid))
+    for heads in (1, 2):
+        torch.manual_seed(1)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "image_size": 8, "patch_size": 4}
+        encoders.append(ViTModel(ViTConfig(num_attention_heads=heads, **sizes), add_pooling_layer=False))
+    for one, other in (encoders[:2], encoders[2:]):
+        assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+    assert len({encoder_fingerprint(encoder, processor.image_processor) for encoder in encoders}) == 4
 
 
 def test_a_kill_costs_only_the_files_not_yet_whole(rows, processor, monkeypatch):

@@ -53,6 +53,17 @@ def test_scores_of_a_batch_are_never_held_at_once(monkeypatch):
     assert 0 < max(taken) <= 4 * hidden.numel()
 
 
+def test_in_float16_many_tokens_are_no_more_than_it_can_hold():
+    """Their sum is more than its largest number, 65,504."""
+    hidden, labels = torch.full((1, 3000, 4), 10.0, requires_grad=True), torch.zeros(1, 3000, dtype=torch.int64)
+    weight = torch.tensor([[0.0] * 4, [1.0] * 4])  # 40 nats for each
+    with torch.autocast("cpu", dtype=torch.float16):
+        losses = [caption_loss(hidden, labels, weight, label_smoothing=smoothing) for smoothing in (0.0, 0.5)]
+    losses[0].backward()
+    assert losses[0].item() == pytest.approx(40, rel=1e-3) and losses[1].item() == pytest.approx(30, rel=1e-3)
+    torch.testing.assert_close(hidden.grad, torch.full_like(hidden, 1 / 3000), rtol=2e-3, atol=0)
+
+
 def test_in_bfloat16_it_stays_near(batch):
     hidden, labels, weight, bias = batch
     results = []

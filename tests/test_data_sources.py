@@ -521,6 +521,18 @@ def test_other_bad_sources_end_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep me"
 
 
+def test_pictures_of_a_hub_set_that_have_no_id_are_not_taken_for_one(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (10, 20, 30)]
+    columns = {"image": images, "text": ["one", "two", "three"], "image_id": [None, None, "mine"]}
+    Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    rows = hub.dataset_rows(hub.open_dataset(str(tmp_path / "set")))
+    assert {row.image_id: list(row.captions) for row in rows} == {
+        "train_0": ["one"],
+        "train_1": ["two"],
+        "mine": ["three"],
+    }
+
+
 def test_hub_set_of_another_schema_ends_in_one_sentence(tmp_path: Path, capsys) -> None:
     Dataset.from_dict({"image": ["a.png"], "text": ["x"]}).save_to_disk(tmp_path / "set")
     out = ["--output_dir", tmp_path / "out"]

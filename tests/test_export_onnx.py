@@ -51,6 +51,17 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
             expected = model(pixel_values=pixels, decoder_input_ids=prefix).logits[:, -1]
         np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
+    # The rules of decoding hold as in `generate()`.
+    model.generation_config.no_repeat_ngram_size = 2
+    save_captioner(model, processor, tmp_path / "ruled")
+    ruled_settings = (tmp_path / "ruled" / "generation_config.json").read_text()
+    plain_settings = (tmp_path / "exported" / "generation_config.json").read_text()
+    (tmp_path / "exported" / "generation_config.json").write_text(ruled_settings)
+    ruled = export_onnx.caption_pictures(tmp_path / "exported", pixels.numpy())
+    assert ruled == reference_captions(model, pixels) != captions
+    (tmp_path / "exported" / "generation_config.json").write_text(plain_settings)
+    model.generation_config.no_repeat_ngram_size = None
+
     # One picture ends where another goes on, and is padded from there.
     settings = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
     end = next(word for caption in captions for word in caption if not all(word in other for other in captions))
@@ -58,6 +69,12 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
     model.generation_config.eos_token_id = end
     ended = export_onnx.caption_pictures(tmp_path / "exported", pixels.numpy())
     assert ended == reference_captions(model, pixels) != captions
+    longer = {"eos_token_id": end, "min_length": model.generation_config.max_length - 1}
+    (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings | longer))
+    model.generation_config.min_length = longer["min_length"]
+    longest = export_onnx.caption_pictures(tmp_path / "exported", pixels.numpy())
+    assert longest == reference_captions(model, pixels) != ended
+    (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": end}))
     (alone,) = export_onnx.caption_pictures(tmp_path / "exported", pixels[:1].numpy(), max_length=5)
     assert alone == ended[0][: len(alone)] and len(alone) <= 5 - start.shape[1]
 

@@ -21,6 +21,8 @@ from modeling.captioner import generate_captions, load_captioner
 from reporting import push
 from reporting.hub import in_one_sentence
 from reporting.results import write_file
+from training import checkpoints
+from training.checkpoints import bring_best_model, checkpoint_to_resume, step_of
 
 ROOT = Path(__file__).parent.parent
 COMMON = ["--num_train_epochs", "2", "--max_eval_pictures", "3", "--max_train_pictures", "12", "--report_to", "none"]
@@ -160,6 +162,14 @@ def test_a_token_given_to_the_trainers_script_is_used_and_sent_nowhere_else(smal
     assert not [path for path in last.files if "checkpoint" in path]
 
 
+@KINDS
+def test_each_checkpoint_is_sent_those_inside_an_epoch_as_well(kind, small_scenes, tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr(push.CheckpointPush, "send", lambda _, step: sent.append(step))
+    train(kind, tmp_path / "run", small_scenes, "--num_train_epochs", "1", "--save_steps", "1")
+    assert sent == [step_of(checkpoint) for checkpoint in checkpoints.checkpoints(tmp_path / "run")] and len(sent) > 1
+
+
 def test_a_hub_that_stays_away_ends_nothing(runs, hub, caplog):
     hub.fail("POST", "/repos/create", count=99, status=503)
     assert push.push_to_hub(runs["lstm"], "me/captioner") is None
@@ -197,6 +207,15 @@ def test_the_last_checkpoint_replaces_the_one_before_and_brings_the_best_model(
     train("lstm", tmp_path / "run", small_scenes, "--num_train_epochs", "1", *options)
     files = hub.repositories["model", "me/run"].files("trial")
     assert "last-checkpoint/progress.json" in files and not hub.repositories["model", "me/run"].files("main")
+    elsewhere, written = tmp_path / "elsewhere", []
+    monkeypatch.setattr(
+        checkpoints, "write_file", lambda path, content: written.append(path.name) or write_file(path, content)
+    )
+    for _ in range(2):  # a run that is killed before its first checkpoint comes again
+        found = checkpoint_to_resume("me/run@trial", str(elsewhere), "progress.json", push.download_checkpoint)
+        bring_best_model(found, str(elsewhere))
+        assert load_captioner(str(elsewhere))[0] is not None
+    assert written[-1] == "config.json" and "model.safetensors" in written  # killed before, it is fetched again
     (tmp_path / "run" / "checkpoint-2" / "progress.json").rename(tmp_path / "run" / "checkpoint-2" / "renamed.json")
     args = train_lstm.LoopArguments(
         output_dir=str(tmp_path / "run"), hub_model_id="me/run", hub_revision="trial", hub_strategy="checkpoint"
@@ -206,14 +225,8 @@ def test_the_last_checkpoint_replaces_the_one_before_and_brings_the_best_model(
     pushing.finish()
     files = hub.repositories["model", "me/run"].files("trial")
     assert "last-checkpoint/renamed.json" in files and "last-checkpoint/progress.json" not in files
-    elsewhere, written = tmp_path / "elsewhere", []
-    monkeypatch.setattr(
-        push, "write_file", lambda path, content: written.append(path.name) or write_file(path, content)
-    )
-    checkpoint = push.download_checkpoint("me/run@trial", elsewhere)
+    checkpoint = push.download_checkpoint("me/run@trial")
     assert (checkpoint / "renamed.json").exists() and checkpoint.name == "last-checkpoint"
-    assert load_captioner(str(elsewhere))[0] is not None
-    assert written[-1] == "config.json" and "model.safetensors" in written  # killed before, it is fetched again
 
 
 @pytest.mark.timeout(60)  # a training that waits would wait forever

@@ -282,6 +282,8 @@ def test_of_a_frozen_encoder_the_last_blocks_may_learn_but_no_statistics():
     assert moved == learns and any(name.startswith("conv_head") for name in moved)
     with pytest.raises(ValueError, match="wants --freeze_encoder true"):
         unfreeze_last_blocks(model.encoder, 1)
+    with pytest.raises(ValueError, match="learns as a whole or not at all"):
+        unfreeze_last_blocks(make_model(freeze_encoder=True, encoder_name="levit_128s").encoder, 1)
 
 
 def test_a_pretrained_encoder_survives_construction_saving_and_loading(tmp_path):
@@ -353,10 +355,15 @@ def test_a_saved_folder_captions_the_same_in_a_fresh_process(processor, tmp_path
     )
 
 
-def test_no_buffer_is_lost_in_saving():
-    model = make_model()
-    persistent = model.state_dict().keys()
-    assert [name for name, _ in model.named_buffers() if name not in persistent] == []
+@pytest.mark.parametrize("name", ["levit_128s", "eva02_tiny_patch14_224"])
+def test_no_buffer_is_lost_in_saving(name, tmp_path):
+    """Their tables of positions are no weights, and timm saves none of them."""
+    model = make_model(encoder_name=name, attention=True).eval()
+    pixels = torch.randn(1, 3, 224, 224)
+    model.save_pretrained(tmp_path)
+    loaded = InceptionLSTMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded.encoder(pixels)[0], model.encoder(pixels)[0])
 
 
 def test_a_captioner_loads_without_remote_code_here(processor, tmp_path):

@@ -13,6 +13,7 @@ from kill_points import SCRIPTS, Comparison, differences, log_of, run_script, wh
 
 from training import checkpoints as whole
 from training.checkpoints import (
+    bring_best_model,
     checkpoint_problem,
     checkpoint_to_resume,
     checkpoints,
@@ -166,14 +167,43 @@ def test_a_checkpoint_is_never_half_replaced(tmp_path, monkeypatch):
 def test_old_ones_go_only_after_the_newest_and_never_the_best(tmp_path, monkeypatch):
     for step in (8, 16, 24, 32):
         small_checkpoint(tmp_path, step)
-    drop_old(tmp_path, None)
-    drop_old(tmp_path, 1, keep_steps={16})
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-16", "checkpoint-32"]
+    drop_old(tmp_path, None, 32)
+    small_checkpoint(tmp_path, 40)  # of a run that went back, and is at step 32 again
+    drop_old(tmp_path, 1, 32, keep_steps={16})
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-16", "checkpoint-32", "checkpoint-40"]
     monkeypatch.setattr(whole.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        drop_old(tmp_path, 1)
+        drop_old(tmp_path, 1, 40)
     monkeypatch.undo()
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-32"]  # none that is half removed
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "checkpoint-32",
+        "checkpoint-40",
+    ]  # none that is half removed
+
+
+def test_checkpoints_of_another_run_are_in_the_way_until_they_may_go(tmp_path):
+    """By their steps they would be kept in place of the new run's, and taken for its last."""
+    other, run = small_checkpoint(tmp_path / "other", 16), tmp_path / "run"
+    (other.parent / "config.json").write_text("{}")
+    (other.parent / "model.safetensors").write_bytes(b"best of the other")
+    small_checkpoint(run, 1000)
+    for option in (None, str(other)):
+        with pytest.raises(ValueError, match="holds checkpoints of another run, the last checkpoint-1000: go on"):
+            checkpoint_to_resume(option, str(run), "progress.json", not_asked)
+    assert checkpoint_to_resume(None, str(run), "progress.json", not_asked, overwrite=True) is None
+    assert not checkpoints(run) and checkpoint_to_resume(None, str(run), "progress.json", not_asked) is None
+    # Its best model goes with a checkpoint that goes on elsewhere, and takes no other's place unless it may.
+    assert checkpoint_to_resume(str(other), str(run), "progress.json", not_asked) == other
+    bring_best_model(other, str(run))
+    assert (run / "model.safetensors").read_bytes() == b"best of the other" and (run / "config.json").exists()
+    checkpoint_to_resume(
+        str(other), str(run), "progress.json", not_asked
+    )  # as after a kill before its first checkpoint
+    (run / "model.safetensors").write_bytes(b"best of the run's")
+    with pytest.raises(ValueError, match="holds the model of another run"):
+        checkpoint_to_resume(str(other), str(run), "progress.json", not_asked)
+    bring_best_model(checkpoint_to_resume(str(other), str(run), "progress.json", not_asked, overwrite=True), str(run))
+    assert (run / "model.safetensors").read_bytes() == b"best of the other"
 
 
 def test_a_checkpoint_of_another_script_is_refused(tmp_path):

@@ -306,6 +306,21 @@ def test_the_recipes_name_only_options_there_are(recipe):
 
 
 @pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("hub_strategy: sometimes", "--hub_strategy sometimes: it must be one of end, every_save"),
+        ("learning_rate:", "learning_rate wants one value, as in `learning_rate: 0.001`"),
+        ("dropout: [0.1]", "dropout wants one value, as in `dropout: 0.0`"),
+    ],
+)
+def test_what_a_recipe_says_is_looked_at_as_the_command_line_is(tmp_path, capsys, line, sentence):
+    (tmp_path / "recipe.yaml").write_text(line)
+    with pytest.raises(SystemExit) as stopped:
+        train_lstm.main([str(tmp_path / "recipe.yaml")])
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["no_such.yaml"], "no_such.yaml cannot be read"),
@@ -355,6 +370,28 @@ def test_caption_tells_files_and_folders_and_names_what_it_cannot_read(trained, 
         caption.main(["--model", str(trained), str(tmp_path / "nowhere.png")])
     assert stopped.value.code == 2
     assert "nowhere.png: cannot be read" in capsys.readouterr().err
+
+
+def test_caption_goes_on_after_a_name_that_is_no_text_and_tells_what_a_page_leaves_out(
+    trained, small_scenes, tmp_path, capsys, monkeypatch
+):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    picture = load_captions(small_scenes)["test"][0]["image"]
+    for name in (b"a.png", b"m\xff\x1b[2J.png", b"z.png"):
+        picture.save(os.fsdecode(os.fsencode(pictures) + b"/" + name))
+    caption.main(["--model", str(trained), str(pictures)])
+    lines = capsys.readouterr().out.encode("utf-8").splitlines()
+    assert [line.split(b"\t")[0].rpartition(b"/")[2] for line in lines] == [b"a.png", rb"m\udcff\x1b[2J.png", b"z.png"]
+
+    monkeypatch.setattr(caption, "NUM_PICTURES_ON_PAGE", 2)
+    page = tmp_path / "captions.html"
+    caption.main(["--model", str(trained), str(pictures / "a.png"), str(pictures), "--output", str(page)])
+    assert "shows the first 2 of 4 pictures" in capsys.readouterr().err
+    before = page.read_bytes()
+    with pytest.raises(SystemExit):
+        caption.main(["--model", str(trained), "no/such.png", "--output", str(page)])
+    assert page.read_bytes() == before
 
 
 def test_caption_reads_a_picture_from_the_network(trained, small_scenes, tmp_path, capsys):

@@ -249,6 +249,13 @@ def test_wrong_options_end_in_one_sentence(train, capsys, options, sentence):
     assert ended.value.code == 2 and len(lines) == 1 and sentence in lines[0]
 
 
+def test_a_checkpoint_of_which_other_parts_learnt_is_refused(train, capsys):
+    train("run")
+    with pytest.raises(SystemExit) as ended:
+        train("run", resume_from_checkpoint="last", num_train_epochs=2, unfrozen_encoder_blocks=1)
+    assert ended.value.code == 2 and "was made with other parts learning" in capsys.readouterr().err
+
+
 def test_history_joins_what_was_logged_at_one_step():
     logged = [
         {"epoch": 1.0, "step": 5, "train_seconds": 2.0},

@@ -4,6 +4,7 @@ A checkpoint is written beside its place by all processes, gets a file with the 
 disk, and is then renamed by the main process. The folder has to be one that all processes see.
 """
 
+import filecmp
 import hashlib
 import json
 import math
@@ -19,8 +20,10 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from transformers.utils import CONFIG_NAME
 
 from modeling.caption_loss import computes_in_bfloat16
+from reporting.results import write_file
 
 CHECKSUMS = "checksums.json"
 # What Accelerate takes where the launcher says nothing, and what is needed: FSDP1 is another thing; parts saved by themselves
@@ -210,12 +213,12 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def drop_old(output_dir: str | os.PathLike, limit: int | None, keep_steps: Collection[int] = ()) -> None:
-    """Remove the oldest checkpoints beyond `limit`, never the newest and none of `keep_steps`; all stay where it is None.
+def drop_old(output_dir: str | os.PathLike, limit: int | None, step: int, keep_steps: Collection[int] = ()) -> None:
+    """Remove the oldest checkpoints beyond `limit`, never that of `step` and none of `keep_steps`; all stay where it is None.
 
-    Called by the main process, after the newest has its name.
+    Called by the main process, after the newest, that of `step`, has its name. Later ones are there where the run went back.
     """
-    found = checkpoints(output_dir)
+    found = [checkpoint for checkpoint in checkpoints(output_dir) if step_of(checkpoint) <= step]
     for old in found[:-limit] if limit else []:
         if step_of(old) not in keep_steps:
             # Renamed first: a kill in the middle of the removing leaves no half checkpoint.
@@ -239,21 +242,23 @@ def checkpoint_problem(folder: Path) -> str | None:
 
 
 def checkpoint_to_resume(
-    option: str | None, output_dir: str, state_file: str, download: Callable[[str, str], Path]
+    option: str | None, output_dir: str, state_file: str, download: Callable[[str], Path], overwrite: bool = False
 ) -> Path | None:
     """The folder that `--resume_from_checkpoint` means; None where there is nothing to resume.
 
     Args:
         option: A checkpoint folder, `last`, or what `download` knows.
         state_file: The file in which this script's checkpoints tell where the run stood.
-        download: Given an option that is no folder here, and `output_dir`, brings the checkpoint.
+        download: Given an option that is no folder here, brings the checkpoint and what lies beside it.
+        overwrite: Whether another run's checkpoints in `output_dir` are removed.
 
     Raises:
-        ValueError: There is no checkpoint, it is another script's, or it is damaged.
+        ValueError: There is no checkpoint, it is another script's, or it is damaged; or `output_dir` is another run's.
     """
-    if option is None:
-        return None
     found = checkpoints(output_dir)
+    if option is None:
+        _clear_of_others(found, output_dir, overwrite)
+        return None
     if option == "last":
         if not found:
             if PartialState().is_main_process:
@@ -263,7 +268,7 @@ def checkpoint_to_resume(
     else:
         folder = Path(option)
         if not folder.is_dir():
-            folder = download(option, output_dir)
+            folder = download(option)
     # One process reads the files, which may be many gigabytes, for all.
     problem = broadcast_object_list([checkpoint_problem(folder) if PartialState().is_main_process else None])[0]
     if problem:
@@ -277,7 +282,47 @@ def checkpoint_to_resume(
         raise ValueError(f"{folder} is damaged ({problem}): {offer}")
     if not (folder / state_file).is_file():
         raise ValueError(f"--resume_from_checkpoint {folder}: a checkpoint of another training script")
+    if not _is_inside(folder, output_dir):
+        _clear_of_others(found, output_dir, overwrite)
+        names = [path.name for path in folder.parent.glob("*.safetensors")]
+        same = names and not any(filecmp.cmpfiles(folder.parent, output_dir, names, shallow=False)[1:])
+        if (Path(output_dir) / CONFIG_NAME).exists() and not same and not overwrite:
+            raise ValueError(
+                f"{output_dir} holds the model of another run than the checkpoint's: give another --output_dir, or "
+                "--overwrite_output_dir true"
+            )
     return folder
+
+
+def _clear_of_others(found: list[Path], output_dir: str, overwrite: bool) -> None:
+    """See to it that no other run's checkpoints are in the way: by their steps they would be taken for this one's."""
+    if found and not overwrite:
+        raise ValueError(
+            f"{output_dir} holds checkpoints of another run, the last {found[-1].name}: go on from it with --resume_from_checkpoint "
+            "last, give another --output_dir, or remove them with --overwrite_output_dir true"
+        )
+    if PartialState().is_main_process:
+        for checkpoint in found:
+            shutil.rmtree(checkpoint)
+    PartialState().wait_for_everyone()
+
+
+def bring_best_model(checkpoint: Path, output_dir: str) -> None:
+    """Copy what lies beside a checkpoint from elsewhere to `output_dir`, where the best model so far is among it.
+
+    Called once the checkpoint is found to be of this model: the run's best may have been before it.
+    """
+    beside = checkpoint.parent
+    if PartialState().is_main_process and not _is_inside(checkpoint, output_dir) and (beside / CONFIG_NAME).exists():
+        files = [path for path in beside.iterdir() if path.is_file() and not path.name.startswith(".")]
+        # The config last: what is half there after a kill is then copied again.
+        for path in sorted(files, key=lambda path: path.name == CONFIG_NAME):
+            write_file(Path(output_dir) / path.name, path.read_bytes())
+    PartialState().wait_for_everyone()
+
+
+def _is_inside(checkpoint: Path, output_dir: str) -> bool:
+    return checkpoint.resolve().parent == Path(output_dir).resolve()
 
 
 def check_step_size(folder: Path, then: int, now: int, unit: str = "captions") -> None:

@@ -19,6 +19,7 @@ from modeling.captioner import save_captioner
 from recipes import LoopArguments
 from reporting.curves import draw_curves
 from reporting.live import check_trackers, tell_losses
+from reporting.push import CheckpointPush
 from reporting.results import write_history
 from training.checkpoints import (
     check_bfloat16,
@@ -154,9 +155,15 @@ def record(accelerator, row: dict, progress: Progress, args: LoopArguments) -> N
 
 
 def save_checkpoint(
-    accelerator, model, scheduler, progress: Progress, args: LoopArguments, state_file: str = "progress.json"
+    accelerator,
+    model,
+    scheduler,
+    progress: Progress,
+    args: LoopArguments,
+    pushing: CheckpointPush,
+    state_file: str = "progress.json",
 ) -> None:
-    """Write `checkpoint-STEP`, whole or not at all, and drop old ones beyond save_total_limit.
+    """Write `checkpoint-STEP`, whole or not at all, drop old ones beyond save_total_limit, and push it where it is to be.
 
     Args:
         state_file: Where it tells how far the run is; of another name in each script, so that none takes another's.
@@ -169,8 +176,9 @@ def save_checkpoint(
             (folder / "scheduler.json").write_text(json.dumps(scheduler.state_dict()))
             (folder / state_file).write_text(json.dumps(dataclasses.asdict(progress)))
     if accelerator.is_main_process:
-        drop_old(args.output_dir, args.save_total_limit, keep_steps={progress.best_step})
+        drop_old(args.output_dir, args.save_total_limit, progress.step, keep_steps={progress.best_step})
     accelerator.wait_for_everyone()
+    pushing.send(progress.step)
 
 
 def load_checkpoint(

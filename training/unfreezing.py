@@ -17,6 +17,10 @@ def unfreeze_last_blocks(encoder: nn.Module, num_blocks: int) -> None:
         return
     if any(parameter.requires_grad for parameter in encoder.parameters()):
         raise ValueError("--unfrozen_encoder_blocks wants --freeze_encoder true; without it, all of the encoder learns")
+    if any(hasattr(module, "attention_bias_cache") for module in encoder.modules()):  # timm's LeViT and TinyViT
+        raise ValueError(
+            "--unfrozen_encoder_blocks: this encoder keeps what it computes in its attention, and learns as a whole or not at all"
+        )
     backbone = getattr(encoder, "backbone", None)
     if backbone is not None:
         groups = group_parameters(backbone, backbone.group_matcher(coarse=True))  # names by layer
