@@ -46,6 +46,7 @@ TINY = [
     ),
     *("--vocab_size", "90", "--max_train_pictures", "6", "--max_eval_pictures", "2", "--show_pictures", "true"),
     *("--image_size", "32", "--pretrained_encoder", "false", "--no_repeat_ngram_size", "0", "--report_to", "none"),
+    *("--overwrite_output_dir", "true"),  # of the command that came before into the same folder
 ]
 # Accelerate wants the same precision in all runs of a process.
 # Added to a command, so that it ends in seconds; the last value of an option counts.
@@ -60,6 +61,7 @@ FASTER = {
         *("--num_train_epochs", "1", "--per_device_train_batch_size", "3", "--num_samples", "2", "--report_to", "none"),
         *("--max_train_pictures", "6", "--max_eval_pictures", "2", "--eval_steps", "9", "--save_steps", "9"),
         *("--mixed_precision", "no", "--sample_min_length", "0", "--generation_min_length", "0"),
+        *("--overwrite_output_dir", "true"),
     ],
 }
 
