@@ -18,7 +18,7 @@ from tqdm import tqdm
 GIGABYTE = 2**30
 MAX_FILE_BYTES = GIGABYTE  # of one file; the largest honest one, COCO's captions, has a seventh of it
 MAX_UNPACKED_GIGABYTES = 64.0  # of a whole zip; all of COCO has a third of it
-ADVICE = "raise --max_unpacked_gigabytes if you trust it"
+HOW_TO_RAISE = "raise --max_unpacked_gigabytes if you trust it"
 SILENCE_SECONDS = 60.0  # that a server may keep before its first word and between two
 MAX_DOWNLOAD_SECONDS = 24 * 3600.0
 
@@ -72,7 +72,7 @@ def open_files(source: str | Path, max_unpacked_gigabytes: float = MAX_UNPACKED_
     if "://" in str(source):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "download.zip"
-            download(str(source), path, int(max_unpacked_gigabytes * GIGABYTE), advice=ADVICE)
+            download(str(source), path, int(max_unpacked_gigabytes * GIGABYTE), advice=HOW_TO_RAISE)
             with _open_zip(path, str(source), max_unpacked_gigabytes) as files:
                 yield files
     elif Path(source).is_dir():
@@ -165,7 +165,7 @@ def _open_zip(path: Path, location: str, max_unpacked_gigabytes: float) -> Itera
         unpacked = sum(member.file_size for member in archive.infolist()) / GIGABYTE
         if unpacked > max_unpacked_gigabytes:
             raise ValueError(
-                f"{location} unpacks to {unpacked:.1f} GiB, more than the {max_unpacked_gigabytes:g} GiB allowed: {ADVICE}"
+                f"{location} unpacks to {unpacked:.1f} GiB, more than the {max_unpacked_gigabytes:g} GiB allowed: {HOW_TO_RAISE}"
             )
         readers = {
             member.filename: _member_reader(archive, member, location)

@@ -59,20 +59,20 @@ def caption_loss(
         acc_policy="compact" if fast else "auto",
     )
     # The sum has the operands' numbers, and float16 ends at 65,504 nats.
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     size = FLOAT16_TOKENS if hidden.dtype == torch.float16 else max(1, len(hidden))
     nats = sum(
         nn.functional.linear_cross_entropy(
             *(part, weight, said), linear_bias=bias, reduction="sum", options=options
-        ).float()
+        ).to(wide)
         for part, said in zip(hidden.split(size), labels.split(size), strict=True)
     )
     if label_smoothing:
         # (1 - s) (logsumexp - score of the label) + s (logsumexp - mean score), the vocabulary's mean score being linear too.
-        summed = {"dtype": torch.promote_types(hidden.dtype, torch.float32)}
-        label_score = (hidden * weight[labels]).sum(**summed)
-        mean_score = hidden.sum(0, **summed) @ weight.mean(0, **summed)
+        label_score = (hidden * weight[labels]).sum(dtype=wide)
+        mean_score = hidden.sum(0, dtype=wide) @ weight.mean(0, dtype=wide)
         if bias is not None:
-            label_score = label_score + bias[labels].sum(**summed)
-            mean_score = mean_score + len(hidden) * bias.mean(**summed)
+            label_score = label_score + bias[labels].sum(dtype=wide)
+            mean_score = mean_score + len(hidden) * bias.mean(dtype=wide)
         nats = nats + label_smoothing * (label_score - mean_score)
     return nats / num_items_in_batch

@@ -97,7 +97,7 @@ def check_launch() -> None:
 
 
 def check_bfloat16(device: torch.device, asked: str, instead: str) -> None:
-    """See to it, where bfloat16 is asked for, that a processor has it: else torch has no LSTM, and products that take for ever.
+    """See to it, where bfloat16 is asked for, that a processor has it: else torch has no LSTM, and slow products.
 
     Args:
         device: Where training is to be.
@@ -221,10 +221,14 @@ def drop_old(output_dir: str | os.PathLike, limit: int | None, step: int, keep_s
     found = [checkpoint for checkpoint in checkpoints(output_dir) if step_of(checkpoint) <= step]
     for old in found[:-limit] if limit else []:
         if step_of(old) not in keep_steps:
-            # Renamed first: a kill in the middle of the removing leaves no half checkpoint.
-            leaving = old.with_name(f".{old.name}.partial")
-            os.replace(old, leaving)
-            shutil.rmtree(leaving)
+            _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: a kill in the middle of the removing leaves no half checkpoint.
+    leaving = checkpoint.with_name(f".{checkpoint.name}.partial")
+    os.replace(checkpoint, leaving)
+    shutil.rmtree(leaving)
 
 
 def checkpoint_problem(folder: Path) -> str | None:
@@ -282,7 +286,7 @@ def checkpoint_to_resume(
         raise ValueError(f"{folder} is damaged ({problem}): {offer}")
     if not (folder / state_file).is_file():
         raise ValueError(f"--resume_from_checkpoint {folder}: a checkpoint of another training script")
-    if not _is_inside(folder, output_dir):
+    if not _lies_in(folder, output_dir):
         _clear_of_others(found, output_dir, overwrite)
         names = [path.name for path in folder.parent.glob("*.safetensors")]
         same = names and not any(filecmp.cmpfiles(folder.parent, output_dir, names, shallow=False)[1:])
@@ -303,7 +307,7 @@ def _clear_of_others(found: list[Path], output_dir: str, overwrite: bool) -> Non
         )
     if PartialState().is_main_process:
         for checkpoint in found:
-            shutil.rmtree(checkpoint)
+            _remove(checkpoint)
     PartialState().wait_for_everyone()
 
 
@@ -313,7 +317,7 @@ def bring_best_model(checkpoint: Path, output_dir: str) -> None:
     Called once the checkpoint is found to be of this model: the run's best may have been before it.
     """
     beside = checkpoint.parent
-    if PartialState().is_main_process and not _is_inside(checkpoint, output_dir) and (beside / CONFIG_NAME).exists():
+    if PartialState().is_main_process and not _lies_in(checkpoint, output_dir) and (beside / CONFIG_NAME).exists():
         files = [path for path in beside.iterdir() if path.is_file() and not path.name.startswith(".")]
         # The config last: what is half there after a kill is then copied again.
         for path in sorted(files, key=lambda path: path.name == CONFIG_NAME):
@@ -321,7 +325,7 @@ def bring_best_model(checkpoint: Path, output_dir: str) -> None:
     PartialState().wait_for_everyone()
 
 
-def _is_inside(checkpoint: Path, output_dir: str) -> bool:
+def _lies_in(checkpoint: Path, output_dir: str) -> bool:
     return checkpoint.resolve().parent == Path(output_dir).resolve()
 
 
