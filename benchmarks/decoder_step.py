@@ -19,7 +19,15 @@ import torch
 from torch import nn
 
 from benchmarks.full_size import VOCABULARY, build_captioner, paragraphs, random_states
-from benchmarks.machine import benchmark_parser, describe_machine, in_turns, ratio_of_medians, synchronize, write_result
+from benchmarks.machine import (
+    benchmark_parser,
+    describe_machine,
+    in_turns,
+    medians,
+    ratio_of_medians,
+    synchronize,
+    write_result,
+)
 from modeling.caption_loss import caption_loss
 from modeling.vit_gpt2 import hidden_states_as_logits
 
@@ -66,6 +74,7 @@ def compare_step(system: str, captions: list[str], args) -> dict:
             left, right, out = (torch.randn(batch, *size, device=args.device) for size in ((n, k), (k, m), (n, m)))
             if batch == 1:
                 left, right, out = left[0], right[0], out[0]
+            synchronize(args.device)  # the numbers are there before the clock starts
             start = time.perf_counter()
             for _ in range(count):
                 left @ right, out @ right.mT, left.mT @ out
@@ -79,6 +88,7 @@ def compare_step(system: str, captions: list[str], args) -> dict:
         "captions": batch_size,
         "tokens": length,
         "billions_a_second": measured,
+        "medians": medians(measured),
         "share": ratio_of_medians(measured, "step", "products"),
     }
 
@@ -160,6 +170,7 @@ def compare_loss(args) -> dict:
     beyond = {name: held[name] - held["nothing"] for name in LOSSES}
     return {
         "seconds": measured,
+        "medians": medians(measured),
         "times_as_long": ratio_of_medians(measured, "ours", "plain"),
         "mebibytes_beyond_weights_and_their_gradients": beyond,
         "share_of_memory": beyond["ours"] / beyond["plain"],

@@ -13,7 +13,15 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks import report_way
 from benchmarks.full_size import build_captioner, paragraphs, random_states
-from benchmarks.machine import benchmark_parser, describe_machine, in_turns, ratio_of_medians, synchronize, write_result
+from benchmarks.machine import (
+    benchmark_parser,
+    describe_machine,
+    in_turns,
+    medians,
+    ratio_of_medians,
+    synchronize,
+    write_result,
+)
 from modeling.captioner import start_token_ids
 
 MAX_LENGTH = {"lstm": 80, "vit_gpt2": 24}  # tokens; random weights rarely end a caption before
@@ -74,6 +82,7 @@ def compare(system: str, captions: list[str], args) -> dict:
         "batch_size": args.batch_size,
         "tokens": length,
         "seconds": measured,
+        "medians": medians(measured),
         "times_faster": ratio_of_medians(measured, "report", "ours"),
         "same_words": sum(a == b for a, b in zip(written["report"], written["ours"], strict=True)),
         "share_outside_the_model": outside,

@@ -56,6 +56,10 @@ def ratio_of_medians(measured: dict[str, list[float]], of: str, to: str) -> floa
     return statistics.median(measured[of]) / statistics.median(measured[to])
 
 
+def medians(measured: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in measured.items()}
+
+
 def synchronize(device: str) -> None:
     """Wait for a GPU, which works on while Python is ahead."""
     if device.startswith("cuda"):

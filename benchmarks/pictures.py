@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import caption
 from benchmarks.full_size import build_captioner, paragraphs
-from benchmarks.machine import benchmark_parser, describe_machine, in_turns, ratio_of_medians, write_result
+from benchmarks.machine import benchmark_parser, describe_machine, in_turns, medians, ratio_of_medians, write_result
 from modeling.processing import resized_side
 
 BATCH_SIZE = 32
@@ -80,7 +80,12 @@ def compare(paths: list[str], processor, args) -> dict:
         return len(paths) / (time.perf_counter() - start)
 
     measured = in_turns({name: lambda loader=loader: rate(loader) for name, loader in loaders.items()}, args.runs)
-    return {"pictures": len(paths), "a_second": measured, "share_of_bare": ratio_of_medians(measured, "ours", "bare")}
+    return {
+        "pictures": len(paths),
+        "a_second": measured,
+        "medians": medians(measured),
+        "share_of_bare": ratio_of_medians(measured, "ours", "bare"),
+    }
 
 
 def make_pictures(folder: Path, num_pictures: int) -> dict[str, Path]:

@@ -9,7 +9,7 @@ the features is timed beside, and both grow with the data.
 
 import json
 import math
-import statistics
+import os
 import tempfile
 import time
 from functools import partial
@@ -24,7 +24,15 @@ import train_lstm
 import train_vit_gpt2
 from benchmarks import report_way
 from benchmarks.full_size import BATCH_SIZE, VOCABULARY, build_captioner, paragraphs
-from benchmarks.machine import benchmark_parser, describe_machine, in_turns, ratio_of_medians, synchronize, write_result
+from benchmarks.machine import (
+    benchmark_parser,
+    describe_machine,
+    in_turns,
+    medians,
+    ratio_of_medians,
+    synchronize,
+    write_result,
+)
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs
 from data_scripts.features import encode_splits
 from modeling.caption_loss import computes_in_bfloat16
@@ -89,7 +97,7 @@ def compare(system: str, rows: datasets.Dataset, folder: Path, args) -> dict:
     report()  # the first step is not what is asked for; ours has had its own in `growth`
     measured = in_turns(sides, args.runs)
     cache = growth[-1]["cache_seconds"] / growth[-1]["pictures"]
-    seconds = {name: statistics.median(values) for name, values in measured.items()}
+    seconds = medians(measured)
     return {
         "longest_caption": int(longest),
         "seconds_a_caption": measured,
@@ -123,6 +131,8 @@ def ours(system: str, rows: datasets.Dataset, size: int, folder: Path, args, mix
         script = train_vit_gpt2
         options |= {"encoder": folder / "encoder", "decoder": folder / "decoder", "prompt": ""}
         options |= {"use_cpu": args.device == "cpu", "bf16": mixed_precision == "bf16"}
+    if args.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # system A's way of --use_cpu
     AcceleratorState._reset_state(reset_partial_state=True)  # else a process keeps the precision of its first run
     script.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
     return json.loads((folder / "run" / "results.json").read_text())["train"]["seconds"] / size
