@@ -35,6 +35,7 @@ except ImportError:
     raise SystemExit(2) from None
 
 DEMO_MODELS = ("outputs/demo/lstm", "outputs/demo/vit_gpt2")
+WAYS = ("the model's own way", "greedy", "beam search", "sampling")  # its own are the settings it was saved with
 MAX_PICTURES = 32  # at once
 MAX_WAITING = 16  # requests in the queue; one is served at a time, the others wait or are turned away
 # In any minute, of each address: uploads, captionings and all else that is sent; and what is fetched, a page being some 100 files.
@@ -147,7 +148,7 @@ def build_app(captioners: dict[str, tuple]) -> gr.Blocks:
                     height=300,
                 )
                 folder = gr.UploadButton("Take a folder", file_count="directory", size="sm")
-                way = gr.Radio(["greedy", "beam search", "sampling"], value="greedy", label="Words are chosen by")
+                way = gr.Radio(WAYS, value=WAYS[0], label="Words are chosen by")
                 beams = gr.Slider(2, 10, value=4, step=1, label="Beams", visible=False)
                 temperature = gr.Slider(0.1, 2, value=1, step=0.1, label="Temperature", visible=False)
                 button = gr.Button("Caption", variant="primary", elem_id="caption")
@@ -179,8 +180,10 @@ def launch(app: gr.Blocks, **options):
 
 def decoding(way: str, num_beams: int, temperature: float) -> dict:
     """What `generate()` is told."""
-    if way == "sampling":
-        return {"do_sample": True, "num_beams": 1, "temperature": float(temperature)}
+    if way == WAYS[0]:
+        return {}
+    if way == "sampling":  # of all words: transformers' own habit is the likeliest fifty
+        return {"do_sample": True, "num_beams": 1, "temperature": float(temperature), "top_k": 0}
     return {"do_sample": False, "num_beams": int(num_beams) if way == "beam search" else 1}
 
 

@@ -212,9 +212,10 @@ def test_no_picture_is_one_sentence(captioners):
 @pytest.mark.parametrize(
     ("way", "wanted"),
     [
+        ("the model's own way", {}),
         ("greedy", {"do_sample": False, "num_beams": 1}),
         ("beam search", {"do_sample": False, "num_beams": 5}),
-        ("sampling", {"do_sample": True, "num_beams": 1, "temperature": 0.7}),
+        ("sampling", {"do_sample": True, "num_beams": 1, "temperature": 0.7, "top_k": 0}),
     ],
 )
 def test_what_is_chosen_is_what_generate_is_told(way, wanted):
