@@ -100,6 +100,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=42, help="of what is sampled")
     parser.add_argument("--max_length", type=int, help="longest caption, in tokens; the model's own if not given")
+    parser.add_argument("--min_length", type=int, help="shortest caption, in tokens; likewise")
+    parser.add_argument(
+        "--length_penalty",
+        type=float,
+        help="of beams: the power of its length a caption's score is divided by; likewise",
+    )
+    parser.add_argument(
+        "--no_repeat_ngram_size", type=int, help="no run of so many tokens twice; 0 allows all; likewise"
+    )
     parser.add_argument(
         "--num_workers",
         type=int,
@@ -127,7 +136,15 @@ def main(argv: list[str] | None = None) -> None:
         # ---- Model --------------------------------------------------------------------------------------------------
         model, processor = load_captioner(args.model)
         use_device(model, args.device, args.dtype)
-    set_decoding(model, args.max_length, top_p=args.top_p, num_beams=args.num_beams)
+        set_decoding(
+            model,
+            args.max_length,
+            args.min_length,
+            args.top_p,
+            num_beams=args.num_beams,
+            length_penalty=args.length_penalty,
+            no_repeat_ngram_size=args.no_repeat_ngram_size,
+        )
     set_seed(args.seed)
 
     # ---- Captions ---------------------------------------------------------------------------------------------------
@@ -140,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
         num_workers=args.num_workers,
         collate_fn=PictureCollator(processor, keep_images=inspect),
     )
-    items = caption_items(model, processor, tqdm(loader, unit="batch", disable=None), inspect)
+    num_inspected = NUM_PICTURES_ON_PAGE if inspect else 0
+    items = caption_items(model, processor, tqdm(loader, unit="batch", disable=None), num_inspected)
     with one_line_errors():
         num_captioned = write_items(items, args.output)
     if num_captioned < len(names):
@@ -169,19 +187,22 @@ def read_picture(name: str) -> bytes:
         return path.read_bytes()
 
 
-def caption_items(model, processor, batches, inspect: bool = False) -> Iterator[dict]:
+def caption_items(model, processor, batches, num_inspected: int = 0) -> Iterator[dict]:
     """The items with what `generate_captions` tells of each, as they come; those that have a problem are named on stderr and dropped.
 
     Args:
         batches: What `PictureCollator` makes.
-        inspect: See `generate_captions`.
+        num_inspected: So many of the first captions, rounded up to whole batches, get what `inspect_captions` tells.
     """
+    num_captioned = 0
     for items, pixels in batches:
         for item in items:
             if "problem" in item:
                 print(f"{printable(item['name'])}: {item['problem']}", file=sys.stderr)
         if pixels is not None:
+            inspect = num_captioned < num_inspected
             made = generate_captions(model, processor, {"pixel_values": pixels.to(model.device)}, inspect)
+            num_captioned += len(made)
             good = [item for item in items if "problem" not in item]
             for item, caption in zip(good, made, strict=True):
                 yield {**item, **caption}

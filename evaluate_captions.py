@@ -7,6 +7,7 @@ The file has lines of {"image_id", "caption", "references"}. results.json says t
 how sure they are.
 """
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,15 +16,17 @@ import transformers
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import set_seed
+from datasets import DatasetDict
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, Pictures
 from data_scripts.command_line import one_line_errors
+from data_scripts.features import encode_splits
 from metrics import CaptionScorer
 from modeling.captioner import caption_pictures, load_captioner, set_decoding, use_device
-from recipes import value_problem
+from recipes import PictureArguments, value_problem
 from reporting.page import NUM_PICTURES
 from reporting.report import report_captions, tell_results
 from reporting.results import read_captions, write_results
@@ -38,6 +41,13 @@ class EvaluationArguments:
     split: str = field(default="test", metadata={"help": "train, validation or test."})
     max_eval_pictures: int | None = field(default=None, metadata={"help": "Score on the first so many pictures."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures captioned at once."})
+    cache_features: bool = field(
+        default=True,
+        metadata={"help": "Take what the encoder says of each picture from where training kept it, or keep it there."},
+    )
+    int8_features: bool = field(
+        default=False, metadata={"help": "Of what is kept, take or keep what has 8 bits a number."}
+    )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
     show_pictures: bool | None = field(
         default=None,
@@ -110,6 +120,10 @@ def score_file(args: EvaluationArguments) -> None:
 def score_model(args: EvaluationArguments) -> None:
     """Caption a split and score it, under any number of processes."""
     accelerator = Accelerator()
+    logging.basicConfig(
+        level=logging.INFO if accelerator.is_local_main_process else logging.WARNING, format="%(message)s"
+    )
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     set_seed(args.seed, device_specific=True)
     dataset = load_captions(args.dataset)
     if args.split not in dataset:
@@ -127,8 +141,16 @@ def score_model(args: EvaluationArguments) -> None:
         length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )
+    use_device(model, accelerator.device)
+    kept = PictureArguments(
+        cache_features=args.cache_features,
+        int8_features=args.int8_features,
+        dataloader_num_workers=args.dataloader_num_workers,
+    )
+    encoder = model.get_encoder().requires_grad_(False)
+    features = encode_splits(DatasetDict({args.split: rows}), encoder, processor.image_processor, kept)[args.split]
     loader = DataLoader(
-        Pictures(rows),
+        Pictures(rows, *features),
         args.per_device_eval_batch_size,
         collate_fn=CaptionCollator(processor),
         num_workers=args.dataloader_num_workers,

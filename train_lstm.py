@@ -55,7 +55,7 @@ from training.loop import (
 )
 from training.sharding import WholeModel, gather_head
 from training.stopping import StopSignal
-from training.unfreezing import unfreeze_last_blocks
+from training.unfreezing import checkpoint_blocks, unfreeze_last_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,10 @@ class LoopArguments(recipes.LoopArguments):
     encoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Of what learns of the encoder; the common one if not given."}
     )
+    activation_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "Compute activations of an encoder that learns again in the backward pass: less memory."},
+    )
     label_smoothing_factor: float = field(
         default=0.0, metadata={"help": "Share of each word's weight in the loss that is spread over all words."}
     )
@@ -149,6 +153,8 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
 
         # ---- Model --------------------------------------------------------------------------------------------------
         model, processor = build_model(model_args, tokenizer)
+        if args.activation_checkpointing:
+            checkpoint_blocks(model.encoder)
     model.to(accelerator.device)
     num_views = data_args.augmentation_views
     features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_views)
@@ -178,7 +184,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     sampler = CaptionSampler(
         pairs["train"].lengths,
         step_size,
-        data_args.group_by_length,
+        data_args.train_sampling_strategy == "group_by_length",
         args.seed,
         pairs["train"].row_of_pair,
         data_args.group_by_picture,
@@ -211,7 +217,9 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
             last = progress.epoch == args.num_train_epochs
             if progress.epoch % args.eval_epochs == 0 or last:
                 with average.in_place(), whole.of(model) as captioner:
-                    row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"]))
+                    row["eval_loss"] = validation_loss(
+                        accelerator, captioner, eval_loader(pairs["validation"].by_length())
+                    )
                     pictures = eval_loader(Pictures(val_rows, val_features))
                     row |= score_captions(accelerator, captioner, processor, pictures, val_rows, scorer)
                     keep_best(accelerator, captioner, processor, row, progress, args)
@@ -292,7 +300,12 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = InceptionLSTMForConditionalGeneration(config)
+    try:
+        model = InceptionLSTMForConditionalGeneration(config)
+    except AssertionError as error:  # timm's, of models that cannot go without their summary
+        if not args.attention:
+            raise
+        raise ValueError(f"--attention true: timm's {args.encoder} gives no grid to look at") from error
     if args.pretrained_encoder:
         try:
             model.load_pretrained_encoder(args.encoder)
@@ -303,12 +316,17 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
             ) from error
     unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
     image_processor = timm_image_processor(backbone, args.image_size, args.center_crop)
-    if args.image_size:
+    if args.image_size or args.attention:
+        side = image_processor.crop_size["height"]
         try:
             with torch.no_grad():
-                model.eval().encoder(torch.zeros(1, 3, args.image_size, args.image_size))
+                states = model.eval().encoder(torch.zeros(1, 3, side, side)).last_hidden_state
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"--image_size {args.image_size}: {args.encoder} cannot see it ({error})") from error
+            raise ValueError(f"--image_size {side}: {args.encoder} cannot see it ({error})") from error
+        if args.attention and states.shape[1] == 1:
+            raise ValueError(
+                f"--attention true: of {args.encoder}'s grid of {side} pixels one place is left; there is nothing to look at"
+            )
     return model, build_processor(image_processor, tokenizer)
 
 

@@ -244,7 +244,8 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
         captioner = accelerator.unwrap_model(model)
         share = shares_by(captioner)
         with mixed_with(captioner, start, scst_args.start_share):
-            row["eval_loss"] = validation_loss(accelerator, captioner, eval_loader(pairs["validation"], share))
+            captions = eval_loader(pairs["validation"].by_length(), share)
+            row["eval_loss"] = validation_loss(accelerator, captioner, captions)
             pictures = eval_loader(Pictures(val_rows, val_features))
             row |= score_captions(accelerator, captioner, processor, pictures, val_rows, scorer)
             keep_best(accelerator, captioner, processor, row, progress, args)
@@ -336,11 +337,7 @@ def load_start(name: str) -> tuple:
         raise ValueError(
             f"--model {name} is a {type(model).__name__} that neither train_lstm.py nor train_vit_gpt2.py makes: give one of theirs"
         )
-    encoder = model.get_encoder().requires_grad_(False)
-    if getattr(encoder, "pooler", None) is not None:
-        # No captioner reads it. Where none was saved, it has random weights now, and would hide that the encoder is the same.
-        del encoder.pooler
-        encoder.pooler = None
+    model.get_encoder().requires_grad_(False)
     return model, processor, kind
 
 
@@ -371,13 +368,11 @@ def use_decoding(model, args: LoopArguments, lengths: np.ndarray, sample_min_len
     )
     num_start = len(start_token_ids(model))
     longest = model.generation_config.max_length - num_start
-    generated = (model.generation_config.min_length or num_start) - num_start
-    for name, shortest in (("generation_min_length", generated), ("sample_min_length", sample_min_length)):
-        if shortest > longest:
-            raise ValueError(
-                f"the shortest caption is to have {shortest} tokens and the longest {longest}: give a lower --{name} or a higher "
-                "--generation_max_length"
-            )
+    if sample_min_length > longest:
+        raise ValueError(
+            f"the shortest sample is to have {sample_min_length} tokens and the longest {longest}: give a lower "
+            "--sample_min_length or a higher --generation_max_length"
+        )
 
 
 def captions_of_pictures(pairs: CaptionPairs) -> list[list[list[list[int]]]]:

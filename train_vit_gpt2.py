@@ -185,7 +185,9 @@ class LoopArguments(Seq2SeqTrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, init=False)
     fsdp: str | None = field(default=None, init=False)
     deepspeed: str | None = field(default=None, init=False)
-    dataloader_num_workers: int = field(default=0, init=False)  # stands among the data's options
+    # Stand among the data's options.
+    dataloader_num_workers: int = field(default=0, init=False)
+    train_sampling_strategy: str = field(default="random", init=False)
 
     def __post_init__(self):
         refuse_deepspeed()
@@ -285,14 +287,14 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         sampler=CaptionSampler(
             pairs["train"].lengths,
             step_size,
-            data_args.group_by_length,
+            data_args.train_sampling_strategy == "group_by_length",
             args.seed,
             pairs["train"].row_of_pair,
             data_args.group_by_picture,
             num_views,
         ),
         train_dataset=pairs["train"],
-        eval_dataset=pairs["validation"],
+        eval_dataset=pairs["validation"].by_length(),
         eval_pictures=Pictures(val_rows, val_features),
         eval_rows=val_rows,
         scorer=CaptionScorer(val_rows["captions"], training_captions),

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, Subset
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -121,6 +121,11 @@ class CaptionPairs(torch.utils.data.Dataset):
         views, pairs = np.divmod(indices, len(self))
         pictures = self.pictures.__getitems__(views * len(self.pictures) + self.row_of_pair[pairs])
         return [picture | self.tokens(index) for picture, index in zip(pictures, indices, strict=True)]
+
+    def by_length(self) -> Subset:
+        """The pairs, the captions of a picture together, those with few tokens first: with next to no padding, for a sum over all."""
+        tokens_of_picture = np.bincount(self.row_of_pair, weights=self.lengths)
+        return Subset(self, np.argsort(tokens_of_picture[self.row_of_pair], kind="stable").tolist())
 
     def tokens(self, index: int) -> dict:
         """What the decoder reads and, at the same positions, what it shall say next."""

@@ -114,7 +114,14 @@ def cache_features(
         )
         example = encode(to_pixels([rows[0]]))
         _write_files(files, map(encode, loader), example, batch_size, show_progress=state.is_main_process)
+    else:
+        logger.info(f"What the encoder says of {len(pictures):,} pictures is read from {folder}")
     state.wait_for_everyone()
+    if not all(path.exists() for path in paths):
+        raise OSError(
+            f"{folder} lacks pictures that another process has encoded: set HF_DATASETS_CACHE to a folder that all machines "
+            "share, or give --cache_features false"
+        )
     return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
 
 
@@ -200,7 +207,11 @@ def encode_splits(
         Of each split its views, see `view_of_picture`; None for each where they are not kept, or the encoder learns.
     """
     views = {split: range(num_views if split == "train" else 1) for split in dataset}
-    if not args.cache_features or any(parameter.requires_grad for parameter in encoder.parameters()):
+    learns = any(parameter.requires_grad for parameter in encoder.parameters())
+    if learns or not args.cache_features:
+        logger.info(
+            f"The encoder sees every picture anew each time: {'it learns' if learns else '--cache_features false'}"
+        )
         return {split: [None] * len(views[split]) for split in dataset}
     encoder.eval()
     fingerprint = encoder_fingerprint(encoder, image_processor)

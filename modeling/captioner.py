@@ -40,9 +40,15 @@ def load_captioner(name_or_path: str) -> tuple:
     """
     try:
         model = AutoModelForImageTextToText.from_pretrained(name_or_path)
-        return model.eval(), load_processor(name_or_path)
+        processor = load_processor(name_or_path)
     except Exception as error:  # transformers, safetensors, tokenizers and the Hub's client each have their own
         raise ValueError(f"model {name_or_path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    encoder = model.get_encoder()
+    if getattr(encoder, "pooler", None) is not None:
+        # No captioner reads it. Where none was saved, it has random weights now, and would hide that the encoder is the same.
+        del encoder.pooler
+        encoder.pooler = None
+    return model.eval(), processor
 
 
 def use_device(model: PreTrainedModel, device: str | torch.device, dtype: str = "float32") -> None:
@@ -77,6 +83,9 @@ def set_decoding(
         top_p: Share of the probability whose likeliest tokens each word is sampled from, without beams (Holtzman et al., 2020,
             https://arxiv.org/abs/1904.09751, section 3.1).
         settings: Others of `GenerationConfig`.
+
+    Raises:
+        ValueError: The shortest caption would be longer than the longest.
     """
     num_start = len(start_token_ids(model))
     if top_p is not None:
@@ -87,6 +96,11 @@ def set_decoding(
     }
     decoding = model.generation_config
     decoding.update(**{name: value for name, value in settings.items() if value is not None})
+    if decoding.max_length is not None and (decoding.min_length or 0) > decoding.max_length:
+        raise ValueError(
+            f"the shortest caption is to have {decoding.min_length - num_start} tokens and the longest "
+            f"{decoding.max_length - num_start}: give a lower least length or a higher longest one"
+        )
     if (decoding.num_beams or 1) == 1:
         decoding.length_penalty = None  # it is of beams, and without them transformers does not save it
 
@@ -145,9 +159,11 @@ def generate_captions(
         For each picture {"caption": text, "ended": whether EOS ended it before the longest length did}, and what
         `inspect_captions` tells where that is wanted.
     """
+    if inspect and "encoder_outputs" not in inputs:  # read twice: to write the captions, and to look at them
+        inputs = {"encoder_outputs": model.get_encoder()(inputs["pixel_values"])}
     given = dict(inputs)
     if "encoder_outputs" in given:  # a copy: generate() repeats the states for each beam, in place
-        given["encoder_outputs"] = BaseModelOutput(last_hidden_state=given["encoder_outputs"][0])
+        given["encoder_outputs"] = BaseModelOutput(last_hidden_state=given["encoder_outputs"][0].to(model.dtype))
     sequences = model.generate(**given, **generation)  # (batch, start tokens and caption)
     words = sequences[:, len(start_token_ids(model)) :]
     ended = (words == processor.tokenizer.eos_token_id).any(dim=1).tolist()
@@ -174,7 +190,7 @@ def inspect_captions(model: PreTrainedModel, processor, inputs: dict, sequences:
         decoding; where the model attends to a grid also "attention": rows of the grid, all together at most 1. Tokens that
         are no whole character by themselves stand together. "centre_crop" is where the grid lies, see `centre_crop`.
     """
-    states = (inputs.get("encoder_outputs") or model.get_encoder()(inputs["pixel_values"]))[0]
+    states = (inputs.get("encoder_outputs") or model.get_encoder()(inputs["pixel_values"]))[0].to(model.dtype)
     first = len(start_token_ids(model))
     decoder = getattr(model, "decoder", None)  # system A has none, and tells its weights in any case
     implementation = decoder and decoder.config._attn_implementation

@@ -25,7 +25,7 @@ LOWEST = {
     **dict.fromkeys(("generation_min_length", "no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
     **dict.fromkeys(("sample_no_repeat_ngram_size", "sample_min_length", "bleu_weight", "kl_weight"), 0),
     **dict.fromkeys(("eval_steps", "num_samples", "batch_size", "num_beams", "max_length"), 1),
-    "num_workers": 0,
+    **dict.fromkeys(("num_workers", "min_length"), 0),
     "vocab_size": 8,  # the four special tokens, and something to say
 }
 SHARES = ("dropout", "attention_dropout", "label_smoothing_factor", "cross_entropy_share", "start_share", "ema_decay")
@@ -82,6 +82,8 @@ class PictureArguments:
     )
 
     def __post_init__(self):
+        if self.compile_encoder and not self.cache_features:
+            raise ValueError("--compile_encoder true is for what --cache_features true keeps: give one of them up")
         if self.show_pictures is None:
             self.show_pictures = self.dataset == "scenes"  # drawn here, so nobody else's
 
@@ -93,7 +95,9 @@ class DataArguments(PictureArguments):
     tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a tokenizer; system A trains its own where none is given."}
     )
-    group_by_length: bool = field(default=True, metadata={"help": "Put captions of like length into one batch."})
+    train_sampling_strategy: Literal["group_by_length", "random"] = field(
+        default="group_by_length", metadata={"help": "Which captions share a batch: those of like length, or any."}
+    )
     group_by_picture: bool = field(
         default=False, metadata={"help": "Put the captions of a picture into one batch, which reads the picture once."}
     )

@@ -114,6 +114,44 @@ def test_a_caption_has_to_be_no_longer_than_it_may(capsys, script):
     assert "--generation_min_length 9" in sentence and "--generation_max_length 8" in sentence
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--activation_checkpointing", "true"], "wants an encoder that learns"),
+        (
+            [
+                "--activation_checkpointing",
+                "true",
+                "--freeze_encoder",
+                "false",
+                "--encoder",
+                "inception_resnet_v2",
+                "--image_size",
+                "96",
+            ],
+            "has it not",
+        ),
+        (["--attention", "true", "--encoder", "deit_tiny_distilled_patch16_224"], "gives no grid to look at"),
+        (["--attention", "true", "--encoder", "test_efficientnet", "--image_size", "32"], "one place is left"),
+        (["--compile_encoder", "true", "--cache_features", "false"], "give one of them up"),
+    ],
+)
+def test_what_an_encoder_cannot_do_is_said(small_scenes, tmp_path, capsys, options, said):
+    arguments = [*SCRIPTS["train_lstm"], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run", *options]
+    assert said in refused(capsys, train_lstm.main, arguments)
+
+
+def test_a_least_length_above_the_models_longest_is_refused_where_captions_are_made(trained, tmp_path, capsys):
+    model = ["--model", trained["train_lstm"]]
+    evaluation = [*model, "--output_dir", tmp_path / "scores", "--split", "validation"]
+    for main, arguments, option in (
+        (caption.main, [*model, "picture.jpg"], "--min_length"),
+        (evaluate_captions.main, evaluation, "--generation_min_length"),
+    ):
+        sentence = refused(capsys, main, [*arguments, option, "900"])
+        assert sentence.startswith("the shortest caption is to have 900 tokens and the longest")
+
+
 @pytest.mark.parametrize(("script", "option", "value"), OPTIONS)
 def test_an_impossible_value_is_refused_and_its_option_named(small_scenes, tmp_path, capsys, script, option, value):
     arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run", option, value]
@@ -156,6 +194,7 @@ def test_a_share_of_the_probability_is_more_than_0_and_1_at_most(tmp_path, capsy
     [
         (caption.main, "--batch_size", "0"),
         (caption.main, "--num_beams", "0"),
+        (caption.main, "--min_length", "-1"),
         (caption.main, "--num_workers", "-1"),
         (evaluate_captions.main, "--generation_num_beams", "0"),
         (evaluate_captions.main, "--max_eval_pictures", "-5"),

@@ -3,20 +3,25 @@
 import os
 from functools import partial
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import ImageOps
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
 from torchvision.transforms import functional
 from transformers import CLIPImageProcessor, ViTConfig, ViTModel
 
 from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures
-from data_scripts.features import cache_features, compiled_for_batches, encoder_fingerprint
+from data_scripts.features import cache_features, compiled_for_batches, encode_splits, encoder_fingerprint
 from data_scripts.train_tokenizer import train_tokenizer
 from data_scripts.views import NUM_VIEWS, PART, caption_of_view, view_of_picture
 from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor
+from recipes import DataArguments
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +98,29 @@ def test_grouping_saves_the_padding():
         return 1 - batches.sum() / (16 * batches.max(axis=1)).sum()
 
     assert padding(True) < 0.05 < 0.3 < padding(False)
+
+
+@pytest.mark.parametrize("share", ["index", "pack"])
+def test_evaluation_reads_every_pair_once_and_next_to_no_padding(processor, share):
+    words, random = ["red", "blue", "dog", "left"], np.random.default_rng(0)
+    blank = Image.new("RGB", (8, 8))
+    captions = [[" ".join(random.choice(words, random.integers(1, 60)))] for _ in range(800)]
+    rows = Dataset.from_dict({"image": [blank] * 800, "captions": captions}).cast_column("image", datasets.Image())
+    pairs = CaptionPairs(rows, processor.tokenizer)
+    sorted_pairs = pairs.by_length()
+    assert sorted(sorted_pairs.indices) == list(range(800))
+    loader = DataLoader(sorted_pairs, 16, collate_fn=CaptionCollator(processor, share))
+    labels = [batch["labels"] for batch in loader]
+    told = sum((batch != -100).sum() for batch in labels)
+    assert told == pairs.lengths.sum() and told / sum(batch.numel() for batch in labels) > 0.95
+
+
+def test_in_evaluation_the_captions_of_a_picture_stay_together(rows, processor):
+    pairs = CaptionPairs(rows, processor.tokenizer)
+    pictures = pairs.row_of_pair[pairs.by_length().indices]
+    assert (np.diff(pictures) != 0).sum() == len(rows) - 1
+    tokens = np.bincount(pairs.row_of_pair, weights=pairs.lengths)[pictures]
+    assert (np.diff(tokens) >= 0).all()
 
 
 def test_batches_of_grouped_pairs_come_in_no_order_of_length():
@@ -306,6 +334,30 @@ def test_encoders_of_the_same_weights_that_say_something_else_never_share_featur
     for one, other in (encoders[:2], encoders[2:]):
         assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
     assert len({encoder_fingerprint(encoder, processor.image_processor) for encoder in encoders}) == 4
+
+
+def test_what_another_machine_has_kept_for_itself_is_missed_in_one_sentence(rows, processor, monkeypatch):
+    monkeypatch.setattr(PartialState(), "process_index", 1)
+    monkeypatch.setattr(PartialState(), "num_processes", 2)
+    monkeypatch.setattr(PartialState, "wait_for_everyone", lambda self: None)
+    with pytest.raises(OSError, match="lacks pictures that another process has encoded: set HF_DATASETS_CACHE"):
+        cache_features(rows, CountingEncoder(), processor.image_processor, "elsewhere")
+
+
+def test_it_is_said_where_features_are_read_and_why_they_are_not_kept(rows, processor, caplog):
+    caplog.set_level("INFO", "data_scripts.features")
+    encoder = TimmEncoder("test_vit").eval().requires_grad_(False)
+
+    def told(**options) -> str:
+        caplog.clear()
+        encode_splits(DatasetDict(test=rows), encoder, processor.image_processor, DataArguments(**options))
+        return caplog.text
+
+    assert "Encoding" in told() and "read from" not in caplog.text
+    assert f"What the encoder says of {len(rows)} pictures is read from" in told() and "Encoding" not in caplog.text
+    assert "--cache_features false" in told(cache_features=False)
+    encoder.requires_grad_(True)
+    assert "it learns" in told()
 
 
 def test_a_kill_costs_only_the_files_not_yet_whole(rows, processor, monkeypatch):

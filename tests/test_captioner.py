@@ -7,7 +7,15 @@ from hypothesis import strategies as some
 from PIL import Image, ImageDraw
 from small_captioners import build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForImageTextToText, CLIPImageProcessor, GPT2TokenizerFast, ViTImageProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessor,
+    GPT2LMHeadModel,
+    GPT2TokenizerFast,
+    VisionEncoderDecoderModel,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
@@ -112,6 +120,33 @@ def test_inspecting_changes_neither_captions_nor_model(captioner, num_beams):
         assert [token["text"] for token in one["tokens"]] == [token["text"] for token in other["tokens"]]
         for first, second in zip(one["tokens"], other["tokens"], strict=True):
             assert first["probability"] == pytest.approx(second["probability"], abs=1e-5)
+
+
+def test_inspecting_encodes_no_picture_twice(captioner):
+    model, processor, pixels = captioner
+    seen = []
+    model.get_encoder().register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
+    generate_captions(model, processor, {"pixel_values": pixels}, inspect=True)
+    assert seen == [len(pixels)]
+
+
+def test_kept_states_are_read_in_the_models_own_numbers(captioner):
+    model, processor, pixels = captioner
+    states = model.get_encoder()(pixels)[0].float()
+    model.to(dtype=torch.bfloat16)
+    told = generate_captions(model, processor, {"encoder_outputs": (states,)}, inspect=True)
+    cast = generate_captions(model, processor, {"encoder_outputs": (states.bfloat16(),)}, inspect=True)
+    assert told == cast and len(told) == len(pixels)
+
+
+def test_a_pooler_that_no_captioner_reads_is_left_out(tokenizer, tmp_path):
+    encoder = ViTModel(encoder_config(48, 16, hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
+    decoder = GPT2LMHeadModel(
+        decoder_config(len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    )
+    model = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+    save_captioner(model, build_processor(vit_image_processor(encoder.config), tokenizer), tmp_path)
+    assert model.encoder.pooler is not None and load_captioner(str(tmp_path))[0].encoder.pooler is None
 
 
 @pytest.mark.parametrize("generation", [{"no_repeat_ngram_size": 1}, {"num_beams": 3}, {"do_sample": True}], ids=str)

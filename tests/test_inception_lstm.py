@@ -182,10 +182,11 @@ def test_captions_that_share_a_picture_lose_what_they_lose_alone(attention):
     batch = random_batch()
     shared = {"pixel_values": batch["pixel_values"][:2], "image_index": torch.tensor([1, 0, 0, 1])}
     repeated = batch["pixel_values"][shared["image_index"]]
-    expected = model(pixel_values=repeated, labels=batch["labels"])
-    given = model(**shared, labels=batch["labels"])
-    torch.testing.assert_close(given.logits, expected.logits)
-    torch.testing.assert_close(given.loss, expected.loss)
+    words = model.shift_right(batch["labels"])
+    expected = model(pixel_values=repeated, decoder_input_ids=words).logits
+    torch.testing.assert_close(model(**shared, decoder_input_ids=words).logits, expected)
+    expected = model(pixel_values=repeated, labels=batch["labels"]).loss
+    torch.testing.assert_close(model(**shared, labels=batch["labels"]).loss, expected)
 
 
 @pytest.mark.parametrize("architecture", ["test_efficientnet", "test_vit", "swin_tiny_patch4_window7_224"])
@@ -229,6 +230,18 @@ def test_without_attention_there_is_nothing_of_it():
     extra = attentive.state_dict().keys() - plain.state_dict().keys()
     assert extra and all(name.startswith("attention.") for name in extra)
     assert attentive.state_dict().keys() - extra == plain.state_dict().keys()
+
+
+def test_without_attention_it_is_the_reports_model_bit_for_bit():
+    """Written out: the projected picture and the words behind it, read by the LSTM, scored by one linear layer."""
+    model, batch = make_model().eval(), random_batch()
+    words = model.shift_right(batch["labels"])
+    with torch.no_grad():
+        picture = model.image_projection(
+            model.encoder(batch["pixel_values"]).last_hidden_state
+        )  # (batch, 1, embedding)
+        outputs, _ = model.lstm(torch.cat([picture, model.token_embedding(words[:, 1:])], dim=1))
+        assert torch.equal(model(batch["pixel_values"], words).logits, model.lm_head(outputs))
 
 
 @pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "trained"])

@@ -119,6 +119,19 @@ def test_the_page_that_caption_py_writes_tells_of_each_word(tmp_path):
     assert all(len(card["sure"]) == len(card["caption"].split()) > 0 and card["looks"][0] == 2 for card in cards)
 
 
+def test_no_more_words_are_looked_at_than_the_page_shows(tmp_path, monkeypatch):
+    save_captioner(*build("vit_gpt2"), tmp_path / "model")
+    for place, picture in enumerate(PICTURES[:3]):
+        picture.save(tmp_path / f"{place}.png")
+    monkeypatch.setattr(caption, "NUM_PICTURES_ON_PAGE", 1)
+    inspected, generate = [], caption.generate_captions
+    monkeypatch.setattr(caption, "generate_captions", lambda *given: inspected.append(given[-1]) or generate(*given))
+    pictures = [str(tmp_path / f"{place}.png") for place in range(3)]
+    options = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "page.html"), "--batch_size", "1"]
+    caption.main([*pictures, *options])
+    assert inspected == [True, False, False] and len(Cards(tmp_path / "page.html").cards) == 1
+
+
 # In a browser
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -102,6 +103,21 @@ def test_the_folder_holds_the_model_of_the_best_validation_cider(trained, small_
     assert metrics["cider"] == pytest.approx(max(row["cider"] for row in history), abs=1e-9)
 
 
+def test_evaluation_takes_what_training_has_kept(trained, small_scenes, tmp_path, caplog):
+    caplog.set_level("INFO", "data_scripts.features")
+    evaluate(trained, small_scenes, tmp_path / "kept")
+    assert "is read from" in caplog.text and "Encoding" not in caplog.text
+    evaluate(trained, small_scenes, tmp_path / "bfloat16", "--dtype", "bfloat16")
+    caplog.clear()
+    evaluate(trained, small_scenes, tmp_path / "anew", "--cache_features", "false")
+    assert "is read from" not in caplog.text and "sees every picture anew" in caplog.text
+    kept, low, anew = (
+        json.loads((tmp_path / name / "results.json").read_text())["metrics"]["cider"]
+        for name in ("kept", "bfloat16", "anew")
+    )
+    assert kept == pytest.approx(anew, abs=0.05) and low == pytest.approx(anew, abs=0.3)
+
+
 def test_the_longest_caption_generated_is_the_99th_percentile(trained, small_scenes):
     model, processor = load_captioner(str(trained))
     texts = [text for texts in load_captions(small_scenes)["train"]["captions"] for text in texts]
@@ -175,8 +191,26 @@ def test_of_a_frozen_encoder_the_last_block_learns_at_its_own_rate_where_it_shal
     assert moved == {name for name in first if name.startswith(learns) and "running" not in name and "num_" not in name}
 
 
+def test_activation_checkpointing_computes_the_blocks_again_and_learns_the_same(small_scenes, tmp_path, monkeypatch):
+    calls, forward = [], timm.models._efficientnet_blocks.InvertedResidual.forward
+
+    def counted(self, pixels):
+        calls.append(torch.is_grad_enabled())
+        return forward(self, pixels)
+
+    monkeypatch.setattr(timm.models._efficientnet_blocks.InvertedResidual, "forward", counted)
+    options = ["--unfrozen_encoder_blocks", "3", "--num_train_epochs", "1", "--max_eval_pictures", "2"]
+    weights, learnt = [], []
+    for asked in ("false", "true"):
+        calls.clear()
+        weights.append(train(tmp_path / asked, small_scenes, *options, "--activation_checkpointing", asked))
+        learnt.append(sum(calls))
+    assert learnt[1] > learnt[0]
+    assert_same_weights(*weights, tolerance=1e-6)
+
+
 def test_accumulated_batches_give_the_step_of_one_big_batch(small_scenes, tmp_path):
-    options = ["--num_train_epochs", "1", "--group_by_length", "false", "--max_eval_pictures", "2"]
+    options = ["--num_train_epochs", "1", "--train_sampling_strategy", "random", "--max_eval_pictures", "2"]
     big = train(tmp_path / "big", small_scenes, *options, "--per_device_train_batch_size", "24")
     options += ["--per_device_train_batch_size", "6", "--gradient_accumulation_steps", "4"]
     assert_same_weights(train(tmp_path / "small", small_scenes, *options), big, tolerance=1e-5)

@@ -95,7 +95,7 @@ def test_run_leaves_what_the_contract_says(train, dataset):
 
 def test_accumulated_batches_weigh_as_one_large_one(train):
     """Four batches of two captions against one of eight, of unlike lengths: the same step (issue 7, point 4)."""
-    options = {"optim": "sgd", "learning_rate": 0.5, "group_by_length": "false", "max_grad_norm": 0}
+    options = {"optim": "sgd", "learning_rate": 0.5, "train_sampling_strategy": "random", "max_grad_norm": 0}
     one = train("one", per_device_train_batch_size=8, **options)
     four = train("four", per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
     assert history(four)[0]["train_loss"] == pytest.approx(history(one)[0]["train_loss"], rel=1e-5)
@@ -176,7 +176,7 @@ def test_cached_features_train_as_pictures_do(train):
         assert history(cached)[-1][name] == pytest.approx(history(uncached)[-1][name], rel=1e-3)
 
 
-def test_gradient_checkpointing_computes_blocks_again_and_learns_the_same(train, monkeypatch):
+def test_activation_checkpointing_computes_blocks_again_and_learns_the_same(train, monkeypatch):
     """With captions packed in a row, dropout, which draws, and an encoder that learns."""
     calls = []
     forward = GPT2MLP.forward
@@ -190,7 +190,7 @@ def test_gradient_checkpointing_computes_blocks_again_and_learns_the_same(train,
     folders, learnt = [], []
     for asked in ("false", "true"):
         calls.clear()
-        folders.append(train(asked, gradient_checkpointing=asked, **options))
+        folders.append(train(asked, activation_checkpointing=asked, **options))
         learnt.append(sum(calls))
     assert learnt[1] > learnt[0]
     told = [[row["train_loss"] for row in history(folder)] for folder in folders]

@@ -41,3 +41,19 @@ def unfreeze_last_blocks(encoder: nn.Module, num_blocks: int) -> None:
     for block in blocks[-num_blocks:]:
         for parameter in block:
             parameter.requires_grad_(True)
+
+
+def checkpoint_blocks(encoder: nn.Module) -> None:
+    """Let system A's encoder compute the activations of its blocks again in the backward pass, in place of keeping them.
+
+    BatchNorm of an encoder that learns as a whole sees each batch twice then, so that its statistics follow faster.
+
+    Raises:
+        ValueError: Nothing of it learns, or timm cannot do it for this one.
+    """
+    if not any(parameter.requires_grad for parameter in encoder.parameters()):
+        raise ValueError("--activation_checkpointing true wants an encoder that learns: see --unfrozen_encoder_blocks")
+    try:
+        encoder.backbone.set_grad_checkpointing()
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(f"--activation_checkpointing true: timm has it not for this encoder ({error})") from error
