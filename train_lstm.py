@@ -324,8 +324,8 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
         except (AssertionError, RuntimeError) as error:
             raise ValueError(f"--image_size {side}: {args.encoder} cannot see it ({error})") from error
         if args.attention and states.shape[1] == 1:
-            raise ValueError(
-                f"--attention true: of {args.encoder}'s grid of {side} pixels one place is left; there is nothing to look at"
+            logger.warning(
+                f"--attention true: {args.encoder} gives one place for {side} pixels; there is nothing to choose from."
             )
     return model, build_processor(image_processor, tokenizer)
 

@@ -209,6 +209,13 @@ def test_activation_checkpointing_computes_the_blocks_again_and_learns_the_same(
     assert_same_weights(*weights, tolerance=1e-6)
 
 
+@pytest.mark.parametrize(("side", "warned"), [("32", True), ("64", False)])
+def test_a_grid_of_one_place_is_warned_of(small_scenes, tmp_path, caplog, side, warned):
+    options = ["--attention", "true", "--image_size", side, "--num_train_epochs", "1", "--max_eval_pictures", "2"]
+    train(tmp_path, small_scenes, *options)
+    assert ("gives one place for 32 pixels" in caplog.text) == warned
+
+
 def test_accumulated_batches_give_the_step_of_one_big_batch(small_scenes, tmp_path):
     options = ["--num_train_epochs", "1", "--train_sampling_strategy", "random", "--max_eval_pictures", "2"]
     big = train(tmp_path / "big", small_scenes, *options, "--per_device_train_batch_size", "24")
