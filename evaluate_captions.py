@@ -141,7 +141,7 @@ def score_model(args: EvaluationArguments) -> None:
         length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )
-    use_device(model, accelerator.device)
+    use_device(model, accelerator.device)  # what is kept is of float32, whatever the captions are written in
     kept = PictureArguments(
         cache_features=args.cache_features,
         int8_features=args.int8_features,

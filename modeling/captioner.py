@@ -43,7 +43,7 @@ def load_captioner(name_or_path: str) -> tuple:
         processor = load_processor(name_or_path)
     except Exception as error:  # transformers, safetensors, tokenizers and the Hub's client each have their own
         raise ValueError(f"model {name_or_path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    encoder = model.get_encoder()
+    encoder = getattr(model, "encoder", None)  # other kinds of captioner have none by that name
     if getattr(encoder, "pooler", None) is not None:
         # No captioner reads it. Where none was saved, it has random weights now, and would hide that the encoder is the same.
         del encoder.pooler
