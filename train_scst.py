@@ -88,6 +88,9 @@ class SCSTArguments:
     bleu_weight: float = field(
         default=0.0, metadata={"help": "What a sample's BLEU-4 (0 to 1) counts beside its CIDEr-D (0 to 10)."}
     )
+    rouge_weight: float = field(
+        default=0.0, metadata={"help": "What a sample's ROUGE-L (0 to 1) counts beside its CIDEr-D (0 to 10)."}
+    )
     kl_weight: float = field(
         default=0.0, metadata={"help": "CIDEr-D that a nat of KL divergence from the starting model costs a caption."}
     )

@@ -61,14 +61,15 @@ from reporting.push import CheckpointPush, download_checkpoint
 from reporting.results import write_history
 from reporting.training_report import report_training
 from training.checkpoints import (
+    IN_FLOAT32,
     bring_best_model,
-    check_bfloat16,
     check_finite,
     check_launch,
     check_sharding,
     check_step_size,
     checkpoint_to_resume,
     drop_old,
+    has_bfloat16,
     new_checkpoint,
     own_output_dir,
     refuse_deepspeed,
@@ -192,6 +193,12 @@ class LoopArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         refuse_deepspeed()
         check_lengths(self)
+        by_launcher = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and not self.fp16
+        self.in_float32 = (self.bf16 or by_launcher) and not has_bfloat16(self.use_cpu)
+        if self.in_float32:
+            self.bf16, os.environ["ACCELERATE_MIXED_PRECISION"] = False, "no"
+        # The Trainer wants to be told of a processor that computes in bfloat16.
+        self.use_cpu |= self.bf16 and not torch.accelerator.is_available()
         self.report_to = [name for name in self.report_to.split(",") if name != "none"]
         self.run_name = self.run_name or self.output_dir
         super().__post_init__()
@@ -208,15 +215,13 @@ def main(argv: list[str] | None = None) -> None:
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     follow_launcher()
     logging.basicConfig(level=logging.INFO if args.local_process_index == 0 else logging.WARNING, format="%(message)s")
+    if args.in_float32:
+        logger.info(IN_FLOAT32)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     transformers.logging.disable_progress_bar()  # loading and saving take a second
     set_seed(args.seed)
     with one_line_errors():
         check_launch()
-        if args.mixed_precision == "bf16":  # by the launcher's word, too
-            check_bfloat16(
-                args.device, "--bf16 true", "--bf16 false" if args.bf16 else "--mixed_precision no to the launcher"
-            )
     with one_line_errors(OSError), own_output_dir(args.output_dir):
         run(data_args, model_args, args)
 

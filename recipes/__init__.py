@@ -23,7 +23,9 @@ LOWEST = {
     "unfrozen_encoder_blocks": 0,
     **dict.fromkeys(("learning_rate", "encoder_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
     **dict.fromkeys(("generation_min_length", "no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
-    **dict.fromkeys(("sample_no_repeat_ngram_size", "sample_min_length", "bleu_weight", "kl_weight"), 0),
+    **dict.fromkeys(
+        ("sample_no_repeat_ngram_size", "sample_min_length", "bleu_weight", "rouge_weight", "kl_weight"), 0
+    ),
     **dict.fromkeys(("eval_steps", "num_samples", "batch_size", "num_beams", "max_length"), 1),
     **dict.fromkeys(("num_workers", "min_length"), 0),
     "vocab_size": 8,  # the four special tokens, and something to say

@@ -176,10 +176,11 @@ def test_a_reward_is_the_score_of_the_caption_by_itself():
     pictures, ended = [7, 2, 7, 0], [True, False, True, True]
     captions = [PREDICTIONS[7], PREDICTIONS[2], REFERENCES[7][0], PREDICTIONS[0]]
     fitted = CiderD(REFERENCES)
-    cider, bleu_4 = fitted.reward(captions, ended, pictures)
+    cider, bleu_4, rouge_l = fitted.reward(captions, ended, pictures)
     assert cider.tolist() == fitted.score(captions, [REFERENCES[picture] for picture in pictures]).tolist()
-    for caption, picture, score in zip(captions, pictures, bleu_4, strict=True):
-        assert score == pytest.approx(CaptionScorer([REFERENCES[picture]]).score([caption])["bleu_4"], abs=1e-9)
+    for caption, picture, *scores in zip(captions, pictures, bleu_4, rouge_l, strict=True):
+        alone = CaptionScorer([REFERENCES[picture]]).score([caption])
+        assert scores == pytest.approx([alone["bleu_4"], alone["rouge_l"]], abs=1e-9)
 
 
 def test_an_end_that_counts_is_a_word_of_references_and_of_captions_that_ended():

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import train_lstm
 import train_scst
 import train_vit_gpt2
-from metrics import CiderD
+from metrics import CaptionScorer, CiderD
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import load_captioner
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config
@@ -54,8 +54,9 @@ EOS = 1  # of the smallest captioners, whose tokens are start, EOS and two words
 
 
 def options(rules: Rules = NO_RULES, **given) -> SimpleNamespace:
-    plain = {"num_samples": 2, "baseline": "others", "bleu_weight": 0.0, "kl_weight": 0.0, "cross_entropy_share": 0.0}
-    plain |= {"dropout": 0.0} | {f"sample_{name}": value for name, value in rules._asdict().items()}
+    plain = {"num_samples": 2, "baseline": "others", "bleu_weight": 0.0, "rouge_weight": 0.0}
+    plain |= {"kl_weight": 0.0, "cross_entropy_share": 0.0, "dropout": 0.0}
+    plain |= {f"sample_{name}": value for name, value in rules._asdict().items()}
     return SimpleNamespace(**plain | given)
 
 
@@ -207,6 +208,21 @@ def test_dropout_is_on_where_it_learns_and_nowhere_else(kind):
     assert torch.equal(*plain) and not torch.equal(*dropped)
     assert before == [(module.p, module.training) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     assert torch.equal(plain[0], gradients(0.0)[0])
+
+
+def test_a_reward_adds_bleu_and_rouge_by_their_weights():
+    references = [["a dog runs on the grass"], ["two birds sing on a wire"]]
+    texts = {2: "a dog runs on a wire", 3: "birds sing"}
+    processor = SimpleNamespace(batch_decode=lambda captions, **_: [texts[caption[0]] for caption in captions])
+    captions, pictures = [[2, EOS], [3, EOS]], [0, 1]
+
+    def rewards(**weights) -> torch.Tensor:
+        critic = SelfCritic(smallest("lstm")[0], processor, CiderD(references), options(**weights), seed=0)
+        return critic.rewards(captions, pictures, [0, 0]).double()
+
+    scores = [CaptionScorer([references[picture]]).score([texts[picture + 2]]) for picture in pictures]
+    added = rewards(bleu_weight=3.0, rouge_weight=5.0) - rewards()
+    assert added.tolist() == pytest.approx([3 * score["bleu_4"] + 5 * score["rouge_l"] for score in scores], abs=1e-5)
 
 
 def test_what_is_left_in_a_mirror_image_is_right_in_the_references(monkeypatch):

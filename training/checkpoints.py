@@ -26,6 +26,7 @@ from modeling.caption_loss import computes_in_bfloat16
 from reporting.results import write_file
 
 CHECKSUMS = "checksums.json"
+IN_FLOAT32 = "bf16: this device has no instructions for bfloat16, so training computes in float32."
 # What Accelerate takes where the launcher says nothing, and what is needed: FSDP1 is another thing; parts saved by themselves
 # are read with pickle; and every process has to have the weights, to encode pictures and for its copy.
 FSDP_SETTINGS = {
@@ -96,21 +97,14 @@ def check_launch() -> None:
                 raise ValueError(f"{name} is {given}, and has to be {needed}: run with recipes/accelerate/fsdp2.yaml")
 
 
-def check_bfloat16(device: torch.device, asked: str, instead: str) -> None:
-    """See to it, where bfloat16 is asked for, that a processor has it: else torch has no LSTM, and slow products.
+def has_bfloat16(use_cpu: bool = False) -> bool:
+    """Whether the device that is going to be trained on has instructions for bfloat16.
 
-    Args:
-        device: Where training is to be.
-        asked, instead: The option that asks for bfloat16, and the one that does not.
-
-    Raises:
-        ValueError: It has not.
+    Elsewhere torch has no LSTM in it, and its products take up to a hundred times as long as in float32.
     """
-    if device.type == "cpu" and not computes_in_bfloat16(device):
-        raise ValueError(
-            f"{asked}: this processor has no instructions for bfloat16, and training would fail or take a hundred times as long: "
-            f"give {instead}"
-        )
+    use_cpu = use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator()
+    return computes_in_bfloat16(device)
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:

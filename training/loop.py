@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,16 +23,19 @@ from reporting.live import check_trackers, tell_losses
 from reporting.push import CheckpointPush
 from reporting.results import write_history
 from training.checkpoints import (
-    check_bfloat16,
+    IN_FLOAT32,
     check_finite,
     check_launch,
     check_sharding,
     check_step_size,
     drop_old,
+    has_bfloat16,
     new_checkpoint,
     refuse_deepspeed,
 )
 from training.stopping import follow_launcher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,7 +62,7 @@ def start_accelerator(args: LoopArguments) -> Accelerator:
     """The processes, the log and the seed of a run.
 
     Raises:
-        ValueError: A tracker, a launch or a precision that is not to be had.
+        ValueError: A tracker or a launch that is not to be had.
     """
     follow_launcher()
     trackers = [name for name in args.report_to.split(",") if name != "none"]
@@ -66,15 +70,19 @@ def start_accelerator(args: LoopArguments) -> Accelerator:
     if "trackio" in trackers:  # by its name alone, its project would bear that of TensorBoard's folder
         trackers[trackers.index("trackio")] = TrackioTracker("showtell", name=args.output_dir)
     refuse_deepspeed()
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    in_float32 = precision == "bf16" and not has_bfloat16()
+    if in_float32:
+        args.mixed_precision = "no"
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, log_with=trackers or None, project_dir=args.output_dir
     )
     check_launch()
-    if accelerator.mixed_precision == "bf16":
-        check_bfloat16(accelerator.device, "--mixed_precision bf16", "--mixed_precision no")
     logging.basicConfig(
         level=logging.INFO if accelerator.is_local_main_process else logging.WARNING, format="%(message)s"
     )
+    if in_float32:
+        logger.info(IN_FLOAT32)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     # It tells at each checkpoint that tied weights are saved once.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)

@@ -317,8 +317,8 @@ class SelfCritic:
         model: The captioner that learns; its encoder does not.
         processor: Its processor.
         cider: `metrics.CiderD` of the training pictures' captions, which counts the end.
-        options: `num_samples`, `baseline`, `bleu_weight`, `kl_weight`, `cross_entropy_share`, `dropout`, `sample_no_repeat_ngram_size`,
-            `sample_min_length`.
+        options: `num_samples`, `baseline`, `bleu_weight`, `rouge_weight`, `kl_weight`, `cross_entropy_share`, `dropout`,
+            `sample_no_repeat_ngram_size`, `sample_min_length`.
         seed: Of the samples.
         start: The model it started from, where it is to stay near it.
         token_ids: Captions of each training picture, and of its mirror image where there are views, for the cross entropy; an
@@ -420,12 +420,13 @@ class SelfCritic:
         return loss, from_start.sum().item()
 
     def rewards(self, captions: list[list[int]], pictures: Sequence[int], views: Sequence[int]) -> torch.Tensor:
-        """CIDEr-D of captions of training pictures' views, and BLEU-4 where it has a weight, float32 (captions,)."""
+        """CIDEr-D of captions of training pictures' views, BLEU-4 and ROUGE-L by their weights, float32 (captions,)."""
         texts = self.processor.batch_decode(captions, skip_special_tokens=True)
         # What is left in a mirror image is right in the picture that the references tell of.
         texts = [caption_of_view(text, view) for text, view in zip(texts, views, strict=True)]
-        cider, bleu_4 = self.cider.reward(texts, [self.ended(caption) for caption in captions], pictures)
-        return torch.tensor(cider + self.options.bleu_weight * bleu_4, dtype=torch.float32)
+        cider, bleu_4, rouge_l = self.cider.reward(texts, [self.ended(caption) for caption in captions], pictures)
+        reward = cider + self.options.bleu_weight * bleu_4 + self.options.rouge_weight * rouge_l
+        return torch.tensor(reward, dtype=torch.float32)
 
     def ended(self, caption: list[int]) -> bool:
         return caption[-1] == self.model.generation_config.eos_token_id

@@ -243,8 +243,8 @@ class CiderD:
 
     def reward(
         self, predictions: Sequence[str], ended: Sequence[bool], pictures: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """CIDEr-D and BLEU-4 of each caption by itself, each float64 (len(predictions),).
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """CIDEr-D, BLEU-4 and ROUGE-L of each caption by itself, each float64 (len(predictions),).
 
         Args:
             predictions: Captions; a picture may have several.
@@ -255,10 +255,12 @@ class CiderD:
             caption + self.end * end
             for caption, end in zip(tokenize_predictions(predictions, len(pictures)), ended, strict=True)
         ]
-        cider, matches, counts, table = self._match(captions, [self.references[picture] for picture in pictures])
+        references = [self.references[picture] for picture in pictures]
+        cider, matches, counts, table = self._match(captions, references)
         lengths = count_words(counts, len(captions))
         guesses = np.maximum(lengths[:, None] - np.arange(MAX_ORDER), 0)
-        return cider, bleu(matches, guesses, lengths, table.closest_length(lengths))[:, -1]
+        bleu_4 = bleu(matches, guesses, lengths, table.closest_length(lengths))[:, -1]
+        return cider, bleu_4, np.array([rouge_l(*pair) for pair in zip(captions, references, strict=True)])
 
     def _match(self, captions: list[str], references: list[list[str]]) -> tuple:
         """CIDEr-D and BLEU's matches of the captions, their n-grams, and the table of the references they met."""
