@@ -149,6 +149,13 @@ def test_a_pooler_that_no_captioner_reads_is_left_out(tokenizer, tmp_path):
     assert model.encoder.pooler is not None and load_captioner(str(tmp_path))[0].encoder.pooler is None
 
 
+def test_a_saved_vit_gpt2_is_loaded_without_a_report_of_what_it_lacks(captioner, tmp_path):
+    """transformers builds a pooler, which the saved encoder has not."""
+    save_captioner(*captioner[:2], tmp_path)
+    _, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+
+
 @pytest.mark.parametrize("generation", [{"no_repeat_ngram_size": 1}, {"num_beams": 3}, {"do_sample": True}], ids=str)
 def test_a_stream_grows_word_by_word_into_the_caption(captioner, generation):
     model, processor, pixels = captioner
