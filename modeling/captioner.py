@@ -17,12 +17,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, PreTrainedModel, TextIteratorStreamer
+from transformers import AutoModelForImageTextToText, GPT2LMHeadModel, PreTrainedModel, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
 from . import captioning_pipeline
 from .caption_loss import computes_in_bfloat16
+from .modeling_inception_lstm import STATE_NAME
 from .processing import centre_crop, load_processor
+from .vit_gpt2 import BeamCache
 
 # What config.json says of the pipeline beside it; transformers then runs that for `pipeline("image-to-text")`.
 CUSTOM_PIPELINES = {
@@ -164,6 +166,8 @@ def generate_captions(
     given = dict(inputs)
     if "encoder_outputs" in given:  # a copy: generate() repeats the states for each beam, in place
         given["encoder_outputs"] = BaseModelOutput(last_hidden_state=given["encoder_outputs"][0].to(model.dtype))
+    if isinstance(getattr(model, "decoder", None), GPT2LMHeadModel):
+        given[STATE_NAME] = BeamCache()
     sequences = model.generate(**given, **generation)  # (batch, start tokens and caption)
     words = sequences[:, len(start_token_ids(model)) :]
     ended = (words == processor.tokenizer.eos_token_id).any(dim=1).tolist()

@@ -13,6 +13,8 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    DynamicCache,
+    EncoderDecoderCache,
     GenerationConfig,
     GPT2Config,
     PreTrainedConfig,
@@ -127,6 +129,19 @@ def hidden_states_as_logits(decoder: PreTrainedModel) -> Iterator[nn.Linear]:
         yield head
     finally:
         decoder.set_output_embeddings(head)
+
+
+class BeamCache(EncoderDecoderCache):
+    """Keys and values in which beams change places for the words alone: all beams of a picture attend to the same states.
+
+    transformers' own copies those of the picture too at every word, which takes longer than all the rest.
+    """
+
+    def __init__(self):
+        super().__init__(DynamicCache(), DynamicCache())
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.self_attention_cache.reorder_cache(beam_idx)
 
 
 def _stay_in_eval(module: nn.Module, args: tuple) -> None:

@@ -1,5 +1,7 @@
 """Laws of what is told of captions: word by word as they are written, how sure the model was, where it looked."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessor,
+    EncoderDecoderCache,
     GPT2LMHeadModel,
     GPT2TokenizerFast,
     VisionEncoderDecoderModel,
@@ -154,6 +157,17 @@ def test_a_saved_vit_gpt2_is_loaded_without_a_report_of_what_it_lacks(captioner,
     save_captioner(*captioner[:2], tmp_path)
     _, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
+
+
+def test_beams_leave_what_the_picture_says_where_it_is_and_write_the_same(captioner, monkeypatch):
+    """transformers' own cache moves keys and values of the picture from beam to beam, all of which have the same."""
+    model, processor, pixels = captioner
+    model = copy.deepcopy(model).double()  # in float32 beams that are near each other may change places
+    sequences = model.generate(pixels.double(), num_beams=3, max_length=12)
+    words = processor.batch_decode(sequences[:, len(start_token_ids(model)) :], skip_special_tokens=True)
+    monkeypatch.setattr(EncoderDecoderCache, "reorder_cache", None)
+    made = generate_captions(model, processor, {"pixel_values": pixels.double()}, num_beams=3, max_length=12)
+    assert [caption["caption"] for caption in made] == [text.strip() for text in words]
 
 
 @pytest.mark.parametrize("generation", [{"no_repeat_ngram_size": 1}, {"num_beams": 3}, {"do_sample": True}], ids=str)
