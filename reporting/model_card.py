@@ -194,7 +194,8 @@ def _scored_on(results: dict) -> str:
     if results.get("num_images"):
         sentence += f", {results['num_images']:,} pictures"
     if results.get("references_per_image"):
-        sentence += f" with {results['references_per_image']:.3g} references each"
+        number = results["references_per_image"]
+        sentence += f" with {number:.3g} reference{'' if number == 1 else 's'} each"
     return sentence + ":"
 
 
