@@ -98,9 +98,9 @@ def check_launch() -> None:
 
 
 def has_bfloat16(use_cpu: bool = False) -> bool:
-    """Whether the device that is going to be trained on has instructions for bfloat16.
+    """Whether the device that is going to be trained on is known to have instructions for bfloat16: a processor or a CUDA card.
 
-    Elsewhere torch has no LSTM in it, and its products take up to a hundred times as long as in float32.
+    Elsewhere, where it is one of these, torch has no LSTM in it, and its products take up to a hundred times as long as in float32.
     """
     use_cpu = use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator()
