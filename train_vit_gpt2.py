@@ -92,7 +92,10 @@ class ViTGPT2Arguments:
     encoder: str = field(
         default="google/vit-base-patch16-224-in21k", metadata={"help": "Hub id or local folder of the encoder."}
     )
-    decoder: str = field(default="gpt2", metadata={"help": "Hub id or local folder of the decoder."})
+    decoder: str = field(
+        default="gpt2",
+        metadata={"help": "Hub id or local folder of the decoder, or of a captioner of this system, whose decoder is taken."},
+    )
     pretrained_encoder: bool = field(
         default=True, metadata={"help": "Load `encoder`; else a ViT of the sizes below is made, with random weights."}
     )
@@ -380,7 +383,8 @@ def build_model(args: ViTGPT2Arguments, tokenizer, token_ids: list[int] | None =
     if num_start_ids >= positions:
         raise ValueError(f"--prompt has {num_start_ids - 1:,} tokens, of which the decoder reads {positions:,} at most")
     if args.lora_rank:
-        brought = getattr(AutoConfig.from_pretrained(args.decoder), "add_cross_attention", False)
+        source = AutoConfig.from_pretrained(args.decoder)
+        brought = getattr(getattr(source, "decoder", source), "add_cross_attention", False)
         add_lora(model.decoder, args.lora_rank, fresh_cross_attention=not brought)
     unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
     return model, build_processor(vit_image_processor(encoder), tokenizer)

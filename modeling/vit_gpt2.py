@@ -41,8 +41,8 @@ def build_vit_gpt2(
     Args:
         encoder: Of the ViT kind. A Hub id or local folder brings its trained weights, a config random ones; of a model with
             two towers, such as CLIP, the one for pictures is taken.
-        decoder: Of the GPT-2 kind, likewise. Cross attention is added and fresh; a decoder that brings trained cross
-            attention keeps it.
+        decoder: Of the GPT-2 kind, likewise; of a captioner that `train_vit_gpt2.py` has saved, the decoder is taken. Cross
+            attention is added and fresh; a decoder that brings trained cross attention keeps it.
         tokenizer: The decoder's; BOS starts a caption, EOS ends it.
         prompt: Text every caption starts with; it is kept in the generation config, so that `generate()` starts from it.
         freeze_encoder: Whether the encoder stays as it is.
@@ -159,10 +159,13 @@ def _build_encoder(encoder: str | PreTrainedConfig) -> PreTrainedModel:
 
 
 def _build_decoder(decoder: str | PreTrainedConfig, dropout: float | None) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(decoder) if isinstance(decoder, str) else decoder
+    source = AutoConfig.from_pretrained(decoder) if isinstance(decoder, str) else decoder
+    config = getattr(source, "decoder", source)
     config.is_decoder, config.add_cross_attention = True, True
     if dropout is not None:
         config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = dropout
+    if source is not config:
+        return VisionEncoderDecoderModel.from_pretrained(decoder, config=source).decoder
     if isinstance(decoder, str):
         return AutoModelForCausalLM.from_pretrained(decoder, config=config)
     return AutoModelForCausalLM.from_config(config)

@@ -66,6 +66,10 @@ def test_a_run_resumes_exactly_and_leaves_a_plain_model(dataset, decoder, tmp_pa
     source = load_file(decoder[0] / "model.safetensors")
     moved = {name for name in source if not torch.equal(source[name], undisturbed[f"decoder.{name}"])}
     assert moved and all(name.endswith("weight") and "wte" not in name and "ln_" not in name for name in moved)
+    continued = train("continued", decoder=tmp_path / "undisturbed")  # whose cross attention is not fresh
+    moved = {name for name in continued if not torch.equal(continued[name], undisturbed[name])}
+    assert any("crossattention" in name for name in moved)
+    assert all(name.endswith("weight") for name in moved if name.startswith("decoder.")), moved
     with pytest.raises(SystemExit):
         train("undisturbed", resume_from_checkpoint="last", lora_rank=3)
     assert "checkpoint-" in capsys.readouterr().err

@@ -143,6 +143,23 @@ def test_pretrained_weights_survive_construction(tmp_path, tokenizer, has_cross_
     assert vit_image_processor(str(tmp_path / "vit")).size["height"] == 32
 
 
+def test_a_captioners_decoder_is_taken_with_its_cross_attention(build, tokenizer, tmp_path):
+    captioner, processor = build(prompt="")
+    save_captioner(captioner, processor, tmp_path)
+    kept = list(range(0, len(tokenizer), 3))
+    encoder = encoder_config(32, 8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = build_vit_gpt2(encoder, str(tmp_path), processor.tokenizer, dropout=0.25)
+    trimmed = build_vit_gpt2(encoder, str(tmp_path), processor.tokenizer, token_ids=kept)
+    theirs = captioner.decoder.state_dict()
+    assert any("crossattention" in name for name in theirs)
+    for name, value in model.decoder.state_dict().items():
+        assert torch.equal(value, theirs[name]), name
+        rows = kept if "wte" in name or "lm_head" in name else slice(None)
+        assert torch.equal(trimmed.decoder.state_dict()[name], theirs[name][rows]), name
+    assert model.config.encoder.patch_size == 8
+    assert {layer.p for layer in model.decoder.modules() if isinstance(layer, torch.nn.Dropout)} == {0.25}
+
+
 def test_caption_is_start_prompt_text_and_end(build, rows):
     model, processor = build()
     tokenizer = processor.tokenizer
