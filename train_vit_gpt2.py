@@ -94,7 +94,9 @@ class ViTGPT2Arguments:
     )
     decoder: str = field(
         default="gpt2",
-        metadata={"help": "Hub id or local folder of the decoder, or of a captioner of this system, whose decoder is taken."},
+        metadata={
+            "help": "Hub id or local folder of the decoder, or of a captioner of this system, whose decoder is taken."
+        },
     )
     pretrained_encoder: bool = field(
         default=True, metadata={"help": "Load `encoder`; else a ViT of the sizes below is made, with random weights."}

@@ -4,7 +4,8 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, concatenate_datasets
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -50,79 +52,110 @@ def pictures_fingerprint(pictures: Dataset) -> str:
 
 
 def cache_features(
-    dataset: Dataset,
+    dataset: DatasetDict,
     encoder: Callable[[torch.Tensor], torch.Tensor],
     image_processor,
     fingerprint: str,
     in_8_bits: bool = False,
-    view: int = 0,
+    num_views: Mapping[str, int] | None = None,
     batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
-) -> Dataset:
-    """What a frozen encoder says of every picture of a split, computed at most once.
+) -> dict[str, list[Dataset]]:
+    """What a frozen encoder says of every picture, computed at most once.
 
     Args:
-        dataset: Rows with an `image`.
+        dataset: Splits of rows with an `image`.
         encoder: Pixels (batch, 3, height, width) to states (batch, positions, size), without gradient and in eval.
         image_processor: Pictures to pixels.
         fingerprint: Of encoder and image processor; another one never meets this one's files.
         in_8_bits: Whether to keep each state in 8 bits a number, as shares of its largest: half the disk, and not exact.
-        view: Which view of each picture it sees, see `view_of_picture`.
+        num_views: Of a split's pictures, see `view_of_picture`; one where none is told.
         batch_size: Pictures the encoder sees together.
         num_workers: Processes that decode pictures; 0 decodes in this one.
         device: Where the encoder is.
 
     Returns:
-        As many rows, in the same order, with the columns of `store_states`.
+        Of each split its views: as many rows, in the same order, with the columns of `store_states`.
 
     Under several processes each computes its share of the files and waits for the others. Files are written beside and
     renamed by `datasets`, 512 pictures each, so that after a kill all but the last few are there.
+
+    Raises:
+        OSError: The disk has no room for them, or another process's are not to be seen from here.
     """
     state = PartialState()
-    pictures = dataset.select_columns(["image"])
-    folder = (
-        Path(datasets.config.HF_DATASETS_CACHE)
-        / "showtell_features"
-        / (fingerprint + "-int8" * in_8_bits + f"-view{view}" * (view > 0))
-    )
-    os.makedirs(folder, exist_ok=True)
-    starts = range(0, len(pictures), SHARD_SIZE)
-    shards = [pictures.select(range(start, min(start + SHARD_SIZE, len(pictures)))) for start in starts]
-    paths = [folder / f"{pictures_fingerprint(shard)}.arrow" for shard in shards]
+    kept, shards = {}, {}
+    for split, rows in dataset.items():
+        pictures = rows.select_columns(["image"])
+        starts = range(0, len(pictures), SHARD_SIZE)
+        of_split = [pictures.select(range(start, min(start + SHARD_SIZE, len(pictures)))) for start in starts]
+        names = [f"{pictures_fingerprint(shard)}.arrow" for shard in of_split]
+        kept[split] = []
+        for view in range((num_views or {}).get(split, 1)):
+            folder = features_folder(fingerprint, in_8_bits, view)
+            kept[split].append([folder / name for name in names])
+            # The same pictures twice are one file.
+            shards |= {path: (shard, view) for path, shard in zip(kept[split][-1], of_split, strict=True)}
 
-    def to_pixels(rows: list[dict]) -> torch.Tensor:
-        images = [view_of_picture(row["image"].convert("RGB"), view) for row in rows]
+    def to_pixels(images: list[Image.Image]) -> torch.Tensor:
         return image_processor(images=images, return_tensors="pt")["pixel_values"]  # (batch, 3, height, width)
 
     def encode(pixels: torch.Tensor) -> dict[str, np.ndarray]:
         with torch.inference_mode():
             return store_states(encoder(pixels.to(device)), in_8_bits)
 
+    missing = {path: len(shard) for path, (shard, _) in shards.items() if not path.exists()}
     # Dealt by place, not by what is missing: another process may be writing already.
-    mine = list(zip(paths, shards, strict=True))[state.process_index :: state.num_processes]
-    missing = {path: shard for path, shard in mine if not path.exists()}  # the same pictures twice are one file
-    if missing:
-        rows = concatenate_datasets(list(missing.values()))
-        files = {path: len(shard) for path, shard in missing.items()}
+    mine = list(shards)[state.process_index :: state.num_processes]
+    mine = {path: missing[path] for path in mine if path in missing}
+    if mine:
+        pictures = ShardPictures([shards[path] for path in mine])
+        example = encode(to_pixels([pictures[0]]))
+        _check_room(sum(missing.values()), example)
         loader = DataLoader(
-            rows,
-            batch_sampler=batches_of_shards(files.values(), batch_size),
+            pictures,
+            batch_sampler=batches_of_shards(mine.values(), batch_size),
             num_workers=num_workers,
             collate_fn=to_pixels,
             generator=torch.Generator(),  # else it draws a number, and a run that finds the features has others after it
         )
-        example = encode(to_pixels([rows[0]]))
-        _write_files(files, map(encode, loader), example, batch_size, show_progress=state.is_main_process)
-    else:
-        logger.info(f"What the encoder says of {len(pictures):,} pictures is read from {folder}")
-    state.wait_for_everyone()
-    if not all(path.exists() for path in paths):
-        raise OSError(
-            f"{folder} lacks pictures that another process has encoded: set HF_DATASETS_CACHE to a folder that all machines "
-            "share, or give --cache_features false"
+        _write_files(mine, map(encode, loader), example, batch_size, show_progress=state.is_main_process)
+    if not missing:
+        number = sum(len(shard) for shard, _ in shards.values())
+        logger.info(
+            f"What the encoder says of {number:,} pictures is read from {features_folder(fingerprint, in_8_bits)}"
         )
-    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+    state.wait_for_everyone()
+    if lacking := [path for path in shards if not path.exists()]:
+        raise OSError(
+            f"{lacking[0].parent} lacks pictures that another process has encoded: set HF_DATASETS_CACHE to a folder that all "
+            "machines share, or give --cache_features false"
+        )
+    return {
+        split: [concatenate_datasets([Dataset.from_file(str(path)) for path in paths]) for paths in views]
+        for split, views in kept.items()
+    }
+
+
+def features_folder(fingerprint: str, in_8_bits: bool = False, view: int = 0) -> Path:
+    """Where the features of one encoder, kept one way, of one view of pictures lie."""
+    name = fingerprint + "-int8" * in_8_bits + f"-view{view}" * (view > 0)
+    return Path(datasets.config.HF_DATASETS_CACHE) / "showtell_features" / name
+
+
+class ShardPictures(torch.utils.data.Dataset):
+    """The pictures of shards, those of one behind those of the other, each in its shard's view."""
+
+    def __init__(self, shards: Sequence[tuple[Dataset, int]]):
+        self.rows = concatenate_datasets([shard for shard, _ in shards])
+        self.views = np.repeat([view for _, view in shards], [len(shard) for shard, _ in shards])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Image.Image:
+        return view_of_picture(self.rows[place]["image"].convert("RGB"), self.views[place])
 
 
 def store_states(states: torch.Tensor, in_8_bits: bool = False) -> dict[str, np.ndarray]:
@@ -148,10 +181,39 @@ def batches_of_shards(sizes: Iterable[int], batch_size: int) -> list[range]:
     return batches
 
 
+def _check_room(num_pictures: int, example: dict) -> None:
+    """Say how much is going to be kept, before it is computed.
+
+    Raises:
+        OSError: There is no room for it.
+    """
+    root = Path(datasets.config.HF_DATASETS_CACHE)
+    megabytes = num_pictures * sum(value.nbytes for value in example.values()) / 1e6
+    positions, size = example["encoder_features"].shape[1:]
+    logger.info(
+        f"Encoding {num_pictures:,} pictures once: {positions} x {size} numbers each, {megabytes:,.0f} MB in {root}"
+    )
+    os.makedirs(root, exist_ok=True)
+    free = shutil.disk_usage(root).free / 1e6
+    if megabytes > free:
+        raise OSError(
+            f"the features of {num_pictures:,} pictures need {megabytes:,.0f} MB in {root}, where {free:,.0f} are free: "
+            "make room, set HF_DATASETS_CACHE to a larger disk, or give --int8_features true or --cache_features false"
+        )
+
+
+def _open_folder(folder: Path) -> None:
+    """Make a folder, or clear it of what a killed run was writing: a day ago, so that no run is at it any more."""
+    os.makedirs(folder, exist_ok=True)
+    for path in folder.glob("tmp*"):  # as `datasets` calls a file that is not whole
+        if time.time() - path.stat().st_mtime > 24 * 60 * 60:
+            path.unlink(missing_ok=True)
+
+
 def _write_files(
     files: dict[Path, int], batches: Iterator[dict], example: dict, batch_size: int, show_progress: bool
 ) -> None:
-    """Write so many rows into each file, after saying how much that is.
+    """Write so many rows into each file.
 
     Args:
         files: Path and number of rows.
@@ -162,26 +224,15 @@ def _write_files(
     columns = datasets.Features(encoder_features=datasets.Array2D(states.shape[1:], str(states.dtype)))
     if "feature_scale" in example:
         columns["feature_scale"] = datasets.List(datasets.Value("float32"))
-    folder, num_pictures = next(iter(files)).parent, sum(files.values())
-    megabytes = num_pictures * sum(value.nbytes for value in example.values()) / 1e6
-    positions, size = states.shape[1:]
-    logger.info(
-        f"Encoding {num_pictures:,} pictures once: {positions} x {size} numbers each, {megabytes:,.0f} MB in {folder}"
-    )
-    free = shutil.disk_usage(folder).free / 1e6
-    if megabytes > free:
-        raise OSError(
-            f"the features of {num_pictures:,} pictures need {megabytes:,.0f} MB in {folder}, where {free:,.0f} are free: "
-            "make room, set HF_DATASETS_CACHE to a larger disk, or give --int8_features true or --cache_features false"
-        )
     datasets.disable_progress_bars()  # ours counts pictures over all files
-    with tqdm(total=num_pictures, unit="picture", desc="encoding", disable=not show_progress) as bar:
+    with tqdm(total=sum(files.values()), unit="picture", desc="encoding", disable=not show_progress) as bar:
 
         def next_batch(places: dict) -> dict:
             bar.update(len(places["place"]))
             return next(batches)
 
         for path, num_rows in files.items():
+            _open_folder(path.parent)
             Dataset.from_dict({"place": range(num_rows)}).map(
                 next_batch,
                 batched=True,
@@ -206,33 +257,25 @@ def encode_splits(
     Returns:
         Of each split its views, see `view_of_picture`; None for each where they are not kept, or the encoder learns.
     """
-    views = {split: range(num_views if split == "train" else 1) for split in dataset}
+    views = {split: num_views if split == "train" else 1 for split in dataset}
     learns = any(parameter.requires_grad for parameter in encoder.parameters())
     if learns or not args.cache_features:
         logger.info(
             f"The encoder sees every picture anew each time: {'it learns' if learns else '--cache_features false'}"
         )
-        return {split: [None] * len(views[split]) for split in dataset}
+        return {split: [None] * number for split, number in views.items()}
     encoder.eval()
-    fingerprint = encoder_fingerprint(encoder, image_processor)
-    device = next(encoder.parameters()).device
     encode = compiled_for_batches(encoder) if args.compile_encoder else encoder
-    return {
-        split: [
-            cache_features(
-                rows,
-                lambda pixels: encode(pixels).last_hidden_state,
-                image_processor,
-                fingerprint,
-                args.int8_features,
-                view,
-                num_workers=args.dataloader_num_workers,
-                device=device,
-            )
-            for view in views[split]
-        ]
-        for split, rows in dataset.items()
-    }
+    return cache_features(
+        dataset,
+        lambda pixels: encode(pixels).last_hidden_state,
+        image_processor,
+        encoder_fingerprint(encoder, image_processor),
+        args.int8_features,
+        views,
+        num_workers=args.dataloader_num_workers,
+        device=next(encoder.parameters()).device,
+    )
 
 
 def compiled_for_batches(encoder: torch.nn.Module, batch_size: int = BATCH_SIZE) -> Callable:

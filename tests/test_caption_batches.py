@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -47,6 +48,11 @@ class CountingEncoder:
     def __call__(self, pixel_values):
         self.num_pictures += len(pixel_values)
         return self.encoder(pixel_values).last_hidden_state
+
+
+def features_of(rows: datasets.Dataset, *args, **options) -> datasets.Dataset:
+    """The features of one split, in one view."""
+    return cache_features(DatasetDict(test=rows), *args, **options)["test"][0]
 
 
 def test_each_caption_meets_its_own_picture(rows, processor):
@@ -188,13 +194,15 @@ def test_a_picture_is_seen_in_each_view_in_turn_and_with_the_captions_of_that_vi
 def test_features_of_a_view_are_those_of_the_picture_seen_so(rows, processor):
     encoder = CountingEncoder()
     pictures = rows.select_columns(["image"]).select(range(20))
-    plain, mirrored = (
-        cache_features(pictures, encoder, processor.image_processor, "views", view=view) for view in (0, 1)
-    )
+    splits = DatasetDict(train=pictures, validation=pictures.select(range(5)))
+    kept = cache_features(splits, encoder, processor.image_processor, "views", num_views={"train": 2})
+    assert encoder.num_pictures == 1 + 2 * 20 + 5  # one is the example
+    assert [len(views) for views in kept.values()] == [2, 1]
+    plain, mirrored = kept["train"]
     by_hand = pictures.map(lambda row: {"image": ImageOps.mirror(row["image"])})
-    expected = cache_features(by_hand, encoder, processor.image_processor, "by hand")
+    expected = features_of(by_hand, encoder, processor.image_processor, "by hand")
     assert mirrored["encoder_features"] == expected["encoder_features"] != plain["encoder_features"]
-    assert encoder.num_pictures == 3 * (20 + 1)  # each file begins with an example
+    assert list(kept["validation"][0]["encoder_features"]) == plain["encoder_features"][:5]
 
 
 def test_packed_captions_are_whole_and_told_apart_by_their_positions(rows, processor):
@@ -220,7 +228,7 @@ def test_packed_captions_are_whole_and_told_apart_by_their_positions(rows, proce
 def test_features_are_the_encoders_own_in_half_precision_and_computed_once(rows, processor):
     encoder = CountingEncoder()
     fingerprint = encoder_fingerprint(encoder.encoder, processor.image_processor)
-    features = cache_features(rows, encoder, processor.image_processor, fingerprint)
+    features = features_of(rows, encoder, processor.image_processor, fingerprint)
     pixels = processor(images=list(rows["image"]), return_tensors="pt").pixel_values
     with torch.no_grad():
         expected = encoder.encoder(pixels).last_hidden_state
@@ -228,14 +236,14 @@ def test_features_are_the_encoders_own_in_half_precision_and_computed_once(rows,
     torch.testing.assert_close(batch["encoder_outputs"].last_hidden_state, expected, atol=1e-3, rtol=1e-3)
     assert features.features["encoder_features"].dtype == "float16"
     seen = encoder.num_pictures
-    again = cache_features(rows, encoder, processor.image_processor, fingerprint)
+    again = features_of(rows, encoder, processor.image_processor, fingerprint)
     assert encoder.num_pictures == seen and len(again) == len(rows)
 
 
 def test_features_in_8_bits_are_half_as_large_and_nearly_the_same(rows, processor):
     encoder = CountingEncoder()
     kept = {
-        in_8_bits: cache_features(rows, encoder, processor.image_processor, "eight", in_8_bits)
+        in_8_bits: features_of(rows, encoder, processor.image_processor, "eight", in_8_bits)
         for in_8_bits in (False, True)
     }
     assert kept[True].features["encoder_features"].dtype == "int8"
@@ -282,16 +290,16 @@ def test_a_compiled_encoder_sees_whole_batches_and_says_the_same(compiles, monke
 def test_a_run_that_finds_the_features_has_the_random_numbers_of_one_that_makes_them(rows, processor):
     encoder = CountingEncoder()
     state = torch.get_rng_state()
-    cache_features(rows, encoder, processor.image_processor, "random")
+    features_of(rows, encoder, processor.image_processor, "random")
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_pictures_that_come_twice_are_one_file_and_mix_up_no_other(rows, processor, monkeypatch):
     monkeypatch.setattr("data_scripts.features.SHARD_SIZE", 8)
     encoder = CountingEncoder()
-    plain = cache_features(rows, encoder, processor.image_processor, "plain")["encoder_features"]
+    plain = features_of(rows, encoder, processor.image_processor, "plain")["encoder_features"]
     places = [*range(8), *range(8), *range(8, 24)]
-    doubled = cache_features(rows.select(places), encoder, processor.image_processor, "doubled")["encoder_features"]
+    doubled = features_of(rows.select(places), encoder, processor.image_processor, "doubled")["encoder_features"]
     assert list(doubled) == [plain[place] for place in places]
 
 
@@ -299,20 +307,20 @@ def test_processes_that_decode_change_no_feature(rows, processor, monkeypatch):
     monkeypatch.setattr("data_scripts.features.SHARD_SIZE", 10)
     encoder = CountingEncoder()
     options = {"image_processor": processor.image_processor, "batch_size": 4}
-    alone = cache_features(rows, encoder, fingerprint="alone", **options)
-    shared = cache_features(rows, encoder, fingerprint="shared", num_workers=2, **options)
+    alone = features_of(rows, encoder, fingerprint="alone", **options)
+    shared = features_of(rows, encoder, fingerprint="shared", num_workers=2, **options)
     assert alone["encoder_features"] == shared["encoder_features"]
 
 
 def test_changed_pictures_crop_or_weights_never_meet_old_features(rows, processor):
     encoder = CountingEncoder()
     fingerprint = encoder_fingerprint(encoder.encoder, processor.image_processor)
-    cache_features(rows, encoder, processor.image_processor, fingerprint)
+    features_of(rows, encoder, processor.image_processor, fingerprint)
     seen = encoder.num_pictures
     reordered = rows.select(range(len(rows) - 1, -1, -1))
-    backwards = cache_features(reordered, encoder, processor.image_processor, fingerprint)
+    backwards = features_of(reordered, encoder, processor.image_processor, fingerprint)
     assert encoder.num_pictures > seen
-    forwards = cache_features(rows, encoder, processor.image_processor, fingerprint)
+    forwards = features_of(rows, encoder, processor.image_processor, fingerprint)
     assert backwards[0]["encoder_features"] == forwards[len(rows) - 1]["encoder_features"]
 
     other_crop = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56})
@@ -341,7 +349,7 @@ def test_what_another_machine_has_kept_for_itself_is_missed_in_one_sentence(rows
     monkeypatch.setattr(PartialState(), "num_processes", 2)
     monkeypatch.setattr(PartialState, "wait_for_everyone", lambda self: None)
     with pytest.raises(OSError, match="lacks pictures that another process has encoded: set HF_DATASETS_CACHE"):
-        cache_features(rows, CountingEncoder(), processor.image_processor, "elsewhere")
+        features_of(rows, CountingEncoder(), processor.image_processor, "elsewhere")
 
 
 def test_it_is_said_where_features_are_read_and_why_they_are_not_kept(rows, processor, caplog):
@@ -360,6 +368,30 @@ def test_it_is_said_where_features_are_read_and_why_they_are_not_kept(rows, proc
     assert "it learns" in told()
 
 
+def test_the_disk_space_of_all_splits_and_views_is_told_before_the_first_is_made(rows, processor, caplog, monkeypatch):
+    caplog.set_level("INFO", "data_scripts.features")
+    encoder = TimmEncoder("test_vit").eval().requires_grad_(False)
+    splits = DatasetDict(train=rows, validation=rows.select(range(8)))
+    monkeypatch.setattr("data_scripts.features._write_files", lambda *args, **options: None)
+    with pytest.raises(OSError):  # nothing has been written
+        encode_splits(splits, encoder, processor.image_processor, DataArguments(), num_views=3)
+    number, size = 3 * len(rows) + 8, encoder.output_size
+    assert [record.getMessage().split(" in ")[0] for record in caplog.records] == [
+        f"Encoding {number} pictures once: 1 x {size} numbers each, {number * size * 2 / 1e6:.0f} MB"
+    ]
+
+
+def test_what_a_killed_run_was_writing_is_cleared_away_once_nobody_can_be_at_it(rows, processor):
+    encoder = CountingEncoder()
+    folder = Path(features_of(rows, encoder, processor.image_processor, "cleared").cache_files[0]["filename"]).parent
+    old, young = folder / "tmp_old", folder / "tmp_young"
+    for path in (old, young):
+        path.write_bytes(b"half a file")
+    os.utime(old, (0, 0))
+    features_of(rows.select(range(4)), encoder, processor.image_processor, "cleared")
+    assert not old.exists() and young.exists() and len(list(folder.glob("*.arrow"))) == 2
+
+
 def test_a_kill_costs_only_the_files_not_yet_whole(rows, processor, monkeypatch):
     monkeypatch.setattr("data_scripts.features.SHARD_SIZE", 8)
     encoder = CountingEncoder()
@@ -370,7 +402,7 @@ def test_a_kill_costs_only_the_files_not_yet_whole(rows, processor, monkeypatch)
         return encoder(pixel_values)
 
     with pytest.raises(KeyboardInterrupt):
-        cache_features(rows, killed_at_the_third_file, processor.image_processor, "killed", batch_size=8)
+        features_of(rows, killed_at_the_third_file, processor.image_processor, "killed", batch_size=8)
     encoder.num_pictures = 0
-    assert len(cache_features(rows, encoder, processor.image_processor, "killed", batch_size=8)) == len(rows)
+    assert len(features_of(rows, encoder, processor.image_processor, "killed", batch_size=8)) == len(rows)
     assert encoder.num_pictures == 9  # the third file, and the one that tells the shape
