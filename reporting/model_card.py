@@ -79,7 +79,7 @@ def write_model_card(
     card = environment.get_template("model_card.md.jinja").render(
         card_data=card_metadata(kind, model_name, results, base_models, licence).to_yaml(),
         title=markdown_line(Path(model_name).name or model_name),
-        description=_description(kind, base_models, continues),
+        description=_description(kind, base_models, continues, options),
         usage=usage(kind, model_name),
         one_line_usage=one_line_usage(model_name),
         scored_on=_scored_on(results),
@@ -178,11 +178,13 @@ def markdown_line(text: Any) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#!~$&])", r"\\\1", line)
 
 
-def _description(kind: Kind, base_models: Sequence[str], continues: str | None) -> str:
+def _description(kind: Kind, base_models: Sequence[str], continues: str | None, options: dict[str, Any]) -> str:
     if continues:
+        weights = {"BLEU-4": "bleu_weight", "ROUGE-L": "rouge_weight"}
+        reward = " + ".join(["CIDEr-D", *(name for name, weight in weights.items() if options.get(weight))])
         method = "[self-critical sequence training](https://arxiv.org/abs/1612.00563)"
         start = markdown_line(without_path(continues))
-        return f"{DESCRIPTIONS[kind]} It continues {start} by {method} on its own CIDEr-D reward."
+        return f"{DESCRIPTIONS[kind]} It continues {start} by {method} on its own {reward} reward."
     links = " and ".join(f"[{name}](https://huggingface.co/{name})" for name in base_models)
     return f"{DESCRIPTIONS[kind]} It started from {links or 'random weights'}."
 

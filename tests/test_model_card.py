@@ -20,6 +20,27 @@ def card(folder: Path, name: str = "me/captioner", command: str = "train", **opt
     ).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("options", "reward"),
+    [
+        ({"bleu_weight": 0.0, "rouge_weight": 0.0}, "CIDEr-D"),
+        ({"bleu_weight": 4.0, "rouge_weight": 0.0}, "CIDEr-D + BLEU-4"),
+        ({"bleu_weight": 4.0, "rouge_weight": 5.0}, "CIDEr-D + BLEU-4 + ROUGE-L"),
+    ],
+)
+def test_what_was_rewarded_is_told(tmp_path, options, reward):
+    told = {"kind": "vit-gpt2", "model_name": "me/captioner", "results": RESULTS, "command": "train"}
+    text = write_model_card(tmp_path, **told, options=options, continues="me/start").read_text(encoding="utf-8")
+    assert f"on its own {reward} reward." in text
+
+
+@pytest.mark.parametrize(("number", "told"), [(1.0, "1 reference each"), (4.98, "4.98 references each")])
+def test_references_are_counted_in_english(tmp_path, number, told):
+    results = RESULTS | {"num_images": 3, "references_per_image": number}
+    asked = {"kind": "vit-gpt2", "model_name": "me/captioner", "results": results, "command": "train", "options": {}}
+    assert f"3 pictures with {told}:" in write_model_card(tmp_path, **asked).read_text(encoding="utf-8")
+
+
 def pictures(number: int, **info: object) -> Dataset:
     made = [PillowImage.new("RGB", (300 + index, 200), (20 * index % 256, 90, 120)) for index in range(number)]
     return Dataset.from_dict({"image": made}, features=Features({"image": Image()}))
