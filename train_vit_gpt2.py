@@ -22,7 +22,6 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     PrinterCallback,
     ProgressCallback,
@@ -47,6 +46,7 @@ from modeling.caption_loss import caption_loss
 from modeling.captioner import caption_pictures, caption_room, save_captioner, set_decoding, start_token_ids
 from modeling.processing import build_processor
 from modeling.vit_gpt2 import (
+    brings_cross_attention,
     build_vit_gpt2,
     decoder_config,
     encoder_config,
@@ -385,9 +385,7 @@ def build_model(args: ViTGPT2Arguments, tokenizer, token_ids: list[int] | None =
     if num_start_ids >= positions:
         raise ValueError(f"--prompt has {num_start_ids - 1:,} tokens, of which the decoder reads {positions:,} at most")
     if args.lora_rank:
-        source = AutoConfig.from_pretrained(args.decoder)
-        brought = getattr(getattr(source, "decoder", source), "add_cross_attention", False)
-        add_lora(model.decoder, args.lora_rank, fresh_cross_attention=not brought)
+        add_lora(model.decoder, args.lora_rank, fresh_cross_attention=not brings_cross_attention(args.decoder))
     unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
     return model, build_processor(vit_image_processor(encoder), tokenizer)
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -85,18 +86,9 @@ def cache_features(
         OSError: The disk has no room for them, or another process's are not to be seen from here.
     """
     state = PartialState()
-    kept, shards = {}, {}
-    for split, rows in dataset.items():
-        pictures = rows.select_columns(["image"])
-        starts = range(0, len(pictures), SHARD_SIZE)
-        of_split = [pictures.select(range(start, min(start + SHARD_SIZE, len(pictures)))) for start in starts]
-        names = [f"{pictures_fingerprint(shard)}.arrow" for shard in of_split]
-        kept[split] = []
-        for view in range((num_views or {}).get(split, 1)):
-            folder = features_folder(fingerprint, in_8_bits, view)
-            kept[split].append([folder / name for name in names])
-            # The same pictures twice are one file.
-            shards |= {path: (shard, view) for path, shard in zip(kept[split][-1], of_split, strict=True)}
+    kept = feature_files(dataset, fingerprint, in_8_bits, num_views or {})
+    # The same pictures twice are one file.
+    files = list({file.path: file for views in kept.values() for view in views for file in view}.values())
 
     def to_pixels(images: list[Image.Image]) -> torch.Tensor:
         return image_processor(images=images, return_tensors="pt")["pixel_values"]  # (batch, 3, height, width)
@@ -105,37 +97,62 @@ def cache_features(
         with torch.inference_mode():
             return store_states(encoder(pixels.to(device)), in_8_bits)
 
-    missing = {path: len(shard) for path, (shard, _) in shards.items() if not path.exists()}
+    missing = [file for file in files if not file.path.exists()]
     # Dealt by place, not by what is missing: another process may be writing already.
-    mine = list(shards)[state.process_index :: state.num_processes]
-    mine = {path: missing[path] for path in mine if path in missing}
+    mine = [file for file in files[state.process_index :: state.num_processes] if file in missing]
     if mine:
-        pictures = ShardPictures([shards[path] for path in mine])
+        pictures = PicturesOfFiles(mine)
         example = encode(to_pixels([pictures[0]]))
-        _check_room(sum(missing.values()), example)
+        _check_room(sum(len(file.rows) for file in missing), example)
         loader = DataLoader(
             pictures,
-            batch_sampler=batches_of_shards(mine.values(), batch_size),
+            batch_sampler=batches_of_shards((len(file.rows) for file in mine), batch_size),
             num_workers=num_workers,
             collate_fn=to_pixels,
             generator=torch.Generator(),  # else it draws a number, and a run that finds the features has others after it
         )
         _write_files(mine, map(encode, loader), example, batch_size, show_progress=state.is_main_process)
     if not missing:
-        number = sum(len(shard) for shard, _ in shards.values())
-        logger.info(
-            f"What the encoder says of {number:,} pictures is read from {features_folder(fingerprint, in_8_bits)}"
-        )
+        number, folder = sum(len(file.rows) for file in files), features_folder(fingerprint, in_8_bits)
+        logger.info(f"What the encoder says of {number:,} pictures is read from {folder}")
     state.wait_for_everyone()
-    if lacking := [path for path in shards if not path.exists()]:
+    if lacking := [file.path.parent for file in files if not file.path.exists()]:
         raise OSError(
-            f"{lacking[0].parent} lacks pictures that another process has encoded: set HF_DATASETS_CACHE to a folder that all "
+            f"{lacking[0]} lacks pictures that another process has encoded: set HF_DATASETS_CACHE to a folder that all "
             "machines share, or give --cache_features false"
         )
     return {
-        split: [concatenate_datasets([Dataset.from_file(str(path)) for path in paths]) for paths in views]
+        split: [concatenate_datasets([Dataset.from_file(str(file.path)) for file in view]) for view in views]
         for split, views in kept.items()
     }
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureFile:
+    """Where the features of some pictures, rows with an `image`, are kept, in one view."""
+
+    path: Path
+    rows: Dataset
+    view: int
+
+
+def feature_files(
+    dataset: DatasetDict, fingerprint: str, in_8_bits: bool, num_views: Mapping[str, int]
+) -> dict[str, list[list[FeatureFile]]]:
+    """The files of each split's views, whether they are there or not; see `cache_features`."""
+    files = {}
+    for split, rows in dataset.items():
+        pictures = rows.select_columns(["image"])
+        starts = range(0, len(pictures), SHARD_SIZE)
+        shards = [pictures.select(range(start, min(start + SHARD_SIZE, len(pictures)))) for start in starts]
+        names = [f"{pictures_fingerprint(shard)}.arrow" for shard in shards]
+        files[split] = []
+        for view in range(num_views.get(split, 1)):
+            folder = features_folder(fingerprint, in_8_bits, view)
+            files[split].append(
+                [FeatureFile(folder / name, shard, view) for name, shard in zip(names, shards, strict=True)]
+            )
+    return files
 
 
 def features_folder(fingerprint: str, in_8_bits: bool = False, view: int = 0) -> Path:
@@ -144,12 +161,12 @@ def features_folder(fingerprint: str, in_8_bits: bool = False, view: int = 0) ->
     return Path(datasets.config.HF_DATASETS_CACHE) / "showtell_features" / name
 
 
-class ShardPictures(torch.utils.data.Dataset):
-    """The pictures of shards, those of one behind those of the other, each in its shard's view."""
+class PicturesOfFiles(torch.utils.data.Dataset):
+    """The pictures of files, those of one behind those of the other, each in its file's view."""
 
-    def __init__(self, shards: Sequence[tuple[Dataset, int]]):
-        self.rows = concatenate_datasets([shard for shard, _ in shards])
-        self.views = np.repeat([view for _, view in shards], [len(shard) for shard, _ in shards])
+    def __init__(self, files: Sequence[FeatureFile]):
+        self.rows = concatenate_datasets([file.rows for file in files])
+        self.views = [file.view for file in files for _ in range(len(file.rows))]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -203,7 +220,7 @@ def _check_room(num_pictures: int, example: dict) -> None:
 
 
 def _open_folder(folder: Path) -> None:
-    """Make a folder, or clear it of what a killed run was writing: a day ago, so that no run is at it any more."""
+    """Make a folder, or clear it of what a killed run was writing; after a day no run can be at it any more."""
     os.makedirs(folder, exist_ok=True)
     for path in folder.glob("tmp*"):  # as `datasets` calls a file that is not whole
         if time.time() - path.stat().st_mtime > 24 * 60 * 60:
@@ -211,12 +228,11 @@ def _open_folder(folder: Path) -> None:
 
 
 def _write_files(
-    files: dict[Path, int], batches: Iterator[dict], example: dict, batch_size: int, show_progress: bool
+    files: Sequence[FeatureFile], batches: Iterator[dict], example: dict, batch_size: int, show_progress: bool
 ) -> None:
-    """Write so many rows into each file.
+    """Write what the encoder says into files.
 
     Args:
-        files: Path and number of rows.
         batches: Columns of `batch_size` rows, fewer at a file's end.
         example: Columns of one row.
     """
@@ -224,23 +240,26 @@ def _write_files(
     columns = datasets.Features(encoder_features=datasets.Array2D(states.shape[1:], str(states.dtype)))
     if "feature_scale" in example:
         columns["feature_scale"] = datasets.List(datasets.Value("float32"))
+    for folder in {file.path.parent for file in files}:
+        _open_folder(folder)
     datasets.disable_progress_bars()  # ours counts pictures over all files
-    with tqdm(total=sum(files.values()), unit="picture", desc="encoding", disable=not show_progress) as bar:
+    with tqdm(
+        total=sum(len(file.rows) for file in files), unit="picture", desc="encoding", disable=not show_progress
+    ) as bar:
 
         def next_batch(places: dict) -> dict:
             bar.update(len(places["place"]))
             return next(batches)
 
-        for path, num_rows in files.items():
-            _open_folder(path.parent)
-            Dataset.from_dict({"place": range(num_rows)}).map(
+        for file in files:
+            Dataset.from_dict({"place": range(len(file.rows))}).map(
                 next_batch,
                 batched=True,
                 batch_size=batch_size,
                 remove_columns=["place"],
                 features=columns,
-                cache_file_name=str(path),
-                new_fingerprint=path.stem,
+                cache_file_name=str(file.path),
+                new_fingerprint=file.path.stem,
             )
     datasets.enable_progress_bars()
 

@@ -104,6 +104,12 @@ def decoder_config(vocab_size: int, hidden_size: int, num_hidden_layers: int, nu
     )
 
 
+def brings_cross_attention(decoder: str) -> bool:
+    """Whether a decoder, see `build_vit_gpt2`, has trained cross attention, so that none is added fresh."""
+    source = AutoConfig.from_pretrained(decoder)
+    return getattr(getattr(source, "decoder", source), "add_cross_attention", False)
+
+
 def vit_image_processor(encoder: str | ViTConfig):
     """What a trained encoder was trained on; for a config, pictures squeezed to its size and scaled to -1 .. 1."""
     if isinstance(encoder, str):
