@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -50,7 +51,7 @@ def build_vit_gpt2(
         token_ids: Where the tokenizer has been trimmed, the number that each of its tokens has in `decoder`, rising.
 
     Raises:
-        ValueError: The tokenizer has more tokens than the decoder.
+        ValueError: The tokenizer has more tokens than the decoder, or the decoder is no language model.
     """
     decoder_model = _build_decoder(decoder, dropout)
     num_tokens = token_ids[-1] + 1 if token_ids else len(tokenizer)
@@ -167,6 +168,11 @@ def _build_encoder(encoder: str | PreTrainedConfig) -> PreTrainedModel:
 def _build_decoder(decoder: str | PreTrainedConfig, dropout: float | None) -> PreTrainedModel:
     source = AutoConfig.from_pretrained(decoder) if isinstance(decoder, str) else decoder
     config = getattr(source, "decoder", source)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"decoder {decoder} is of the kind {config.model_type}, which is no language model: give one of the GPT-2 kind, or a "
+            "captioner that train_vit_gpt2.py has saved"
+        )
     config.is_decoder, config.add_cross_attention = True, True
     if dropout is not None:
         config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = dropout

@@ -140,6 +140,16 @@ def test_what_an_encoder_cannot_do_is_said(small_scenes, tmp_path, capsys, optio
     assert said in refused(capsys, train_lstm.main, arguments)
 
 
+def test_a_captioner_of_system_a_is_no_decoder_of_system_b(trained, small_scenes, tmp_path, capsys):
+    arguments = [*SCRIPTS["train_vit_gpt2"], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
+    arguments += ["--pretrained_decoder", "true", "--decoder", trained["train_lstm"]]
+    said = refused(capsys, train_vit_gpt2.main, arguments)
+    assert (
+        f"decoder {trained['train_lstm']} is of the kind inception_lstm" in said
+        and "train_vit_gpt2.py has saved" in said
+    )
+
+
 def test_a_least_length_above_the_models_longest_is_refused_where_captions_are_made(trained, tmp_path, capsys):
     model = ["--model", trained["train_lstm"]]
     evaluation = [*model, "--output_dir", tmp_path / "scores", "--split", "validation"]
