@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import recipes
 from data_scripts import load_for_training
@@ -29,7 +29,7 @@ from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from metrics import CaptionScorer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
-from modeling.captioner import caption_pictures, save_captioner, set_decoding
+from modeling.captioner import caption_pictures, load_captioner, save_captioner, set_decoding
 from modeling.modeling_inception_lstm import timm_source
 from modeling.processing import build_processor, timm_image_processor
 from recipes import DataArguments, parse_recipe
@@ -38,7 +38,13 @@ from reporting.page import NUM_PICTURES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.training_report import report_training
 from training.averaging import WeightAverage, check_average
-from training.checkpoints import bring_best_model, check_finite, checkpoint_to_resume, own_output_dir
+from training.checkpoints import (
+    bring_best_model,
+    check_finite,
+    check_start_stays,
+    checkpoint_to_resume,
+    own_output_dir,
+)
 from training.evaluation import score_captions
 from training.loop import (
     Progress,
@@ -64,6 +70,13 @@ logger = logging.getLogger(__name__)
 class LSTMArguments:
     """The model; the defaults are the report's."""
 
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Captioner of this system to go on from, a folder or a Hub id. Its encoder, sizes and tokenizer stay; of the "
+            "options here freeze_encoder, unfrozen_encoder_blocks, dropout and attention_dropout count."
+        },
+    )
     encoder: str = field(
         default="inception_resnet_v2.tf_in1k", metadata={"help": "timm name, Hub id or local folder of the encoder."}
     )
@@ -129,6 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     with one_line_errors():
         check_average(args.ema_decay, model_args.freeze_encoder)
+        if model_args.model:
+            check_start_stays(model_args.model, args.output_dir)
         accelerator = start_accelerator(args)
     with one_line_errors(OSError), own_output_dir(args.output_dir):
         run(data_args, model_args, args, accelerator)
@@ -149,17 +164,21 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
         )
         pushing = CheckpointPush(args, active=args.push_to_hub and accelerator.is_main_process)
         dataset, training_captions = load_for_training(data_args.dataset, data_args.max_train_pictures)
-        tokenizer = load_tokenizer(data_args.tokenizer, training_captions, model_args.vocab_size, accelerator)
 
         # ---- Model --------------------------------------------------------------------------------------------------
-        model, processor = build_model(model_args, tokenizer)
+        if model_args.model:
+            model, processor = load_start(model_args, data_args.tokenizer)
+        else:
+            tokenizer = load_tokenizer(data_args.tokenizer, training_captions, model_args.vocab_size, accelerator)
+            model, processor = build_model(model_args, tokenizer)
+        unfreeze_last_blocks(model.encoder, model_args.unfrozen_encoder_blocks)
         if args.activation_checkpointing:
             checkpoint_blocks(model.encoder)
     model.to(accelerator.device)
     num_views = data_args.augmentation_views
     features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_views)
     pairs = {
-        split: CaptionPairs(dataset[split], tokenizer, data_args.max_caption_length, features[split])
+        split: CaptionPairs(dataset[split], processor.tokenizer, data_args.max_caption_length, features[split])
         for split in ("train", "validation")
     }
     longest = args.generation_max_length or math.ceil(np.percentile(pairs["train"].lengths, 99))
@@ -240,9 +259,9 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
             if accelerator.is_main_process:
                 save_captioner(captioner, processor, args.output_dir)
         accelerator.wait_for_everyone()
-    captioner = InceptionLSTMForConditionalGeneration.from_pretrained(args.output_dir).to(accelerator.device)
+    captioner = load_captioner(args.output_dir)[0].to(accelerator.device)
     pictures = eval_loader(Pictures(dataset[split], *features[split]))
-    captions = caption_pictures(captioner.eval(), processor, pictures, accelerator, NUM_PICTURES)
+    captions = caption_pictures(captioner, processor, pictures, accelerator, NUM_PICTURES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
@@ -257,7 +276,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
             train=training_cost(progress, len(pairs["train"])),
             kind="inception-lstm",
             options=options,
-            base_models=hub_names(model_args),
+            started_from=start_names(model_args),
             pushing=pushing if args.push_to_hub else None,
         )
     accelerator.end_training()
@@ -269,6 +288,29 @@ def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: i
         return AutoTokenizer.from_pretrained(name)
     trained = [train_tokenizer(training_captions, vocab_size) if accelerator.is_main_process else None]
     return broadcast_object_list(trained)[0]
+
+
+def load_start(args: LSTMArguments, tokenizer_name: str | None) -> tuple:
+    """Model and processor of a captioner that has learnt already, to be trained as the options have it.
+
+    Raises:
+        ValueError: It cannot be loaded, is not of this system, or an option does not go with it.
+    """
+    if tokenizer_name:
+        raise ValueError(f"--tokenizer {tokenizer_name} does not go with --model {args.model}, which has its own")
+    model, processor = load_captioner(args.model)
+    if not isinstance(model, InceptionLSTMForConditionalGeneration):
+        raise ValueError(
+            f"--model {args.model} is a {type(model).__name__}: give a captioner that train_lstm.py has made"
+        )
+    config = model.config
+    if args.attention_dropout and not config.attention:
+        raise ValueError(f"--attention_dropout {args.attention_dropout}: --model {args.model} has no attention")
+    config.update({name: getattr(args, name) for name in ("freeze_encoder", "dropout", "attention_dropout")})
+    model = InceptionLSTMForConditionalGeneration.from_pretrained(args.model, config=config)
+    model.encoder.requires_grad_(not args.freeze_encoder)  # `from_pretrained` lets everything learn
+    model.generation_config = GenerationConfig.from_model_config(config)  # how it writes is this run's to say
+    return model, processor
 
 
 def build_model(args: LSTMArguments, tokenizer) -> tuple:
@@ -314,7 +356,6 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
                 f"--encoder {args.encoder}: its weights cannot be loaded ({str(error).strip().splitlines()[0]}); give a "
                 "folder that holds them, or --pretrained_encoder false"
             ) from error
-    unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
     image_processor = timm_image_processor(backbone, args.image_size, args.center_crop)
     if args.image_size or args.attention:
         side = image_processor.crop_size["height"]
@@ -330,11 +371,13 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
     return model, build_processor(image_processor, tokenizer)
 
 
-def hub_names(args: LSTMArguments) -> list[str]:
-    """Hub id of the pretrained encoder, for the card; none for random weights or a folder of one machine."""
-    if not args.pretrained_encoder or os.path.isdir(args.encoder):
+def start_names(args: LSTMArguments) -> list[str]:
+    """Folder or Hub id of the trained weights it starts from, for the card; none for random weights."""
+    if args.model:
+        return [args.model]
+    if not args.pretrained_encoder:
         return []
-    return [args.encoder if "/" in args.encoder else f"timm/{args.encoder}"]
+    return [args.encoder if "/" in args.encoder or os.path.isdir(args.encoder) else f"timm/{args.encoder}"]
 
 
 def parameter_groups(model, args: LoopArguments) -> list[dict]:

@@ -8,11 +8,9 @@ A recipe sets the options, the command line overrides it, `--help` lists them.
 import copy
 import logging
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -50,7 +48,13 @@ from reporting.page import NUM_PICTURES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.training_report import report_training
 from training.averaging import mixed_with
-from training.checkpoints import bring_best_model, check_finite, checkpoint_to_resume, own_output_dir
+from training.checkpoints import (
+    bring_best_model,
+    check_finite,
+    check_start_stays,
+    checkpoint_to_resume,
+    own_output_dir,
+)
 from training.evaluation import score_captions
 from training.loop import (
     Progress,
@@ -300,9 +304,9 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
             train=training_cost(progress, len(dataset["train"])),
             kind=kind,
             options=options,
-            base_models=[] if os.path.isdir(scst_args.model) else [scst_args.model],
+            started_from=[scst_args.model],
             pushing=pushing if args.push_to_hub else None,
-            continues=scst_args.model,
+            self_critical=True,
         )
     accelerator.end_training()
 
@@ -317,8 +321,7 @@ def check_options(args: SCSTArguments, output_dir: str) -> None:
             )
     if args.model is None:
         raise ValueError("--model is missing: name the folder or the Hub id of the captioner to continue")
-    if Path(args.model).resolve() == Path(output_dir).resolve():
-        raise ValueError(f"--output_dir {output_dir} is the --model's own folder, which would be lost: give another")
+    check_start_stays(args.model, output_dir)
     if args.num_samples == 1 and args.baseline == "others":
         raise ValueError("--num_samples 1: there is no other sample to beat; give 2 or more, or --baseline greedy")
     if args.dropout and args.kl_weight:

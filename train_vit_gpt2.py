@@ -340,7 +340,7 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
             train=training_cost(history_rows(trainer.state.log_history), len(pairs["train"])),
             kind="vit-gpt2",
             options=options,
-            base_models=hub_names(model_args),
+            started_from=start_names(model_args),
             pushing=pushing if push else None,
             token=args.hub_token,
         )
@@ -390,10 +390,10 @@ def build_model(args: ViTGPT2Arguments, tokenizer, token_ids: list[int] | None =
     return model, build_processor(vit_image_processor(encoder), tokenizer)
 
 
-def hub_names(args: ViTGPT2Arguments) -> list[str]:
-    """Hub ids of the pretrained parts, for the card; none for random weights or a folder of one machine."""
+def start_names(args: ViTGPT2Arguments) -> list[str]:
+    """Folders or Hub ids of the pretrained parts, for the card; none for random weights."""
     parts = ((args.encoder, args.pretrained_encoder), (args.decoder, args.pretrained_decoder))
-    return [name for name, pretrained in parts if pretrained and not os.path.isdir(name)]
+    return [name for name, pretrained in parts if pretrained]
 
 
 class CaptionTrainer(Seq2SeqTrainer):

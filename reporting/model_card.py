@@ -51,10 +51,10 @@ def write_model_card(
     results: dict,
     command: str,
     options: dict[str, Any],
-    base_models: Sequence[str] = (),
+    started_from: Sequence[str] = (),
     licence: str = "apache-2.0",
     training_data: dict[str, int] | None = None,
-    continues: str | None = None,
+    self_critical: bool = False,
 ) -> Path:
     """Write README.md: metadata with a model-index for the Hub, then what it is, use, scores, training, limits.
 
@@ -64,10 +64,11 @@ def write_model_card(
         results: What `write_results` writes; whatever is missing is not told.
         command: The command line that trained the model.
         options: Every option of that run, as it was resolved.
-        base_models: Hub ids of the pretrained weights it started from; none where it started from random ones.
+        started_from: Hub ids and folders of the trained weights it started from; none where it started from random ones. Of
+            folders the card tells the last name.
         licence: Of these weights, as the Hub names licences.
         training_data: What it was trained on: {"pictures": number, "captions": number}.
-        continues: The captioner that this run went on from, on its own reward.
+        self_critical: Whether it was trained on its own reward.
 
     Returns:
         The path of the card. A curves.png beside it is shown on it, and so are the pictures in samples/.
@@ -77,9 +78,9 @@ def write_model_card(
     environment.filters |= {"line": markdown_line, "number": _number}
     dataset = results.get("dataset") or "an unnamed data set"
     card = environment.get_template("model_card.md.jinja").render(
-        card_data=card_metadata(kind, model_name, results, base_models, licence).to_yaml(),
+        card_data=card_metadata(kind, model_name, results, started_from, licence).to_yaml(),
         title=markdown_line(Path(model_name).name or model_name),
-        description=_description(kind, base_models, continues, options),
+        description=_description(kind, started_from, self_critical, options),
         usage=usage(kind, model_name),
         one_line_usage=one_line_usage(model_name),
         scored_on=_scored_on(results),
@@ -142,7 +143,7 @@ print(processor.batch_decode(ids, skip_special_tokens=True)[0])"""
 
 
 def card_metadata(
-    kind: Kind, model_name: str, results: dict, base_models: Sequence[str], licence: str
+    kind: Kind, model_name: str, results: dict, started_from: Sequence[str], licence: str
 ) -> ModelCardData:
     """What the Hub reads: tags, licence, base models, and the scores as a model-index."""
     dataset = results.get("dataset") or "unnamed"
@@ -165,7 +166,7 @@ def card_metadata(
         library_name="transformers",
         pipeline_tag="image-to-text",
         tags=["image-captioning", "showtell", *(["custom_code"] if kind == "inception-lstm" else [])],
-        base_model=list(base_models) or None,
+        base_model=[name for name in started_from if not os.path.isdir(name)] or None,
         metrics=["bleu", "rouge", "cider"],
         model_name=Path(model_name).name or model_name,
         eval_results=scores or None,
@@ -178,15 +179,17 @@ def markdown_line(text: Any) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#!~$&])", r"\\\1", line)
 
 
-def _description(kind: Kind, base_models: Sequence[str], continues: str | None, options: dict[str, Any]) -> str:
-    if continues:
+def _description(kind: Kind, started_from: Sequence[str], self_critical: bool, options: dict[str, Any]) -> str:
+    starts = " and ".join(
+        markdown_line(without_path(name)) if os.path.isdir(name) else f"[{name}](https://huggingface.co/{name})"
+        for name in started_from
+    )
+    if self_critical:
         weights = {"BLEU-4": "bleu_weight", "ROUGE-L": "rouge_weight"}
         reward = " + ".join(["CIDEr-D", *(name for name, weight in weights.items() if options.get(weight))])
         method = "[self-critical sequence training](https://arxiv.org/abs/1612.00563)"
-        start = markdown_line(without_path(continues))
-        return f"{DESCRIPTIONS[kind]} It continues {start} by {method} on its own {reward} reward."
-    links = " and ".join(f"[{name}](https://huggingface.co/{name})" for name in base_models)
-    return f"{DESCRIPTIONS[kind]} It started from {links or 'random weights'}."
+        return f"{DESCRIPTIONS[kind]} It continues {starts} by {method} on its own {reward} reward."
+    return f"{DESCRIPTIONS[kind]} It started from {starts or 'random weights'}."
 
 
 def _scored_on(results: dict) -> str:

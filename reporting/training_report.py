@@ -24,9 +24,9 @@ def report_training(
     train: dict,
     kind: Kind,
     options: dict[str, Any],
-    base_models: Sequence[str],
+    started_from: Sequence[str],
     pushing: CheckpointPush | None,
-    continues: str | None = None,
+    self_critical: bool = False,
     token: str | None = None,
 ) -> None:
     """Score the captions of a split, write results, page and card, and push. On the main process alone.
@@ -35,7 +35,7 @@ def report_training(
         args, data_args: Options of the loop and of the data.
         captions: What `caption_pictures` made of the split's pictures.
         scorer, decoding, train: See `report_captions`.
-        kind, options, base_models, continues: See `write_model_card`.
+        kind, options, started_from, self_critical: See `write_model_card`.
         pushing: Of the run's checkpoints; None where nothing is pushed.
         token: Of the Hub.
     """
@@ -57,9 +57,9 @@ def report_training(
         results=results,
         command=command_line(),
         options=options,
-        base_models=base_models,
+        started_from=started_from,
         training_data={"pictures": len(dataset["train"]), "captions": sum(map(len, dataset["train"]["captions"]))},
-        continues=continues,
+        self_critical=self_critical,
     )
     if pushing:
         pushing.finish()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, Features, Image
+from huggingface_hub import ModelCard
 from PIL import Image as PillowImage
 
 from reporting.model_card import name_on_card, without_path, write_model_card
@@ -30,8 +31,32 @@ def card(folder: Path, name: str = "me/captioner", command: str = "train", **opt
 )
 def test_what_was_rewarded_is_told(tmp_path, options, reward):
     told = {"kind": "vit-gpt2", "model_name": "me/captioner", "results": RESULTS, "command": "train"}
-    text = write_model_card(tmp_path, **told, options=options, continues="me/start").read_text(encoding="utf-8")
+    text = write_model_card(tmp_path, **told, options=options, started_from=["me/start"], self_critical=True).read_text(
+        encoding="utf-8"
+    )
     assert f"on its own {reward} reward." in text
+
+
+@pytest.mark.parametrize(
+    ("started_from", "told", "on_the_hub"),
+    [
+        (["me/start"], "It started from [me/start](https://huggingface.co/me/start).", ["me/start"]),
+        (
+            ["a_folder", "me/start"],
+            r"It started from a\_folder and [me/start](https://huggingface.co/me/start).",
+            ["me/start"],
+        ),
+        (["a_folder"], r"It started from a\_folder.", None),
+        ([], "It started from random weights.", None),
+    ],
+)
+def test_what_it_started_from_is_told_and_linked_where_the_hub_has_it(tmp_path, started_from, told, on_the_hub):
+    (tmp_path / "a_folder").mkdir()
+    names = [str(tmp_path / name) if name == "a_folder" else name for name in started_from]
+    asked = {"kind": "vit-gpt2", "model_name": "me/captioner", "results": RESULTS, "command": "train", "options": {}}
+    path = write_model_card(tmp_path, **asked, started_from=names)
+    assert told in path.read_text(encoding="utf-8") and str(tmp_path) not in path.read_text(encoding="utf-8")
+    assert ModelCard.load(path).data.base_model == on_the_hub
 
 
 @pytest.mark.parametrize(("number", "told"), [(1.0, "1 reference each"), (4.98, "4.98 references each")])

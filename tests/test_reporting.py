@@ -349,7 +349,7 @@ def card_of(output_dir: Path, kind: str = "inception-lstm", **changes: object) -
         results=some_results(**changes),
         command="accelerate launch train_lstm.py recipes/lstm_demo.yaml",
         options={"learning_rate": 4e-4, "output_dir": Path("outputs")},
-        base_models=["timm/inception_resnet_v2.tf_in1k"],
+        started_from=["timm/inception_resnet_v2.tf_in1k"],
     )
 
 

@@ -191,6 +191,30 @@ def test_of_a_frozen_encoder_the_last_block_learns_at_its_own_rate_where_it_shal
     assert moved == {name for name in first if name.startswith(learns) and "running" not in name and "num_" not in name}
 
 
+def test_a_captioner_goes_on_from_where_another_run_has_left_it(trained, small_scenes, tmp_path):
+    before = load_file(trained / "model.safetensors")
+    once = ["--model", str(trained), "--num_train_epochs", "1"]
+    # Sizes and tokenizer are its own, whatever the options say (SMALL's hidden size is 32).
+    unchanged = train(tmp_path / "unchanged", small_scenes, *once, "--learning_rate", "0", "--hidden_size", "16")
+    assert_same_weights(unchanged, before)
+    assert (tmp_path / "unchanged" / "tokenizer.json").read_text() == (trained / "tokenizer.json").read_text()
+    assert f"It started from {trained.name}." in (tmp_path / "unchanged" / "README.md").read_text()
+
+    options = ["--unfrozen_encoder_blocks", "1", "--dropout", "0.5", "--save_epochs", "1"]
+    after = train(tmp_path / "after", small_scenes, *once, *options, "--generation_min_length", "3")
+    moved = {name for name in before if not torch.equal(after[name], before[name])}
+    learns = tuple(f"encoder.backbone.{part}." for part in ("blocks.4", "conv_head", "bn2"))
+    assert "lm_head.weight" in moved and any(name.startswith(learns) for name in moved)
+    assert not [name for name in moved if name.startswith("encoder.") and not name.startswith(learns)]
+    model, _ = load_captioner(str(tmp_path / "after"))
+    assert (model.config.dropout, model.generation_config.min_length) == (0.5, 4)  # the start token is counted
+    # How it was saved to write is no matter of the next run's, and the start stays as it was.
+    train(tmp_path / "third", small_scenes, "--model", str(tmp_path / "after"), "--num_train_epochs", "1")
+    model, _ = load_captioner(str(tmp_path / "third"))
+    assert (model.config.dropout, model.generation_config.min_length) == (0.0, None)
+    assert_same_weights(load_file(trained / "model.safetensors"), before)
+
+
 def test_activation_checkpointing_computes_the_blocks_again_and_learns_the_same(small_scenes, tmp_path, monkeypatch):
     calls, forward = [], timm.models._efficientnet_blocks.InvertedResidual.forward
 

@@ -66,6 +66,12 @@ def own_output_dir(output_dir: str | os.PathLike) -> Iterator[None]:
         lock.lock.release()
 
 
+def check_start_stays(model: str, output_dir: str | os.PathLike) -> None:
+    """Raise ValueError where a run would write over the captioner that it goes on from."""
+    if Path(model).resolve() == Path(output_dir).resolve():
+        raise ValueError(f"--output_dir {output_dir} is the --model's own folder, which would be lost: give another")
+
+
 def refuse_deepspeed() -> None:
     """To be asked before Accelerate and the Trainer are, which want DeepSpeed to be installed.
 
