@@ -97,14 +97,15 @@ def set_decoding(
         "min_length": min_length and min_length + num_start,
     }
     decoding = model.generation_config
-    decoding.update(**{name: value for name, value in settings.items() if value is not None})
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if (settings.get("num_beams", decoding.num_beams) or 1) == 1:
+        settings["length_penalty"] = None  # it is of beams: transformers warns of it without them, and does not save it
+    decoding.update(**settings)
     if decoding.max_length is not None and (decoding.min_length or 0) > decoding.max_length:
         raise ValueError(
             f"the shortest caption is to have {decoding.min_length - num_start} tokens and the longest "
             f"{decoding.max_length - num_start}: give a lower least length or a higher longest one"
         )
-    if (decoding.num_beams or 1) == 1:
-        decoding.length_penalty = None  # it is of beams, and without them transformers does not save it
 
 
 def save_captioner(model: PreTrainedModel, processor, folder: str | os.PathLike) -> None:
