@@ -16,10 +16,11 @@ BATCH_SIZE = {"lstm": 64, "vit_gpt2": 8}  # the report's
 
 
 def paragraphs(dataset: str | None, num_pictures: int) -> datasets.Dataset:
-    """The first pictures of a prepared data set with a caption each, or made ones: noise, and captions of made-up words whose
-    lengths spread as those of the report's paragraphs (60 words on average, 5 to 95 %: 28 to 99)."""
+    """Pictures of a prepared data set, drawn at random, with their captions, or made ones: noise, and captions of made-up words
+    whose lengths spread as those of the report's paragraphs (60 words on average, 5 to 95 %: 28 to 99)."""
     if dataset:
-        rows = datasets.load_from_disk(dataset)["train"]
+        # The report's first captions are its shorter ones.
+        rows = datasets.load_from_disk(dataset)["train"].shuffle(seed=0)
         return rows.select(range(min(num_pictures, len(rows)))).select_columns(["image", "captions"])
     random = np.random.default_rng(0)
     syllables = [first + second for first in "bdfgklmnprst" for second in "aeiou"]
