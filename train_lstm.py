@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 import recipes
 from data_scripts import load_for_training
@@ -307,10 +307,10 @@ def load_start(args: LSTMArguments, tokenizer_name: str | None) -> tuple:
     if args.attention_dropout and not config.attention:
         raise ValueError(f"--attention_dropout {args.attention_dropout}: --model {args.model} has no attention")
     config.update({name: getattr(args, name) for name in ("freeze_encoder", "dropout", "attention_dropout")})
-    model = InceptionLSTMForConditionalGeneration.from_pretrained(args.model, config=config)
-    model.encoder.requires_grad_(not args.freeze_encoder)  # `from_pretrained` lets everything learn
-    model.generation_config = GenerationConfig.from_model_config(config)  # how it writes is this run's to say
-    return model, processor
+    # A new one with its weights: what learns, what drops out and how it writes are this run's to say.
+    fresh = InceptionLSTMForConditionalGeneration(config)
+    fresh.load_state_dict(model.state_dict())
+    return fresh, processor
 
 
 def build_model(args: LSTMArguments, tokenizer) -> tuple:

@@ -157,14 +157,17 @@ def test_a_captioner_of_system_a_is_no_decoder_of_system_b(trained, small_scenes
         ("train_vit_gpt2", [], "is a VisionEncoderDecoderModel: give a captioner that train_lstm.py has made"),
         ("train_lstm", ["--tokenizer", "mine"], "--tokenizer mine does not go with --model"),
         ("train_lstm", ["--attention_dropout", "0.2"], "--attention_dropout 0.2: --model"),
-        ("train_lstm", ["--output_dir"], "is the --model's own folder"),
     ],
 )
 def test_what_does_not_go_on_is_said(trained, small_scenes, tmp_path, capsys, model, options, said):
-    start = str(trained.get(model, model))
-    options = [*options, start] if options == ["--output_dir"] else options
     arguments = [*SCRIPTS["train_lstm"], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
-    assert said in refused(capsys, train_lstm.main, [*arguments, "--model", start, *options])
+    assert said in refused(capsys, train_lstm.main, [*arguments, "--model", trained.get(model, model), *options])
+
+
+def test_a_run_does_not_write_over_the_captioner_it_goes_on_from(trained, small_scenes, capsys):
+    start = trained["train_lstm"]
+    arguments = [*SCRIPTS["train_lstm"], *SMALL, "--dataset", small_scenes, "--model", start, "--output_dir", start]
+    assert "is the --model's own folder" in refused(capsys, train_lstm.main, arguments)
 
 
 def test_a_least_length_above_the_models_longest_is_refused_where_captions_are_made(trained, tmp_path, capsys):
