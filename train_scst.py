@@ -9,6 +9,8 @@ import copy
 import logging
 import math
 import time
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -75,6 +77,7 @@ from training.stopping import StopSignal
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "scst_progress.json"
+RARE = 1 / 1000  # share of all tokens below which one is rare
 
 
 @dataclass
@@ -160,6 +163,13 @@ class LoopArguments(recipes.LoopArguments):
         default=None,
         metadata={"help": "In evaluation no run of so many tokens is generated twice; the model's own if not given."},
     )
+    rare_token_boost: float | None = field(
+        default=None,
+        metadata={
+            "help": "In evaluation, nats that a token gains for each factor of e by which it is rarer in the training captions "
+            "than one in 1,000; the model's own if not given."
+        },
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -199,6 +209,9 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
     }
     with one_line_errors():
         use_decoding(model, args, pairs["train"].lengths, scst_args.sample_min_length)
+    if args.rare_token_boost is not None:
+        boosts = rare_token_boosts(pairs["train"].token_ids, args.rare_token_boost, processor.tokenizer.all_special_ids)
+        model.generation_config.sequence_bias = boosts
     start = copy.deepcopy(model) if scst_args.kl_weight or scst_args.start_share else None
     critic = SelfCritic(
         model,
@@ -379,6 +392,30 @@ def use_decoding(model, args: LoopArguments, lengths: np.ndarray, sample_min_len
             f"the shortest sample is to have {sample_min_length} tokens and the longest {longest}: give a lower "
             "--sample_min_length or a higher --generation_max_length"
         )
+
+
+def rare_token_boosts(captions: list[list[int]], nats: float, special_ids: Sequence[int]) -> list[list] | None:
+    """What rare tokens gain where captions are generated: self-critical training takes from them, since they are seldom sampled
+    (Honda et al., 2023, https://arxiv.org/abs/2212.03230).
+
+    A token that is a share p of all gains `nats` times log(RARE / p): the adjustment of logits of Menon et al. (2021,
+    https://arxiv.org/abs/2007.07314), for rare tokens alone.
+
+    Args:
+        captions: Token ids of the training captions, in which tokens are counted.
+        special_ids: Tokens left as they are, the end among them.
+
+    Returns:
+        `sequence_bias` of a generation config, [[token], nats] of each; None where none gains anything.
+    """
+    counts = Counter(token for token_ids in captions for token in token_ids)
+    rare = RARE * counts.total()
+    boosts = [
+        [[token], round(nats * math.log(rare / count), 3)]
+        for token, count in sorted(counts.items())
+        if count < rare and token not in special_ids
+    ]
+    return boosts if boosts and nats else None
 
 
 def captions_of_pictures(pairs: CaptionPairs) -> list[list[list[list[int]]]]:

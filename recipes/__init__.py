@@ -26,6 +26,7 @@ LOWEST = {
     **dict.fromkeys(
         ("sample_no_repeat_ngram_size", "sample_min_length", "bleu_weight", "rouge_weight", "kl_weight"), 0
     ),
+    "rare_token_boost": 0,
     **dict.fromkeys(("eval_steps", "num_samples", "batch_size", "num_beams", "max_length"), 1),
     **dict.fromkeys(("num_workers", "min_length"), 0),
     "vocab_size": 8,  # the four special tokens, and something to say

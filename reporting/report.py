@@ -72,6 +72,8 @@ def decoding_settings(config: GenerationConfig) -> dict[str, Any]:
     """What of a generation config decides on the words: all that differs from the defaults, ids of tokens excepted."""
     settings = {"num_beams": config.num_beams or 1, "do_sample": bool(config.do_sample)} | config.to_diff_dict()
     hidden = ("_from_model_config", "transformers_version", "output_attentions", "output_hidden_states")
+    if config.sequence_bias:
+        settings["sequence_bias"] = f"of {len(config.sequence_bias):,} tokens"
     return {
         name: value
         for name, value in settings.items()

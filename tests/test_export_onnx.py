@@ -61,6 +61,14 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
     assert ruled == reference_captions(model, pixels) != captions
     (tmp_path / "exported" / "generation_config.json").write_text(plain_settings)
     model.generation_config.no_repeat_ngram_size = None
+    boosts = [[[token], 0.4 * (token % 5)] for token in range(2, model.get_output_embeddings().out_features, 2)]
+    settings = json.loads(plain_settings) | {"sequence_bias": boosts}
+    (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings))
+    model.generation_config.sequence_bias = boosts
+    boosted = export_onnx.caption_pictures(tmp_path / "exported", pixels.numpy())
+    assert boosted == reference_captions(model, pixels) != captions
+    (tmp_path / "exported" / "generation_config.json").write_text(plain_settings)
+    model.generation_config.sequence_bias = None
 
     # One picture ends where another goes on, and is padded from there.
     settings = json.loads((tmp_path / "exported" / "generation_config.json").read_text())

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import re
 import shutil
 import signal
@@ -583,6 +584,38 @@ def test_decoding_options_are_of_evaluation_alone(whole, started, small_scenes, 
     assert {name: getattr(decoding, name) for name in saved} == saved
 
 
+def test_rare_tokens_gain_by_how_rare_they_are():
+    """Of 3,000 tokens three are one in 1,000; the end of a caption is as it was, however rare."""
+    captions = [[5] * 2993, [7, 8, 8, 9, 9, 9, EOS]]
+    boosts = train_scst.rare_token_boosts(captions, 2.0, special_ids=[0, EOS])
+    assert boosts == [
+        [[7], pytest.approx(2 * math.log(3), abs=1e-3)],
+        [[8], pytest.approx(2 * math.log(1.5), abs=1e-3)],
+    ]
+    assert train_scst.rare_token_boosts(captions, 0.0, special_ids=[0, EOS]) is None
+    assert train_scst.rare_token_boosts([[5, 6, EOS]], 2.0, special_ids=[0, EOS]) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_boost_of_rare_tokens_is_saved_kept_and_taken_back(kind, started, small_scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_scst, "RARE", 0.05)  # of so few captions hardly a token is rarer than one in 1,000
+    still = ["--learning_rate", "0", "--num_train_epochs", "1", "--eval_steps", "9"]
+    scst(started[kind], small_scenes, tmp_path / "plain", *still)
+    boosted = scst(started[kind], small_scenes, tmp_path / "boosted", *still, "--rare_token_boost", "3")
+    scst(tmp_path / "boosted", small_scenes, tmp_path / "on", *still)
+    scst(tmp_path / "boosted", small_scenes, tmp_path / "back", *still, "--rare_token_boost", "0")
+    captions = {name: (tmp_path / name / "captions.jsonl").read_text() for name in ("plain", "boosted", "on", "back")}
+    assert captions["plain"] == captions["back"] != captions["boosted"] == captions["on"]
+    # What is sampled, and how likely the captions are, know nothing of it.
+    plain = json.loads((tmp_path / "plain" / "history.json").read_text())
+    for row, other in zip(plain, boosted, strict=True):
+        assert all(row[name] == other[name] for name in ("eval_loss", "reward", "sample_length") if name in row)
+    bias = load_captioner(str(tmp_path / "on"))[0].generation_config.sequence_bias
+    assert bias and all(nats > 0 for _, nats in bias)
+    results = json.loads((tmp_path / "on" / "results.json").read_text())
+    assert results["decoding"]["sequence_bias"] == f"of {len(bias)} tokens"
+
+
 # -------------------------------------------------------------------------------------------------- bad options
 
 
@@ -594,6 +627,7 @@ def test_decoding_options_are_of_evaluation_alone(whole, started, small_scenes, 
         (["--num_samples", "0"], "--num_samples 0: it must be 1 or more"),
         (["--baseline", "median"], "--baseline"),
         (["--kl_weight", "-1"], "--kl_weight -1.0: it must be 0 or more"),
+        (["--rare_token_boost", "-1"], "--rare_token_boost -1.0: it must be 0 or more"),
         (["--bleu_weight", "nan"], "--bleu_weight nan: it must be a finite number"),
         (["--cross_entropy_share", "1"], "--cross_entropy_share 1.0: it must be 0 or more, and less than 1"),
         (["--sample_no_repeat_ngram_size", "-1"], "--sample_no_repeat_ngram_size -1: it must be 0 or more"),
