@@ -193,7 +193,8 @@ def caption_pictures(folder: str | Path, pixel_values: np.ndarray, max_length: i
     settings = json.loads((Path(folder) / "generation_config.json").read_text(encoding="utf-8"))
     max_length = max_length or settings["max_length"]
     start = np.atleast_1d(np.squeeze(settings["decoder_start_token_id"]))  # a prompt is a list in a list
-    boosts = {token: nats for (token,), nats in settings.get("sequence_bias") or []}
+    bias = settings.get("sequence_bias") or []  # of single tokens
+    boosted, nats = [token for (token,), _ in bias], np.array([nats for _, nats in bias], dtype=np.float32)
     names = [output.name for output in encoder.get_outputs()]
     picture = dict(zip(names, encoder.run(None, {"pixel_values": pixel_values}), strict=True))
     sizes = {"batch": len(pixel_values), "past": 0}
@@ -208,7 +209,7 @@ def caption_pictures(folder: str | Path, pixel_values: np.ndarray, max_length: i
         logits, *new = step.run(None, {"input_ids": tokens, "position": np.array(position), **picture, **state})
         state = dict(zip(state, new, strict=True))
         position += tokens.shape[1]
-        logits[:, list(boosts)] += np.array(list(boosts.values()), dtype=np.float32)
+        logits[:, boosted] += nats
         if captions.shape[1] < (settings.get("min_length") or 0):
             logits[:, settings["eos_token_id"]] = -np.inf
         for row, repeats in enumerate(repeating(captions, settings.get("no_repeat_ngram_size") or 0)):

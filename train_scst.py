@@ -166,8 +166,8 @@ class LoopArguments(recipes.LoopArguments):
     rare_token_boost: float | None = field(
         default=None,
         metadata={
-            "help": "In evaluation, nats that a token gains for each factor of e by which it is rarer in the training captions "
-            "than one in 1,000; the model's own if not given."
+            "help": "In evaluation a token gains so many nats for each factor of e by which it is rarer in the training captions "
+            "than one in 1,000; 0: none; the model's own if not given."
         },
     )
 
@@ -208,10 +208,7 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
         for split in ("train", "validation")
     }
     with one_line_errors():
-        use_decoding(model, args, pairs["train"].lengths, scst_args.sample_min_length)
-    if args.rare_token_boost is not None:
-        boosts = rare_token_boosts(pairs["train"].token_ids, args.rare_token_boost, processor.tokenizer.all_special_ids)
-        model.generation_config.sequence_bias = boosts
+        use_decoding(model, processor.tokenizer, args, pairs["train"], scst_args.sample_min_length)
     start = copy.deepcopy(model) if scst_args.kl_weight or scst_args.start_share else None
     critic = SelfCritic(
         model,
@@ -366,7 +363,7 @@ def longest_caption(args: PictureArguments, model) -> int | None:
     return min(lengths, default=None)
 
 
-def use_decoding(model, args: LoopArguments, lengths: np.ndarray, sample_min_length: int = 0) -> None:
+def use_decoding(model, tokenizer, args: LoopArguments, captions: CaptionPairs, sample_min_length: int = 0) -> None:
     """Put the options into the generation config, where there are any; else it stays as it was saved.
 
     Raises:
@@ -374,7 +371,7 @@ def use_decoding(model, args: LoopArguments, lengths: np.ndarray, sample_min_len
     """
     longest = args.generation_max_length
     if longest is None and model.generation_config.max_length is None:
-        longest = math.ceil(np.percentile(lengths, 99))
+        longest = math.ceil(np.percentile(captions.lengths, 99))
     if longest is not None:
         longest = min(longest, caption_room(model) or longest)
     set_decoding(
@@ -385,6 +382,9 @@ def use_decoding(model, args: LoopArguments, lengths: np.ndarray, sample_min_len
         length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )
+    if args.rare_token_boost is not None:
+        boosts = rare_token_boosts(captions.token_ids, args.rare_token_boost, tokenizer.all_special_ids)
+        model.generation_config.sequence_bias = boosts or None
     num_start = len(start_token_ids(model))
     longest = model.generation_config.max_length - num_start
     if sample_min_length > longest:
@@ -394,7 +394,7 @@ def use_decoding(model, args: LoopArguments, lengths: np.ndarray, sample_min_len
         )
 
 
-def rare_token_boosts(captions: list[list[int]], nats: float, special_ids: Sequence[int]) -> list[list] | None:
+def rare_token_boosts(captions: list[list[int]], nats: float, special_ids: Sequence[int]) -> list[list]:
     """What rare tokens gain where captions are generated: self-critical training takes from them, since they are seldom sampled
     (Honda et al., 2023, https://arxiv.org/abs/2212.03230).
 
@@ -406,16 +406,15 @@ def rare_token_boosts(captions: list[list[int]], nats: float, special_ids: Seque
         special_ids: Tokens left as they are, the end among them.
 
     Returns:
-        `sequence_bias` of a generation config, [[token], nats] of each; None where none gains anything.
+        `sequence_bias` of a generation config: [[token], nats] of each that gains something.
     """
     counts = Counter(token for token_ids in captions for token in token_ids)
     rare = RARE * counts.total()
-    boosts = [
+    return [
         [[token], round(nats * math.log(rare / count), 3)]
         for token, count in sorted(counts.items())
-        if count < rare and token not in special_ids
+        if nats and count < rare and token not in special_ids
     ]
-    return boosts if boosts and nats else None
 
 
 def captions_of_pictures(pairs: CaptionPairs) -> list[list[list[list[int]]]]:

@@ -592,8 +592,8 @@ def test_rare_tokens_gain_by_how_rare_they_are():
         [[7], pytest.approx(2 * math.log(3), abs=1e-3)],
         [[8], pytest.approx(2 * math.log(1.5), abs=1e-3)],
     ]
-    assert train_scst.rare_token_boosts(captions, 0.0, special_ids=[0, EOS]) is None
-    assert train_scst.rare_token_boosts([[5, 6, EOS]], 2.0, special_ids=[0, EOS]) is None
+    assert train_scst.rare_token_boosts(captions, 0.0, special_ids=[0, EOS]) == []
+    assert train_scst.rare_token_boosts([[5, 6, EOS]], 2.0, special_ids=[0, EOS]) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
