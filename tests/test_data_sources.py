@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from data_scripts import archives, flickr8k, hub, image_folder, karpathy, load_captions, paragraphs
+from data_scripts import archives, flickr8k, hub, image_folder, karpathy, load_captions, paragraphs, recaption
 from data_scripts.caption_table import FEATURES, write_caption_table
 from data_scripts.row_checks import (
     MAX_CAPTION_CHARACTERS,
@@ -648,3 +648,54 @@ def test_any_csv_is_prepared_without_its_bad_rows(tmp_path_factory, lines: list[
             expected.setdefault(name, []).append(caption.strip())
     stored = load_from_disk(folder / "out")["train"]
     assert {row["image_id"]: list(dict.fromkeys(row["captions"])) for row in stored} == expected
+
+
+# ------------------------------------------------------------------------------------------------ captions of a captioner
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> Path:
+    """A table of three training pictures and one to validate on."""
+    splits = ["train", "train", "train", "validation"]
+    rows = [
+        SourceRow(split, f"{i}.png", [f"own {i}", f"other {i}"], str(i), lambda p=p: p)
+        for i, (split, p) in enumerate(zip(splits, pictures(4), strict=True))
+    ]
+    write_caption_table(rows, tmp_path / "own", True, 0, 0)
+    return tmp_path / "own"
+
+
+def captions_file(path: Path, captions: dict[str, str]) -> Path:
+    records = [{"image_id": name, "caption": text, "references": []} for name, text in captions.items()]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_recaption_changes_the_training_captions_and_nothing_else(tmp_path: Path, captioned: Path, capsys) -> None:
+    first = captions_file(
+        tmp_path / "first.jsonl", {"2.png": " c", "0.png": "a", "9.png": "of no picture", "1.png": "b"}
+    )
+    second = captions_file(tmp_path / "second.jsonl", {"0.png": "d", "1.png": "e", "2.png": "f"})
+    recaption.main([str(captioned), str(first), str(second), "--output_dir", str(tmp_path / "new")])
+    before, after = contents(captioned), contents(tmp_path / "new")
+    assert after["train"] == (before["train"][0], [["a", "d"], ["b", "e"], ["c", "f"]], before["train"][2])
+    assert after.keys() == before.keys() and after["validation"] == before["validation"]
+    assert load_captions(str(tmp_path / "new"))["train"].features == FEATURES
+    assert "train: 3 pictures, 6 captions\nvalidation: 1 pictures" in capsys.readouterr().out
+
+
+def test_recaption_leaves_out_and_names_a_picture_without_a_usable_caption(
+    tmp_path: Path, captioned: Path, capsys
+) -> None:
+    file = captions_file(tmp_path / "written.jsonl", {"0.png": "a", "1.png": "  ", "2.png": "c"})
+    recaption.main([str(captioned), str(file), "--output_dir", str(tmp_path / "new")])
+    assert contents(tmp_path / "new")["train"][:2] == (["0.png", "2.png"], [["a"], ["c"]])
+    assert "skipped, empty caption: 1\n  train, row 1, 1.png" in capsys.readouterr().out
+
+
+def test_recaption_wants_a_caption_of_every_training_picture(tmp_path: Path, captioned: Path, capsys) -> None:
+    whole = captions_file(tmp_path / "whole.jsonl", {"0.png": "a", "1.png": "b", "2.png": "c"})
+    part = captions_file(tmp_path / "part.jsonl", {"0.png": "a", "2.png": "c", "3.png": "d"})
+    said = fails(capsys, recaption.main, [captioned, whole, part, "--output_dir", tmp_path / "new"])
+    assert f"{part} has no caption of the training picture 1.png: caption all of them" in said
+    assert not (tmp_path / "new").exists()
