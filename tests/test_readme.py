@@ -16,7 +16,8 @@ import pytest
 from datasets import load_from_disk
 from PIL import Image
 
-from data_scripts import flickr8k, image_folder, paragraphs
+import evaluate_captions
+from data_scripts import flickr8k, image_folder, paragraphs, recaption
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,6 +84,7 @@ def test_the_readme_names_every_way_in():
         "export_onnx",
         "reporting.push",
         "data_scripts.push",
+        "data_scripts.recaption",
     }
     assert scripts | {f"data_scripts.{source}" for source in sources} <= named
 
@@ -148,6 +150,9 @@ def workshop(tmp_path_factory) -> Path:
     for name in ("mine", "lstm_flickr8k", "lstm_best"):
         shutil.copytree("outputs/demo/lstm", f"outputs/{name}")
     shutil.copy("outputs/mine/captions.jsonl", ".")
+    written = ["--split", "train", "--output_dir", "outputs/written"]
+    evaluate_captions.main(["--model", "outputs/lstm_flickr8k", "--dataset", "data/flickr8k", *written])
+    recaption.main(["data/flickr8k", "outputs/written/captions.jsonl", "--output_dir", "data/flickr8k_recaptioned"])
     inside.undo()
     return folder
 
