@@ -34,16 +34,13 @@ from benchmarks.machine import (
     write_result,
 )
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs
-from data_scripts.caption_table import FEATURES
 from data_scripts.features import encode_splits
 from modeling.caption_loss import computes_in_bfloat16
 from modeling.captioner import save_captioner
 from recipes import DataArguments
 
-NUM_PICTURES = {
-    "lstm": 512,
-    "vit_gpt2": 48,
-}  # of our epochs; in fewer, the first step, which is slow, would weigh too much
+# Of our epochs; in fewer, the first step, which is slow, would weigh too much.
+NUM_PICTURES = {"lstm": 512, "vit_gpt2": 48}
 EPOCH_CAPTIONS = 5715  # of the report's training split
 
 
@@ -124,8 +121,7 @@ def ours(
     mixed_precision: str = "no",
 ) -> float:
     """Seconds a caption in epochs of so many, as the training script tells them."""
-    table = rows.select(range(size)).add_column("image_id", [str(place) for place in range(size)])
-    table = table.select_columns(list(FEATURES)).cast(FEATURES)  # else it would be prepared first, and have fewer rows
+    table = rows.select(range(size))
     datasets.DatasetDict(train=table, validation=table.select(range(2))).save_to_disk(folder / f"set-{size}")
     options = {
         "dataset": folder / f"set-{size}",
