@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import transformers
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import set_seed
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
@@ -29,7 +30,7 @@ from modeling.captioner import caption_pictures, load_captioner, set_decoding, u
 from recipes import PictureArguments, value_problem
 from reporting.page import NUM_PICTURES
 from reporting.report import report_captions, tell_results
-from reporting.results import read_captions, write_results
+from reporting.results import read_captions, write_captions, write_results
 
 
 @dataclass
@@ -70,6 +71,13 @@ class EvaluationArguments:
         default=None,
         metadata={
             "help": "Sample each word from the likeliest that hold so much of the probability, in place of beams."
+        },
+    )
+    num_return_sequences: int | None = field(
+        default=None,
+        metadata={
+            "help": "Captions of each picture, beams or samples: the first is scored, and best_captions.jsonl has that of them "
+            "which is most like the references, by CIDEr-D."
         },
     )
     dtype: Literal["auto", "float32", "bfloat16"] = field(
@@ -140,6 +148,7 @@ def score_model(args: EvaluationArguments) -> None:
         top_p=args.top_p,
         length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
+        num_return_sequences=args.num_return_sequences,
     )
     use_device(model, accelerator.device)  # what is kept is of float32, whatever the captions are written in
     kept = PictureArguments(
@@ -162,16 +171,28 @@ def score_model(args: EvaluationArguments) -> None:
         training_captions = None
         if "train" in dataset:
             training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
+        scorer = CaptionScorer(rows["captions"], training_captions)
         report_captions(
             args.output_dir,
             rows=rows,
             dataset=Path(args.dataset).name,
             split=args.split,
             captions=captions,
-            scorer=CaptionScorer(rows["captions"], training_captions),
+            scorer=scorer,
             decoding=model.generation_config,
             show_pictures=args.dataset == "scenes" if args.show_pictures is None else args.show_pictures,
         )
+        if args.num_return_sequences:
+            print(write_captions(args.output_dir, best_captions(rows, captions, scorer), "best_captions.jsonl"))
+
+
+def best_captions(rows: Dataset, captions: list[dict], scorer: CaptionScorer) -> list[dict]:
+    """Of what was written of each picture the caption that is most like its references, by CIDEr-D, as captions.jsonl has it."""
+    written = [[made["caption"], *made.get("others", [])] for made in captions]
+    scores = np.array([scorer.per_image_cider(texts) for texts in zip(*written, strict=True)])  # (captions, pictures)
+    best = [texts[place] for texts, place in zip(written, scores.argmax(axis=0), strict=True)]
+    columns = zip(rows["image_id"], best, rows["captions"], strict=True)
+    return [{"image_id": image_id, "caption": text, "references": own} for image_id, text, own in columns]
 
 
 if __name__ == "__main__":

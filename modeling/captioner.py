@@ -159,8 +159,9 @@ def generate_captions(
         generation: What `generate()` takes, over the generation config.
 
     Returns:
-        For each picture {"caption": text, "ended": whether EOS ended it before the longest length did}, and what
-        `inspect_captions` tells where that is wanted.
+        For each picture {"caption": text, "ended": whether EOS ended it before the longest length did}, where
+        `num_return_sequences` is more than 1 "others", the texts of the rest, and what `inspect_captions` tells of the first
+        where that is wanted.
     """
     if inspect and "encoder_outputs" not in inputs:  # read twice: to write the captions, and to look at them
         inputs = {"encoder_outputs": model.get_encoder()(inputs["pixel_values"])}
@@ -172,10 +173,16 @@ def generate_captions(
     sequences = model.generate(**given, **generation)  # (batch, start tokens and caption)
     words = sequences[:, len(start_token_ids(model)) :]
     ended = (words == processor.tokenizer.eos_token_id).any(dim=1).tolist()
-    texts = processor.batch_decode(words, skip_special_tokens=True)
-    captions = [{"caption": text.strip(), "ended": end} for text, end in zip(texts, ended, strict=True)]
+    texts = [text.strip() for text in processor.batch_decode(words, skip_special_tokens=True)]
+    returned = (
+        generation.get("num_return_sequences") or model.generation_config.num_return_sequences or 1
+    )  # of each picture
+    captions = [{"caption": texts[first], "ended": ended[first]} for first in range(0, len(texts), returned)]
+    if returned > 1:
+        for number, made in enumerate(captions):
+            made["others"] = texts[number * returned + 1 : (number + 1) * returned]
     if inspect:
-        details = inspect_captions(model, processor, inputs, sequences)
+        details = inspect_captions(model, processor, inputs, sequences[::returned])
         captions = [made | more for made, more in zip(captions, details, strict=True)]
     return captions
 

@@ -16,7 +16,7 @@ from data_scripts.views import NUM_VIEWS
 LOWEST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("eval_epochs", "save_epochs", "save_steps", "save_total_limit", "early_stopping_patience"), 1),
-    **dict.fromkeys(("generation_max_length", "generation_num_beams", "max_caption_length"), 1),
+    **dict.fromkeys(("generation_max_length", "generation_num_beams", "num_return_sequences", "max_caption_length"), 1),
     **dict.fromkeys(("max_train_pictures", "max_eval_pictures", "image_size", "patch_size", "image_embed_dim"), 1),
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), 1),
     "augmentation_views": 1,

@@ -246,6 +246,7 @@ def test_a_share_of_the_probability_is_more_than_0_and_1_at_most(tmp_path, capsy
         (caption.main, "--min_length", "-1"),
         (caption.main, "--num_workers", "-1"),
         (evaluate_captions.main, "--generation_num_beams", "0"),
+        (evaluate_captions.main, "--num_return_sequences", "0"),
         (evaluate_captions.main, "--max_eval_pictures", "-5"),
         (evaluate_captions.main, "--length_penalty", "nan"),
     ],

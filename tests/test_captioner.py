@@ -160,6 +160,22 @@ def test_a_saved_vit_gpt2_is_loaded_without_a_report_of_what_it_lacks(captioner,
     assert not any(report.values()), report
 
 
+@pytest.mark.parametrize("generation", [{"num_beams": 4}, {"do_sample": True, "top_k": 0}])
+def test_further_captions_of_a_picture_stand_beside_the_first(captioner, generation):
+    model, processor, pixels = captioner
+    generation = generation | {"num_return_sequences": 3, "max_length": 12}
+    torch.manual_seed(0)
+    made = generate_captions(model, processor, {"pixel_values": pixels}, inspect=True, **generation)
+    torch.manual_seed(0)
+    sequences = model.generate(pixels, **generation)
+    words = processor.batch_decode(sequences[:, len(start_token_ids(model)) :], skip_special_tokens=True)
+    texts = [[told["caption"], *told["others"]] for told in made]
+    assert [text for of_picture in texts for text in of_picture] == [text.strip() for text in words]
+    assert len(texts) == len(pixels) and all(len(set(of_picture)) > 1 for of_picture in texts)
+    for told in made:  # it is the first that is looked at
+        assert "".join(token["text"] for token in told["tokens"]).split() == told["caption"].split()
+
+
 def test_beams_leave_what_the_picture_says_where_it_is_and_write_the_same(captioner, monkeypatch):
     """transformers' own cache moves keys and values of the picture from beam to beam, all of which have the same."""
     model, processor, pixels = captioner

@@ -15,6 +15,7 @@ from threading import Thread
 import pytest
 import timm
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -25,7 +26,9 @@ import train_lstm
 from data_scripts import load_captions
 from data_scripts.caption_batches import CaptionCollator, CaptionPairs
 from data_scripts.train_tokenizer import train_tokenizer
+from metrics import CaptionScorer
 from modeling.captioner import generate_captions, load_captioner
+from reporting.results import read_captions
 from training.averaging import WeightAverage
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +133,43 @@ def test_no_caption_is_shorter_or_longer_than_it_may_be(trained, small_scenes, t
     evaluate(trained, small_scenes, tmp_path, "--generation_min_length", "14", "--generation_max_length", "15")
     told = [json.loads(line)["caption"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert {len(ids) for ids in processor.tokenizer(told).input_ids} <= {14, 15, 16}  # a cut caption gets its EOS here
+
+
+def test_of_several_captions_the_first_is_scored_and_the_best_is_kept(trained, small_scenes, tmp_path):
+    beams = ("--generation_num_beams", "4")
+    evaluate(trained, small_scenes, tmp_path / "one", *beams)
+    evaluate(trained, small_scenes, tmp_path / "four", *beams, "--num_return_sequences", "4")
+    assert (tmp_path / "one" / "captions.jsonl").read_bytes() == (tmp_path / "four" / "captions.jsonl").read_bytes()
+    assert not (tmp_path / "one" / "best_captions.jsonl").exists()
+    first, best = (read_captions(tmp_path / "four" / f"{name}.jsonl") for name in ("captions", "best_captions"))
+    assert [(row["image_id"], row["references"]) for row in first] == [
+        (row["image_id"], row["references"]) for row in best
+    ]
+    scorer = CaptionScorer([row["references"] for row in best])
+    before, after = (scorer.report([row["caption"] for row in rows])["per_image"] for rows in (first, best))
+    gains = [b["cider"] - a["cider"] for a, b in zip(before, after, strict=True)]
+    assert min(gains) >= -1e-9 and max(gains) > 0.01
+
+
+@pytest.mark.parametrize("beams", ["1", "3"])
+def test_no_more_captions_are_wanted_than_there_are_beams(trained, small_scenes, tmp_path, capsys, beams):
+    with pytest.raises(SystemExit):
+        evaluate(
+            trained, small_scenes, tmp_path / "scores", "--generation_num_beams", beams, "--num_return_sequences", "4"
+        )
+    assert re.search(r"^error: .*`num_return_sequences`.* 4?\b.*$", capsys.readouterr().err)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_the_best_of_several_captions_is_most_like_its_own_picture():
+    references = [["a red dog runs", "the dog runs"], ["two blue cats sleep", "cats sleep"], ["a green bird sings"]]
+    rows = Dataset.from_dict({"image_id": ["0", "1", "2"], "captions": references})
+    written = [["two blue cats sleep", "a dog", "the red dog runs"], ["blue cats sleep", "a red dog runs", "cats"]]
+    written.append(["a bird", "birds sing", "a green bird sings"])
+    told = [{"caption": own, "others": rest} for own, *rest in written]
+    best = evaluate_captions.best_captions(rows, told, CaptionScorer(references))
+    assert [row["caption"] for row in best] == ["the red dog runs", "blue cats sleep", "a green bird sings"]
+    assert [(row["image_id"], row["references"]) for row in best] == list(zip("012", references, strict=True))
 
 
 def test_a_file_of_captions_scores_as_the_model_did(trained, tmp_path):
