@@ -1,10 +1,12 @@
-"""Give the training pictures of a data set the captions that a captioner writes for them, in place of their own.
+r"""Give the training pictures of a data set the captions that a captioner writes for them, in place of their own.
 
-    accelerate launch evaluate_captions.py --model outputs/lstm --dataset data/mine --split train --output_dir outputs/written
-    python -m data_scripts.recaption data/mine outputs/written/captions.jsonl --output_dir data/mine_recaptioned
+    accelerate launch evaluate_captions.py --model outputs/lstm --dataset data/mine --split train \
+        --generation_num_beams 8 --num_return_sequences 8 --output_dir outputs/written
+    python -m data_scripts.recaption data/mine outputs/written/best_captions.jsonl --output_dir data/mine_recaptioned
 
-A captioner that goes on learning from what it, or a larger one, has written with beams writes nearly as well without them:
-sequence-level knowledge distillation (Kim and Rush 2016, https://arxiv.org/abs/1606.07947). The other splits stay as they are.
+A captioner that goes on learning from what it, or a larger one, has written with beams writes as well without them: sequence-level
+knowledge distillation from captions.jsonl, interpolation from best_captions.jsonl, whose captions are the nearest to the picture's
+own (Kim and Rush 2016, https://arxiv.org/abs/1606.07947, sections 3.2 and 3.3). The other splits stay as they are.
 """
 
 import argparse
@@ -43,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="caption table saved by a command of data_scripts, other data set, or scenes")
     parser.add_argument(
-        "captions", nargs="+", help="captions.jsonl of its training split; several give several captions"
+        "captions",
+        nargs="+",
+        help="captions.jsonl, or best_captions.jsonl, of its training split; several give several captions",
     )
     parser.add_argument("--output_dir", required=True, help="where the caption table is saved; must be new or empty")
     arguments = parser.parse_args(argv)

@@ -150,9 +150,12 @@ def workshop(tmp_path_factory) -> Path:
     for name in ("mine", "lstm_flickr8k", "lstm_best"):
         shutil.copytree("outputs/demo/lstm", f"outputs/{name}")
     shutil.copy("outputs/mine/captions.jsonl", ".")
-    written = ["--split", "train", "--output_dir", "outputs/written"]
+    written = ["--split", "train", "--output_dir", "outputs/written", "--generation_num_beams", "2"]
+    written += ["--num_return_sequences", "2"]
     evaluate_captions.main(["--model", "outputs/lstm_flickr8k", "--dataset", "data/flickr8k", *written])
-    recaption.main(["data/flickr8k", "outputs/written/captions.jsonl", "--output_dir", "data/flickr8k_recaptioned"])
+    recaption.main(
+        ["data/flickr8k", "outputs/written/best_captions.jsonl", "--output_dir", "data/flickr8k_recaptioned"]
+    )
     inside.undo()
     return folder
 
