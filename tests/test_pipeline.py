@@ -14,7 +14,8 @@ from modeling.captioner import generate_captions, load_captioner, save_captioner
 
 def expected_captions(model, processor, pictures, **generation) -> list[str]:
     inputs = processor(images=pictures, return_tensors="pt")
-    return [made["caption"] for made in generate_captions(model, processor, dict(inputs), **generation)]
+    captions = generate_captions(model, processor, dict(inputs), **generation)
+    return [text for made in captions for text in (made["caption"], *made.get("others", []))]
 
 
 FRESH_PROCESS = """
