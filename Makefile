@@ -1,7 +1,7 @@
 # make demo      draw pictures, train small captioners on them, score them, write the pages (a few minutes on two cores)
 # make test      run the tests
 # make quality   ruff check, ruff format --check
-# make bench     the benchmarks (20 minutes on two cores; the last wants Java)
+# make bench     the benchmarks (20 to 30 minutes on two cores; the last wants Java)
 # Each sets up .venv by itself; it is made once and reused until setup.cfg or pyproject.toml changes.
 
 PYTHON ?= python3
