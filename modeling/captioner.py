@@ -174,13 +174,11 @@ def generate_captions(
     words = sequences[:, len(start_token_ids(model)) :]
     ended = (words == processor.tokenizer.eos_token_id).any(dim=1).tolist()
     texts = [text.strip() for text in processor.batch_decode(words, skip_special_tokens=True)]
-    returned = (
-        generation.get("num_return_sequences") or model.generation_config.num_return_sequences or 1
-    )  # of each picture
-    captions = [{"caption": texts[first], "ended": ended[first]} for first in range(0, len(texts), returned)]
-    if returned > 1:
-        for number, made in enumerate(captions):
-            made["others"] = texts[number * returned + 1 : (number + 1) * returned]
+    returned = generation.get("num_return_sequences") or model.generation_config.num_return_sequences or 1
+    captions = []
+    for first in range(0, len(texts), returned):  # a picture's captions follow each other
+        others = {"others": texts[first + 1 : first + returned]} if returned > 1 else {}
+        captions.append({"caption": texts[first], "ended": ended[first], **others})
     if inspect:
         details = inspect_captions(model, processor, inputs, sequences[::returned])
         captions = [made | more for made, more in zip(captions, details, strict=True)]

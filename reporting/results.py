@@ -70,7 +70,7 @@ def read_results(output_dir: str | os.PathLike) -> dict:
 
 
 def write_captions(output_dir: str | os.PathLike, records: Iterable[dict], name: str = "captions.jsonl") -> Path:
-    """Write captions.jsonl, one line {"image_id", "caption", "references"} for each record; other keys are left out."""
+    """Write a file of captions, one line {"image_id", "caption", "references"} for each record; other keys are left out."""
     rows = ({key: record[key] for key in ("image_id", "caption", "references")} for record in records)
     return write_file(Path(output_dir) / name, b"".join(_json_bytes(row) for row in rows))
 

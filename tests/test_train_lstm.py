@@ -157,7 +157,8 @@ def test_no_more_captions_are_wanted_than_there_are_beams(trained, small_scenes,
         evaluate(
             trained, small_scenes, tmp_path / "scores", "--generation_num_beams", beams, "--num_return_sequences", "4"
         )
-    assert re.search(r"^error: .*`num_return_sequences`.* 4?\b.*$", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "num_return_sequences" in said and "Traceback" not in said
     assert not (tmp_path / "scores").exists()
 
 
