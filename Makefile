@@ -1,4 +1,4 @@
-# make demo      draw pictures, train small captioners on them, score them, write the pages (a few minutes on two cores)
+# make demo      draw images, train small captioners on them, score them, write the pages (a few minutes on two cores)
 # make test      run the tests
 # make quality   ruff check, ruff format --check
 # make bench     the benchmarks (20 to 30 minutes on two cores; the last wants Java)
@@ -22,7 +22,7 @@ demo: $(READY)
 	$(LAUNCH) train_vit_gpt2.py recipes/vit_gpt2_demo.yaml --use_cpu true
 	$(BIN)/python -m reporting.compare outputs/demo/lstm outputs/demo/vit_gpt2 --output outputs/demo/compare.png
 	@echo "The pages: outputs/demo/lstm/captions.html and outputs/demo/vit_gpt2/captions.html"
-	@echo "Your own pictures, in a browser: $(BIN)/python app.py"
+	@echo "Your own images, in a browser: $(BIN)/python app.py"
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
@@ -33,7 +33,7 @@ quality: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[java]'
-	@for name in pictures decoder_step generate train_epoch metrics; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit; done
+	@for name in images decoder_step generate train_epoch metrics; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit; done
 
 $(READY): setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "showtell needs Python 3.10 or newer; $(PYTHON) was not found. Name one: make PYTHON=python3.12"; exit 1; }

@@ -1,4 +1,4 @@
-"""Caption pictures in a browser, with several captioners side by side.
+"""Caption images in a browser, with several captioners side by side.
 
     python app.py outputs/demo/lstm outputs/demo/vit_gpt2
 
@@ -19,9 +19,9 @@ import transformers
 from markupsafe import Markup
 
 from data_scripts.command_line import one_line_errors
-from data_scripts.row_checks import MAX_PICTURE_BYTES, BadPicture, decode_picture
-from modeling.captioner import load_captioner, stream_caption, use_device
-from reporting.page import picture_data_uri
+from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
+from modeling.captioner import load_captioner, move_to_device, stream_caption
+from reporting.page import image_data_uri
 
 try:
     import gradio as gr
@@ -36,7 +36,7 @@ except ImportError:
 
 DEMO_MODELS = ("outputs/demo/lstm", "outputs/demo/vit_gpt2")
 WAYS = ("the model's own way", "greedy", "beam search", "sampling")  # its own are the settings it was saved with
-MAX_PICTURES = 32  # at once
+MAX_IMAGES = 32  # at once
 MAX_WAITING = 16  # requests in the queue; one is served at a time, the others wait or are turned away
 # In any minute, of each address: uploads, captionings and all else that is sent; and what is fetched, a page being some 100 files.
 SENT, FETCHED = RateLimitItemPerMinute(60, namespace="sent"), RateLimitItemPerMinute(3000, namespace="fetched")
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         # ---- Models -------------------------------------------------------------------------------------------------
         captioners = {name: load_captioner(name) for name in args.models or demo_models()}
         for model, _ in captioners.values():
-            use_device(model, args.device)
+            move_to_device(model, args.device)
         # ---- App ----------------------------------------------------------------------------------------------------
         launch(build_app(captioners), server_name=args.host, server_port=args.port, share=args.share)
 
@@ -91,7 +91,7 @@ class OfflineBlocks(gr.Blocks):
 
     async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
         if names_address(inputs):
-            raise gr.Error("Pictures are taken as files, not by address.")
+            raise gr.Error("Images are taken as files, not by address.")
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
@@ -126,20 +126,20 @@ def names_address(value) -> bool:
 
 
 def build_app(captioners: dict[str, tuple]) -> gr.Blocks:
-    """The page: pictures in, captions of each captioner out.
+    """The page: images in, captions of each captioner out.
 
     Args:
         captioners: Model and processor, by the name to show.
     """
     with OfflineBlocks(title="showtell", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(
-            f"# showtell\nDrop, choose, paste or photograph pictures, up to {MAX_PICTURES} at once, and read what "
+            f"# showtell\nDrop, choose, paste or photograph images, up to {MAX_IMAGES} at once, and read what "
             f"{' and '.join(f'`{name}`' for name in captioners)} {'tell' if len(captioners) > 1 else 'tells'} of them."
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                pictures = gr.Gallery(
-                    label="Pictures",
+                images = gr.Gallery(
+                    label="Images",
                     show_label=False,
                     sources=["upload", "clipboard", "webcam"],
                     file_types=["image"],
@@ -161,12 +161,12 @@ def build_app(captioners: dict[str, tuple]) -> gr.Blocks:
             way,
             [beams, temperature],
         )
-        folder.upload(usable_pictures, folder, pictures)
+        folder.upload(usable_images, folder, images)
 
         def caption(paths, *settings):
             yield from caption_files(captioners, [path for path, _ in paths or []], decoding(*settings))
 
-        button.click(caption, [pictures, way, beams, temperature], [now, done, download])
+        button.click(caption, [images, way, beams, temperature], [now, done, download])
     return app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
@@ -174,7 +174,7 @@ def launch(app: gr.Blocks, **options):
     """Serve the app; fonts are the reader's own, so that nothing comes from another server."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Default(**fonts)
-    limits = {"max_file_size": MAX_PICTURE_BYTES, "app_kwargs": {"middleware": [Middleware(RequestRate)]}}
+    limits = {"max_file_size": MAX_IMAGE_BYTES, "app_kwargs": {"middleware": [Middleware(RequestRate)]}}
     return app.launch(theme=theme, css=CSS, footer_links=[], **limits, **options)
 
 
@@ -187,16 +187,16 @@ def decoding(way: str, num_beams: int, temperature: float) -> dict:
     return {"do_sample": False, "num_beams": int(num_beams) if way == "beam search" else 1}
 
 
-def usable_pictures(paths: list[str]) -> list[str]:
-    """The pictures among uploaded files, as many as are captioned at once; what is left out is said on the page."""
+def usable_images(paths: list[str]) -> list[str]:
+    """The images among uploaded files, as many as are captioned at once; what is left out is said on the page."""
     good = []
     for path in paths:
-        if len(good) == MAX_PICTURES:
-            gr.Warning(f"Only the first {MAX_PICTURES} pictures are taken.")
+        if len(good) == MAX_IMAGES:
+            gr.Warning(f"Only the first {MAX_IMAGES} images are taken.")
             break
         try:
-            decode_picture(Path(path).read_bytes())
-        except BadPicture as error:
+            decode_image(Path(path).read_bytes())
+        except BadImage as error:
             gr.Warning(str(Markup.escape(f"{Path(path).name}: {error}")))
         else:
             good.append(path)
@@ -204,32 +204,32 @@ def usable_pictures(paths: list[str]) -> list[str]:
 
 
 def caption_files(captioners: dict[str, tuple], paths: list[str], generation: dict) -> Iterator[tuple]:
-    """Caption pictures one after the other, with each captioner in turn.
+    """Caption images one after the other, with each captioner in turn.
 
-    Yields at each new word what the page shows: the picture of the moment, those before it, the file to download.
+    Yields at each new word what the page shows: the image of the moment, those before it, the file to download.
     """
-    paths = usable_pictures(paths)
+    paths = usable_images(paths)
     if not paths:
-        raise gr.Error("There is no picture to caption: drop one, paste one, or take a photograph.")
+        raise gr.Error("There is no image to caption: drop one, paste one, or take a photograph.")
     lines, before, shown = [], "", ""
     for path in paths:
-        picture = decode_picture(Path(path).read_bytes())
-        source = picture_data_uri(picture)
+        image = decode_image(Path(path).read_bytes())
+        source = image_data_uri(image)
         before, captions = shown + before, dict.fromkeys(captioners, "")
         for name, (model, processor) in captioners.items():
-            pixels = processor(images=[picture], return_tensors="pt")["pixel_values"].to(model.device)
+            pixels = processor(images=[image], return_tensors="pt")["pixel_values"].to(model.device)
             for captions[name] in stream_caption(model, processor, {"pixel_values": pixels}, **generation):
-                yield picture_card(source, path, captions, "told now"), before, gr.skip()
+                yield image_card(source, path, captions, "told now"), before, gr.skip()
             lines.append({"image_id": Path(path).name, "model": name, "caption": captions[name]})
-        shown = picture_card(source, path, captions, "told")
+        shown = image_card(source, path, captions, "told")
     with tempfile.TemporaryDirectory() as folder:  # Gradio keeps a copy, and forgets it when it forgets the uploads
         file = Path(folder) / "captions.jsonl"
         file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         yield gr.skip(), before, gr.update(value=str(file), visible=True)
 
 
-def picture_card(source: str, path: str, captions: dict[str, str], kind: str) -> str:
-    """A picture, as the address of its data, with its captions as HTML; names and captions are text, whatever they hold."""
+def image_card(source: str, path: str, captions: dict[str, str], kind: str) -> str:
+    """An image, as the address of its data, with its captions as HTML; names and captions are text, whatever they hold."""
     entries = Markup().join(
         Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, caption) for name, caption in captions.items()
     )

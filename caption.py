@@ -1,10 +1,10 @@
-"""Tell what is in pictures: files, folders or URLs in, captions out.
+"""Tell what is in images: files, folders or URLs in, captions out.
 
-    python caption.py --model outputs/demo/lstm picture.jpg folder/ https://example.org/picture.jpg
-    python caption.py --model outputs/demo/lstm folder/ --output captions.jsonl
+    python caption.py --model_name_or_path outputs/demo/lstm image.jpg folder/ https://example.org/image.jpg
+    python caption.py --model_name_or_path outputs/demo/lstm folder/ --output captions.jsonl
 
 The output is text (`name<TAB>caption`), .jsonl or .html, as the file's name says; text on the screen if none is named. A
-picture that cannot be read is named on stderr and left out.
+image that cannot be read is named on stderr and left out.
 """
 
 import argparse
@@ -25,24 +25,24 @@ from tqdm.auto import tqdm
 from data_scripts.archives import download
 from data_scripts.caption_table import printable
 from data_scripts.command_line import one_line_errors
-from data_scripts.row_checks import MAX_PICTURE_BYTES, BadPicture, decode_picture
-from modeling.captioner import generate_captions, load_captioner, set_decoding, use_device
+from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
+from modeling.captioner import generate_captions, load_captioner, move_to_device, set_decoding
 from modeling.processing import resized_side
 from recipes import value_problem
-from reporting.page import PICTURE_SIZE, write_page
+from reporting.page import IMAGE_SIZE, write_page
 from reporting.results import write_file
 
-PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-NUM_PICTURES_ON_PAGE = 200
-MAX_PICTURE_SECONDS = 60.0  # that one may take to come from the network
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+NUM_IMAGES_ON_PAGE = 200
+MAX_IMAGE_SECONDS = 60.0  # that one may take to come from the network
 
 
-class PictureSources(torch.utils.data.Dataset):
-    """Pictures by name: {"name", "image"}, or {"name", "problem"} where one cannot be used.
+class ImageSources(torch.utils.data.Dataset):
+    """Images by name: {"name", "image"}, or {"name", "problem"} where one cannot be used.
 
     Args:
         names: Files and http(s) addresses.
-        least_side: See `decode_picture`.
+        least_side: See `decode_image`.
     """
 
     def __init__(self, names: list[str], least_side: int):
@@ -55,19 +55,19 @@ class PictureSources(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         name = self.names[index]
         try:
-            return {"name": name, "image": decode_picture(read_picture(name), self.least_side)}
-        except BadPicture as error:
+            return {"name": name, "image": decode_image(read_image(name), self.least_side)}
+        except BadImage as error:
             return {"name": name, "problem": str(error)}
         except (OSError, ValueError) as error:
             return {"name": name, "problem": f"cannot be read: {error}"}
 
 
-class PictureCollator:
-    """Items of `PictureSources` as one batch, made where the pictures are decoded: (items, pixels of those without a problem).
+class ImageCollator:
+    """Items of `ImageSources` as one batch, made where the images are decoded: (items, pixels of those without a problem).
 
     Args:
         processor: The captioner's.
-        keep_images: Whether the items keep their pictures, no larger than a page shows them.
+        keep_images: Whether the items keep their images, no larger than a page shows them.
     """
 
     def __init__(self, processor, keep_images: bool = False):
@@ -79,7 +79,7 @@ class PictureCollator:
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
         for item in items:
             if "image" in item and self.keep_images:
-                item["image"].thumbnail((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
+                item["image"].thumbnail((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
             else:
                 item.pop("image", None)
         return items, pixels
@@ -88,10 +88,10 @@ class PictureCollator:
 def main(argv: list[str] | None = None) -> None:
     # ---- Arguments --------------------------------------------------------------------------------------------------
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="+", help="files, folders (with all below them) and http(s) addresses")
-    parser.add_argument("--model", required=True, help="folder or Hub id of a captioner of either kind")
+    parser.add_argument("images", nargs="+", help="files, folders (with all below them) and http(s) addresses")
+    parser.add_argument("--model_name_or_path", required=True, help="folder or Hub id of a captioner of either kind")
     parser.add_argument("--output", help="file to write, .txt, .jsonl or .html; text on the screen if not given")
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures captioned at once")
+    parser.add_argument("--batch_size", type=int, default=32, help="images captioned at once")
     parser.add_argument("--num_beams", type=int, help="beams; 1 is greedy; what the model was saved with if not given")
     parser.add_argument(
         "--top_p",
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--num_workers",
         type=int,
-        help="processes that read and decode pictures; if not given up to 8 on a GPU, and none on a CPU, which the model needs",
+        help="processes that read and decode images; if not given up to 8 on a GPU, and none on a CPU, which the model needs",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     parser.add_argument(
@@ -132,10 +132,10 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
 
     with one_line_errors():
-        names = [name for source in args.pictures for name in list_pictures(source)]
+        names = [name for source in args.images for name in list_images(source)]
         # ---- Model --------------------------------------------------------------------------------------------------
-        model, processor = load_captioner(args.model)
-        use_device(model, args.device, args.dtype)
+        model, processor = load_captioner(args.model_name_or_path)
+        move_to_device(model, args.device, args.dtype)
         set_decoding(
             model,
             args.max_length,
@@ -152,38 +152,38 @@ def main(argv: list[str] | None = None) -> None:
     if args.num_workers is None:
         args.num_workers = 0 if args.device == "cpu" else min(8, os.cpu_count())
     loader = DataLoader(
-        PictureSources(names, 2 * resized_side(processor.image_processor)),
+        ImageSources(names, 2 * resized_side(processor.image_processor)),
         args.batch_size,
         num_workers=args.num_workers,
-        collate_fn=PictureCollator(processor, keep_images=inspect),
+        collate_fn=ImageCollator(processor, keep_images=inspect),
     )
-    num_inspected = NUM_PICTURES_ON_PAGE if inspect else 0
+    num_inspected = NUM_IMAGES_ON_PAGE if inspect else 0
     items = caption_items(model, processor, tqdm(loader, unit="batch", disable=None), num_inspected)
     with one_line_errors():
         num_captioned = write_items(items, args.output)
     if num_captioned < len(names):
-        print(f"{num_captioned} of {len(names)} pictures captioned", file=sys.stderr)
+        print(f"{num_captioned} of {len(names)} images captioned", file=sys.stderr)
     if not num_captioned:
         raise SystemExit(2)
 
 
-def list_pictures(source: str) -> list[str]:
-    """The pictures that one argument names, a folder's in the order of their names."""
+def list_images(source: str) -> list[str]:
+    """The images that one argument names, a folder's in the order of their names."""
     if not os.path.isdir(source):
         return [source]
-    found = sorted(str(path) for path in Path(source).rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    found = sorted(str(path) for path in Path(source).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise ValueError(f"{source} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        raise ValueError(f"{source} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return found
 
 
-def read_picture(name: str) -> bytes:
-    """A picture's bytes, from a file or from the network, up to a limit."""
+def read_image(name: str) -> bytes:
+    """An image's bytes, from a file or from the network, up to a limit."""
     if "://" not in name:
         return Path(name).read_bytes()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "picture"
-        download(name, path, MAX_PICTURE_BYTES, MAX_PICTURE_SECONDS)
+        path = Path(folder) / "image"
+        download(name, path, MAX_IMAGE_BYTES, MAX_IMAGE_SECONDS)
         return path.read_bytes()
 
 
@@ -191,7 +191,7 @@ def caption_items(model, processor, batches, num_inspected: int = 0) -> Iterator
     """The items with what `generate_captions` tells of each, as they come; those that have a problem are named on stderr and dropped.
 
     Args:
-        batches: What `PictureCollator` makes.
+        batches: What `ImageCollator` makes.
         num_inspected: So many of the first captions, rounded up to whole batches, get what `inspect_captions` tells.
     """
     num_captioned = 0
@@ -211,7 +211,7 @@ def caption_items(model, processor, batches, num_inspected: int = 0) -> Iterator
 def write_items(items: Iterator[dict], output: str | None) -> int:
     """Write the captions as the output's name says, whole or not at all, and count them."""
     count = 0
-    lines, pictures, records = [], [], []
+    lines, images, records = [], [], []
     for count, item in enumerate(items, start=1):
         if output is None:
             print(f"{printable(item['name'])}\t{item['caption']}", flush=True)
@@ -219,15 +219,17 @@ def write_items(items: Iterator[dict], output: str | None) -> int:
             lines.append(f"{item['name']}\t{item['caption']}\n")
         elif output.endswith(".jsonl"):
             lines.append(json.dumps({"image_id": item["name"], "caption": item["caption"]}, ensure_ascii=False) + "\n")
-        elif count <= NUM_PICTURES_ON_PAGE:
-            pictures.append(item.pop("image"))
+        elif count <= NUM_IMAGES_ON_PAGE:
+            images.append(item.pop("image"))
             records.append({"image_id": item.pop("name"), "references": [], **item})
     if output and count and output.endswith(".html"):
-        if count > NUM_PICTURES_ON_PAGE:
-            told = f"{output} shows the first {NUM_PICTURES_ON_PAGE} of {count:,} pictures; --output captions.jsonl holds all"
+        if count > NUM_IMAGES_ON_PAGE:
+            told = (
+                f"{output} shows the first {NUM_IMAGES_ON_PAGE} of {count:,} images; --output captions.jsonl holds all"
+            )
             print(told, file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
-            write_file(output, write_page(folder, pictures, records, {}).read_bytes())
+            write_file(output, write_page(folder, images, records, {}).read_bytes())
     elif output and count:
         write_file(output, "".join(lines).encode("utf-8", "backslashreplace"))
     return count

@@ -1,9 +1,9 @@
 """Score captions against references: those a model writes, or those in a file.
 
-    accelerate launch evaluate_captions.py --model outputs/lstm --dataset data/flickr8k --split test --output_dir outputs/scores
+    accelerate launch evaluate_captions.py --model_name_or_path outputs/lstm --dataset_name data/flickr8k --split test --output_dir outputs/scores
     python evaluate_captions.py --predictions captions.jsonl --output_dir outputs/scores
 
-The file has lines of {"image_id", "caption", "references"}. results.json says the scores, what they would be blind, and
+The file has lines of {"image_id", "caption", "references"}. results.json says the scores, what they would be shuffled, and
 how sure they are.
 """
 
@@ -22,14 +22,14 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from data_scripts import load_captions
-from data_scripts.caption_batches import CaptionCollator, Pictures
+from data_scripts.caption_batches import CaptionCollator, ImageDataset
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
 from metrics import CaptionScorer
-from modeling.captioner import caption_pictures, load_captioner, set_decoding, use_device
-from recipes import PictureArguments, value_problem
-from reporting.page import NUM_PICTURES
-from reporting.report import report_captions, tell_results
+from modeling.captioner import caption_images, load_captioner, move_to_device, set_decoding
+from recipes import ImageArguments, value_problem
+from reporting.page import NUM_IMAGES
+from reporting.report import print_results, report_captions
 from reporting.results import read_captions, write_captions, write_results
 
 
@@ -37,28 +37,28 @@ from reporting.results import read_captions, write_captions, write_results
 class EvaluationArguments:
     output_dir: str = field(metadata={"help": "Where results.json and, for a model, captions and page go."})
     predictions: str | None = field(default=None, metadata={"help": "File of captions to score, .jsonl."})
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a captioner to score."})
-    dataset: str = field(default="scenes", metadata={"help": "What the model is scored on, as in training."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id of a captioner to score."})
+    dataset_name: str = field(default="scenes", metadata={"help": "What the model is scored on, as in training."})
     split: str = field(default="test", metadata={"help": "train, validation or test."})
-    max_eval_pictures: int | None = field(default=None, metadata={"help": "Score on the first so many pictures."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pictures captioned at once."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Score on the first so many images."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images captioned at once."})
     cache_features: bool = field(
         default=True,
-        metadata={"help": "Take what the encoder says of each picture from where training kept it, or keep it there."},
+        metadata={"help": "Take what the encoder says of each image from where training kept it, or keep it there."},
     )
     int8_features: bool = field(
         default=False, metadata={"help": "Of what is kept, take or keep what has 8 bits a number."}
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
-    show_pictures: bool | None = field(
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
+    publish_images: bool | None = field(
         default=None,
-        metadata={"help": "The page of the pictures may be pushed; if not given, only that of drawn scenes."},
+        metadata={"help": "The page of the images may be pushed; if not given, only that of drawn scenes."},
     )
-    generation_num_beams: int | None = field(default=None, metadata={"help": "Beams; the model's own if not given."})
-    generation_max_length: int | None = field(
+    num_beams: int | None = field(default=None, metadata={"help": "Beams; the model's own if not given."})
+    max_length: int | None = field(
         default=None, metadata={"help": "Longest caption, in tokens; the model's own if not given."}
     )
-    generation_min_length: int | None = field(
+    min_length: int | None = field(
         default=None, metadata={"help": "Shortest caption, in tokens; the model's own if not given."}
     )
     length_penalty: float | None = field(
@@ -76,7 +76,7 @@ class EvaluationArguments:
     num_return_sequences: int | None = field(
         default=None,
         metadata={
-            "help": "Captions of each picture, beams or samples: the first is scored, and best_captions.jsonl has that of them "
+            "help": "Captions of each image, beams or samples: the first is scored, and best_captions.jsonl has that of them "
             "which is most like the references, by CIDEr-D."
         },
     )
@@ -97,10 +97,10 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in vars(args).items():
         if problem := value_problem(name, value):
             parser.error(f"--{name} {value}: {problem}")
-    if args.top_p and (args.generation_num_beams or 1) > 1:
-        parser.error(f"--top_p {args.top_p} and --generation_num_beams {args.generation_num_beams}: give one of them")
-    if (args.predictions is None) == (args.model is None):
-        parser.error("give either --model or --predictions")
+    if args.top_p and (args.num_beams or 1) > 1:
+        parser.error(f"--top_p {args.top_p} and --num_beams {args.num_beams}: give one of them")
+    if (args.predictions is None) == (args.model_name_or_path is None):
+        parser.error("give either --model_name_or_path or --predictions")
     transformers.logging.disable_progress_bar()
     with one_line_errors():
         if args.predictions:
@@ -122,7 +122,7 @@ def score_file(args: EvaluationArguments) -> None:
         **scores,
     }
     write_results(args.output_dir, results)
-    tell_results(args.output_dir, results)
+    print_results(args.output_dir, results)
 
 
 def score_model(args: EvaluationArguments) -> None:
@@ -133,25 +133,25 @@ def score_model(args: EvaluationArguments) -> None:
     )
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     set_seed(args.seed, device_specific=True)
-    dataset = load_captions(args.dataset)
+    dataset = load_captions(args.dataset_name)
     if args.split not in dataset:
-        raise ValueError(f"{args.dataset} has no split {args.split!r}; it has {', '.join(dataset)}")
+        raise ValueError(f"{args.dataset_name} has no split {args.split!r}; it has {', '.join(dataset)}")
     rows = dataset[args.split]
-    if args.max_eval_pictures:
-        rows = rows.select(range(min(args.max_eval_pictures, len(rows))))
-    model, processor = load_captioner(args.model)
+    if args.max_eval_samples:
+        rows = rows.select(range(min(args.max_eval_samples, len(rows))))
+    model, processor = load_captioner(args.model_name_or_path)
     set_decoding(
         model,
-        args.generation_max_length,
-        args.generation_min_length,
-        num_beams=args.generation_num_beams,
+        args.max_length,
+        args.min_length,
+        num_beams=args.num_beams,
         top_p=args.top_p,
         length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
         num_return_sequences=args.num_return_sequences,
     )
-    use_device(model, accelerator.device)  # what is kept is of float32, whatever the captions are written in
-    kept = PictureArguments(
+    move_to_device(model, accelerator.device)  # what is kept is of float32, whatever the captions are written in
+    kept = ImageArguments(
         cache_features=args.cache_features,
         int8_features=args.int8_features,
         dataloader_num_workers=args.dataloader_num_workers,
@@ -159,14 +159,14 @@ def score_model(args: EvaluationArguments) -> None:
     encoder = model.get_encoder().requires_grad_(False)
     features = encode_splits(DatasetDict({args.split: rows}), encoder, processor.image_processor, kept)[args.split]
     loader = DataLoader(
-        Pictures(rows, *features),
+        ImageDataset(rows, *features),
         args.per_device_eval_batch_size,
         collate_fn=CaptionCollator(processor),
         num_workers=args.dataloader_num_workers,
     )
     loader = prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
-    use_device(model, accelerator.device, args.dtype)
-    captions = caption_pictures(model, processor, loader, accelerator, NUM_PICTURES)
+    move_to_device(model, accelerator.device, args.dtype)
+    captions = caption_images(model, processor, loader, accelerator, NUM_IMAGES)
     if accelerator.is_main_process:
         training_captions = None
         if "train" in dataset:
@@ -175,21 +175,21 @@ def score_model(args: EvaluationArguments) -> None:
         report_captions(
             args.output_dir,
             rows=rows,
-            dataset=Path(args.dataset).name,
+            dataset=Path(args.dataset_name).name,
             split=args.split,
             captions=captions,
             scorer=scorer,
             decoding=model.generation_config,
-            show_pictures=args.dataset == "scenes" if args.show_pictures is None else args.show_pictures,
+            publish_images=args.dataset_name == "scenes" if args.publish_images is None else args.publish_images,
         )
         if args.num_return_sequences:
             print(write_captions(args.output_dir, best_captions(rows, captions, scorer), "best_captions.jsonl"))
 
 
 def best_captions(rows: Dataset, captions: list[dict], scorer: CaptionScorer) -> list[dict]:
-    """Of what was written of each picture the caption that is most like its references, by CIDEr-D, as captions.jsonl has it."""
+    """Of what was written of each image the caption that is most like its references, by CIDEr-D, as captions.jsonl has it."""
     written = [[made["caption"], *made.get("others", [])] for made in captions]
-    scores = np.array([scorer.per_image_cider(texts) for texts in zip(*written, strict=True)])  # (captions, pictures)
+    scores = np.array([scorer.per_image_cider(texts) for texts in zip(*written, strict=True)])  # (captions, images)
     best = [texts[place] for texts, place in zip(written, scores.argmax(axis=0), strict=True)]
     columns = zip(rows["image_id"], best, rows["captions"], strict=True)
     return [{"image_id": image_id, "caption": text, "references": own} for image_id, text, own in columns]

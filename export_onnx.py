@@ -1,12 +1,12 @@
-"""Export a captioner of either system to ONNX: what reads the picture, and one step that writes words.
+"""Export a captioner of either captioner to ONNX: what reads the image, and one step that writes words.
 
     python export_onnx.py outputs/demo/lstm outputs/demo/lstm_onnx
 
-It leaves encoder.onnx, step.onnx, the processor and the decoding settings; `caption_pictures` below captions with them, greedily, and
+It leaves encoder.onnx, step.onnx, the processor and the decoding settings; `caption_images` below captions with them, greedily, and
 shows how: what it calls is onnxruntime and numpy alone. Install with `pip install -e '.[onnx]'`.
 
-    encoder.onnx  pixel_values (batch, 3, height, width)  ->  picture.*: what every step looks at
-    step.onnx     input_ids (batch, length), position (), picture.*, state.*  ->  logits (batch, vocabulary) after the last of
+    encoder.onnx  pixel_values (batch, 3, height, width)  ->  image.*: what every step looks at
+    step.onnx     input_ids (batch, length), position (), image.*, state.*  ->  logits (batch, vocabulary) after the last of
                   them, and new.*: the state for the next step; nought, or of length 0, before the first
 """
 
@@ -22,8 +22,8 @@ import transformers
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, VisionEncoderDecoderModel
 
+from data_scripts.atomic_folder import atomic_folder
 from data_scripts.command_line import one_line_errors
-from data_scripts.whole_folder import whole_folder
 from modeling import InceptionLSTMForConditionalGeneration
 from modeling.captioner import load_captioner
 from modeling.modeling_inception_lstm import STATE_NAME
@@ -34,7 +34,7 @@ BATCH, PAST = 2, 3  # of the example that is traced; the exported model takes an
 
 
 class LSTMEncoder(nn.Module):
-    """System A's picture: its embedding and, with attention, keys and values of the encoder's grid."""
+    """The LSTM captioner's image: its embedding and, with attention, keys and values of the encoder's grid."""
 
     def __init__(self, model: InceptionLSTMForConditionalGeneration):
         super().__init__()
@@ -50,16 +50,16 @@ class LSTMEncoder(nn.Module):
 
 
 class LSTMStep(nn.Module):
-    """System A's next word, from one token and the LSTM's state; at position 0 the picture takes the token's place."""
+    """The LSTM captioner's next word, from one token and the LSTM's state; at position 0 the image takes the token's place."""
 
     def __init__(self, model: InceptionLSTMForConditionalGeneration):
         super().__init__()
         self.model = model
 
     def forward(
-        self, input_ids: torch.Tensor, position: torch.Tensor, picture: list[torch.Tensor], state: list[torch.Tensor]
+        self, input_ids: torch.Tensor, position: torch.Tensor, image: list[torch.Tensor], state: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        embedding, *grid = picture
+        embedding, *grid = image
         token = self.model.token_embedding(input_ids)  # (batch, 1, image embedding)
         inputs = torch.where(position == 0, embedding.unsqueeze(1), token)  # (batch, 1, image embedding)
         outputs, _, memory = self.model.read(inputs, tuple(grid) or None, tuple(state))  # (batch, 1, hidden)
@@ -71,7 +71,7 @@ class LSTMStep(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """System B's picture: keys and values for the cross attention of every layer of the decoder."""
+    """ViT-GPT2's image: keys and values for the cross attention of every layer of the decoder."""
 
     def __init__(self, model: VisionEncoderDecoderModel):
         super().__init__()
@@ -89,16 +89,16 @@ class TransformerEncoder(nn.Module):
 
 
 class TransformerStep(nn.Module):
-    """System B's next word, from the tokens not yet read and the keys and values of those read before."""
+    """ViT-GPT2's next word, from the tokens not yet read and the keys and values of those read before."""
 
     def __init__(self, model: VisionEncoderDecoderModel):
         super().__init__()
         self.model = model
 
     def forward(
-        self, input_ids: torch.Tensor, position: torch.Tensor, picture: list[torch.Tensor], state: list[torch.Tensor]
+        self, input_ids: torch.Tensor, position: torch.Tensor, image: list[torch.Tensor], state: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        read, seen = (DynamicCache([*zip(tensors[::2], tensors[1::2], strict=True)]) for tensors in (state, picture))
+        read, seen = (DynamicCache([*zip(tensors[::2], tensors[1::2], strict=True)]) for tensors in (state, image))
         cache = EncoderDecoderCache(read, seen)
         num_tokens, num_read = input_ids.shape[1], state[0].shape[2]
         position_ids = position + torch.arange(num_tokens).unsqueeze(0)  # (1, length)
@@ -108,7 +108,7 @@ class TransformerStep(nn.Module):
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None],
-            encoder_hidden_states=picture[0][:, 0],  # only for its length: keys and values are there already
+            encoder_hidden_states=image[0][:, 0],  # only for its length: keys and values are there already
             use_cache=True,
             **{STATE_NAME: cache},
         )
@@ -138,9 +138,9 @@ def export_captioner(model, processor, folder: Path) -> None:
     image_processor = processor.image_processor
     size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
     pixels = torch.randn(BATCH, 3, size["height"], size["width"])
-    picture, state = encoder(pixels), step.state()
+    image, state = encoder(pixels), step.state()
     batch = torch.export.Dim("batch", min=1, max=4096)
-    names = [f"picture.{name}" for name in encoder.names()]
+    names = [f"image.{name}" for name in encoder.names()]
     _export(encoder, (pixels,), folder / "encoder.onnx", ["pixel_values"], names, ({0: batch},))
 
     length, past = torch.export.Dim("length", min=1, max=1024), torch.export.Dim("past", min=0, max=4096)
@@ -148,11 +148,11 @@ def export_captioner(model, processor, folder: Path) -> None:
     of_state = {1: batch} if is_lstm else {0: batch, 2: past}
     _export(
         step,
-        (ids, torch.tensor(PAST), picture, [*state.values()]),
+        (ids, torch.tensor(PAST), image, [*state.values()]),
         folder / "step.onnx",
         ["input_ids", "position", *names, *(f"state.{name}" for name in state)],
         ["logits", *(f"new.{name}" for name in state)],
-        ({0: batch} if is_lstm else {0: batch, 1: length}, {}, [{0: batch}] * len(picture), [of_state] * len(state)),
+        ({0: batch} if is_lstm else {0: batch, 1: length}, {}, [{0: batch}] * len(image), [of_state] * len(state)),
     )
     processor.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -176,8 +176,8 @@ def _export(module: nn.Module, inputs: tuple, path: Path, input_names: list, out
         )
 
 
-def caption_pictures(folder: str | Path, pixel_values: np.ndarray, max_length: int | None = None) -> list[list[int]]:
-    """The ids of the likeliest words of each picture, by onnxruntime: what `generate()` gives without beams.
+def caption_images(folder: str | Path, pixel_values: np.ndarray, max_length: int | None = None) -> list[list[int]]:
+    """The ids of the likeliest words of each image, by onnxruntime: what `generate()` gives without beams.
 
     Args:
         folder: What this script has left.
@@ -185,7 +185,7 @@ def caption_pictures(folder: str | Path, pixel_values: np.ndarray, max_length: i
         max_length: Longest caption in tokens, start tokens included; the exported model's own where None.
 
     Returns:
-        As many ids for each picture, start tokens left out, padded after the end: what the folder's tokenizer decodes.
+        As many ids for each image, start tokens left out, padded after the end: what the folder's tokenizer decodes.
     """
     import onnxruntime
 
@@ -196,7 +196,7 @@ def caption_pictures(folder: str | Path, pixel_values: np.ndarray, max_length: i
     bias = settings.get("sequence_bias") or []  # of single tokens
     boosted, nats = [token for (token,), _ in bias], np.array([nats for _, nats in bias], dtype=np.float32)
     names = [output.name for output in encoder.get_outputs()]
-    picture = dict(zip(names, encoder.run(None, {"pixel_values": pixel_values}), strict=True))
+    image = dict(zip(names, encoder.run(None, {"pixel_values": pixel_values}), strict=True))
     sizes = {"batch": len(pixel_values), "past": 0}
     state = {
         wanted.name: np.zeros([sizes.get(size, size) for size in wanted.shape], dtype=np.float32)
@@ -206,7 +206,7 @@ def caption_pictures(folder: str | Path, pixel_values: np.ndarray, max_length: i
     captions = tokens = np.tile(start, (len(pixel_values), 1))  # (batch, start tokens)
     position, ended = 0, np.zeros(len(pixel_values), dtype=bool)
     while captions.shape[1] < max_length and not ended.all():
-        logits, *new = step.run(None, {"input_ids": tokens, "position": np.array(position), **picture, **state})
+        logits, *new = step.run(None, {"input_ids": tokens, "position": np.array(position), **image, **state})
         state = dict(zip(state, new, strict=True))
         position += tokens.shape[1]
         logits[:, boosted] += nats
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     with one_line_errors():
         model, processor = load_captioner(arguments.model)
-        with whole_folder(arguments.output_dir) as (folder, _):
+        with atomic_folder(arguments.output_dir) as (folder, _):
             export_captioner(model, processor, folder)
     for path in sorted(Path(arguments.output_dir).glob("*.onnx")):
         print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")

@@ -1,6 +1,6 @@
-"""System A: train Inception-ResNet-v2 + LSTM to caption pictures, in an Accelerate loop.
+"""The LSTM captioner: train Inception-ResNet-v2 + LSTM to caption images, in an Accelerate loop.
 
-    accelerate launch train_lstm.py recipes/lstm_report.yaml --dataset data/paragraphs --output_dir outputs/lstm
+    accelerate launch train_lstm.py recipes/lstm_reference.yaml --dataset_name data/paragraphs --output_dir outputs/lstm
 
 A recipe sets the options, the command line overrides it, `--help` lists them.
 """
@@ -23,27 +23,27 @@ from transformers import AutoTokenizer
 
 import recipes
 from data_scripts import load_for_training
-from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
+from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset, subsample_evenly
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from metrics import CaptionScorer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
-from modeling.captioner import caption_pictures, load_captioner, save_captioner, set_decoding
+from modeling.captioner import caption_images, load_captioner, save_captioner, set_decoding
 from modeling.modeling_inception_lstm import timm_source
 from modeling.processing import build_processor, timm_image_processor
 from recipes import DataArguments, parse_recipe
-from reporting.live import EpochBar
-from reporting.page import NUM_PICTURES
+from reporting.live import EpochProgressBar
+from reporting.page import NUM_IMAGES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.training_report import report_training
 from training.averaging import WeightAverage, check_average
 from training.checkpoints import (
-    bring_best_model,
     check_finite,
-    check_start_stays,
+    check_not_overwriting_start,
     checkpoint_to_resume,
-    own_output_dir,
+    copy_best_model,
+    lock_output_dir,
 )
 from training.evaluation import score_captions
 from training.loop import (
@@ -59,7 +59,7 @@ from training.loop import (
     start_trackers,
     stops_early,
 )
-from training.sharding import WholeModel, gather_head
+from training.sharding import FullModel, gather_head
 from training.stopping import StopSignal
 from training.unfreezing import checkpoint_blocks, unfreeze_last_blocks
 
@@ -70,11 +70,11 @@ logger = logging.getLogger(__name__)
 class LSTMArguments:
     """The model; the defaults are the report's."""
 
-    model: str | None = field(
+    model_name_or_path: str | None = field(
         default=None,
         metadata={
             "help": "Captioner of this system to go on from, a folder or a Hub id. Its encoder, sizes and tokenizer stay; of the "
-            "options here freeze_encoder, unfrozen_encoder_blocks, dropout and attention_dropout count."
+            "options here freeze_encoder, num_trainable_encoder_blocks, dropout and attention_dropout count."
         },
     )
     encoder: str = field(
@@ -82,19 +82,19 @@ class LSTMArguments:
     )
     pretrained_encoder: bool = field(default=True, metadata={"help": "Load the encoder's trained weights."})
     freeze_encoder: bool = field(default=True, metadata={"help": "Train nothing below the projection of its output."})
-    unfrozen_encoder_blocks: int = field(
+    num_trainable_encoder_blocks: int = field(
         default=0,
         metadata={"help": "Last blocks of a frozen encoder that learn all the same, see encoder_learning_rate."},
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of the pictures given to the encoder, in pixels; its own if not given."}
+        default=None, metadata={"help": "Side of the images given to the encoder, in pixels; its own if not given."}
     )
     center_crop: bool = field(
         default=True,
-        metadata={"help": "Show the encoder a picture's middle, as in its training; else all of it, squeezed."},
+        metadata={"help": "Show the encoder an image's middle, as in its training; else all of it, squeezed."},
     )
     image_embed_dim: int = field(
-        default=1024, metadata={"help": "Length of the picture's and of each token's embedding."}
+        default=1024, metadata={"help": "Length of the image's and of each token's embedding."}
     )
     hidden_size: int = field(default=1024, metadata={"help": "Width of each LSTM layer."})
     num_hidden_layers: int = field(default=3, metadata={"help": "LSTM layers."})
@@ -142,10 +142,10 @@ def main(argv: list[str] | None = None) -> None:
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     with one_line_errors():
         check_average(args.ema_decay, model_args.freeze_encoder)
-        if model_args.model:
-            check_start_stays(model_args.model, args.output_dir)
+        if model_args.model_name_or_path:
+            check_not_overwriting_start(model_args.model_name_or_path, args.output_dir)
         accelerator = start_accelerator(args)
-    with one_line_errors(OSError), own_output_dir(args.output_dir):
+    with one_line_errors(OSError), lock_output_dir(args.output_dir):
         run(data_args, model_args, args, accelerator)
 
 
@@ -163,42 +163,42 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
             args.overwrite_output_dir,
         )
         pushing = CheckpointPush(args, active=args.push_to_hub and accelerator.is_main_process)
-        dataset, training_captions = load_for_training(data_args.dataset, data_args.max_train_pictures)
+        dataset, training_captions = load_for_training(data_args.dataset_name, data_args.max_train_samples)
 
         # ---- Model --------------------------------------------------------------------------------------------------
-        if model_args.model:
-            model, processor = load_start(model_args, data_args.tokenizer)
+        if model_args.model_name_or_path:
+            model, processor = load_start(model_args, data_args.tokenizer_name)
         else:
-            tokenizer = load_tokenizer(data_args.tokenizer, training_captions, model_args.vocab_size, accelerator)
+            tokenizer = load_tokenizer(data_args.tokenizer_name, training_captions, model_args.vocab_size, accelerator)
             model, processor = build_model(model_args, tokenizer)
-        unfreeze_last_blocks(model.encoder, model_args.unfrozen_encoder_blocks)
+        unfreeze_last_blocks(model.encoder, model_args.num_trainable_encoder_blocks)
         if args.activation_checkpointing:
             checkpoint_blocks(model.encoder)
     model.to(accelerator.device)
-    num_views = data_args.augmentation_views
-    features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_views)
+    num_augmentations = data_args.num_augmentations
+    features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_augmentations)
     pairs = {
         split: CaptionPairs(dataset[split], processor.tokenizer, data_args.max_caption_length, features[split])
         for split in ("train", "validation")
     }
-    longest = args.generation_max_length or math.ceil(np.percentile(pairs["train"].lengths, 99))
+    longest = args.max_length or math.ceil(np.percentile(pairs["train"].lengths, 99))
     set_decoding(
         model,
-        max(longest, args.generation_min_length),
-        args.generation_min_length or None,
-        num_beams=args.generation_num_beams,
+        max(longest, args.min_length),
+        args.min_length or None,
+        num_beams=args.num_beams,
         length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )
 
-    # ---- Optimiser --------------------------------------------------------------------------------------------------
+    # ---- Optimizer --------------------------------------------------------------------------------------------------
     optimizer = torch.optim.AdamW(
         parameter_groups(model, args), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
     step_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     scheduler = build_scheduler(args, optimizer, math.ceil(len(pairs["train"]) / step_size))
 
-    collator = CaptionCollator(processor, share_pictures="index")
+    collator = CaptionCollator(processor, share_images="index")
     loading = {"collate_fn": collator, "num_workers": data_args.dataloader_num_workers}
     sampler = CaptionSampler(
         pairs["train"].lengths,
@@ -206,11 +206,11 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
         data_args.train_sampling_strategy == "group_by_length",
         args.seed,
         pairs["train"].row_of_pair,
-        data_args.group_by_picture,
-        num_views,
+        data_args.group_by_image,
+        num_augmentations,
     )
     train_loader = DataLoader(pairs["train"], args.per_device_train_batch_size, sampler=sampler, **loading)
-    whole, average = WholeModel(accelerator, model), WeightAverage(model, args.ema_decay)
+    full, average = FullModel(accelerator, model), WeightAverage(model, args.ema_decay)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
     gather_head(model)
     average.register(accelerator)
@@ -224,9 +224,11 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     if resume_from:
         with one_line_errors(ValueError):
             progress = load_checkpoint(accelerator, scheduler, resume_from, progress)
-        bring_best_model(resume_from, args.output_dir)
+        copy_best_model(resume_from, args.output_dir)
     start_trackers(accelerator, options, progress)
-    val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], *features["validation"])
+    val_rows, val_features = subsample_evenly(
+        data_args.max_eval_samples, dataset["validation"], *features["validation"]
+    )
     scorer = CaptionScorer(val_rows["captions"], training_captions)
     with StopSignal() as stopping:
         while progress.epoch < args.num_train_epochs and not stops_early(progress, args):
@@ -235,12 +237,12 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
             )
             last = progress.epoch == args.num_train_epochs
             if progress.epoch % args.eval_epochs == 0 or last:
-                with average.in_place(), whole.of(model) as captioner:
+                with average.in_place(), full.gathered(model) as captioner:
                     row["eval_loss"] = validation_loss(
                         accelerator, captioner, eval_loader(pairs["validation"].by_length())
                     )
-                    pictures = eval_loader(Pictures(val_rows, val_features))
-                    row |= score_captions(accelerator, captioner, processor, pictures, val_rows, scorer)
+                    images = eval_loader(ImageDataset(val_rows, val_features))
+                    row |= score_captions(accelerator, captioner, processor, images, val_rows, scorer)
                     keep_best(accelerator, captioner, processor, row, progress, args)
             record(accelerator, row, progress, args)
             asked = stopping.ask(accelerator)
@@ -255,13 +257,13 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     # ---- Evaluation -------------------------------------------------------------------------------------------------
     split = "test" if "test" in dataset else "validation"
     if not args.load_best_model_at_end:
-        with average.in_place(), whole.of(model) as captioner:
+        with average.in_place(), full.gathered(model) as captioner:
             if accelerator.is_main_process:
                 save_captioner(captioner, processor, args.output_dir)
         accelerator.wait_for_everyone()
     captioner = load_captioner(args.output_dir)[0].to(accelerator.device)
-    pictures = eval_loader(Pictures(dataset[split], *features[split]))
-    captions = caption_pictures(captioner, processor, pictures, accelerator, NUM_PICTURES)
+    images = eval_loader(ImageDataset(dataset[split], *features[split]))
+    captions = caption_images(captioner, processor, images, accelerator, NUM_IMAGES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
@@ -291,21 +293,25 @@ def load_tokenizer(name: str | None, training_captions: list[str], vocab_size: i
 
 
 def load_start(args: LSTMArguments, tokenizer_name: str | None) -> tuple:
-    """Model and processor of a captioner that has learnt already, to be trained as the options have it.
+    """Model and processor of a captioner that has learned already, to be trained as the options have it.
 
     Raises:
         ValueError: It cannot be loaded, is not of this system, or an option does not go with it.
     """
     if tokenizer_name:
-        raise ValueError(f"--tokenizer {tokenizer_name} does not go with --model {args.model}, which has its own")
-    model, processor = load_captioner(args.model)
+        raise ValueError(
+            f"--tokenizer_name {tokenizer_name} does not go with --model_name_or_path {args.model_name_or_path}, which has its own"
+        )
+    model, processor = load_captioner(args.model_name_or_path)
     if not isinstance(model, InceptionLSTMForConditionalGeneration):
         raise ValueError(
-            f"--model {args.model} is a {type(model).__name__}: give a captioner that train_lstm.py has made"
+            f"--model_name_or_path {args.model_name_or_path} is a {type(model).__name__}: give a captioner that train_lstm.py has made"
         )
     config = model.config
     if args.attention_dropout and not config.attention:
-        raise ValueError(f"--attention_dropout {args.attention_dropout}: --model {args.model} has no attention")
+        raise ValueError(
+            f"--attention_dropout {args.attention_dropout}: --model_name_or_path {args.model_name_or_path} has no attention"
+        )
     config.update({name: getattr(args, name) for name in ("freeze_encoder", "dropout", "attention_dropout")})
     # A new one with its weights: what learns, what drops out and how it writes are this run's to say.
     fresh = InceptionLSTMForConditionalGeneration(config)
@@ -373,8 +379,8 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
 
 def start_names(args: LSTMArguments) -> list[str]:
     """Folder or Hub id of the trained weights it starts from, for the card; none for random weights."""
-    if args.model:
-        return [args.model]
+    if args.model_name_or_path:
+        return [args.model_name_or_path]
     if not args.pretrained_encoder:
         return []
     return [args.encoder if "/" in args.encoder or os.path.isdir(args.encoder) else f"timm/{args.encoder}"]
@@ -413,7 +419,7 @@ def train_epoch(
     tokens = torch.tensor(progress.sums.get("tokens", 0.0), device=accelerator.device)
     seen = progress.epoch_steps * args.gradient_accumulation_steps * size
     silent = not accelerator.is_local_main_process
-    with EpochBar(progress.epoch + 1, args.num_train_epochs, len(loader) * size, seen, silent) as bar:
+    with EpochProgressBar(progress.epoch + 1, args.num_train_epochs, len(loader) * size, seen, silent) as bar:
         for batches in accumulation_windows(accelerator, loader, args.gradient_accumulation_steps, progress):
             step_nats, step_tokens = train_step(
                 accelerator, model, batches, optimizer, args.max_grad_norm, args.label_smoothing_factor
@@ -482,7 +488,7 @@ def validation_loss(accelerator, model, loader) -> float:
 
 
 def training_cost(progress: Progress, num_captions: int) -> dict:
-    """What results.json tells of the training; evaluation and the encoding of pictures are not counted in."""
+    """What results.json tells of the training; evaluation and the encoding of images are not counted in."""
     return {
         "epochs": progress.epoch,
         "seconds": round(progress.train_seconds, 1),

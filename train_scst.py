@@ -1,6 +1,6 @@
 """Either system, continued on its own CIDEr-D reward: self-critical sequence training, in an Accelerate loop.
 
-    accelerate launch train_scst.py recipes/scst_flickr8k.yaml --model outputs/lstm_flickr8k --output_dir outputs/scst
+    accelerate launch train_scst.py recipes/scst_flickr8k.yaml --model_name_or_path outputs/lstm_flickr8k --output_dir outputs/scst
 
 A recipe sets the options, the command line overrides it, `--help` lists them.
 """
@@ -25,37 +25,37 @@ from torch.utils.data import DataLoader
 import recipes
 from data_scripts import load_for_training
 from data_scripts.caption_batches import (
+    AugmentedImages,
     CaptionCollator,
     CaptionPairs,
     CaptionSampler,
-    Pictures,
-    PictureViews,
-    spread_evenly,
+    ImageDataset,
+    subsample_evenly,
 )
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits, weights_digest
 from metrics import CaptionScorer, CiderD
 from modeling.caption_loss import caption_loss
 from modeling.captioner import (
-    caption_pictures,
-    caption_room,
+    caption_images,
     load_captioner,
+    max_caption_tokens,
     save_captioner,
     set_decoding,
     start_token_ids,
 )
-from recipes import PictureArguments, parse_recipe
-from reporting.live import EpochBar
-from reporting.page import NUM_PICTURES
+from recipes import ImageArguments, parse_recipe
+from reporting.live import EpochProgressBar
+from reporting.page import NUM_IMAGES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.training_report import report_training
 from training.averaging import mixed_with
 from training.checkpoints import (
-    bring_best_model,
     check_finite,
-    check_start_stays,
+    check_not_overwriting_start,
     checkpoint_to_resume,
-    own_output_dir,
+    copy_best_model,
+    lock_output_dir,
 )
 from training.evaluation import score_captions
 from training.loop import (
@@ -71,7 +71,7 @@ from training.loop import (
     start_trackers,
     stops_early,
 )
-from training.self_critical import FIGURES, SelfCritic, as_policy, last_states, shares_by
+from training.self_critical import METRICS, SelfCritic, last_states, set_sampling_mode, shares_by
 from training.stopping import StopSignal
 
 logger = logging.getLogger(__name__)
@@ -84,13 +84,13 @@ RARE = 1 / 1000  # share of all tokens below which one is rare
 class SCSTArguments:
     """The captioner to go on from, and its reward."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the captioner to continue, of either system."}
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the captioner to continue, of either captioner."}
     )
-    num_samples: int = field(default=5, metadata={"help": "Captions sampled of each picture at each step."})
-    baseline: Literal["others", "greedy"] = field(
-        default="others",
-        metadata={"help": "What a sample has to beat: the mean of the picture's other samples, or its greedy caption."},
+    num_samples: int = field(default=5, metadata={"help": "Captions sampled of each image at each step."})
+    baseline: Literal["leave_one_out", "greedy"] = field(
+        default="leave_one_out",
+        metadata={"help": "What a sample has to beat: the mean of the image's other samples, or its greedy caption."},
     )
     bleu_weight: float = field(
         default=0.0, metadata={"help": "What a sample's BLEU-4 (0 to 1) counts beside its CIDEr-D (0 to 10)."}
@@ -98,14 +98,14 @@ class SCSTArguments:
     rouge_weight: float = field(
         default=0.0, metadata={"help": "What a sample's ROUGE-L (0 to 1) counts beside its CIDEr-D (0 to 10)."}
     )
-    kl_weight: float = field(
+    kl_coef: float = field(
         default=0.0, metadata={"help": "CIDEr-D that a nat of KL divergence from the starting model costs a caption."}
     )
-    start_share: float = field(
+    init_weight_share: float = field(
         default=0.0,
-        metadata={"help": "Share of the starting weights in what is evaluated and kept; the rest are those learnt."},
+        metadata={"help": "Share of the starting weights in what is evaluated and kept; the rest are those learned."},
     )
-    cross_entropy_share: float = field(
+    xe_weight: float = field(
         default=0.0, metadata={"help": "Share of the loss that is cross entropy of a training caption."}
     )
     dropout: float = field(
@@ -129,8 +129,8 @@ class LoopArguments(recipes.LoopArguments):
     """The training loop."""
 
     output_dir: str = field(default="outputs/scst", metadata={"help": "Where model, results and checkpoints go."})
-    num_train_epochs: int = field(default=5, metadata={"help": "Times each picture is seen."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pictures a step on each device."})
+    num_train_epochs: int = field(default=5, metadata={"help": "Times each image is seen."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Images a step on each device."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW, at its highest."})
     weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW."})
     seed: int = field(default=42, metadata={"help": "Of order and samples."})
@@ -140,17 +140,17 @@ class LoopArguments(recipes.LoopArguments):
     early_stopping_patience: int | None = field(
         default=2, metadata={"help": "Stop after so many evaluations without a better validation CIDEr."}
     )
-    generation_max_length: int | None = field(
+    max_length: int | None = field(
         default=None,
         metadata={"help": "Longest caption sampled and generated, in tokens; the model's own if not given."},
     )
-    generation_min_length: int | None = field(
+    min_length: int | None = field(
         default=None,
         metadata={
             "help": "Shortest caption generated in evaluation, in tokens, see sample_min_length for samples; the model's own if not given."
         },
     )
-    generation_num_beams: int | None = field(
+    num_beams: int | None = field(
         default=None, metadata={"help": "Beams in evaluation; 1 is greedy; the model's own if not given."}
     )
     length_penalty: float | None = field(
@@ -163,7 +163,7 @@ class LoopArguments(recipes.LoopArguments):
         default=None,
         metadata={"help": "In evaluation no run of so many tokens is generated twice; the model's own if not given."},
     )
-    rare_token_boost: float | None = field(
+    logit_adjustment_tau: float | None = field(
         default=None,
         metadata={
             "help": "In evaluation a token gains so many nats for each factor of e by which it is rarer in the training captions "
@@ -174,17 +174,17 @@ class LoopArguments(recipes.LoopArguments):
 
 def main(argv: list[str] | None = None) -> None:
     # ---- Arguments --------------------------------------------------------------------------------------------------
-    data_args, scst_args, args = parse_recipe((PictureArguments, SCSTArguments, LoopArguments), argv, __doc__)
+    data_args, scst_args, args = parse_recipe((ImageArguments, SCSTArguments, LoopArguments), argv, __doc__)
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     with one_line_errors():
         check_options(scst_args, args.output_dir)
         accelerator = start_accelerator(args)
-    with one_line_errors(OSError), own_output_dir(args.output_dir):
+    with one_line_errors(OSError), lock_output_dir(args.output_dir):
         run(data_args, scst_args, args, accelerator)
 
 
-def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArguments, accelerator: Accelerator) -> None:
+def run(data_args: ImageArguments, scst_args: SCSTArguments, args: LoopArguments, accelerator: Accelerator) -> None:
     """What one run does in the output directory that it has for itself."""
     options = {**vars(data_args), **vars(scst_args), **vars(args)}
 
@@ -194,14 +194,14 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
             args.resume_from_checkpoint, args.output_dir, STATE_FILE, download_checkpoint, args.overwrite_output_dir
         )
         pushing = CheckpointPush(args, active=args.push_to_hub and accelerator.is_main_process)
-        dataset, training_captions = load_for_training(data_args.dataset, data_args.max_train_pictures)
+        dataset, training_captions = load_for_training(data_args.dataset_name, data_args.max_train_samples)
 
         # ---- Model --------------------------------------------------------------------------------------------------
-        model, processor, kind = load_start(scst_args.model)
+        model, processor, kind = load_start(scst_args.model_name_or_path)
     start_digest = weights_digest(model)
     model.to(accelerator.device)
-    num_views = data_args.augmentation_views
-    features = encode_splits(dataset, model.get_encoder(), processor.image_processor, data_args, num_views)
+    num_augmentations = data_args.num_augmentations
+    features = encode_splits(dataset, model.get_encoder(), processor.image_processor, data_args, num_augmentations)
     max_length, start_ids = longest_caption(data_args, model), start_token_ids(model)
     pairs = {
         split: CaptionPairs(dataset[split], processor.tokenizer, max_length, features[split], start_ids)
@@ -209,19 +209,19 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
     }
     with one_line_errors():
         use_decoding(model, processor.tokenizer, args, pairs["train"], scst_args.sample_min_length)
-    start = copy.deepcopy(model) if scst_args.kl_weight or scst_args.start_share else None
+    start = copy.deepcopy(model) if scst_args.kl_coef or scst_args.init_weight_share else None
     critic = SelfCritic(
         model,
         processor,
         CiderD(dataset["train"]["captions"], count_end=True),
         scst_args,
         args.seed,
-        start=start if scst_args.kl_weight else None,
-        token_ids=captions_of_pictures(pairs["train"]),
-        num_views=num_views,
+        start=start if scst_args.kl_coef else None,
+        token_ids=captions_of_images(pairs["train"]),
+        num_augmentations=num_augmentations,
     )
 
-    # ---- Optimiser --------------------------------------------------------------------------------------------------
+    # ---- Optimizer --------------------------------------------------------------------------------------------------
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     step_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
@@ -235,36 +235,38 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
         loader = loader_of(items, args.per_device_eval_batch_size, share)
         return prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
 
-    train_pictures = PictureViews(dataset["train"], features["train"])
+    train_images = AugmentedImages(dataset["train"], features["train"])
     sampler = CaptionSampler(
-        np.ones(len(train_pictures)),
+        np.ones(len(train_images)),
         step_size,
         group_by_length=False,
         seed=args.seed,
-        pictures=np.arange(len(train_pictures)),
-        num_views=num_views,
+        images=np.arange(len(train_images)),
+        num_augmentations=num_augmentations,
     )
-    train_loader = loader_of(train_pictures, args.per_device_train_batch_size, sampler=sampler)
+    train_loader = loader_of(train_images, args.per_device_train_batch_size, sampler=sampler)
     model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
 
     # ---- Training ---------------------------------------------------------------------------------------------------
     progress = Progress(step_size, start_digest)
     if resume_from:
         with one_line_errors(ValueError):
-            progress = load_checkpoint(accelerator, scheduler, resume_from, progress, STATE_FILE, unit="pictures")
-        bring_best_model(resume_from, args.output_dir)
+            progress = load_checkpoint(accelerator, scheduler, resume_from, progress, STATE_FILE, unit="images")
+        copy_best_model(resume_from, args.output_dir)
     start_trackers(accelerator, options, progress)
-    val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], *features["validation"])
+    val_rows, val_features = subsample_evenly(
+        data_args.max_eval_samples, dataset["validation"], *features["validation"]
+    )
     scorer = CaptionScorer(val_rows["captions"], training_captions)
 
     def evaluate(row: dict) -> None:
         captioner = accelerator.unwrap_model(model)
         share = shares_by(captioner)
-        with mixed_with(captioner, start, scst_args.start_share):
+        with mixed_with(captioner, start, scst_args.init_weight_share):
             captions = eval_loader(pairs["validation"].by_length(), share)
             row["eval_loss"] = validation_loss(accelerator, captioner, captions)
-            pictures = eval_loader(Pictures(val_rows, val_features))
-            row |= score_captions(accelerator, captioner, processor, pictures, val_rows, scorer)
+            images = eval_loader(ImageDataset(val_rows, val_features))
+            row |= score_captions(accelerator, captioner, processor, images, val_rows, scorer)
             keep_best(accelerator, captioner, processor, row, progress, args)
 
     with StopSignal() as stopping:
@@ -294,12 +296,12 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
     if not args.load_best_model_at_end:
         if accelerator.is_main_process:
             captioner = accelerator.unwrap_model(model)
-            with mixed_with(captioner, start, scst_args.start_share):
+            with mixed_with(captioner, start, scst_args.init_weight_share):
                 save_captioner(captioner, processor, args.output_dir)
         accelerator.wait_for_everyone()
     captioner = load_captioner(args.output_dir)[0].to(accelerator.device)
-    pictures = eval_loader(Pictures(dataset[split], *features[split]))
-    captions = caption_pictures(captioner.eval(), processor, pictures, accelerator, NUM_PICTURES)
+    images = eval_loader(ImageDataset(dataset[split], *features[split]))
+    captions = caption_images(captioner.eval(), processor, images, accelerator, NUM_IMAGES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
@@ -314,7 +316,7 @@ def run(data_args: PictureArguments, scst_args: SCSTArguments, args: LoopArgumen
             train=training_cost(progress, len(dataset["train"])),
             kind=kind,
             options=options,
-            started_from=[scst_args.model],
+            started_from=[scst_args.model_name_or_path],
             pushing=pushing if args.push_to_hub else None,
             self_critical=True,
         )
@@ -329,13 +331,13 @@ def check_options(args: SCSTArguments, output_dir: str) -> None:
                 f"{name} is not supported by train_scst.py, which samples from the model as it is: run with "
                 "recipes/accelerate/several_gpus.yaml, which gives each process a whole one"
             )
-    if args.model is None:
-        raise ValueError("--model is missing: name the folder or the Hub id of the captioner to continue")
-    check_start_stays(args.model, output_dir)
-    if args.num_samples == 1 and args.baseline == "others":
+    if args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: name the folder or the Hub id of the captioner to continue")
+    check_not_overwriting_start(args.model_name_or_path, output_dir)
+    if args.num_samples == 1 and args.baseline == "leave_one_out":
         raise ValueError("--num_samples 1: there is no other sample to beat; give 2 or more, or --baseline greedy")
-    if args.dropout and args.kl_weight:
-        raise ValueError("--dropout and --kl_weight do not go together: what dropout changes would count as divergence")
+    if args.dropout and args.kl_coef:
+        raise ValueError("--dropout and --kl_coef do not go together: what dropout changes would count as divergence")
 
 
 def load_start(name: str) -> tuple:
@@ -351,15 +353,15 @@ def load_start(name: str) -> tuple:
     kind = kinds.get(model.config.model_type)
     if kind is None or (kind == "vit-gpt2" and model.config.decoder.model_type != "gpt2"):
         raise ValueError(
-            f"--model {name} is a {type(model).__name__} that neither train_lstm.py nor train_vit_gpt2.py makes: give one of theirs"
+            f"--model_name_or_path {name} is a {type(model).__name__} that neither train_lstm.py nor train_vit_gpt2.py makes: give one of theirs"
         )
     model.get_encoder().requires_grad_(False)
     return model, processor, kind
 
 
-def longest_caption(args: PictureArguments, model) -> int | None:
+def longest_caption(args: ImageArguments, model) -> int | None:
     """Longest training caption kept, in tokens."""
-    lengths = [length for length in (args.max_caption_length, caption_room(model)) if length is not None]
+    lengths = [length for length in (args.max_caption_length, max_caption_tokens(model)) if length is not None]
     return min(lengths, default=None)
 
 
@@ -369,32 +371,32 @@ def use_decoding(model, tokenizer, args: LoopArguments, captions: CaptionPairs, 
     Raises:
         ValueError: The shortest caption, or sample, is longer than the longest.
     """
-    longest = args.generation_max_length
+    longest = args.max_length
     if longest is None and model.generation_config.max_length is None:
         longest = math.ceil(np.percentile(captions.lengths, 99))
     if longest is not None:
-        longest = min(longest, caption_room(model) or longest)
+        longest = min(longest, max_caption_tokens(model) or longest)
     set_decoding(
         model,
         longest,
-        args.generation_min_length,
-        num_beams=args.generation_num_beams,
+        args.min_length,
+        num_beams=args.num_beams,
         length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )
-    if args.rare_token_boost is not None:
-        boosts = rare_token_boosts(captions.token_ids, args.rare_token_boost, tokenizer.all_special_ids)
+    if args.logit_adjustment_tau is not None:
+        boosts = logit_adjustments(captions.token_ids, args.logit_adjustment_tau, tokenizer.all_special_ids)
         model.generation_config.sequence_bias = boosts or None
     num_start = len(start_token_ids(model))
     longest = model.generation_config.max_length - num_start
     if sample_min_length > longest:
         raise ValueError(
             f"the shortest sample is to have {sample_min_length} tokens and the longest {longest}: give a lower "
-            "--sample_min_length or a higher --generation_max_length"
+            "--sample_min_length or a higher --max_length"
         )
 
 
-def rare_token_boosts(captions: list[list[int]], nats: float, special_ids: Sequence[int]) -> list[list]:
+def logit_adjustments(captions: list[list[int]], nats: float, special_ids: Sequence[int]) -> list[list]:
     """What rare tokens gain where captions are generated: self-critical training takes from them, since they are seldom sampled
     (Honda et al., 2023, https://arxiv.org/abs/2212.03230).
 
@@ -417,8 +419,8 @@ def rare_token_boosts(captions: list[list[int]], nats: float, special_ids: Seque
     ]
 
 
-def captions_of_pictures(pairs: CaptionPairs) -> list[list[list[list[int]]]]:
-    """The token ids of each picture's captions, as they are and, where there are views, as its mirror image's."""
+def captions_of_images(pairs: CaptionPairs) -> list[list[list[list[int]]]]:
+    """The token ids of each image's captions, as they are and, where there are views, as its mirror image's."""
     ends = np.flatnonzero(np.diff(pairs.row_of_pair, append=-1)) + 1
     return [
         [token_ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
@@ -439,20 +441,20 @@ def train_until_due(
     stopping: StopSignal,
     pushing: CheckpointPush,
 ) -> dict:
-    """Every picture once, or those of the epoch that are left, but no further than to an evaluation inside it.
+    """Every image once, or those of the epoch that are left, but no further than to an evaluation inside it.
 
     Returns the row of the history that says how the samples did.
     """
     started = time.perf_counter()
-    as_policy(accelerator.unwrap_model(model))
+    set_sampling_mode(accelerator.unwrap_model(model))
     num_steps = math.ceil(len(loader) / args.gradient_accumulation_steps)
     loader.set_epoch(progress.epoch)
     size = args.per_device_train_batch_size * accelerator.num_processes
-    sums = torch.tensor([progress.sums.get(name, 0.0) for name in FIGURES], dtype=torch.float64)
+    sums = torch.tensor([progress.sums.get(name, 0.0) for name in METRICS], dtype=torch.float64)
     sums = sums / accelerator.num_processes
     seen = progress.epoch_steps * args.gradient_accumulation_steps * size
     silent = not accelerator.is_local_main_process
-    with EpochBar(progress.epoch + 1, args.num_train_epochs, len(loader) * size, seen, silent) as bar:
+    with EpochProgressBar(progress.epoch + 1, args.num_train_epochs, len(loader) * size, seen, silent) as bar:
         for batches in accumulation_windows(accelerator, loader, args.gradient_accumulation_steps, progress):
             sums += train_step(accelerator, model, critic, batches, optimizer, progress.epoch, args.max_grad_norm)
             scheduler.step()
@@ -492,7 +494,7 @@ def train_until_due(
 def all_sums(accelerator, sums: torch.Tensor) -> dict[str, float]:
     """The sums of all processes, by name."""
     total = accelerator.reduce(sums.to(accelerator.device)) if accelerator.num_processes > 1 else sums
-    return dict(zip(FIGURES, total.tolist(), strict=True))
+    return dict(zip(METRICS, total.tolist(), strict=True))
 
 
 def train_step(
@@ -500,13 +502,13 @@ def train_step(
 ) -> torch.Tensor:
     """One step on all `batches` of all processes. Returns the sums of this process's samples."""
     own = torch.tensor(sum(len(batch["index"]) for batch in batches), device=accelerator.device)
-    num_pictures = accelerator.reduce(own).item()
+    num_images = accelerator.reduce(own).item()
     sums = 0.0
     for position, batch in enumerate(batches, start=1):
         with nullcontext() if position == len(batches) else accelerator.no_sync(model):
             with accelerator.autocast():
                 # Several processes average their gradients, where the sum is wanted.
-                loss, figures = critic.loss(model, batch, epoch, num_pictures / accelerator.num_processes)
+                loss, figures = critic.loss(model, batch, epoch, num_images / accelerator.num_processes)
             accelerator.backward(loss)
         sums = sums + figures
     if max_grad_norm:
@@ -532,13 +534,13 @@ def validation_loss(accelerator, model, loader) -> float:
     return (nats / tokens).item()
 
 
-def training_cost(progress: Progress, num_pictures: int) -> dict:
-    """What results.json tells of the training; evaluation and the encoding of pictures are not counted in."""
+def training_cost(progress: Progress, num_images: int) -> dict:
+    """What results.json tells of the training; evaluation and the encoding of images are not counted in."""
     epochs = progress.history[-1]["epoch"]
     return {
         "epochs": epochs,
         "seconds": round(progress.train_seconds, 1),
-        "images_per_second": round(epochs * num_pictures / progress.train_seconds, 1),
+        "images_per_second": round(epochs * num_images / progress.train_seconds, 1),
     }
 
 

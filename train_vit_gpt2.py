@@ -1,6 +1,6 @@
-"""System B: train ViT + GPT-2 to caption pictures, under Seq2SeqTrainer.
+"""ViT-GPT2: train ViT + GPT-2 to caption images, under Seq2SeqTrainer.
 
-    accelerate launch train_vit_gpt2.py recipes/vit_gpt2_report.yaml --dataset data/paragraphs --output_dir outputs/vit_gpt2
+    accelerate launch train_vit_gpt2.py recipes/vit_gpt2_reference.yaml --dataset_name data/paragraphs --output_dir outputs/vit_gpt2
 
 A recipe sets the options, the command line overrides it, `--help` lists them.
 """
@@ -35,15 +35,15 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from data_scripts import load_for_training
-from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures, spread_evenly
+from data_scripts.augmentations import augment_caption
+from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset, subsample_evenly
 from data_scripts.command_line import one_line_errors
 from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from data_scripts.trim_vocabulary import trim_tokenizer
-from data_scripts.views import caption_of_view
 from metrics import CaptionScorer
 from modeling.caption_loss import caption_loss
-from modeling.captioner import caption_pictures, caption_room, save_captioner, set_decoding, start_token_ids
+from modeling.captioner import caption_images, max_caption_tokens, save_captioner, set_decoding, start_token_ids
 from modeling.processing import build_processor
 from modeling.vit_gpt2 import (
     brings_cross_attention,
@@ -55,28 +55,28 @@ from modeling.vit_gpt2 import (
 )
 from recipes import DataArguments, check_lengths, parse_recipe
 from reporting.curves import draw_curves
-from reporting.live import EpochBar, check_trackers, tell_losses
-from reporting.page import NUM_PICTURES
+from reporting.live import EpochProgressBar, check_trackers, tell_losses
+from reporting.page import NUM_IMAGES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.results import write_history
 from reporting.training_report import report_training
 from training.checkpoints import (
     IN_FLOAT32,
-    bring_best_model,
     check_finite,
     check_launch,
     check_sharding,
     check_step_size,
     checkpoint_to_resume,
+    copy_best_model,
     drop_old,
     has_bfloat16,
+    lock_output_dir,
     new_checkpoint,
-    own_output_dir,
     refuse_deepspeed,
 )
 from training.evaluation import score_captions
 from training.lora import TRAINED, add_lora, check_lora, load_trained, merged, save_trained
-from training.sharding import WholeModel
+from training.sharding import FullModel
 from training.stopping import StopSignal, follow_launcher
 from training.unfreezing import unfreeze_last_blocks
 
@@ -105,7 +105,7 @@ class ViTGPT2Arguments:
         default=True, metadata={"help": "Load `decoder`; else a GPT-2 of the sizes below is made, with random weights."}
     )
     freeze_encoder: bool = field(default=True, metadata={"help": "Train nothing of the encoder."})
-    unfrozen_encoder_blocks: int = field(
+    num_trainable_encoder_blocks: int = field(
         default=0,
         metadata={"help": "Last blocks of a frozen encoder that learn all the same, see encoder_learning_rate."},
     )
@@ -120,7 +120,7 @@ class ViTGPT2Arguments:
     trim_vocabulary: bool = field(
         default=False, metadata={"help": "Keep only the tokens, of tokenizer and decoder, that training captions use."}
     )
-    image_size: int = field(default=224, metadata={"help": "Side of the pictures a made ViT sees, in pixels."})
+    image_size: int = field(default=224, metadata={"help": "Side of the images a made ViT sees, in pixels."})
     patch_size: int = field(default=16, metadata={"help": "Side of the patches it cuts them into, in pixels."})
     hidden_size: int = field(default=768, metadata={"help": "Width of a made ViT and of a made GPT-2."})
     num_hidden_layers: int = field(default=12, metadata={"help": "Layers of either."})
@@ -132,14 +132,12 @@ class ViTGPT2Arguments:
 
 @dataclass
 class LoopArguments(Seq2SeqTrainingArguments):
-    """The training loop: transformers' own options, with system A's where it has more."""
+    """The training loop: transformers' own options, with the LSTM captioner's where it has more."""
 
     output_dir: str = field(default="outputs/vit_gpt2", metadata={"help": "Where model, results and checkpoints go."})
     num_train_epochs: float = field(default=30, metadata={"help": "Times each caption is seen."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Captions a step on each device."})
-    per_device_eval_batch_size: int = field(
-        default=64, metadata={"help": "Captions or pictures at once in evaluation."}
-    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Captions or images at once in evaluation."})
     learning_rate: float = field(default=3e-4, metadata={"help": "Of AdamW, at its highest."})
     encoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Of what learns of the encoder; the common one if not given."}
@@ -159,7 +157,9 @@ class LoopArguments(Seq2SeqTrainingArguments):
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better validation CIDEr."}
     )
-    generation_min_length: int = field(
+    max_length: int | None = field(default=None, metadata={"help": "Max length of a generated caption, in tokens."})
+    num_beams: int = field(default=1, metadata={"help": "Number of beams; 1 is greedy."})
+    min_length: int = field(
         default=0, metadata={"help": "Shortest caption generated, in tokens; the end of one comes no earlier."}
     )
     length_penalty: float = field(
@@ -181,7 +181,7 @@ class LoopArguments(Seq2SeqTrainingArguments):
         },
     )
 
-    # What the loop below relies on is no option: pictures are no argument of `forward`, epochs decide on evaluation and
+    # What the loop below relies on is no option: images are no argument of `forward`, epochs decide on evaluation and
     # checkpoints, a loss that is not a number must be seen, and it is the launcher that shares a model out.
     remove_unused_columns: bool = field(default=False, init=False)
     eval_strategy: str = field(default="no", init=False)
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     with one_line_errors():
         check_launch()
-    with one_line_errors(OSError), own_output_dir(args.output_dir):
+    with one_line_errors(OSError), lock_output_dir(args.output_dir):
         run(data_args, model_args, args)
 
 
@@ -249,14 +249,14 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         if resume_from:
             stay_stopped(args, resume_from)
         pushing = CheckpointPush(args, active=push and args.process_index == 0, token=args.hub_token)
-        dataset, training_captions = load_for_training(data_args.dataset, data_args.max_train_pictures)
-        tokenizer_name = data_args.tokenizer or (model_args.decoder if model_args.pretrained_decoder else None)
+        dataset, training_captions = load_for_training(data_args.dataset_name, data_args.max_train_samples)
+        tokenizer_name = data_args.tokenizer_name or (model_args.decoder if model_args.pretrained_decoder else None)
         tokenizer, token_ids = load_tokenizer(tokenizer_name, training_captions, model_args.vocab_size), None
         if model_args.trim_vocabulary:
             num_tokens = len(tokenizer)
-            views = range(min(data_args.augmentation_views, 2))
+            views = range(min(data_args.num_augmentations, 2))
             blank = " " if model_args.prompt else ""  # as `CaptionPairs` puts it
-            texts = [blank + caption_of_view(caption, view) for view in views for caption in training_captions]
+            texts = [blank + augment_caption(caption, view) for view in views for caption in training_captions]
             texts.append(model_args.prompt)
             tokenizer, token_ids = trim_tokenizer(tokenizer, texts)
             logger.info(f"{len(tokenizer):,} of the vocabulary's {num_tokens:,} tokens are kept.")
@@ -264,10 +264,10 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         # ---- Model --------------------------------------------------------------------------------------------------
         model, processor = build_model(model_args, tokenizer, token_ids)
     model.to(args.device)
-    num_views = data_args.augmentation_views
-    features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_views)
+    num_augmentations = data_args.num_augmentations
+    features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_augmentations)
     start_ids = start_token_ids(model)
-    room = caption_room(model)
+    room = max_caption_tokens(model)
     max_length = min(data_args.max_caption_length or room, room)
     pairs = {
         split: CaptionPairs(
@@ -275,20 +275,22 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
         )
         for split in ("train", "validation")
     }
-    longest = args.generation_max_length or math.ceil(np.percentile(pairs["train"].lengths, 99))
-    shortest = min(args.generation_min_length, room)
+    longest = args.max_length or math.ceil(np.percentile(pairs["train"].lengths, 99))
+    shortest = min(args.min_length, room)
     set_decoding(
         model,
         min(max(longest, shortest), room),
         shortest or None,
-        num_beams=args.generation_num_beams or 1,
+        num_beams=args.num_beams or 1,
         length_penalty=args.length_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )
 
-    # ---- Optimiser --------------------------------------------------------------------------------------------------
+    # ---- Optimizer --------------------------------------------------------------------------------------------------
     step_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    val_rows, val_features = spread_evenly(data_args.max_eval_pictures, dataset["validation"], *features["validation"])
+    val_rows, val_features = subsample_evenly(
+        data_args.max_eval_samples, dataset["validation"], *features["validation"]
+    )
     trainer = CaptionTrainer(
         model,
         args,
@@ -300,12 +302,12 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
             data_args.train_sampling_strategy == "group_by_length",
             args.seed,
             pairs["train"].row_of_pair,
-            data_args.group_by_picture,
-            num_views,
+            data_args.group_by_image,
+            num_augmentations,
         ),
         train_dataset=pairs["train"],
         eval_dataset=pairs["validation"].by_length(),
-        eval_pictures=Pictures(val_rows, val_features),
+        eval_images=ImageDataset(val_rows, val_features),
         eval_rows=val_rows,
         scorer=CaptionScorer(val_rows["captions"], training_captions),
         pushing=pushing,
@@ -318,14 +320,14 @@ def run(data_args: DataArguments, model_args: ViTGPT2Arguments, args: LoopArgume
     # ---- Evaluation -------------------------------------------------------------------------------------------------
     split = "test" if "test" in dataset else "validation"
     if not args.load_best_model_at_end:
-        with trainer.whole.of(trainer.model) as captioner:
+        with trainer.full.gathered(trainer.model) as captioner:
             if trainer.is_world_process_zero():
                 captioner = merged(captioner) if trainer.lora else captioner
                 save_captioner(captioner, processor, args.output_dir)
         trainer.accelerator.wait_for_everyone()
     captioner = VisionEncoderDecoderModel.from_pretrained(args.output_dir).to(args.device)
-    pictures = trainer.eval_loader(Pictures(dataset[split], *features[split]))
-    captions = caption_pictures(captioner.eval(), processor, pictures, trainer.accelerator, NUM_PICTURES)
+    images = trainer.eval_loader(ImageDataset(dataset[split], *features[split]))
+    captions = caption_images(captioner.eval(), processor, images, trainer.accelerator, NUM_IMAGES)
 
     # ---- Saving -----------------------------------------------------------------------------------------------------
     if trainer.is_world_process_zero():
@@ -386,7 +388,7 @@ def build_model(args: ViTGPT2Arguments, tokenizer, token_ids: list[int] | None =
         raise ValueError(f"--prompt has {num_start_ids - 1:,} tokens, of which the decoder reads {positions:,} at most")
     if args.lora_rank:
         add_lora(model.decoder, args.lora_rank, fresh_cross_attention=not brings_cross_attention(args.decoder))
-    unfreeze_last_blocks(model.encoder, args.unfrozen_encoder_blocks)
+    unfreeze_last_blocks(model.encoder, args.num_trainable_encoder_blocks)
     return model, build_processor(vit_image_processor(encoder), tokenizer)
 
 
@@ -400,7 +402,7 @@ class CaptionTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer, with what it gets wrong for captions put right.
 
     Its own evaluation hands the gold captions to `generate()`, drops the prompt, and keeps every logit of the split: `evaluate`
-    goes the way of `generate_captions` instead, as system A does. VisionEncoderDecoder's own loss does not divide by the tokens of
+    goes the way of `generate_captions` instead, as the LSTM captioner does. VisionEncoderDecoder's own loss does not divide by the tokens of
     all accumulated batches, and scores the whole vocabulary at once: `caption_loss` does neither.
     """
 
@@ -412,7 +414,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         processor,
         lora,
         sampler,
-        eval_pictures,
+        eval_images,
         eval_rows,
         scorer,
         pushing: CheckpointPush,
@@ -422,17 +424,17 @@ class CaptionTrainer(Seq2SeqTrainer):
             model,
             args,
             processing_class=processor,
-            data_collator=CaptionCollator(processor, share_pictures="pack"),
+            data_collator=CaptionCollator(processor, share_images="pack"),
             **kwargs,
         )
         self.processor = processor
         self.lora = lora
         self.sampler = sampler
-        self.eval_pictures = eval_pictures
+        self.eval_images = eval_images
         self.eval_rows = eval_rows
         self.scorer = scorer
         self.stopping = StopSignal()
-        self.whole = WholeModel(self.accelerator, model)
+        self.full = FullModel(self.accelerator, model)
         self.add_callback(PushCheckpoints(pushing))  # before the next, which may leave once a checkpoint is saved
         self.epoch_ends = EpochEnds(self)
         self.add_callback(self.epoch_ends)
@@ -474,10 +476,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         with one_line_errors():
             try:
                 super()._load_optimizer_and_scheduler(checkpoint)
-            except ValueError as error:  # torch's where other parts of the model learnt
+            except ValueError as error:  # torch's where other parts of the model learned
                 raise ValueError(f"{checkpoint} was made with other parts learning: give the same options") from error
         if checkpoint:
-            bring_best_model(Path(checkpoint), self.args.output_dir)
+            copy_best_model(Path(checkpoint), self.args.output_dir)
 
     def _load_rng_state(self, checkpoint: str) -> None:
         # The Trainer calls this where a resumed run is about to take its first step. Of an epoch that has begun it has by
@@ -554,7 +556,7 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Validation loss, scores of generated captions, and what they cost; the model is kept if its CIDEr is the best."""
-        with self.whole.of(self.model) as model:
+        with self.full.gathered(self.model) as model:
             model = (merged(model) if self.lora else model).eval()
             metrics = {"loss": self.validation_loss(model)} | self.score_captions(model)
             metrics = {f"eval_{name}": value for name, value in metrics.items()}
@@ -582,7 +584,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         return (nats / tokens).item()
 
     def score_captions(self, model) -> dict:
-        loader = self.eval_loader(self.eval_pictures)
+        loader = self.eval_loader(self.eval_images)
         return score_captions(self.accelerator, model, self.processor, loader, self.eval_rows, self.scorer)
 
     def eval_loader(self, items) -> DataLoader:
@@ -610,10 +612,10 @@ class EpochEnds(TrainerCallback):
         self.trainer.sampler.set_epoch(int(state.epoch))
         write_curves(args, state)
         self.started = time.perf_counter()
-        epoch, num_pictures = int(state.epoch), len(self.trainer.train_dataset)
-        seen = round((state.epoch - epoch) * num_pictures)
+        epoch, num_images = int(state.epoch), len(self.trainer.train_dataset)
+        seen = round((state.epoch - epoch) * num_images)
         silent = args.disable_tqdm or not state.is_local_process_zero
-        self.bar = EpochBar(epoch + 1, math.ceil(args.num_train_epochs), num_pictures, seen, silent)
+        self.bar = EpochProgressBar(epoch + 1, math.ceil(args.num_train_epochs), num_images, seen, silent)
 
     def on_step_end(self, args: LoopArguments, state, control, **kwargs):
         self.bar.update(
@@ -707,7 +709,7 @@ def write_curves(args: LoopArguments, state) -> None:
 
 
 def history_rows(log_history: list[dict]) -> list[dict]:
-    """What the Trainer has logged, as system A's history has it: one row for each step at which something was."""
+    """What the Trainer has logged, as the LSTM captioner's history has it: one row for each step at which something was."""
     rows = {}
     for entry in log_history:
         if "train_runtime" in entry:  # the Trainer's summary at the end
@@ -719,7 +721,7 @@ def history_rows(log_history: list[dict]) -> list[dict]:
 
 
 def training_cost(history: list[dict], num_captions: int) -> dict:
-    """What results.json tells of the training; evaluation and the encoding of pictures are not counted in."""
+    """What results.json tells of the training; evaluation and the encoding of images are not counted in."""
     epochs, seconds = history[-1]["epoch"], sum(row.get("train_seconds", 0.0) for row in history)
     return {
         "epochs": epochs,

@@ -121,7 +121,7 @@ def gpt2_products(config) -> Iterator[tuple[int, int, int, int, int]]:
     for rows, width, out in [
         (tokens, size, 3 * size),  # queries, keys and values of the words
         (tokens, size, size),
-        (tokens, size, size),  # queries for the picture
+        (tokens, size, size),  # queries for the image
         (captions * places, size, 2 * size),  # its keys and values
         (tokens, size, size),
         (tokens, size, 4 * size),
@@ -135,7 +135,7 @@ def gpt2_products(config) -> Iterator[tuple[int, int, int, int, int]]:
 
 
 def loss_inputs(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, labels and weight of system B's loss, 8 captions of 128 tokens."""
+    """Hidden states, labels and weight of ViT-GPT2's loss, 8 captions of 128 tokens."""
     torch.manual_seed(0)
     hidden = torch.randn(*SHAPE["vit_gpt2"], HIDDEN, device=device, requires_grad=True)
     weight = (0.02 * torch.randn(VOCABULARY["vit_gpt2"], HIDDEN, device=device)).requires_grad_()

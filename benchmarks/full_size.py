@@ -18,37 +18,37 @@ VOCABULARY = {"lstm": 8000, "vit_gpt2": 50257}
 BATCH_SIZE = {"lstm": 64, "vit_gpt2": 8}  # the report's
 
 
-def paragraphs(dataset: str | None, num_pictures: int) -> datasets.Dataset:
-    """A caption table of the pictures of a prepared data set, drawn at random, or of made ones: noise, and captions of made-up words
+def paragraphs(dataset: str | None, num_images: int) -> datasets.Dataset:
+    """A caption table of the images of a prepared data set, drawn at random, or of made ones: noise, and captions of made-up words
     whose lengths spread as those of the report's paragraphs (60 words on average, 5 to 95 %: 28 to 99)."""
     if dataset:
         # The report's first captions are its shorter ones.
         rows = datasets.load_from_disk(dataset)["train"].shuffle(seed=0)
-        return rows.select(range(min(num_pictures, len(rows))))
+        return rows.select(range(min(num_images, len(rows))))
     random = np.random.default_rng(0)
     syllables = [first + second for first in "bdfgklmnprst" for second in "aeiou"]
     words = ["".join(random.choice(syllables, random.integers(1, 4))) for _ in range(9000)]
     shares = 1 / np.arange(1, len(words) + 1)
-    lengths = np.clip(random.lognormal(np.log(57), 0.38, num_pictures), 5, 259).astype(int)
+    lengths = np.clip(random.lognormal(np.log(57), 0.38, num_images), 5, 259).astype(int)
     captions = [[" ".join(random.choice(words, length, p=shares / shares.sum()))] for length in lengths]
-    images = [{"bytes": noise(random), "path": None} for _ in range(num_pictures)]
-    names = [str(number) for number in range(num_pictures)]
+    images = [{"bytes": noise(random), "path": None} for _ in range(num_images)]
+    names = [str(number) for number in range(num_images)]
     return datasets.Dataset.from_dict({"image": images, "image_id": names, "captions": captions}, features=FEATURES)
 
 
 def noise(random: np.random.Generator) -> bytes:
     """A JPEG of 320 x 240 pixels; `datasets` would write a PNG, which takes 70 times as long."""
-    picture = Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    image = Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8))
     file = io.BytesIO()
-    picture.resize((320, 240), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    image.resize((320, 240), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
 def build_captioner(system: str, captions: list[str]) -> tuple:
-    """Model and processor of system A ("lstm": Inception-ResNet-v2, three layers of 1,024) or B ("vit_gpt2": ViT-base, GPT-2 small).
+    """Model and processor of the LSTM captioner ("lstm": Inception-ResNet-v2, three layers of 1,024) or B ("vit_gpt2": ViT-base, GPT-2 small).
 
     Args:
-        captions: What the tokenizer is trained on; system B scores 50,257 tokens however few it has.
+        captions: What the tokenizer is trained on; ViT-GPT2 scores 50,257 tokens however few it has.
     """
     set_seed(0)
     tokenizer = train_tokenizer(captions, VOCABULARY["lstm"])
@@ -60,7 +60,7 @@ def build_captioner(system: str, captions: list[str]) -> tuple:
     return model, build_processor(vit_image_processor(encoder), tokenizer)
 
 
-def random_states(system: str, num_pictures: int, device: str) -> torch.Tensor:
-    """What either encoder gives of so many pictures, (pictures, positions, size), as random numbers."""
+def random_states(system: str, num_images: int, device: str) -> torch.Tensor:
+    """What either encoder gives of so many images, (images, positions, size), as random numbers."""
     shape = {"lstm": (1, 1536), "vit_gpt2": (197, 768)}[system]
-    return torch.randn(num_pictures, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randn(num_images, *shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -11,7 +11,7 @@ import time
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from benchmarks import report_way
+from benchmarks import reference_way
 from benchmarks.full_size import build_captioner, paragraphs, random_states
 from benchmarks.machine import (
     benchmark_parser,
@@ -30,7 +30,7 @@ MAX_LENGTH = {"lstm": 80, "vit_gpt2": 24}  # tokens; random weights rarely end a
 def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__, runs=2)
     parser.add_argument("--system", choices=["lstm", "vit_gpt2"], nargs="+", default=["lstm", "vit_gpt2"])
-    parser.add_argument("--batch_size", type=int, default=64, help="pictures at once")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at once")
     args = parser.parse_args(argv)
     result = {"machine": describe_machine(args.device)}
     captions = [texts[0] for texts in paragraphs(None, 1000)["captions"]]
@@ -50,7 +50,7 @@ def compare(system: str, captions: list[str], args) -> dict:
 
     def report() -> float:
         start = time.perf_counter()
-        ids = report_way.generate(
+        ids = reference_way.generate(
             model, states, start_token_ids(model)[0], config.eos_token_id, config.pad_token_id, length
         )
         synchronize(args.device)

@@ -48,18 +48,18 @@ print(json.dumps({**{f"bleu_{n}": score for n, score in enumerate(bleu, 1)}, "ro
 """
 
 
-def make_captions(num_pictures: int) -> tuple[list[str], list[list[str]]]:
-    """Write a prediction and five references for each picture, in made-up words as unevenly used as real ones.
+def make_captions(num_images: int) -> tuple[list[str], list[list[str]]]:
+    """Write a prediction and five references for each image, in made-up words as unevenly used as real ones.
 
-    A picture has a dozen words of its own, from which its captions draw, so that they overlap as real ones do.
+    An image has a dozen words of its own, from which its captions draw, so that they overlap as real ones do.
     """
     generator = random.Random(0)
     syllables = [first + second for first in "bdfgklmnprst" for second in "aeiou"]
     words = ["".join(generator.choices(syllables, k=generator.randint(1, 4))) for _ in range(8000)]
     weights = [1 / rank for rank in range(1, len(words) + 1)]
-    drawn = iter(generator.choices(words, weights, k=num_pictures * 12))
+    drawn = iter(generator.choices(words, weights, k=num_images * 12))
     predictions, references = [], []
-    for _ in range(num_pictures):
+    for _ in range(num_images):
         own = [next(drawn) for _ in range(12)]
         captions = []
         for _ in range(NUM_REFERENCES + 1):
@@ -94,9 +94,9 @@ def time_program(program: str, captions_file: Path) -> tuple[float, float, dict[
     return seconds, cpu_seconds, json.loads(process.stdout.splitlines()[-1])
 
 
-def compare(num_pictures: int, num_runs: int) -> dict:
+def compare(num_images: int, num_runs: int) -> dict:
     """Time both sides in turns on the same file of captions."""
-    predictions, references = make_captions(num_pictures)
+    predictions, references = make_captions(num_images)
     with tempfile.TemporaryDirectory() as folder:
         captions_file = Path(folder) / "captions.json"
         captions_file.write_text(json.dumps({"predictions": predictions, "references": references}), encoding="utf-8")
@@ -108,8 +108,8 @@ def compare(num_pictures: int, num_runs: int) -> dict:
     our_seconds, our_cpu_seconds, (our_scores, *_) = zip(*ours, strict=True)
     their_seconds, their_cpu_seconds, (their_scores, *_) = zip(*theirs, strict=True)
     return {
-        "num_pictures": num_pictures,
-        "references_per_picture": NUM_REFERENCES,
+        "num_images": num_images,
+        "references_per_image": NUM_REFERENCES,
         "showtell_seconds": our_seconds,
         "pycocoevalcap_seconds": their_seconds,
         "showtell_cpu_seconds": our_cpu_seconds,
@@ -123,7 +123,7 @@ def compare(num_pictures: int, num_runs: int) -> dict:
 
 
 def measure_growth(sizes: list[int]) -> list[dict]:
-    """Time tokenization and all scores of ever more pictures, five references each, in this process."""
+    """Time tokenization and all scores of ever more images, five references each, in this process."""
     from metrics import CaptionScorer
 
     rows = []
@@ -134,16 +134,14 @@ def measure_growth(sizes: list[int]) -> list[dict]:
         CaptionScorer(references[:size]).score(predictions[:size])
         seconds = time.perf_counter() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # Linux counts KiB
-        rows.append({"num_pictures": size, "seconds": seconds, "peak_memory_gib": memory})
-        print(
-            f"{size} pictures: {seconds:.2f} s, {1e6 * seconds / size:.0f} us a picture, {memory:.2f} GiB", flush=True
-        )
+        rows.append({"num_images": size, "seconds": seconds, "peak_memory_gib": memory})
+        print(f"{size} images: {seconds:.2f} s, {1e6 * seconds / size:.0f} us an image, {memory:.2f} GiB", flush=True)
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__, runs=3)
-    parser.add_argument("--num_pictures", type=int, default=8000, help="pictures of the comparison")
+    parser.add_argument("--num_images", type=int, default=8000, help="images of the comparison")
     arguments = parser.parse_args(argv)
     try:
         version("pycocoevalcap")
@@ -154,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
 
     java = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr.splitlines()
     machine = describe_machine() | {"java": java[0], "pycocoevalcap": version("pycocoevalcap")}
-    result = {"machine": machine, "comparison": compare(arguments.num_pictures, arguments.runs)}
+    result = {"machine": machine, "comparison": compare(arguments.num_images, arguments.runs)}
     result["growth"] = measure_growth([12_500, 25_000, 50_000, 100_000])
     write_result(result, arguments.json)
     comparison = result["comparison"]

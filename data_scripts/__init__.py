@@ -1,12 +1,12 @@
-"""Any source of captioned pictures -> one `DatasetDict`; tokenizer training; feature cache; collator.
+"""Any source of captioned images -> one `DatasetDict`; tokenizer training; feature cache; collator.
 
 Commands:
     python -m data_scripts.paragraphs       a zip or folder of csvs and split folders, as the source report has it
     python -m data_scripts.flickr8k         Flickr8k as it is distributed
-    python -m data_scripts.karpathy         Karpathy's json for COCO, Flickr8k and Flickr30k, with a picture folder
-    python -m data_scripts.image_folder     pictures beside a metadata.csv or metadata.jsonl
+    python -m data_scripts.karpathy         Karpathy's json for COCO, Flickr8k and Flickr30k, with an image folder
+    python -m data_scripts.image_folder     images beside a metadata.csv or metadata.jsonl
     python -m data_scripts.hub              a data set on the Hub or saved on disk
-    python -m data_scripts.scenes           coloured shapes drawn here
+    python -m data_scripts.scenes           colored shapes drawn here
     python -m data_scripts.push             any of them to the Hub
     python -m data_scripts.train_tokenizer  a tokenizer for the captions of any of them
 """

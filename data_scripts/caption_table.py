@@ -1,9 +1,9 @@
-"""The caption table: what every source of captioned pictures becomes.
+"""The caption table: what every source of captioned images becomes.
 
 `write_caption_table` checks the rows of a source, leaves out what cannot be used and says so, cuts missing splits off
-the training pictures, and saves a `DatasetDict` whose rows are
+the training images, and saves a `DatasetDict` whose rows are
 
-    image: the picture's own bytes, decoded to RGB on access
+    image: the image's own bytes, decoded to RGB on access
     image_id: its name, unique in the data set
     captions: one or more sentences or paragraphs
 """
@@ -19,9 +19,9 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from tqdm import tqdm
 
+from data_scripts.atomic_folder import atomic_folder
 from data_scripts.row_checks import CheckedRow, SourceRow, check_row
 from data_scripts.splits import SPLITS, cut_missing_splits
-from data_scripts.whole_folder import whole_folder
 
 FEATURES = Features({"image": Image(mode="RGB"), "image_id": Value("string"), "captions": List(Value("string"))})
 
@@ -34,26 +34,26 @@ NAMES_SHOWN = 10
 class Summary:
     """What became of a source's rows. `str()` of it is the closing summary of every command."""
 
-    num_pictures: Counter = field(default_factory=Counter)
+    num_images: Counter = field(default_factory=Counter)
     num_captions: Counter = field(default_factory=Counter)
     skipped: dict[str, list[str]] = field(default_factory=dict)  # reason -> places
-    repeated_pictures: list[list[tuple[str, str]]] = field(default_factory=list)  # groups of (split, image_id)
+    repeated_images: list[list[tuple[str, str]]] = field(default_factory=list)  # groups of (split, image_id)
 
     def __str__(self) -> str:
         lines = [
-            f"{split}: {self.num_pictures[split]:,} pictures, {self.num_captions[split]:,} captions"
+            f"{split}: {self.num_images[split]:,} images, {self.num_captions[split]:,} captions"
             for split in SPLITS
-            if self.num_pictures[split]
+            if self.num_images[split]
         ]
         for reason, places in sorted(self.skipped.items()):
             lines += [f"skipped, {reason}: {len(places):,}", *_bounded(places)]
         across, within = [], []
-        for group in self.repeated_pictures:
+        for group in self.repeated_images:
             names = " = ".join(f"{image_id} ({split})" for split, image_id in group)
             (across if len({split for split, _ in group}) > 1 else within).append(names)
-        lines += [f"same picture in two splits: {len(across):,}", *_bounded(across)]
+        lines += [f"same image in two splits: {len(across):,}", *_bounded(across)]
         if within:
-            lines += [f"same picture twice in one split: {len(within):,}", *_bounded(within)]
+            lines += [f"same image twice in one split: {len(within):,}", *_bounded(within)]
         return "\n".join(lines)
 
 
@@ -69,12 +69,12 @@ def check_rows(rows: Sequence[SourceRow], strict: bool, summary: Summary) -> Ite
         ValueError: With `strict`, at the first row that has anything to skip.
     """
     image_ids: set[str] = set()
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(rows), unit="picture", desc="Checking") as progress:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(rows), unit="image", desc="Checking") as progress:
         for start in range(0, len(rows), ROWS_AT_ONCE):
             usable = []
             for checked in pool.map(check_row, rows[start : start + ROWS_AT_ONCE]):
                 if checked.usable and checked.row.image_id in image_ids:
-                    checked.problems.append("second picture of that name")
+                    checked.problems.append("second image of that name")
                     checked.usable = False
                 if checked.problems and strict:
                     raise ValueError(f"{printable(checked.row.place)}: {checked.problems[0]} (--strict)")
@@ -103,10 +103,10 @@ def write_caption_table(
     """Check the rows of a source and save those that can be used as a `DatasetDict` in `output_dir`, whole or not at all.
 
     Args:
-        rows: One per picture, in the order in which they are to be stored.
+        rows: One per image, in the order in which they are to be stored.
         output_dir: Must not exist yet, or be empty.
         strict: Take a row that cannot be used for an error, instead of skipping it.
-        validation_share, test_share: Of the training pictures, cut off where the source has no such split.
+        validation_share, test_share: Of the training images, cut off where the source has no such split.
         seed: Of the cut.
 
     Raises:
@@ -117,12 +117,12 @@ def write_caption_table(
     if min(shares.values()) < 0 or sum(shares.values()) >= 1:
         raise ValueError("--validation_share and --test_share must be 0 or more, and less than 1 together")
     if not rows:
-        raise ValueError("the source has no picture")
+        raise ValueError("the source has no image")
     summary = Summary()
-    with whole_folder(output_dir) as (folder, scratch):
+    with atomic_folder(output_dir) as (folder, scratch):
         written = _write_arrow(rows, scratch / "rows.arrow", strict, summary)
         if not written:
-            raise ValueError(f"no picture can be used\n{summary}")
+            raise ValueError(f"no image can be used\n{summary}")
         row_numbers = {split: [i for i, (name, *_) in enumerate(written) if name == split] for split in SPLITS}
         content_hashes = [content_hash for *_, content_hash in written]
         row_numbers = cut_missing_splits(row_numbers, content_hashes, shares, seed)
@@ -142,7 +142,7 @@ def _write_arrow(rows: Sequence[SourceRow], path: Path, strict: bool, summary: S
         for batch in check_rows(rows, strict, summary):
             values = [
                 {
-                    "image": {"bytes": checked.picture, "path": None},
+                    "image": {"bytes": checked.image, "path": None},
                     "image_id": checked.row.image_id,
                     "captions": checked.captions,
                 }
@@ -158,9 +158,9 @@ def _count(
 ) -> None:
     groups: dict[str, list[tuple[str, str]]] = {}
     for split, numbers in row_numbers.items():
-        summary.num_pictures[split] = len(numbers)
+        summary.num_images[split] = len(numbers)
         summary.num_captions[split] = sum(len(captions) for captions in dataset[split]["captions"])
         for number in numbers:
             _, image_id, content_hash = written[number]
             groups.setdefault(content_hash, []).append((split, image_id))
-    summary.repeated_pictures = [group for group in groups.values() if len(group) > 1]
+    summary.repeated_images = [group for group in groups.values() if len(group) > 1]

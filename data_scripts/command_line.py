@@ -19,7 +19,7 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
         "--validation_share",
         type=float,
         default=DEFAULT_SHARE,
-        help="part of the training pictures cut off where there is no validation split; 0 leaves it out",
+        help="part of the training images cut off where there is no validation split; 0 leaves it out",
     )
     parser.add_argument("--test_share", type=float, default=DEFAULT_SHARE, help="the same for the test split")
     parser.add_argument("--seed", type=int, default=0, help="of the cut")
@@ -56,7 +56,7 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """
     kinds = kinds or (ValueError, OSError)
     with warnings.catch_warnings():
-        # Pillow's remarks on single pictures, without the picture's name; the summary has what matters.
+        # Pillow's remarks on single images, without the image's name; the summary has what matters.
         warnings.filterwarnings("ignore", module="PIL")
         try:
             yield

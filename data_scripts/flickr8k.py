@@ -3,7 +3,7 @@
     python -m data_scripts.flickr8k Flickr8k_Dataset.zip --text Flickr8k_text.zip --output_dir data/flickr8k
 
 Each of the two may be a zip, its URL or a folder. Without `--text`, SOURCE is a folder that holds both, packed or not.
-Pictures that stand in no split list are not used; without any list all are training pictures.
+Images that stand in no split list are not used; without any list all are training images.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SPLIT_LISTS = {
 
 
 def read_captions(text_files: SourceFiles) -> dict[str, list[str]]:
-    """Return the captions of each picture by file name, from lines `name.jpg#number<tab>caption`.
+    """Return the captions of each image by file name, from lines `name.jpg#number<tab>caption`.
 
     Raises:
         ValueError: The file is missing, or a line is not of that form.
@@ -40,16 +40,16 @@ def read_captions(text_files: SourceFiles) -> dict[str, list[str]]:
         key, tab, caption = line.partition("\t")
         file_name, hash_sign, _ = key.rpartition("#")
         if not tab or not hash_sign:
-            raise ValueError(f"{name}, line {number}: not 'picture.jpg#number', a tab and a caption")
+            raise ValueError(f"{name}, line {number}: not 'image.jpg#number', a tab and a caption")
         captions.setdefault(file_name, []).append(caption)
     return captions
 
 
 def read_split_lists(text_files: SourceFiles) -> dict[str, list[str]]:
-    """Return the pictures of each split that has a list, by file name; nothing where there is no list.
+    """Return the images of each split that has a list, by file name; nothing where there is no list.
 
     Raises:
-        ValueError: There are lists, but none of training pictures.
+        ValueError: There are lists, but none of training images.
     """
     lists = {}
     for split, list_name in SPLIT_LISTS.items():
@@ -61,8 +61,8 @@ def read_split_lists(text_files: SourceFiles) -> dict[str, list[str]]:
     return lists
 
 
-def flickr8k_rows(pictures: SourceFiles, text_files: SourceFiles) -> list[SourceRow]:
-    """Return one row per picture of the split lists, or of the captions where there are no lists.
+def flickr8k_rows(images: SourceFiles, text_files: SourceFiles) -> list[SourceRow]:
+    """Return one row per image of the split lists, or of the captions where there are no lists.
 
     Raises:
         ValueError: The text files are missing, or are not what they should be.
@@ -75,7 +75,7 @@ def flickr8k_rows(pictures: SourceFiles, text_files: SourceFiles) -> list[Source
             image_id=file_name,
             captions=captions.get(file_name, []),
             place=f"{SPLIT_LISTS[split]}, {file_name}",
-            read=partial(pictures.read, pictures.find(file_name) or file_name),
+            read=partial(images.read, images.find(file_name) or file_name),
         )
         for split, file_names in lists.items()
         for file_name in file_names
@@ -83,14 +83,14 @@ def flickr8k_rows(pictures: SourceFiles, text_files: SourceFiles) -> list[Source
 
 
 def find_parts(folder: Path) -> tuple[Path, Path]:
-    """Return where in a folder the pictures and the texts lie: in the distributed zips, or unpacked in the folder."""
-    pictures, text = folder / "Flickr8k_Dataset.zip", folder / "Flickr8k_text.zip"
-    return (pictures if pictures.is_file() else folder), (text if text.is_file() else folder)
+    """Return where in a folder the images and the texts lie: in the distributed zips, or unpacked in the folder."""
+    images, text = folder / "Flickr8k_Dataset.zip", folder / "Flickr8k_text.zip"
+    return (images if images.is_file() else folder), (text if text.is_file() else folder)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="pictures: zip, http(s) address of a zip, or folder")
+    parser.add_argument("source", help="images: zip, http(s) address of a zip, or folder")
     parser.add_argument("--text", help=f"{TOKEN_FILE} and the split lists: zip, http(s) address of a zip, or folder")
     add_table_options(parser)
     add_archive_option(parser)
@@ -99,10 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.text is None and not Path(arguments.source).is_dir():
             raise ValueError(f"--text is needed, because {arguments.source} is not a folder that holds both")
         parts = (arguments.source, arguments.text) if arguments.text else find_parts(Path(arguments.source))
-        pictures, text_files = (
-            stack.enter_context(open_files(part, arguments.max_unpacked_gigabytes)) for part in parts
-        )
-        prepare(flickr8k_rows(pictures, text_files), arguments)
+        images, text_files = (stack.enter_context(open_files(part, arguments.max_unpacked_gigabytes)) for part in parts)
+        prepare(flickr8k_rows(images, text_files), arguments)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m data_scripts.hub OWNER/NAME --image_column image --caption_column caption --output_dir data/name
 
 The caption column holds a text or a list of texts; several columns may be named. Rows that share an `image_id`, where
-there is such a column, are captions of one picture.
+there is such a column, are captions of one image.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from data_scripts.archives import read_file
 from data_scripts.command_line import add_table_options, one_line_errors, prepare
 from data_scripts.row_checks import OutsideSource, SourceRow
 from data_scripts.splits import SPLIT_NAMES
-from reporting.hub import in_one_sentence
+from reporting.hub import error_summary
 
 CAPTION_COLUMNS = ("captions", "caption", "text")
 
@@ -37,19 +37,19 @@ def open_dataset(source: str, revision: str | None = None, config_name: str | No
         else:
             dataset = load_dataset(source, config_name, revision=revision)
     except Exception as error:  # datasets, Arrow and the Hub's client each have their own
-        raise ValueError(f"data set '{source}' cannot be opened: {in_one_sentence(error, source)}") from error
+        raise ValueError(f"data set '{source}' cannot be opened: {error_summary(error, source)}") from error
     return DatasetDict({"train": dataset}) if isinstance(dataset, Dataset) else dataset
 
 
 def dataset_rows(
     dataset: DatasetDict, image_column: str = "image", caption_columns: Sequence[str] | None = None, source: str = ""
 ) -> list[SourceRow]:
-    """Return one row per picture. Splits other than training, validation and test are left out.
+    """Return one row per image. Splits other than training, validation and test are left out.
 
-    Pictures that a row only names are read from the folder `source` and from the caches of downloads, nowhere else.
+    Images that a row only names are read from the folder `source` and from the caches of downloads, nowhere else.
 
     Raises:
-        ValueError: A column is missing, or the image column does not hold pictures.
+        ValueError: A column is missing, or the image column does not hold images.
     """
     caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
     own_folders = [Path(folder).resolve() for folder in (source, *caches) if folder]
@@ -62,13 +62,13 @@ def dataset_rows(
         if not isinstance(split.features.get(image_column), Image):
             kind = split.features.get(image_column, "missing")
             raise ValueError(
-                f"column '{image_column}' of split '{split_name}' holds no pictures ({kind}); there are "
+                f"column '{image_column}' of split '{split_name}' holds no images ({kind}); there are "
                 f"{split.column_names}: name one with --image_column"
             )
-        pictures = split.select_columns(image_column).cast_column(image_column, Image(decode=False))
+        images = split.select_columns(image_column).cast_column(image_column, Image(decode=False))
         for image_id, (number, captions) in _gather(split, split_name, columns).items():
             place = f"{split_name}, row {number}, {image_id}"
-            read = partial(_read_picture, pictures, number, image_column, own_folders)
+            read = partial(_read_image, images, number, image_column, own_folders)
             rows.append(SourceRow(SPLIT_NAMES[split_name], image_id, captions, place, read))
     return rows
 
@@ -85,9 +85,9 @@ def _caption_columns(split: Dataset, split_name: str, names: Sequence[str] | Non
 
 
 def _gather(split: Dataset, split_name: str, columns: Sequence[str]) -> dict[str, tuple[int, list[Any]]]:
-    """Return (number of the first row, captions) of each picture, by id."""
+    """Return (number of the first row, captions) of each image, by id."""
     has_id = "image_id" in split.column_names
-    # Without the picture column this reads texts only.
+    # Without the image column this reads texts only.
     texts = split.select_columns([*columns, "image_id"] if has_id else columns)
     gathered: dict[str, tuple[int, list[Any]]] = {}
     for number, row in enumerate(texts):
@@ -98,13 +98,13 @@ def _gather(split: Dataset, split_name: str, columns: Sequence[str]) -> dict[str
     return gathered
 
 
-def _read_picture(pictures: Dataset, number: int, column: str, own_folders: list[Path]) -> bytes:
-    picture = pictures[number][column] or {}
-    if picture.get("bytes") is not None:
-        return picture["bytes"]
-    if not picture.get("path"):
-        raise FileNotFoundError("the row has no picture")
-    path = Path(picture["path"])
+def _read_image(images: Dataset, number: int, column: str, own_folders: list[Path]) -> bytes:
+    image = images[number][column] or {}
+    if image.get("bytes") is not None:
+        return image["bytes"]
+    if not image.get("path"):
+        raise FileNotFoundError("the row has no image")
+    path = Path(image["path"])
     if not any(path.resolve().is_relative_to(folder) for folder in own_folders):
         raise OutsideSource(f"{path} is a file of this machine, not of the data set")
     return read_file(path)

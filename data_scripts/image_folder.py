@@ -1,10 +1,10 @@
-"""Prepare a folder of pictures with a `metadata.csv` or `metadata.jsonl`, as the Hub has it.
+"""Prepare a folder of images with a `metadata.csv` or `metadata.jsonl`, as the Hub has it.
 
-    python -m data_scripts.image_folder pictures/ --output_dir data/mine
+    python -m data_scripts.image_folder images/ --output_dir data/mine
 
 The metadata have `file_name`, relative to their own folder, and the caption column: `caption`, `text`, or `captions`
-(a list; jsonl only). They lie in the folder itself, whose pictures are then all training pictures, or in the folders
-`train`, `validation` and `test`. Several lines with one file name are several captions of that picture.
+(a list; jsonl only). They lie in the folder itself, whose images are then all training images, or in the folders
+`train`, `validation` and `test`. Several lines with one file name are several captions of that image.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def read_metadata(files: SourceFiles, name: str, caption_column: str | None) -> 
 
 
 def image_folder_rows(files: SourceFiles, caption_column: str | None = None) -> list[SourceRow]:
-    """Return one row per picture of the metadata. Its id is its path in the source.
+    """Return one row per image of the metadata. Its id is its path in the source.
 
     Raises:
         ValueError: The metadata are missing, or are not what they should be.
@@ -75,8 +75,8 @@ def image_folder_rows(files: SourceFiles, caption_column: str | None = None) -> 
     rows = []
     for split, metadata in find_metadata(files).items():
         folder = PurePosixPath(metadata).parent
-        pictures = gather_captions(read_metadata(files, metadata, caption_column))
-        for file_name, (captions, place) in pictures.items():
+        images = gather_captions(read_metadata(files, metadata, caption_column))
+        for file_name, (captions, place) in images.items():
             name = str(folder / file_name)
             rows.append(SourceRow(split, name, captions, place, partial(files.read, name)))
     return rows

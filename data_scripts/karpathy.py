@@ -1,4 +1,4 @@
-"""Prepare COCO, Flickr8k or Flickr30k with Karpathy's splits: his json and a picture folder.
+"""Prepare COCO, Flickr8k or Flickr30k with Karpathy's splits: his json and an image folder.
 
     python -m data_scripts.karpathy dataset_coco.json --images coco/ --output_dir data/coco
 
@@ -23,9 +23,9 @@ def karpathy_rows(entries: Any, images: SourceFiles, table_name: str, restval: s
 
     Args:
         entries: What the json file holds.
-        images: Where the pictures are; the entries' `filepath` may be missing from it.
+        images: Where the images are; the entries' `filepath` may be missing from it.
         table_name: Of the json file, for messages.
-        restval: Counts pictures of COCO's validation set in neither of Karpathy's as "train", or leaves them out: "none".
+        restval: Counts images of COCO's validation set in neither of Karpathy's as "train", or leaves them out: "none".
 
     Raises:
         ValueError: The file is not Karpathy's, or names a split that does not exist.
@@ -56,9 +56,9 @@ def karpathy_rows(entries: Any, images: SourceFiles, table_name: str, restval: s
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json")
-    parser.add_argument("--images", required=True, help="pictures: folder, zip, or http(s) address of a zip")
+    parser.add_argument("--images", required=True, help="images: folder, zip, or http(s) address of a zip")
     parser.add_argument(
-        "--restval", choices=("train", "none"), default="train", help="what COCO's 'restval' pictures count as"
+        "--restval", choices=("train", "none"), default="train", help="what COCO's 'restval' images count as"
     )
     add_table_options(parser)
     add_archive_option(parser)

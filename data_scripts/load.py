@@ -1,4 +1,4 @@
-"""Load captioned pictures by name: what the training scripts call."""
+"""Load captioned images by name: what the training scripts call."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -20,18 +20,18 @@ def load_captions(
     revision: str | None = None,
     splits: Sequence[str] = (),
 ) -> DatasetDict:
-    """Load captioned pictures: "train", and "validation" and "test" where there are any.
+    """Load captioned images: "train", and "validation" and "test" where there are any.
 
     Args:
-        source: "scenes" for the pictures drawn here; a folder that one of the commands of `data_scripts` has saved; or
+        source: "scenes" for the images drawn here; a folder that one of the commands of `data_scripts` has saved; or
             any other data set on the Hub or on disk, which is then prepared as `data_scripts.hub` does it. What is
             drawn or prepared here is kept in the cache of `datasets`.
-        image_column, caption_column: Where the pictures and captions of any other data set stand.
+        image_column, caption_column: Where the images and captions of any other data set stand.
         revision: Branch, tag or commit on the Hub.
         splits: Those that have to be there.
 
     Returns:
-        Rows of image (RGB picture), image_id, captions (list of texts).
+        Rows of image (RGB image), image_id, captions (list of texts).
 
     Raises:
         ValueError: The data set cannot be opened, or has no such columns or splits.
@@ -43,15 +43,15 @@ def load_captions(
     return dataset
 
 
-def load_for_training(source: str, max_pictures: int | None = None) -> tuple[DatasetDict, list[str]]:
+def load_for_training(source: str, max_images: int | None = None) -> tuple[DatasetDict, list[str]]:
     """What a run trains and is validated on, as `load_captions` gives it, and all training captions in one list.
 
     Args:
-        max_pictures: Of the training pictures the first so many; None keeps all.
+        max_images: Of the training images the first so many; None keeps all.
     """
     dataset = load_captions(source, splits=("train", "validation"))
-    if max_pictures:
-        dataset["train"] = dataset["train"].select(range(min(max_pictures, len(dataset["train"]))))
+    if max_images:
+        dataset["train"] = dataset["train"].select(range(min(max_images, len(dataset["train"]))))
     return dataset, [text for texts in dataset["train"]["captions"] for text in texts]
 
 

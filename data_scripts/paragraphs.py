@@ -3,7 +3,7 @@
     python -m data_scripts.paragraphs custom_captions_dataset.zip --output_dir data/paragraphs
 
 Beside `train.csv`, `val.csv` and `test.csv` (columns `filename` and `caption`; others, like an unnamed index, are
-ignored) lie the folders `train/`, `val/` and `test/` with the pictures.
+ignored) lie the folders `train/`, `val/` and `test/` with the images.
 """
 
 import argparse
@@ -35,12 +35,12 @@ def find_split_tables(files: SourceFiles) -> list[str]:
 
 
 def paragraph_rows(files: SourceFiles) -> list[SourceRow]:
-    """Return one row per picture of the csvs. Its id is the file name, with the split's folder where two have it.
+    """Return one row per image of the csvs. Its id is the file name, with the split's folder where two have it.
 
     Raises:
         ValueError: The csvs are missing, or are not what they should be.
     """
-    pictures = []
+    images = []
     for table in find_split_tables(files):
         folder = PurePosixPath(table).with_suffix("")
         lines = (
@@ -48,8 +48,8 @@ def paragraph_rows(files: SourceFiles) -> list[SourceRow]:
             for line, row in read_csv(files, table, columns=("filename", "caption"))
         )
         for file_name, (captions, place) in gather_captions(lines).items():
-            pictures.append((folder, file_name, captions, place))
-    times_named = Counter(file_name for _, file_name, _, _ in pictures)
+            images.append((folder, file_name, captions, place))
+    times_named = Counter(file_name for _, file_name, _, _ in images)
     return [
         SourceRow(
             split=SPLIT_NAMES[folder.name],
@@ -58,7 +58,7 @@ def paragraph_rows(files: SourceFiles) -> list[SourceRow]:
             place=place,
             read=partial(files.read, f"{folder}/{file_name}"),
         )
-        for folder, file_name, captions, place in pictures
+        for folder, file_name, captions, place in images
     ]
 
 

@@ -1,6 +1,6 @@
-"""Send captioned pictures to the Hub: parquet shards with the pictures in them, streamable, and a card.
+"""Send captioned images to the Hub: parquet shards with the images in them, streamable, and a card.
 
-    python -m data_scripts.push data/mine me/my-pictures --private --license cc-by-4.0
+    python -m data_scripts.push data/mine me/my-images --private --license cc-by-4.0
 
 Whatever `load_captions` loads can be pushed; what is pushed, `load_captions` and `datasets.load_dataset` load again.
 """
@@ -12,20 +12,20 @@ from huggingface_hub import DatasetCard, HfApi
 
 from data_scripts.command_line import one_line_errors
 from data_scripts.load import load_captions
-from reporting.hub import in_one_sentence, retried
+from reporting.hub import error_summary, retried
 
 # The Hub's own steps of size.
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 CARD = """
 # {name}
 
-Pictures, each with one caption or several, for image captioning; made with showtell.
+Images, each with one caption or several, for image captioning; made with showtell.
 
-| Split | Pictures | Captions | Words a caption |
+| Split | Images | Captions | Words a caption |
 |---|---:|---:|---:|
 {splits}
 
-Each row has `image` (the picture), `image_id` (its name, unique in the data set) and `captions` (a list of texts).
+Each row has `image` (the image), `image_id` (its name, unique in the data set) and `captions` (a list of texts).
 
 ## Use it
 
@@ -37,11 +37,11 @@ for row in load_dataset("{repo_id}", split="{split}", streaming=True):  # withou
     break
 ```
 
-With showtell's scripts: `accelerate launch train_lstm.py recipes/lstm_flickr8k.yaml --dataset {repo_id}`.
+With showtell's scripts: `accelerate launch train_lstm.py recipes/lstm_flickr8k.yaml --dataset_name {repo_id}`.
 
-## Licence
+## License
 
-{licence}
+{license}
 """
 
 
@@ -49,7 +49,7 @@ def push_captions(
     dataset: DatasetDict,
     repo_id: str,
     private: bool | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     revision: str | None = None,
     tag: str | None = None,
 ) -> str:
@@ -58,7 +58,7 @@ def push_captions(
     Args:
         repo_id: OWNER/NAME, made where it does not exist.
         private: Whether a new repository is a private one; as the account is set up where None.
-        licence: Of the pictures and captions, as the Hub names licences.
+        license: Of the images and captions, as the Hub names licenses.
         revision: Branch, made where it does not exist; main where None.
         tag: Name for the commit.
 
@@ -71,40 +71,40 @@ def push_captions(
     if revision:
         retried(api.create_branch)(repo_id, branch=revision, exist_ok=True, repo_type="dataset")
     retried(api.upload_file)(
-        path_or_fileobj=dataset_card(dataset, repo_id, licence).encode(),
+        path_or_fileobj=dataset_card(dataset, repo_id, license).encode(),
         path_in_repo="README.md",
         repo_id=repo_id,
         repo_type="dataset",
         revision=revision,
         commit_message="Card",
     )
-    commit = retried(dataset.push_to_hub)(repo_id, revision=revision, commit_message="Pictures and captions")
+    commit = retried(dataset.push_to_hub)(repo_id, revision=revision, commit_message="Images and captions")
     if tag:
         retried(api.create_tag)(repo_id, tag=tag, revision=commit.oid, repo_type="dataset")
     return repo_id
 
 
-def dataset_card(dataset: DatasetDict, repo_id: str, licence: str | None) -> str:
+def dataset_card(dataset: DatasetDict, repo_id: str, license: str | None) -> str:
     """The README.md of a data set: what is in it and how to load it; the Hub's metadata on top."""
-    rows, num_pictures = [], 0
+    rows, num_images = [], 0
     for split, part in dataset.items():
         texts = [text for captions in part["captions"] for text in captions]
         num_words = sum(len(text.split()) for text in texts) / len(texts)
         rows.append(f"| {split} | {len(part):,} | {len(texts):,} | {num_words:.1f} |")
-        num_pictures += len(part)
+        num_images += len(part)
     metadata = {
-        "license": licence,
+        "license": license,
         "task_categories": ["image-to-text"],
         "tags": ["image-captioning", "showtell"],
-        "size_categories": [next((name for limit, name in SIZES if num_pictures < limit), "n>10M")],
+        "size_categories": [next((name for limit, name in SIZES if num_images < limit), "n>10M")],
     }
     body = CARD.format(
         name=repo_id.split("/")[-1],
         splits="\n".join(rows),
         repo_id=repo_id,
         split=next(iter(dataset)),
-        licence=f"{licence}, as stated by who pushed it."
-        if licence
+        license=f"{license}, as stated by who pushed it."
+        if license
         else "Not stated. Ask who pushed it before you use it.",
     )
     card = DatasetCard(f"---\n---\n{body}")
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", help="caption table saved by a command of data_scripts, other data set, or scenes")
     parser.add_argument("repo_id", help="OWNER/NAME on the Hub, or NAME among your own")
     parser.add_argument("--private", action="store_true", help="make a new repository a private one")
-    parser.add_argument("--license", help="of the pictures and captions, as the Hub names it, such as cc-by-4.0")
+    parser.add_argument("--license", help="of the images and captions, as the Hub names it, such as cc-by-4.0")
     parser.add_argument("--revision", help="branch to push to, made where it does not exist; main if not given")
     parser.add_argument("--tag", help="name for the commit, such as v1")
     arguments = parser.parse_args(argv)
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
                 arguments.tag,
             )
         except Exception as error:  # the client's own are many
-            sentence = in_one_sentence(error, arguments.repo_id)
+            sentence = error_summary(error, arguments.repo_id)
             raise ValueError(f"{arguments.source} was not pushed to {arguments.repo_id}: {sentence}") from error
     print(f"{HfApi().endpoint}/datasets/{repo_id}")
 

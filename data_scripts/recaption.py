@@ -1,11 +1,11 @@
-r"""Give the training pictures of a data set the captions that a captioner writes for them, in place of their own.
+r"""Give the training images of a data set the captions that a captioner writes for them, in place of their own.
 
-    accelerate launch evaluate_captions.py --model outputs/lstm --dataset data/mine --split train \
-        --generation_num_beams 8 --num_return_sequences 8 --output_dir outputs/written
+    accelerate launch evaluate_captions.py --model_name_or_path outputs/lstm --dataset_name data/mine --split train \
+        --num_beams 8 --num_return_sequences 8 --output_dir outputs/written
     python -m data_scripts.recaption data/mine outputs/written/best_captions.jsonl --output_dir data/mine_recaptioned
 
 A captioner that goes on learning from what it, or a larger one, has written with beams writes as well without them: sequence-level
-knowledge distillation from captions.jsonl, interpolation from best_captions.jsonl, whose captions are the nearest to the picture's
+knowledge distillation from captions.jsonl, interpolation from best_captions.jsonl, whose captions are the nearest to the image's
 own (Kim and Rush 2016, https://arxiv.org/abs/1606.07947, sections 3.2 and 3.3). The other splits stay as they are.
 """
 
@@ -22,17 +22,17 @@ from reporting.results import read_captions
 
 
 def recaptioned(rows: Sequence[SourceRow], files: Sequence[str]) -> list[SourceRow]:
-    """The same rows; a training picture's captions are those that the files have for it, one each.
+    """The same rows; a training image's captions are those that the files have for it, one each.
 
     Raises:
-        ValueError: A file has none for a training picture.
+        ValueError: A file has none for a training image.
     """
     captions = [{record["image_id"]: record["caption"] for record in read_captions(file)} for file in files]
     for file, written in zip(files, captions, strict=True):
         for row in rows:
             if row.split == "train" and row.image_id not in written:
                 raise ValueError(
-                    f"{file} has no caption of the training picture {printable(row.image_id)}: caption all of them, "
+                    f"{file} has no caption of the training image {printable(row.image_id)}: caption all of them, "
                     "with evaluate_captions.py --split train"
                 )
     return [

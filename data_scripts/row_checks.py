@@ -10,11 +10,11 @@ from PIL import Image as PillowImage
 from PIL import ImageOps
 
 MAX_CAPTION_CHARACTERS = 10_000  # the longest paragraph of Stanford's set has some 1,500
-MAX_PICTURE_BYTES = 20 * 2**20  # a hundred of them, as `datasets` writes at once, fit Arrow's 2 GiB
-MAX_PIXELS = 64 * 10**6  # below this Pillow, too, sees no decompression bomb when the picture is read again
-MAX_ASPECT_RATIO = 100  # resized by its short side, a longer picture would fill the memory
+MAX_IMAGE_BYTES = 20 * 2**20  # a hundred of them, as `datasets` writes at once, fit Arrow's 2 GiB
+MAX_PIXELS = 64 * 10**6  # below this Pillow, too, sees no decompression bomb when the image is read again
+MAX_ASPECT_RATIO = 100  # resized by its short side, a longer image would fill the memory
 # The readers that need neither another program nor a network; PostScript, say, would start Ghostscript.
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa")
 
 
@@ -24,14 +24,14 @@ class OutsideSource(OSError):
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One picture of a source, not yet looked at.
+    """One image of a source, not yet looked at.
 
     Args:
         split: "train", "validation" or "test".
-        image_id: The picture's name in the source.
+        image_id: The image's name in the source.
         captions: What the source has for captions, text or not.
-        place: Where a person finds the row, for messages: file, line, picture.
-        read: Gives the picture's bytes, or raises OSError.
+        place: Where a person finds the row, for messages: file, line, image.
+        read: Gives the image's bytes, or raises OSError.
     """
 
     split: str
@@ -43,10 +43,10 @@ class SourceRow:
 
 @dataclass
 class CheckedRow:
-    """A row that has been looked at: `captions` that can be used, and why the rest, or the picture, cannot."""
+    """A row that has been looked at: `captions` that can be used, and why the rest, or the image, cannot."""
 
     row: SourceRow
-    picture: bytes = b""
+    image: bytes = b""
     content_hash: str = ""
     captions: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -70,12 +70,12 @@ def caption_problem(caption: Any) -> str | None:
     return None
 
 
-class BadPicture(ValueError):
-    """A picture that cannot be used; the message says why."""
+class BadImage(ValueError):
+    """An image that cannot be used; the message says why."""
 
 
-def decode_picture(content: bytes, least_side: int | None = None) -> PillowImage.Image:
-    """A picture as the caption table decodes it for the training: RGB, turned as its EXIF data says.
+def decode_image(content: bytes, least_side: int | None = None) -> PillowImage.Image:
+    """An image as the caption table decodes it for the training: RGB, turned as its EXIF data says.
 
     Args:
         content: Of the file.
@@ -83,37 +83,37 @@ def decode_picture(content: bytes, least_side: int | None = None) -> PillowImage
             size, which takes a fraction of the time; None decodes at its own size.
 
     Raises:
-        BadPicture: It cannot be used.
+        BadImage: It cannot be used.
     """
     if not content:
-        raise BadPicture("picture file is empty")
-    if len(content) > MAX_PICTURE_BYTES:
-        raise BadPicture(f"picture file larger than {MAX_PICTURE_BYTES // 2**20} MiB")
+        raise BadImage("image file is empty")
+    if len(content) > MAX_IMAGE_BYTES:
+        raise BadImage(f"image file larger than {MAX_IMAGE_BYTES // 2**20} MiB")
     try:
-        with PillowImage.open(io.BytesIO(content), formats=PICTURE_FORMATS) as image:
+        with PillowImage.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             width, height = image.size
             # Size and mode stand in the header: a bomb is refused before it is unpacked.
             if width * height > MAX_PIXELS:
-                raise BadPicture(f"picture of more than {MAX_PIXELS:,} pixels")
+                raise BadImage(f"image of more than {MAX_PIXELS:,} pixels")
             if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-                raise BadPicture(f"picture more than {MAX_ASPECT_RATIO} times as long as it is wide")
+                raise BadImage(f"image more than {MAX_ASPECT_RATIO} times as long as it is wide")
             if image.mode not in EIGHT_BIT_MODES:
-                raise BadPicture("picture has more than 8 bits a channel, which Pillow would clip to white")
+                raise BadImage("image has more than 8 bits a channel, which Pillow would clip to white")
             if least_side:
                 image.draft(None, (least_side, least_side))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return image if image.mode == "RGB" else image.convert("RGB")
     except PillowImage.DecompressionBombError as error:
-        raise BadPicture(f"picture of more than {MAX_PIXELS:,} pixels") from error
-    except BadPicture:
+        raise BadImage(f"image of more than {MAX_PIXELS:,} pixels") from error
+    except BadImage:
         raise
     except Exception as error:  # on broken bytes Pillow's readers raise almost anything
-        raise BadPicture("picture does not decode") from error
+        raise BadImage("image does not decode") from error
 
 
 def check_row(row: SourceRow) -> CheckedRow:
-    """Read and judge one row. Where the picture or every caption is unusable, so is the row."""
+    """Read and judge one row. Where the image or every caption is unusable, so is the row."""
     checked = CheckedRow(row)
     for caption in row.captions:
         problem = caption_problem(caption)
@@ -122,28 +122,28 @@ def check_row(row: SourceRow) -> CheckedRow:
         else:
             checked.captions.append(caption.strip())
     if not checked.captions:
-        checked.problems.append("picture without a usable caption")
+        checked.problems.append("image without a usable caption")
         return checked
     if not isinstance(row.image_id, str) or not row.image_id or not _is_storable(row.image_id):
-        checked.problems.append("picture without a name, or with a broken one")
+        checked.problems.append("image without a name, or with a broken one")
         return checked
     try:
-        checked.picture = row.read()
+        checked.image = row.read()
     except FileNotFoundError:
-        checked.problems.append("no such picture file")
+        checked.problems.append("no such image file")
         return checked
     except OutsideSource:
-        checked.problems.append("picture file outside the data set's own folder")
+        checked.problems.append("image file outside the data set's own folder")
         return checked
     except OSError:
-        checked.problems.append("picture file cannot be read")
+        checked.problems.append("image file cannot be read")
         return checked
     try:
-        decode_picture(checked.picture)
-    except BadPicture as error:
+        decode_image(checked.image)
+    except BadImage as error:
         checked.problems.append(str(error))
         return checked
-    checked.content_hash = hashlib.sha256(checked.picture).hexdigest()
+    checked.content_hash = hashlib.sha256(checked.image).hexdigest()
     checked.usable = True
     return checked
 

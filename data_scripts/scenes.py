@@ -1,8 +1,8 @@
-"""Draw scenes: one or two coloured shapes on a small canvas, with five differently worded captions each.
+"""Draw scenes: one or two colored shapes on a small canvas, with five differently worded captions each.
 
     python -m data_scripts.scenes --output_dir data/scenes
 
-A scene is a combination of size, colour and shape at a place, or of two such figures and how they lie to each other.
+A scene is a combination of size, color and shape at a place, or of two such figures and how they lie to each other.
 No combination is in two splits, so a test score says what a captioner makes of scenes it has never seen, though it has
 seen every word and every single figure.
 """
@@ -26,9 +26,9 @@ NUM_CAPTIONS = 5
 SINGLE_SHARE = 0.2  # of the scenes; the others have two figures
 OVERSAMPLING = 4  # drawn so many times larger, then averaged: smooth edges
 
-REACH = {"small": 0.12, "big": 0.22}  # of a figure from its centre, as a share of the canvas
+REACH = {"small": 0.12, "big": 0.22}  # of a figure from its center, as a share of the canvas
 SIZE_WORDS = {"small": ("small", "little"), "big": ("big", "large")}
-COLOURS = {
+COLORS = {
     "red": (214, 40, 40),
     "green": (44, 150, 60),
     "blue": (40, 80, 210),
@@ -43,7 +43,7 @@ RELATIONS = (
     "left",
     "above",
 )  # of the first figure to the second; "right" and "below" are the same scenes told otherwise
-# Where a single figure lies: centre as a share of the canvas, and the words for it.
+# Where a single figure lies: center as a share of the canvas, and the words for it.
 PLACES = {
     "middle": ((0.50, 0.50), "in the middle"),
     "left": ((0.24, 0.50), "on the left"),
@@ -92,11 +92,11 @@ RELATION_WORDS = {
 @dataclass(frozen=True)
 class Figure:
     size: str
-    colour: str
+    color: str
     shape: str
 
     def told(self, generator: random.Random) -> str:
-        return f"a {generator.choice(SIZE_WORDS[self.size])} {self.colour} {self.shape}"
+        return f"a {generator.choice(SIZE_WORDS[self.size])} {self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Scene:
 
 def all_scenes() -> tuple[list[Scene], list[Scene]]:
     """Return every scene of one figure, and every scene of two different ones, each told one way only."""
-    figures = [Figure(*values) for values in itertools.product(REACH, COLOURS, SHAPES)]
+    figures = [Figure(*values) for values in itertools.product(REACH, COLORS, SHAPES)]
     singles = [Scene((figure,), place) for figure in figures for place in PLACES]
     pairs = [Scene(pair, relation) for pair in itertools.permutations(figures, 2) for relation in RELATIONS]
     return singles, pairs
@@ -151,7 +151,7 @@ def tell_scene(scene: Scene, generator: random.Random, num_captions: int = NUM_C
 
 
 def place_figures(scene: Scene, generator: random.Random) -> list[tuple[float, float]]:
-    """Return each figure's centre (across, down) as a share of the canvas.
+    """Return each figure's center (across, down) as a share of the canvas.
 
     Two figures lie apart along their relation, and shifted by less than that across it.
     """
@@ -168,7 +168,7 @@ def place_figures(scene: Scene, generator: random.Random) -> list[tuple[float, f
     return along_and_across if scene.relation == "left" else [(across, along) for along, across in along_and_across]
 
 
-def corners(shape: str, centre: tuple[float, float], reach: float) -> list[tuple[float, float]]:
+def corners(shape: str, center: tuple[float, float], reach: float) -> list[tuple[float, float]]:
     """Return the corners of a square, triangle, star or cross."""
     # Angle in turns, clockwise from the top, and distance as a share of the reach.
     directions = {
@@ -181,8 +181,8 @@ def corners(shape: str, centre: tuple[float, float], reach: float) -> list[tuple
     }[shape]
     return [
         (
-            centre[0] + reach * distance * math.sin(2 * math.pi * turn),
-            centre[1] - reach * distance * math.cos(2 * math.pi * turn),
+            center[0] + reach * distance * math.sin(2 * math.pi * turn),
+            center[1] - reach * distance * math.cos(2 * math.pi * turn),
         )
         for turn, distance in directions
     ]
@@ -192,22 +192,22 @@ def draw_scene(scene: Scene, seed: str, image_size: int = IMAGE_SIZE) -> bytes:
     """Return the scene as a PNG of `image_size` by `image_size` pixels; the seed decides on jitter and background."""
     generator = random.Random(seed)
     canvas_size = image_size * OVERSAMPLING
-    grey = generator.randint(140, 190)  # neither white nor black figures vanish on it
-    background = tuple(grey + generator.randint(-8, 8) for _ in range(3))
+    gray = generator.randint(140, 190)  # neither white nor black figures vanish on it
+    background = tuple(gray + generator.randint(-8, 8) for _ in range(3))
     canvas = Image.new("RGB", (canvas_size, canvas_size), background)
     draw = ImageDraw.Draw(canvas)
     for figure, (across, down) in zip(scene.figures, place_figures(scene, generator), strict=True):
         reach = REACH[figure.size] * canvas_size * generator.uniform(0.9, 1.0)
-        centre = (across * canvas_size, down * canvas_size)
-        colour = tuple(max(0, min(255, value + generator.randint(-12, 12))) for value in COLOURS[figure.colour])
+        center = (across * canvas_size, down * canvas_size)
+        color = tuple(max(0, min(255, value + generator.randint(-12, 12))) for value in COLORS[figure.color])
         if figure.shape == "circle":
-            (x, y), radius = centre, 0.85 * reach  # a full circle of that reach would look larger than the rest
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+            (x, y), radius = center, 0.85 * reach  # a full circle of that reach would look larger than the rest
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
         elif figure.shape == "ring":
-            (x, y), radius = centre, 0.9 * reach
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=round(0.4 * reach))
+            (x, y), radius = center, 0.9 * reach
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=color, width=round(0.4 * reach))
         else:
-            draw.polygon(corners(figure.shape, centre, reach), fill=colour)
+            draw.polygon(corners(figure.shape, center, reach), fill=color)
     buffer = io.BytesIO()
     canvas.resize((image_size, image_size), Image.Resampling.BOX).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The three splits: their names, and cutting a missing one off the training pictures."""
+"""The three splits: their names, and cutting a missing one off the training images."""
 
 import random
 from collections.abc import Sequence
@@ -21,19 +21,19 @@ def cut_missing_splits(
     shares: dict[str, float],
     seed: int,
 ) -> dict[str, list[int]]:
-    """Cut each split that is missing off the training split, by picture.
+    """Cut each split that is missing off the training split, by image.
 
-    Rows with the same picture stay together, so that no cut puts a picture on both sides. A split that is there
+    Rows with the same image stay together, so that no cut puts an image on both sides. A split that is there
     keeps its rows; without a training split nothing is cut.
 
     Args:
         row_numbers: The rows of each split that the source has.
-        content_hashes: Of every row's picture, by row number.
-        shares: Of the training pictures, for "validation" and "test" where the source has none; 0 leaves it out.
-        seed: Which pictures are drawn depends on this and on the rows, nothing else.
+        content_hashes: Of every row's image, by row number.
+        shares: Of the training images, for "validation" and "test" where the source has none; 0 leaves it out.
+        seed: Which images are drawn depends on this and on the rows, nothing else.
 
     Raises:
-        ValueError: There are too few training pictures to cut from.
+        ValueError: There are too few training images to cut from.
     """
     result = {split: list(row_numbers[split]) for split in SPLITS if row_numbers.get(split)}
     missing = [split for split in ("validation", "test") if split not in result and shares[split] > 0]
@@ -45,7 +45,7 @@ def cut_missing_splits(
         rows_by_hash.setdefault(content_hashes[row], []).append(row)
     if len(rows_by_hash) <= len(missing):
         raise ValueError(
-            f"{len(rows_by_hash)} training pictures are too few to cut {' and '.join(missing)} off: give more, "
+            f"{len(rows_by_hash)} training images are too few to cut {' and '.join(missing)} off: give more, "
             "or leave the splits out with --validation_share 0 --test_share 0"
         )
     groups = list(rows_by_hash.values())
@@ -61,6 +61,6 @@ def cut_missing_splits(
     result["train"] = [row for row in result["train"] if row not in taken]
     for split in missing:
         if not result[split]:
-            raise ValueError(f"no training picture is left for {split}: lower --validation_share and --test_share")
+            raise ValueError(f"no training image is left for {split}: lower --validation_share and --test_share")
         result[split].sort()
     return result

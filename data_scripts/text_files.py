@@ -78,13 +78,13 @@ def parse_json(text: str, place: str) -> Any:
 
 
 def gather_captions(rows: Iterator[tuple[str, Any, str]]) -> dict[str, tuple[list[Any], str]]:
-    """Put rows of (file name, caption, place) that name the same picture together: name -> (captions, first place).
+    """Put rows of (file name, caption, place) that name the same image together: name -> (captions, first place).
 
-    The same caption for the same picture twice is one row copied, and counts once.
+    The same caption for the same image twice is one row copied, and counts once.
     """
-    pictures: dict[str, tuple[list[Any], str]] = {}
+    images: dict[str, tuple[list[Any], str]] = {}
     for file_name, caption, place in rows:
-        captions, _ = pictures.setdefault(file_name, ([], place))
+        captions, _ = images.setdefault(file_name, ([], place))
         if caption not in captions:
             captions.append(caption)
-    return pictures
+    return images

@@ -14,9 +14,9 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from data_scripts.atomic_folder import atomic_folder
 from data_scripts.command_line import one_line_errors
 from data_scripts.load import load_captions
-from data_scripts.whole_folder import whole_folder
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 MAX_CAPTION_BYTES = 2**20  # SentencePiece would leave longer captions out in silence; its own limit is 4,192
@@ -29,7 +29,7 @@ def train_tokenizer(
     """Train a SentencePiece BPE model and return it as a fast tokenizer with the same ids.
 
     It ends every caption with EOS, under truncation too, and begins none with BOS: the captioner's first slot carries
-    the picture.
+    the image.
 
     Args:
         captions: Training captions only; a validation caption would leak its words.
@@ -125,7 +125,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     for name in ("bos_token", "eos_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             raise ValueError(
-                f"--tokenizer {tokenizer.name_or_path}: it has no {name}, so that no caption can be made of its tokens; "
+                f"--tokenizer_name {tokenizer.name_or_path}: it has no {name}, so that no caption can be made of its tokens; "
                 "give another one, or add the token"
             )
 
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{arguments.source} has no training captions")
         captions = [caption for captions in dataset["train"]["captions"] for caption in captions]
         tokenizer = train_tokenizer(captions, arguments.vocab_size, arguments.max_length)
-        with whole_folder(arguments.output_dir) as (folder, _):
+        with atomic_folder(arguments.output_dir) as (folder, _):
             tokenizer.save_pretrained(folder)
         print(f"{arguments.output_dir}: {len(tokenizer):,} tokens, trained on {len(captions):,} captions")
         if len(tokenizer) < arguments.vocab_size:

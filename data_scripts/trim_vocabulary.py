@@ -15,7 +15,7 @@ def trim_tokenizer(
 ) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """Keep the tokens of `texts`, those that BPE's merges make on the way to them, the 256 bytes and all added tokens.
 
-    BPE takes, of the merges that apply, the one it learnt first. Those it takes in `texts` are all kept, and fewer compete:
+    BPE takes, of the merges that apply, the one it learned first. Those it takes in `texts` are all kept, and fewer compete:
     `texts` have the same tokens as before. Other texts have more and shorter ones, single bytes at the shortest.
 
     Returns:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from metrics import CaptionScorer
 
-# what coco-caption's README prints for its example results on 1,000 pictures of COCO val2014
+# what coco-caption's README prints for its example results on 1,000 images of COCO val2014
 PUBLISHED = {"bleu_1": 0.579, "bleu_2": 0.404, "bleu_3": 0.279, "bleu_4": 0.191, "rouge_l": 0.396, "cider": 0.600}
 
 
 def read_coco(annotations_file: Path, results_file: Path) -> tuple[list[str], list[list[str]]]:
-    """Read the captions of the pictures that have a result, and their references.
+    """Read the captions of the images that have a result, and their references.
 
     Raises:
         ValueError: A file that is missing or not in COCO's caption format, or a result without references.
@@ -27,7 +27,7 @@ def read_coco(annotations_file: Path, results_file: Path) -> tuple[list[str], li
         references.setdefault(row["image_id"], []).append(row["caption"])
     for row in results:
         if row["image_id"] not in references:
-            raise ValueError(f"{results_file}: picture {row['image_id']} has no caption in {annotations_file}")
+            raise ValueError(f"{results_file}: image {row['image_id']} has no caption in {annotations_file}")
     return [row["caption"] for row in results], [references[row["image_id"]] for row in results]
 
 

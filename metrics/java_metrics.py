@@ -23,7 +23,7 @@ else:
     from pycocoevalcap.spice.spice import Spice as Metric
 captions = json.load(open(captions_file, encoding="utf-8"))
 references = dict(enumerate(captions["references"]))
-predictions = {picture: [caption] for picture, caption in enumerate(captions["predictions"])}
+predictions = {image: [caption] for image, caption in enumerate(captions["predictions"])}
 score, _ = Metric().compute_score(references, predictions)
 print(json.dumps(float(score)))
 """
@@ -34,11 +34,11 @@ class JavaMetricError(RuntimeError):
 
 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]], time_limit: float = 600) -> float:
-    """METEOR 1.5 of one caption per picture, as coco-caption runs it (Denkowski and Lavie 2014).
+    """METEOR 1.5 of one caption per image, as coco-caption runs it (Denkowski and Lavie 2014).
 
     Args:
-        predictions: One caption per picture.
-        references: For each picture a list of at least one caption.
+        predictions: One caption per image.
+        references: For each image a list of at least one caption.
         time_limit: Seconds after which the Java program is ended.
 
     Raises:
@@ -49,7 +49,7 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]], time
 
 
 def spice(predictions: Sequence[str], references: Sequence[Sequence[str]], time_limit: float = 3600) -> float:
-    """SPICE of one caption per picture, as coco-caption runs it (Anderson et al. 2016); arguments and errors as `meteor`."""
+    """SPICE of one caption per image, as coco-caption runs it (Anderson et al. 2016); arguments and errors as `meteor`."""
     return _run("spice", predictions, references, time_limit)
 
 
@@ -91,7 +91,7 @@ def _run(name: str, predictions: Sequence[str], references: Sequence[Sequence[st
             output, errors = process.communicate(timeout=time_limit)
         except subprocess.TimeoutExpired:
             raise JavaMetricError(
-                f"{name.upper()} was not done after {time_limit:g} s and was stopped: give it longer or fewer pictures"
+                f"{name.upper()} was not done after {time_limit:g} s and was stopped: give it longer or fewer images"
             ) from None
         finally:
             if process.poll() is None:  # also when interrupted: leave no Java program behind

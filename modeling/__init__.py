@@ -1,7 +1,7 @@
 """What travels to the Hub: models, processors, generation.
 
-Importing it makes system A known to transformers' Auto classes, and `pipeline("image-captioning")` to transformers, which no
-longer reports the pooler that a saved system B lacks.
+Importing it makes the LSTM captioner known to transformers' Auto classes, and `pipeline("image-captioning")` to transformers, which no
+longer reports the pooler that a saved ViT-GPT2 lacks.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, VisionEncoderDecoderModel
@@ -13,7 +13,7 @@ from .modeling_inception_lstm import InceptionLSTMConfig, InceptionLSTMForCondit
 AutoConfig.register(InceptionLSTMConfig.model_type, InceptionLSTMConfig)
 AutoModel.register(InceptionLSTMConfig, InceptionLSTMForConditionalGeneration)
 AutoModelForImageTextToText.register(InceptionLSTMConfig, InceptionLSTMForConditionalGeneration)
-# System B is saved without the pooler that transformers gives its encoder anew whenever it is loaded.
+# ViT-GPT2 is saved without the pooler that transformers gives its encoder anew whenever it is loaded.
 VisionEncoderDecoderModel._keys_to_ignore_on_load_missing = [r"^encoder\.pooler\."]
 PIPELINE_REGISTRY.register_pipeline(
     "image-captioning", pipeline_class=ImageToTextPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 FLOAT16_TOKENS = 1024  # of up to 64 nats each
-SCORES_AT_ONCE = 2**24  # 64 MiB in float32; with fewer tokens at a time the matrix products get slow
+MAX_LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32; with fewer tokens at a time the matrix products get slow
 
 
 def tokens_at_once(num_tokens: int, vocab_size: int) -> int:
     """Tokens whose scores are held together: all chunks are of one size, since a small one costs as much as a large one."""
-    num_chunks = math.ceil(num_tokens * vocab_size / SCORES_AT_ONCE)
+    num_chunks = math.ceil(num_tokens * vocab_size / MAX_LOGITS_PER_CHUNK)
     return max(1, math.ceil(num_tokens / max(1, num_chunks)))
 
 
@@ -32,22 +32,22 @@ def caption_loss(
 ) -> torch.Tensor:
     """Cross entropy of the next token, in nats a token.
 
-    The vocabulary is scored for a few tokens at a time, only where something is to be learnt, and what remains of the scores
+    The vocabulary is scored for a few tokens at a time, only where something is to be learned, and what remains of the scores
     is their gradient (torch's `linear_cross_entropy`); loss and gradients are those of the plain way.
 
     Args:
         hidden: float (batch, length, hidden size), what the last linear layer reads.
-        labels: int64 (batch, length), -100 where nothing is to be learnt.
+        labels: int64 (batch, length), -100 where nothing is to be learned.
         weight, bias: Of the last linear layer, (vocabulary, hidden size) and (vocabulary,).
         num_items_in_batch: Divisor of the summed loss: the labels of a whole step, so that accumulated batches weigh as
             many tokens as they have; the batch's own count where None.
         label_smoothing: Share of each label spread over the vocabulary (Szegedy et al., 2016,
             https://arxiv.org/abs/1512.00567, section 7).
     """
-    learnt = labels != -100
+    learned = labels != -100
     if num_items_in_batch is None:
-        num_items_in_batch = learnt.sum()
-    hidden, labels = hidden[learnt], labels[learnt]  # (tokens, hidden size), (tokens,)
+        num_items_in_batch = learned.sum()
+    hidden, labels = hidden[learned], labels[learned]  # (tokens, hidden size), (tokens,)
     if torch.is_autocast_enabled(hidden.device.type):  # torch's op does not look
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from . import captioning_pipeline
 from .caption_loss import computes_in_bfloat16
 from .modeling_inception_lstm import STATE_NAME
-from .processing import centre_crop, load_processor
+from .processing import center_crop, load_processor
 from .vit_gpt2 import BeamCache
 
 # What config.json says of the pipeline beside it; transformers then runs that for `pipeline("image-to-text")`.
@@ -35,7 +35,7 @@ CUSTOM_PIPELINES = {
 def load_captioner(name_or_path: str) -> tuple:
     """Model (in eval) and processor from a folder or the Hub.
 
-    System A's class is known once `modeling` is imported: neither system runs code that came with the weights.
+    The LSTM captioner's class is known once `modeling` is imported: neither system runs code that came with the weights.
 
     Raises:
         ValueError: There is no captioner, or it is damaged.
@@ -53,7 +53,7 @@ def load_captioner(name_or_path: str) -> tuple:
     return model.eval(), processor
 
 
-def use_device(model: PreTrainedModel, device: str | torch.device, dtype: str = "float32") -> None:
+def move_to_device(model: PreTrainedModel, device: str | torch.device, dtype: str = "float32") -> None:
     """Move a captioner to a device, and its weights to the numbers that it is to compute in there.
 
     Args:
@@ -137,7 +137,7 @@ def start_token_ids(model: PreTrainedModel) -> list[int]:
     return list(start[0]) if isinstance(start, list) else [start]
 
 
-def caption_room(model: PreTrainedModel) -> int | None:
+def max_caption_tokens(model: PreTrainedModel) -> int | None:
     """Tokens of the longest caption, EOS included, that a decoder's positions leave room for; None where they have no end."""
     if not hasattr(model, "decoder"):
         return None
@@ -149,7 +149,7 @@ def caption_room(model: PreTrainedModel) -> int | None:
 def generate_captions(
     model: PreTrainedModel, processor, inputs: dict, inspect: bool = False, **generation
 ) -> list[dict]:
-    """Caption one batch of pictures.
+    """Caption one batch of images.
 
     Args:
         model: A captioner in eval; its generation config holds the decoding settings.
@@ -159,7 +159,7 @@ def generate_captions(
         generation: What `generate()` takes, over the generation config.
 
     Returns:
-        For each picture {"caption": text, "ended": whether EOS ended it before the longest length did}, where
+        For each image {"caption": text, "ended": whether EOS ended it before the longest length did}, where
         `num_return_sequences` is more than 1 "others", the texts of the rest, and what `inspect_captions` tells of the first
         where that is wanted.
     """
@@ -176,7 +176,7 @@ def generate_captions(
     texts = [text.strip() for text in processor.batch_decode(words, skip_special_tokens=True)]
     returned = generation.get("num_return_sequences") or model.generation_config.num_return_sequences or 1
     captions = []
-    for first in range(0, len(texts), returned):  # a picture's captions follow each other
+    for first in range(0, len(texts), returned):  # an image's captions follow each other
         others = {"others": texts[first + 1 : first + returned]} if returned > 1 else {}
         captions.append({"caption": texts[first], "ended": ended[first], **others})
     if inspect:
@@ -196,13 +196,13 @@ def inspect_captions(model: PreTrainedModel, processor, inputs: dict, sequences:
         sequences: int64 (batch, start tokens and caption), as `generate()` gave them.
 
     Returns:
-        For each picture {"tokens", "centre_crop"}. A token is {"text", "probability"}: the model's own, before any rule of
+        For each image {"tokens", "center_crop"}. A token is {"text", "probability"}: the model's own, before any rule of
         decoding; where the model attends to a grid also "attention": rows of the grid, all together at most 1. Tokens that
-        are no whole character by themselves stand together. "centre_crop" is where the grid lies, see `centre_crop`.
+        are no whole character by themselves stand together. "center_crop" is where the grid lies, see `center_crop`.
     """
     states = (inputs.get("encoder_outputs") or model.get_encoder()(inputs["pixel_values"]))[0].to(model.dtype)
     first = len(start_token_ids(model))
-    decoder = getattr(model, "decoder", None)  # system A has none, and tells its weights in any case
+    decoder = getattr(model, "decoder", None)  # the LSTM captioner has none, and tells its weights in any case
     implementation = decoder and decoder.config._attn_implementation
     if decoder:
         decoder.set_attn_implementation("eager")  # the fused kernels keep the weights to themselves
@@ -226,7 +226,7 @@ def inspect_captions(model: PreTrainedModel, processor, inputs: dict, sequences:
             if grids is not None:
                 token["attention"] = grids[places].mean(0).tolist()
             tokens.append(token)
-        captions.append({"tokens": tokens, "centre_crop": centre_crop(processor.image_processor)})
+        captions.append({"tokens": tokens, "center_crop": center_crop(processor.image_processor)})
     if decoder:
         decoder.set_attn_implementation(implementation)
     return captions
@@ -268,9 +268,9 @@ def token_texts(tokenizer, token_ids: list[int]) -> list[tuple[str, list[int]]]:
 
 
 def stream_caption(model: PreTrainedModel, processor, inputs: dict, **generation) -> Iterator[str]:
-    """Caption one picture, giving the caption so far again at each new word; beams, which change their mind, once at the end.
+    """Caption one image, giving the caption so far again at each new word; beams, which change their mind, once at the end.
 
-    Args as in `generate_captions`, with one picture.
+    Args as in `generate_captions`, with one image.
     """
     if (generation.get("num_beams") or model.generation_config.num_beams or 1) > 1:
         yield generate_captions(model, processor, inputs, **generation)[0]["caption"]
@@ -286,24 +286,24 @@ def stream_caption(model: PreTrainedModel, processor, inputs: dict, **generation
         generated.result()  # raises what generate() raised
 
 
-def caption_pictures(
+def caption_images(
     model: PreTrainedModel, processor, loader: DataLoader, accelerator: Accelerator, num_inspected: int = 0
 ) -> list[dict]:
-    """Caption every picture of a prepared loader, under any number of processes.
+    """Caption every image of a prepared loader, under any number of processes.
 
     Args:
         model: A captioner in eval, not wrapped.
         loader: Batches with `index` and what `generate_captions` takes.
         accelerator: The run's; gathers what each process has written.
-        num_inspected: So many of the first pictures, rounded up to whole batches, get what `inspect_captions` tells.
+        num_inspected: So many of the first images, rounded up to whole batches, get what `inspect_captions` tells.
 
     Returns:
-        On every process the same list, in the order of `index`, each picture once.
+        On every process the same list, in the order of `index`, each image once.
     """
     captions = {}
     for batch in tqdm(loader, desc="captioning", leave=False, disable=not accelerator.is_local_main_process):
         inputs = {name: batch[name] for name in ("pixel_values", "encoder_outputs") if name in batch}
         made = generate_captions(model, processor, inputs, inspect=min(batch["index"]) < num_inspected)
         captions.update(zip(batch["index"].tolist(), made, strict=True))
-    captions = dict(gather_object(list(captions.items())))  # a picture dealt to two processes counts once
+    captions = dict(gather_object(list(captions.items())))  # an image dealt to two processes counts once
     return [captions[index] for index in sorted(captions)]

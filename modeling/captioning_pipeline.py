@@ -1,13 +1,13 @@
-"""The pipeline from pictures to captions, which transformers 5 has no more, for both systems and for old ViT-GPT2 checkpoints.
+"""The pipeline from images to captions, which transformers 5 has no more, for both captioners and for old ViT-GPT2 checkpoints.
 
-    pipeline("image-to-text", model="OWNER/NAME", trust_remote_code=True)("picture.jpg")
+    pipeline("image-to-text", model="OWNER/NAME", trust_remote_code=True)("image.jpg")
 
 This file travels with every saved model, whose config.json names it, so that the line above runs where `modeling` is not. A
 checkpoint without it goes by a name of ours, known once `modeling` is imported, since transformers takes "image-to-text" of such
 for "image-text-to-text":
 
     import modeling
-    pipeline("image-captioning", model="nlpconnect/vit-gpt2-image-captioning")("picture.jpg")
+    pipeline("image-captioning", model="nlpconnect/vit-gpt2-image-captioning")("image.jpg")
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from transformers.image_utils import load_image
 
 
 class ImageToTextPipeline(Pipeline):
-    """Pictures (PIL, file names, addresses; one or a list) to [{"generated_text": caption}] each.
+    """Images (PIL, file names, addresses; one or a list) to [{"generated_text": caption}] each.
 
     Options of `generate()` are given with the call or once for all: `captioner("a.jpg", num_beams=4)`; `batch_size` is every
     pipeline's.
@@ -32,17 +32,17 @@ class ImageToTextPipeline(Pipeline):
         return {"timeout": timeout}, generation, {}
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict:
-        picture = load_image(image, timeout=timeout)  # upright, RGB
-        pixels = self.image_processor(images=picture, return_tensors="pt")["pixel_values"]
+        loaded = load_image(image, timeout=timeout)  # upright, RGB
+        pixels = self.image_processor(images=loaded, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels.to(self.dtype)}  # (1, 3, height, width)
 
     def _forward(self, inputs: dict, **generation: Any) -> dict:
         start = self.model.generation_config.decoder_start_token_id
         num_start = len(start[0]) if isinstance(start, list) else 1  # a prompt stands behind the start token
         sequences = self.model.generate(**inputs, **generation)  # (batch x returned, start and caption)
-        num_pictures = len(inputs["pixel_values"])
-        # (batch, returned, caption): one row a picture, as the pipeline takes batches apart
-        return {"words": sequences[:, num_start:].reshape(num_pictures, -1, sequences.shape[1] - num_start)}
+        num_images = len(inputs["pixel_values"])
+        # (batch, returned, caption): one row an image, as the pipeline takes batches apart
+        return {"words": sequences[:, num_start:].reshape(num_images, -1, sequences.shape[1] - num_start)}
 
     def postprocess(self, outputs: dict) -> list[dict[str, str]]:
         texts = self.tokenizer.batch_decode(outputs["words"].flatten(0, -2), skip_special_tokens=True)

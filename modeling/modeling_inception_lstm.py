@@ -1,7 +1,7 @@
-"""System A: a frozen timm encoder, one trained projection of its last layer, and an LSTM that writes the caption.
+"""The LSTM captioner: a frozen timm encoder, one trained projection of its last layer, and an LSTM that writes the caption.
 
 Show and Tell (Vinyals et al., 2015, https://arxiv.org/abs/1411.4555, section 3.1) with Inception-ResNet-v2 as encoder: the
-picture's embedding is the first input of the LSTM, in the slot of the start token, and the words follow.
+image's embedding is the first input of the LSTM, in the slot of the start token, and the words follow.
 
 Config, encoder, state and model share this file because the file itself travels to the Hub with every saved model, and the
 loss's with it.
@@ -29,7 +29,7 @@ class InceptionLSTMConfig(PreTrainedConfig):
         encoder_name: timm architecture. Never a path or a repository: weights are loaded after construction.
         freeze_encoder: Whether the encoder below the trained projection stays as it is, BatchNorm statistics included.
         vocab_size: Tokens of the tokenizer, special ones included.
-        image_embed_dim: Length of the picture's embedding, and so of each token's, which take turns as LSTM input.
+        image_embed_dim: Length of the image's embedding, and so of each token's, which take turns as LSTM input.
         hidden_size: Width of each LSTM layer.
         num_hidden_layers: LSTM layers.
         dropout: Share of the LSTM's inputs, of the values between its layers and of its outputs zeroed in training.
@@ -79,7 +79,7 @@ class TimmEncoder(nn.Module):
 
     Args:
         architecture: timm's name.
-        grid: Whether to give one state for each place of the picture, in place of their one summary.
+        grid: Whether to give one state for each place of the image, in place of their one summary.
     """
 
     main_input_name = "pixel_values"
@@ -88,7 +88,7 @@ class TimmEncoder(nn.Module):
         super().__init__()
         self.grid = grid
         self.backbone = self.create_backbone(architecture, pretrained=False)
-        # timm has initialised its layers its own way; transformers' `post_init` would do it again, and otherwise.
+        # timm has initialized its layers its own way; transformers' `post_init` would do it again, and otherwise.
         for module in self.modules():
             module._is_hf_initialized = True
 
@@ -139,14 +139,14 @@ class LSTMState:
         return self.num_tokens
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keep the states of the beams that go on, in their new order. All beams of a picture look at the same grid."""
+        """Keep the states of the beams that go on, in their new order. All beams of an image look at the same grid."""
         beam_idx = beam_idx.to(self.hidden.device)
         self.hidden = self.hidden.index_select(1, beam_idx)
         self.cell = self.cell.index_select(1, beam_idx)
 
 
 class GridAttention(nn.Module):
-    """What the LSTM's output at each word sees of the picture.
+    """What the LSTM's output at each word sees of the image.
 
     Attention after the recurrence (Luong et al., 2015, https://arxiv.org/abs/1508.04025, section 3.1, "general" score): the
     state of the LSTM does not depend on it, so that all words of a caption are computed at once. It has heads, as in Vaswani
@@ -162,9 +162,9 @@ class GridAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def grid(self, states: torch.Tensor, image_index: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of every place, each (batch, positions, hidden), from states (pictures, positions, encoder size)."""
-        # Where several captions share a picture, they miss the same of it.
-        keys, values = self.dropout(self.key(states)), self.dropout(self.value(states))  # (pictures, positions, hidden)
+        """Keys and values of every place, each (batch, positions, hidden), from states (images, positions, encoder size)."""
+        # Where several captions share an image, they miss the same of it.
+        keys, values = self.dropout(self.key(states)), self.dropout(self.value(states))  # (images, positions, hidden)
         if image_index is not None:
             keys, values = keys[image_index], values[image_index]  # (batch, positions, hidden)
         return keys, values
@@ -187,7 +187,7 @@ class GridAttention(nn.Module):
 
 
 class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Picture in, caption out; trained with teacher forcing.
+    """Image in, caption out; trained with teacher forcing.
 
     `__init__` builds random weights and never downloads; `load_pretrained_encoder` brings a trained encoder in.
     """
@@ -278,14 +278,14 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Score each next token of the captions, and their loss where `labels` are given.
 
         Args:
-            pixel_values: float (batch, 3, height, width), normalised as the processor does it.
-            decoder_input_ids: int64 (batch, length). The first is the start token, whose slot the picture takes; made from
+            pixel_values: float (batch, 3, height, width), normalized as the processor does it.
+            decoder_input_ids: int64 (batch, length). The first is the start token, whose slot the image takes; made from
                 `labels` where absent. With `cache`, only the tokens not yet read.
             encoder_outputs: In place of `pixel_values`, what the encoder gave: (batch, positions, encoder size); one position
                 without attention.
             cache: State of the LSTM after the tokens read before.
             labels: int64 (batch, length), caption and EOS, -100 where a caption has ended.
-            image_index: int64 (batch,). Which of the pictures each caption is about, where several captions share one; in their
+            image_index: int64 (batch,). Which of the images each caption is about, where several captions share one; in their
                 order where absent.
             use_cache: Whether to give the state back; False where `labels` are given.
             num_items_in_batch, label_smoothing: See `caption_loss`.
@@ -331,19 +331,19 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def show(self, states: torch.Tensor, inputs: torch.Tensor, image_index: torch.Tensor | None = None) -> tuple:
-        """Put the picture, states (pictures, positions, encoder size), into the start token's slot of the LSTM's inputs.
+        """Put the image, states (images, positions, encoder size), into the start token's slot of the LSTM's inputs.
 
         Returns:
             inputs: (batch, length, image embedding)
             grid: What attention looks at; None without it.
         """
-        image = self.image_projection(states.mean(1))  # (pictures, image embedding)
+        image = self.image_projection(states.mean(1))  # (images, image embedding)
         image = image if image_index is None else image[image_index]  # (batch, image embedding)
         inputs = torch.cat([image.unsqueeze(1), inputs[:, 1:]], dim=1)  # (batch, length, image embedding)
         return inputs, self.attention.grid(states, image_index) if self.attention else None
 
     def read(self, inputs: torch.Tensor, grid: tuple | None, memory: tuple[torch.Tensor, ...] | None = None) -> tuple:
-        """Read the picture and words, inputs (batch, length, image embedding).
+        """Read the image and words, inputs (batch, length, image embedding).
 
         Args:
             grid: What attention looks at; None without it.

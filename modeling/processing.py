@@ -14,12 +14,12 @@ from transformers.image_utils import PILImageResampling
 
 
 def timm_image_processor(backbone, image_size: int | None = None, center_crop: bool = True) -> CLIPImageProcessor:
-    """The pictures a timm model was trained on, as an image processor that saves: resize, centre crop, normalise.
+    """The images a timm model was trained on, as an image processor that saves: resize, center crop, normalize.
 
     Args:
         backbone: A timm model; its own data configuration is read.
         image_size: Side of the square given to the model, in pixels; the model's own where None.
-        center_crop: Whether the model sees a picture's middle, as it was trained to; else all of it, squeezed into the square.
+        center_crop: Whether the model sees an image's middle, as it was trained to; else all of it, squeezed into the square.
     """
     data = timm.data.resolve_model_data_config(backbone)
     crop_size = image_size or data["input_size"][-1]
@@ -34,8 +34,8 @@ def timm_image_processor(backbone, image_size: int | None = None, center_crop: b
     )
 
 
-def centre_crop(image_processor) -> float | None:
-    """Side of the square in a picture's middle that a model sees, in shares of its short side; None where it sees all of it."""
+def center_crop(image_processor) -> float | None:
+    """Side of the square in an image's middle that a model sees, in shares of its short side; None where it sees all of it."""
     short_side = (image_processor.size or {}).get("shortest_edge")
     if not getattr(image_processor, "do_center_crop", False) or not short_side:
         return None
@@ -43,7 +43,7 @@ def centre_crop(image_processor) -> float | None:
 
 
 def resized_side(image_processor) -> int:
-    """To how many pixels pictures are resized: their short side, or the longer of two that are given."""
+    """To how many pixels images are resized: their short side, or the longer of two that are given."""
     return max(dict(image_processor.size).values())
 
 

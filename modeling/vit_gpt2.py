@@ -1,4 +1,4 @@
-"""System B: a Vision Transformer reads the picture, GPT-2 writes the caption and attends to it at every word.
+"""ViT-GPT2: a Vision Transformer reads the image, GPT-2 writes the caption and attends to it at every word.
 
 The model is transformers' own `VisionEncoderDecoderModel`, not a subclass: it loads everywhere without remote code.
 """
@@ -37,11 +37,11 @@ def build_vit_gpt2(
     dropout: float | None = None,
     token_ids: Sequence[int] | None = None,
 ) -> VisionEncoderDecoderModel:
-    """Put a picture encoder and a language model together.
+    """Put an image encoder and a language model together.
 
     Args:
         encoder: Of the ViT kind. A Hub id or local folder brings its trained weights, a config random ones; of a model with
-            two towers, such as CLIP, the one for pictures is taken.
+            two towers, such as CLIP, the one for images is taken.
         decoder: Of the GPT-2 kind, likewise; of a captioner that `train_vit_gpt2.py` has saved, the decoder is taken. Cross
             attention is added and fresh; a decoder that brings trained cross attention keeps it.
         tokenizer: The decoder's; BOS starts a caption, EOS ends it.
@@ -58,7 +58,7 @@ def build_vit_gpt2(
     if num_tokens > decoder_model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {num_tokens:,} tokens, the decoder {decoder_model.config.vocab_size:,}: "
-            "give --tokenizer the one the decoder was trained with"
+            "give --tokenizer_name the one the decoder was trained with"
         )
     if token_ids:
         _keep_tokens(decoder_model, token_ids)
@@ -112,7 +112,7 @@ def brings_cross_attention(decoder: str) -> bool:
 
 
 def vit_image_processor(encoder: str | ViTConfig):
-    """What a trained encoder was trained on; for a config, pictures squeezed to its size and scaled to -1 .. 1."""
+    """What a trained encoder was trained on; for a config, images squeezed to its size and scaled to -1 .. 1."""
     if isinstance(encoder, str):
         return AutoImageProcessor.from_pretrained(encoder)
     return ViTImageProcessor(size={"height": encoder.image_size, "width": encoder.image_size})
@@ -139,9 +139,9 @@ def hidden_states_as_logits(decoder: PreTrainedModel) -> Iterator[nn.Linear]:
 
 
 class BeamCache(EncoderDecoderCache):
-    """Keys and values in which beams change places for the words alone: all beams of a picture attend to the same states.
+    """Keys and values in which beams change places for the words alone: all beams of an image attend to the same states.
 
-    transformers' own copies those of the picture too at every word, which takes longer than all the rest.
+    transformers' own copies those of the image too at every word, which takes longer than all the rest.
     """
 
     def __init__(self):

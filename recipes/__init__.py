@@ -10,28 +10,26 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from data_scripts.views import NUM_VIEWS
+from data_scripts.augmentations import MAX_AUGMENTATIONS
 
 # What no run can do with less, in any script.
 LOWEST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("eval_epochs", "save_epochs", "save_steps", "save_total_limit", "early_stopping_patience"), 1),
-    **dict.fromkeys(("generation_max_length", "generation_num_beams", "num_return_sequences", "max_caption_length"), 1),
-    **dict.fromkeys(("max_train_pictures", "max_eval_pictures", "image_size", "patch_size", "image_embed_dim"), 1),
+    **dict.fromkeys(("max_length", "num_beams", "num_return_sequences", "max_caption_length"), 1),
+    **dict.fromkeys(("max_train_samples", "max_eval_samples", "image_size", "patch_size", "image_embed_dim"), 1),
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), 1),
-    "augmentation_views": 1,
-    "unfrozen_encoder_blocks": 0,
+    "num_augmentations": 1,
+    "num_trainable_encoder_blocks": 0,
     **dict.fromkeys(("learning_rate", "encoder_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
-    **dict.fromkeys(("generation_min_length", "no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
-    **dict.fromkeys(
-        ("sample_no_repeat_ngram_size", "sample_min_length", "bleu_weight", "rouge_weight", "kl_weight"), 0
-    ),
-    "rare_token_boost": 0,
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("sample_no_repeat_ngram_size", "sample_min_length", "bleu_weight", "rouge_weight", "kl_coef"), 0),
+    "logit_adjustment_tau": 0,
     **dict.fromkeys(("eval_steps", "num_samples", "batch_size", "num_beams", "max_length"), 1),
     **dict.fromkeys(("num_workers", "min_length"), 0),
     "vocab_size": 8,  # the four special tokens, and something to say
 }
-SHARES = ("dropout", "attention_dropout", "label_smoothing_factor", "cross_entropy_share", "start_share", "ema_decay")
+SHARES = ("dropout", "attention_dropout", "label_smoothing_factor", "xe_weight", "init_weight_share", "ema_decay")
 CHOICES = {
     "lr_scheduler_type": ("constant", "constant_with_warmup", "cosine", "linear", "polynomial", "inverse_sqrt"),
     "mixed_precision": ("no", "bf16", "fp16"),
@@ -39,70 +37,71 @@ CHOICES = {
 
 
 @dataclass
-class PictureArguments:
-    """The captioned pictures of a run; the same for every script."""
+class ImageArguments:
+    """The captioned images of a run; the same for every script."""
 
-    dataset: str = field(
+    dataset_name: str = field(
         default="scenes",
         metadata={
             "help": "Folder made by a data_scripts command, data set on the Hub, or `scenes`, drawn on the spot."
         },
     )
-    max_train_pictures: int | None = field(default=None, metadata={"help": "Train on the first so many pictures."})
-    max_eval_pictures: int | None = field(
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images."})
+    max_eval_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Generate for so many validation pictures at each evaluation, always the same; all if not given."
+            "help": "Generate for so many validation images at each evaluation, always the same; all if not given."
         },
     )
     max_caption_length: int | None = field(
         default=None,
         metadata={"help": "Cut training captions to so many tokens, EOS included; none is cut if not given."},
     )
-    augmentation_views: int = field(
+    num_augmentations: int = field(
         default=1,
         metadata={
-            "help": "Views of each training picture that take turns: 2 adds its mirror image, with left and right swapped in "
+            "help": "Views of each training image that take turns: 2 adds its mirror image, with left and right swapped in "
             "its captions, more (up to 10) large parts of both."
         },
     )
     cache_features: bool = field(
-        default=True, metadata={"help": "Keep what a frozen encoder says of each picture on disk, in float16."}
+        default=True, metadata={"help": "Keep what a frozen encoder says of each image on disk, in float16."}
     )
     int8_features: bool = field(
         default=False, metadata={"help": "Keep it in 8 bits a number: half the disk, and not quite the same."}
     )
     compile_encoder: bool = field(
         default=False,
-        metadata={"help": "Compile the encoder before it sees the pictures: minutes, for a few per cent on a CPU."},
+        metadata={"help": "Compile the encoder before it sees the images: minutes, for a few per cent on a CPU."},
     )
-    show_pictures: bool | None = field(
+    publish_images: bool | None = field(
         default=None,
-        metadata={"help": "Put test pictures on the card and push the page of them; if not given, only drawn scenes."},
+        metadata={"help": "Put test images on the card and push the page of them; if not given, only drawn scenes."},
     )
     dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that decode pictures; 0 decodes in the training process."}
+        default=0, metadata={"help": "Processes that decode images; 0 decodes in the training process."}
     )
 
     def __post_init__(self):
         if self.compile_encoder and not self.cache_features:
             raise ValueError("--compile_encoder true is for what --cache_features true keeps: give one of them up")
-        if self.show_pictures is None:
-            self.show_pictures = self.dataset == "scenes"  # drawn here, so nobody else's
+        if self.publish_images is None:
+            self.publish_images = self.dataset_name == "scenes"  # drawn here, so nobody else's
 
 
 @dataclass
-class DataArguments(PictureArguments):
+class DataArguments(ImageArguments):
     """The same, where a new captioner learns the captions."""
 
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a tokenizer; system A trains its own where none is given."}
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a tokenizer; the LSTM captioner trains its own where none is given."},
     )
     train_sampling_strategy: Literal["group_by_length", "random"] = field(
         default="group_by_length", metadata={"help": "Which captions share a batch: those of like length, or any."}
     )
-    group_by_picture: bool = field(
-        default=False, metadata={"help": "Put the captions of a picture into one batch, which reads the picture once."}
+    group_by_image: bool = field(
+        default=False, metadata={"help": "Put the captions of an image into one batch, which reads the image once."}
     )
 
 
@@ -113,9 +112,7 @@ class LoopArguments:
     output_dir: str = field(default="outputs/run", metadata={"help": "Where model, results and checkpoints go."})
     num_train_epochs: int = field(default=300, metadata={"help": "Times each caption is seen."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Captions a step on each device."})
-    per_device_eval_batch_size: int = field(
-        default=64, metadata={"help": "Captions or pictures at once in evaluation."}
-    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Captions or images at once in evaluation."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches whose gradients make one step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW, at its highest."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
@@ -142,14 +139,14 @@ class LoopArguments:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "Stop after so many evaluations without a better validation CIDEr."}
     )
-    generation_max_length: int | None = field(
+    max_length: int | None = field(
         default=None,
         metadata={"help": "Longest caption generated, in tokens; the training captions' 99th percentile if not given."},
     )
-    generation_min_length: int = field(
+    min_length: int = field(
         default=0, metadata={"help": "Shortest caption generated, in tokens; the end of one comes no earlier."}
     )
-    generation_num_beams: int = field(default=1, metadata={"help": "Beams; 1 is greedy."})
+    num_beams: int = field(default=1, metadata={"help": "Beams; 1 is greedy."})
     length_penalty: float = field(
         default=1.0, metadata={"help": "Of beams: the power of its length that a caption's score is divided by."}
     )
@@ -219,11 +216,9 @@ def check_lengths(args) -> None:
     Raises:
         ValueError: It may not.
     """
-    longest = args.generation_max_length
-    if longest and (args.generation_min_length or 0) > longest:
-        raise ValueError(
-            f"--generation_min_length {args.generation_min_length}: it must not be more than --generation_max_length {longest}"
-        )
+    longest = args.max_length
+    if longest and (args.min_length or 0) > longest:
+        raise ValueError(f"--min_length {args.min_length}: it must not be more than --max_length {longest}")
 
 
 def value_problem(name: str, value: Any) -> str | None:
@@ -244,8 +239,8 @@ def value_problem(name: str, value: Any) -> str | None:
         return f"it must be less than {2**32}"
     if name == "top_p" and not 0 < value <= 1:
         return "it must be more than 0, and 1 at most"
-    if name == "augmentation_views" and value > NUM_VIEWS:
-        return f"there are {NUM_VIEWS} views at most"
+    if name == "num_augmentations" and value > MAX_AUGMENTATIONS:
+        return f"there are {MAX_AUGMENTATIONS} views at most"
     if name in SHARES and not 0 <= value < 1:
         return "it must be 0 or more, and less than 1"
     return None

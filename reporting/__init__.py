@@ -1,1 +1,1 @@
-"""What people look at after a run: results, the page of captioned pictures, the model card, curves."""
+"""What people look at after a run: results, the page of captioned images, the model card, curves."""

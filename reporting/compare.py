@@ -11,18 +11,18 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from reporting.curves import COLOURS, draw_line, finish_axis, new_figure, points, save_figure, time_key
+from reporting.curves import COLORS, draw_line, finish_axis, new_figure, points, save_figure, time_key
 from reporting.results import METRIC_TITLES, read_history, read_results
 
 Runs = dict[str, dict]  # folder -> its results
 
 
 def comparison_table(runs: Runs) -> str:
-    """A Markdown table, a run a line: the six scores, CIDEr's interval, the blind CIDEr, the training time.
+    """A Markdown table, a run a line: the six scores, CIDEr's interval, the shuffled CIDEr, the training time.
 
-    A sentence follows it where the runs were not scored on the same pictures.
+    A sentence follows it where the runs were not scored on the same images.
     """
-    titles = ["Run", *METRIC_TITLES.values(), "95 % interval", "Blind CIDEr", "Epochs", "Seconds"]
+    titles = ["Run", *METRIC_TITLES.values(), "95 % interval", "Shuffled CIDEr", "Epochs", "Seconds"]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
     for name, results in runs.items():
         interval = (results.get("intervals") or {}).get("cider")
@@ -31,7 +31,7 @@ def comparison_table(runs: Runs) -> str:
             name.replace("|", "\\|"),
             *(_number(results["metrics"].get(metric)) for metric in METRIC_TITLES),
             f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "—",
-            _number((results.get("blind") or {}).get("cider")),
+            _number((results.get("shuffled") or {}).get("cider")),
             _number(train.get("epochs"), "g"),
             _number(train.get("seconds"), ".0f"),
         ]
@@ -39,21 +39,21 @@ def comparison_table(runs: Runs) -> str:
     scored_on = {(results.get("dataset"), results.get("split"), results.get("num_images")) for results in runs.values()}
     if len(scored_on) > 1:
         told = "; ".join(
-            f"{dataset}, {split}, {number} pictures" for dataset, split, number in sorted(scored_on, key=str)
+            f"{dataset}, {split}, {number} images" for dataset, split, number in sorted(scored_on, key=str)
         )
-        lines += ["", f"These runs were scored on different pictures ({told}): their scores do not compare."]
+        lines += ["", f"These runs were scored on different images ({told}): their scores do not compare."]
     return "\n".join(lines)
 
 
 def draw_comparison(path: Path, runs: Runs, histories: dict[str, list[dict]]) -> Path:
-    """Draw each run's CIDEr with its interval and blind score; beside it CIDEr, blind CIDEr and validation loss over the training.
+    """Draw each run's CIDEr with its interval and shuffled score; beside it CIDEr, shuffled CIDEr and validation loss over the training.
 
     Args:
         histories: For each folder the rows of its history.json; a panel no history has anything for is left out.
     """
     panels = {
         key: title
-        for key, title in {"cider": "CIDEr, and blind (dotted)", "eval_loss": "Validation loss"}.items()
+        for key, title in {"cider": "CIDEr, and shuffled (dotted)", "eval_loss": "Validation loss"}.items()
         if any(points(history, key)[1] for history in histories.values())
     }
     figure, axes = new_figure(1 + len(panels))
@@ -62,9 +62,9 @@ def draw_comparison(path: Path, runs: Runs, histories: dict[str, list[dict]]) ->
     for axis, (key, title) in zip(axes[1:], panels.items(), strict=True):
         drawn = [history for history in histories.values() if points(history, key)[1]]
         for index, history in enumerate(histories.values()):
-            colour = COLOURS[index % len(COLOURS)]
-            draw_line(axis, *points(history, key), label=None, colour=colour)
-            draw_line(axis, *points(history, f"blind_{key}"), label=None, colour=colour, style=":")
+            color = COLORS[index % len(COLORS)]
+            draw_line(axis, *points(history, key), label=None, color=color)
+            draw_line(axis, *points(history, f"shuffled_{key}"), label=None, color=color, style=":")
         finish_axis(
             axis, title, " or ".join(sorted({time_key(history) for history in drawn})), from_zero=key == "cider"
         )
@@ -95,18 +95,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _draw_final_scores(axis: Axes, runs: Runs) -> None:
     for index, results in enumerate(runs.values()):
-        colour = COLOURS[index % len(COLOURS)]
+        color = COLORS[index % len(COLORS)]
         interval = (results.get("intervals") or {}).get("cider")
-        blind = (results.get("blind") or {}).get("cider")
+        shuffled = (results.get("shuffled") or {}).get("cider")
         if interval:
-            axis.plot(interval, [index, index], color=colour, linewidth=6, alpha=0.3, solid_capstyle="round")
-        if blind is not None:
-            axis.plot(blind, index, "|", color="#777777", markersize=13, markeredgewidth=2)
-        axis.plot(results["metrics"].get("cider", float("nan")), index, "o", color=colour, markersize=7)
-    finish_axis(axis, "CIDEr with 95 % interval, and blind ( | )", "")
+            axis.plot(interval, [index, index], color=color, linewidth=6, alpha=0.3, solid_capstyle="round")
+        if shuffled is not None:
+            axis.plot(shuffled, index, "|", color="#777777", markersize=13, markeredgewidth=2)
+        axis.plot(results["metrics"].get("cider", float("nan")), index, "o", color=color, markersize=7)
+    finish_axis(axis, "CIDEr with 95 % interval, and shuffled ( | )", "")
     axis.set_yticks(range(len(runs)), list(runs))
-    for label, colour in zip(axis.get_yticklabels(), cycle(COLOURS), strict=False):
-        label.set_color(colour)  # the key to the other panels
+    for label, color in zip(axis.get_yticklabels(), cycle(COLORS), strict=False):
+        label.set_color(color)  # the key to the other panels
     axis.set_ylim(len(runs) - 0.4, -0.6)  # the first run on top
     axis.set_xlim(left=0)
 

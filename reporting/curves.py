@@ -1,4 +1,4 @@
-"""Curves of one run: losses and scores over the training, as a picture."""
+"""Curves of one run: losses and scores over the training, as an image."""
 
 import io
 import math
@@ -12,39 +12,39 @@ from matplotlib.ticker import MaxNLocator
 
 from reporting.results import write_file
 
-# Apart from one another for colour-blind eyes too (Okabe and Ito), and dark enough on white for small text.
-COLOURS = ("#0072b2", "#c04a00", "#00805f", "#a3407f", "#6b5b00", "#444444")
-Lines = dict[str, tuple[str, str, str]]  # key in the history -> label, colour, line style
+# Apart from one another for color-shuffled eyes too (Okabe and Ito), and dark enough on white for small text.
+COLORS = ("#0072b2", "#c04a00", "#00805f", "#a3407f", "#6b5b00", "#444444")
+Lines = dict[str, tuple[str, str, str]]  # key in the history -> label, color, line style
 PANELS: dict[str, Lines] = {
     "Loss": {
-        "train_loss": ("training", COLOURS[0], "-"),
-        "eval_loss": ("validation", COLOURS[1], "-"),
+        "train_loss": ("training", COLORS[0], "-"),
+        "eval_loss": ("validation", COLORS[1], "-"),
     },
     "Reward": {
-        "reward": ("samples, training pictures", COLOURS[2], "-"),
+        "reward": ("samples, training images", COLORS[2], "-"),
     },
     "CIDEr": {
-        "cider": ("this model", COLOURS[0], "-"),
-        "blind_cider": ("blind", COLOURS[0], ":"),
+        "cider": ("this model", COLORS[0], "-"),
+        "shuffled_cider": ("shuffled", COLORS[0], ":"),
     },
     "BLEU-4 and ROUGE-L": {
-        "bleu_4": ("BLEU-4", COLOURS[1], "-"),
-        "blind_bleu_4": ("BLEU-4, blind", COLOURS[1], ":"),
-        "rouge_l": ("ROUGE-L", COLOURS[2], "-"),
-        "blind_rouge_l": ("ROUGE-L, blind", COLOURS[2], ":"),
+        "bleu_4": ("BLEU-4", COLORS[1], "-"),
+        "shuffled_bleu_4": ("BLEU-4, shuffled", COLORS[1], ":"),
+        "rouge_l": ("ROUGE-L", COLORS[2], "-"),
+        "shuffled_rouge_l": ("ROUGE-L, shuffled", COLORS[2], ":"),
     },
 }
 
 
 def draw_curves(output_dir: str | os.PathLike, history: Sequence[dict]) -> Path:
-    """Draw curves.png: training and validation loss, and the scores of each evaluation beside the blind ones.
+    """Draw curves.png: training and validation loss, and the scores of each evaluation beside the shuffled ones.
 
     Args:
-        history: Rows such as {"step", "epoch", "train_loss", "eval_loss", "cider", "blind_cider", "bleu_4", "rouge_l"},
+        history: Rows such as {"step", "epoch", "train_loss", "eval_loss", "cider", "shuffled_cider", "bleu_4", "rouge_l"},
             in the order in which they came; any key may be missing, None or NaN in any row.
 
     Returns:
-        The path of the picture.
+        The path of the image.
 
     Raises:
         ValueError: No row holds a loss or a score.
@@ -54,8 +54,8 @@ def draw_curves(output_dir: str | os.PathLike, history: Sequence[dict]) -> Path:
         raise ValueError(f"{Path(output_dir) / 'curves.png'} is not drawn: the history holds no loss and no score")
     figure, axes = new_figure(len(panels))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-        for key, (label, colour, style) in lines.items():
-            draw_line(axis, *points(history, key), label=label, colour=colour, style=style)
+        for key, (label, color, style) in lines.items():
+            draw_line(axis, *points(history, key), label=label, color=color, style=style)
         # A score's nought means something; a loss's does not.
         finish_axis(axis, title, time_key(history), from_zero=title != "Loss")
     return save_figure(figure, Path(output_dir) / "curves.png")
@@ -81,12 +81,12 @@ def new_figure(num_panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def draw_line(
-    axis: Axes, times: list[float], values: list[float], label: str | None, colour: str, style: str = "-"
+    axis: Axes, times: list[float], values: list[float], label: str | None, color: str, style: str = "-"
 ) -> None:
     """Draw one curve; few points are marked, so that a run of one epoch shows something."""
     if values:
         marker = "o" if len(values) <= 30 else None
-        axis.plot(times, values, style, color=colour, label=label, marker=marker, markersize=3.2, linewidth=1.6)
+        axis.plot(times, values, style, color=color, label=label, marker=marker, markersize=3.2, linewidth=1.6)
 
 
 def finish_axis(axis: Axes, title: str, time: str, from_zero: bool = False) -> None:

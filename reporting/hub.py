@@ -12,7 +12,7 @@ ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 1.0  # doubled each time
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: the server is busy or broken, or the line was cut."""
     status = _status(error)
     if status is not None:
@@ -28,14 +28,14 @@ def retried(function: Function) -> Function:
     that arrived, and whose answer was lost, is not made twice: the client leaves out files that are there already.
     """
     return retry(
-        retry=retry_if_exception(may_pass),
+        retry=retry_if_exception(is_transient),
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_exponential(FIRST_WAIT_SECONDS),
         reraise=True,
     )(function)
 
 
-def in_one_sentence(error: BaseException, repo_id: str) -> str:
+def error_summary(error: BaseException, repo_id: str) -> str:
     """Why an exchange with a repository failed, and what to do where that is known."""
     status = _status(error)
     if status == 401:

@@ -13,23 +13,23 @@ from reporting.results import METRIC_TITLES
 logger = logging.getLogger(__name__)
 
 
-class EpochBar(tqdm):
+class EpochProgressBar(tqdm):
     """One epoch on one line, with the loss so far and the time until the training ends, evaluations not counted in.
 
     Args:
         epoch: Of `num_epochs`, from 1 on.
-        num_pictures: Of an epoch; a picture counts once for each of its captions.
+        num_images: Of an epoch; an image counts once for each of its captions.
         seen: So many of them had been trained on before a run was resumed.
         disable: Whether to show nothing.
     """
 
-    def __init__(self, epoch: int, num_epochs: int, num_pictures: int, seen: int = 0, disable: bool = False):
+    def __init__(self, epoch: int, num_epochs: int, num_images: int, seen: int = 0, disable: bool = False):
         title = f"epoch {epoch}/{num_epochs}"
-        super().__init__(total=num_pictures, initial=seen, desc=title, unit=" pictures", disable=disable)
-        self.later = (num_epochs - epoch) * num_pictures
+        super().__init__(total=num_images, initial=seen, desc=title, unit=" images", disable=disable)
+        self.later = (num_epochs - epoch) * num_images
 
     def tell(self, value: float, name: str = "loss") -> None:
-        """Show the epoch's mean loss, or what else is learnt by, and how long all that is left takes at the epoch's pace."""
+        """Show the epoch's mean loss, or what else is learned by, and how long all that is left takes at the epoch's pace."""
         if self.disable:
             return
         seconds = self.format_dict["elapsed"] / (self.n - self.initial) * (max(self.total - self.n, 0) + self.later)
@@ -37,24 +37,24 @@ class EpochBar(tqdm):
 
 
 def score_and_show(captions: Sequence[str], rows: Dataset, scorer) -> dict[str, float]:
-    """Score the captions of some rows, tell the scores with the blind ones beside, and show three pictures' captions.
+    """Score the captions of some rows, tell the scores with the shuffled ones beside, and show three images' captions.
 
     Args:
-        rows: `image_id` and `captions` of each picture.
+        rows: `image_id` and `captions` of each image.
         scorer: A `metrics.CaptionScorer` of the rows' captions.
 
     Returns:
-        The scores, those of the captions dealt to other pictures as "blind_" and the score's name, and "distinct_words".
+        The scores, those of the captions dealt to other images as "shuffled_" and the score's name, and "unique_words".
     """
-    scores, blind = scorer.score(captions), scorer.score(scorer.deal(captions))
+    scores, shuffled = scorer.score(captions), scorer.score(scorer.shuffle(captions))
     lines = [" " * 12 + "".join(f"{title:>9}" for title in METRIC_TITLES.values())]
-    for name, row in (("this model", scores), ("blind", blind)):
+    for name, row in (("this model", scores), ("shuffled", shuffled)):
         lines.append(f"{name:12}" + "".join(f"{row[metric]:9.3f}" for metric in METRIC_TITLES))
     for place in sorted({0, len(rows) // 2, len(rows) - 1}):  # always the same, so that one sees them change
         lines += [f"{rows[place]['image_id']}: {captions[place]}", f"    reference: {rows[place]['captions'][0]}"]
     logger.info("\n".join(lines))
-    blind = {f"blind_{metric}": score for metric, score in blind.items()}
-    return {**scores, **blind, "distinct_words": scorer.distinct_words(captions)}
+    shuffled = {f"shuffled_{metric}": score for metric, score in shuffled.items()}
+    return {**scores, **shuffled, "unique_words": scorer.unique_words(captions)}
 
 
 def tell_losses(row: dict) -> None:

@@ -21,17 +21,17 @@ from reporting.samples import read_samples
 Kind = Literal["inception-lstm", "vit-gpt2"]
 DESCRIPTIONS = {
     "inception-lstm": (
-        "A model that looks at a picture and tells what is in it: a convolutional encoder, whose summary of the picture "
+        "A model that looks at an image and tells what is in it: a convolutional encoder, whose summary of the image "
         "is the first thing an LSTM reads before it writes the caption, word by word (with `attention: true` it looks at the "
-        "picture's places again at each word)."
+        "image's places again at each word)."
     ),
     "vit-gpt2": (
-        "A model that looks at a picture and tells what is in it: a Vision Transformer reads the picture, and GPT-2 "
+        "A model that looks at an image and tells what is in it: a Vision Transformer reads the image, and GPT-2 "
         "writes the caption while attending to it. It is a plain `VisionEncoderDecoderModel`, which loads without remote "
         "code; only the pipeline in one line below wants some."
     ),
 }
-# System A is a class of its own and travels with its code; system B loads by transformers alone.
+# The LSTM captioner is a class of its own and travels with its code; ViT-GPT2 loads by transformers alone.
 LOADERS = {
     "inception-lstm": (
         "AutoModelForImageTextToText, AutoProcessor",
@@ -52,7 +52,7 @@ def write_model_card(
     command: str,
     options: dict[str, Any],
     started_from: Sequence[str] = (),
-    licence: str = "apache-2.0",
+    license: str = "apache-2.0",
     training_data: dict[str, int] | None = None,
     self_critical: bool = False,
 ) -> Path:
@@ -66,19 +66,19 @@ def write_model_card(
         options: Every option of that run, as it was resolved.
         started_from: Hub ids and folders of the trained weights it started from; none where it started from random ones. Of
             folders the card tells the last name.
-        licence: Of these weights, as the Hub names licences.
-        training_data: What it was trained on: {"pictures": number, "captions": number}.
+        license: Of these weights, as the Hub names licenses.
+        training_data: What it was trained on: {"images": number, "captions": number}.
         self_critical: Whether it was trained on its own reward.
 
     Returns:
-        The path of the card. A curves.png beside it is shown on it, and so are the pictures in samples/.
+        The path of the card. A curves.png beside it is shown on it, and so are the images in samples/.
     """
     model_name = without_path(model_name)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"line": markdown_line, "number": _number}
     dataset = results.get("dataset") or "an unnamed data set"
     card = environment.get_template("model_card.md.jinja").render(
-        card_data=card_metadata(kind, model_name, results, started_from, licence).to_yaml(),
+        card_data=card_metadata(kind, model_name, results, started_from, license).to_yaml(),
         title=markdown_line(Path(model_name).name or model_name),
         description=_description(kind, started_from, self_critical, options),
         usage=usage(kind, model_name),
@@ -97,7 +97,7 @@ def write_model_card(
         command=shlex.join(map(without_path, shlex.split(command))),
         options=_yaml(options),
         training_data=training_data or {},
-        licence=licence,
+        license=license,
         versions=_versions(),
         results=results,
     )
@@ -109,7 +109,7 @@ def one_line_usage(model_name: str) -> str:
     return f"""\
 from transformers import pipeline
 captioner = pipeline("image-to-text", model={json.dumps(model_name)}, trust_remote_code=True)
-print(captioner("picture.jpg")[0]["generated_text"])"""
+print(captioner("image.jpg")[0]["generated_text"])"""
 
 
 def name_on_card(card: str, name: str) -> str:
@@ -121,7 +121,7 @@ def without_path(text: str) -> str:
     """A word of a command, or an option: of a folder that is here, and of any path from outside, the last name only.
 
     Who trains writes paths of a machine, which are nobody else's business on a card. A file named from where one stands, such as
-    recipes/lstm_report.yaml, stays as it is.
+    recipes/lstm_reference.yaml, stays as it is.
     """
     option, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
     parts = re.split(r"[/\\]", value.rstrip("/\\"))
@@ -130,7 +130,7 @@ def without_path(text: str) -> str:
 
 
 def usage(kind: Kind, model_name: str) -> str:
-    """The lines of Python that caption one picture with the model."""
+    """The lines of Python that caption one image with the model."""
     imports, loader, remote_code = LOADERS[kind]
     repository = json.dumps(model_name)
     return f"""\
@@ -138,14 +138,14 @@ from PIL import Image
 from transformers import {imports}
 model = {loader}.from_pretrained({repository}{remote_code})
 processor = AutoProcessor.from_pretrained({repository}{remote_code})
-ids = model.generate(**processor(images=Image.open("picture.jpg").convert("RGB"), return_tensors="pt"))
+ids = model.generate(**processor(images=Image.open("image.jpg").convert("RGB"), return_tensors="pt"))
 print(processor.batch_decode(ids, skip_special_tokens=True)[0])"""
 
 
 def card_metadata(
-    kind: Kind, model_name: str, results: dict, started_from: Sequence[str], licence: str
+    kind: Kind, model_name: str, results: dict, started_from: Sequence[str], license: str
 ) -> ModelCardData:
-    """What the Hub reads: tags, licence, base models, and the scores as a model-index."""
+    """What the Hub reads: tags, license, base models, and the scores as a model-index."""
     dataset = results.get("dataset") or "unnamed"
     scores = [
         EvalResult(
@@ -162,7 +162,7 @@ def card_metadata(
         if name in results.get("metrics", {})
     ]
     return ModelCardData(
-        license=licence,
+        license=license,
         library_name="transformers",
         pipeline_tag="image-to-text",
         tags=["image-captioning", "showtell", *(["custom_code"] if kind == "inception-lstm" else [])],
@@ -197,7 +197,7 @@ def _scored_on(results: dict) -> str:
     where = f"the {markdown_line(split)} split of " if split else ""
     sentence = f"On {where}{markdown_line(results.get('dataset') or 'an unnamed data set')}"
     if results.get("num_images"):
-        sentence += f", {results['num_images']:,} pictures"
+        sentence += f", {results['num_images']:,} images"
     if results.get("references_per_image"):
         number = results["references_per_image"]
         sentence += f" with {number:.3g} reference{'' if number == 1 else 's'} each"
@@ -221,5 +221,5 @@ def _versions() -> str:
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            continue  # system B needs no timm, for one
+            continue  # ViT-GPT2 needs no timm, for one
     return ", ".join(versions)

@@ -1,4 +1,4 @@
-"""captions.html: the pictures of a run with their captions, one file that opens anywhere, offline."""
+"""captions.html: the images of a run with their captions, one file that opens anywhere, offline."""
 
 import base64
 import hashlib
@@ -14,36 +14,36 @@ from PIL import Image
 from reporting.results import METRIC_TITLES, write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
-NUM_PICTURES = 200
-NUM_LOOKS = 48  # pictures with maps of where the model looked: 5 kB each for 20 words over 14 x 14 places
-PICTURE_SIZE = 400  # longest side in pixels: tens of kB a picture, so that 200 of them still travel by mail
+NUM_IMAGES = 200
+NUM_LOOKS = 48  # images with maps of where the model looked: 5 kB each for 20 words over 14 x 14 places
+IMAGE_SIZE = 400  # longest side in pixels: tens of kB an image, so that 200 of them still travel by mail
 
 
 def write_page(
     output_dir: str | os.PathLike,
-    pictures: Iterable[Image.Image],
+    images: Iterable[Image.Image],
     records: list[dict],
     results: dict,
-    num_pictures: int = NUM_PICTURES,
+    num_images: int = NUM_IMAGES,
 ) -> Path:
     """Write captions.html, with the curves on it where `output_dir` holds a curves.png.
 
     Args:
-        pictures: One for each record, in the same order; only the first `num_pictures` are taken from it.
-        records: {"image_id", "caption", "references"}, and where known "blind_caption", "cider" (this picture's), and
-            "tokens" of the caption: {"text", "probability"} and "attention", rows of a grid over the picture or, where
-            "centre_crop" is a number, over the square of that share of its short side. Of these maps the first `NUM_LOOKS`
-            pictures' are kept, or where there are more a third each for the first, the worst and the best pictures.
+        images: One for each record, in the same order; only the first `num_images` are taken from it.
+        records: {"image_id", "caption", "references"}, and where known "shuffled_caption", "cider" (this image's), and
+            "tokens" of the caption: {"text", "probability"} and "attention", rows of a grid over the image or, where
+            "center_crop" is a number, over the square of that share of its short side. Of these maps the first `NUM_LOOKS`
+            images' are kept, or where there are more a third each for the first, the worst and the best images.
         results: What `write_results` writes; whatever is missing is not shown.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: There are fewer pictures than records.
+        ValueError: There are fewer images than records.
     """
-    shown = records[:num_pictures]
-    cards = _cards(shown, pictures)
+    shown = records[:num_images]
+    cards = _cards(shown, images)
     script = (TEMPLATES / "captions.js").read_text(encoding="utf-8")
     curves = Path(output_dir) / "curves.png"
     # Captions, names and ids are other people's text. Autoescape makes them inert wherever they land, and the page's
@@ -76,22 +76,22 @@ def write_page(
     return write_file(Path(output_dir) / "captions.html", page.encode("utf-8", "replace"))
 
 
-def picture_data_uri(picture: Image.Image) -> str:
-    """A picture as a small JPEG inside a data URI; what is transparent becomes white."""
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    small = picture.convert("RGB")
-    small.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+def image_data_uri(image: Image.Image) -> str:
+    """An image as a small JPEG inside a data URI; what is transparent becomes white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    small = image.convert("RGB")
+    small.thumbnail((IMAGE_SIZE, IMAGE_SIZE))
     content = io.BytesIO()
-    # A picture smaller than its place on the page is drawn larger, and its blocks with it.
-    small.save(content, format="JPEG", quality=80 if max(small.size) > PICTURE_SIZE // 2 else 95)
+    # An image smaller than its place on the page is drawn larger, and its blocks with it.
+    small.save(content, format="JPEG", quality=80 if max(small.size) > IMAGE_SIZE // 2 else 95)
     return _data_uri(content.getvalue(), "image/jpeg")
 
 
 def score_rows(results: dict) -> list[dict]:
-    """The table of scores, a row for each metric: title, score, interval [low, high], blind, constant; None if unknown.
+    """The table of scores, a row for each metric: title, score, interval [low, high], shuffled, constant; None if unknown.
 
     "share" is where score 1 lies on a line from 0 to the highest number in the row; fractions share the line 0 to 1.
     """
@@ -103,11 +103,11 @@ def score_rows(results: dict) -> list[dict]:
             "title": title,
             "score": results["metrics"][name],
             "interval": (results.get("intervals") or {}).get(name),
-            "blind": (results.get("blind") or {}).get(name),
+            "shuffled": (results.get("shuffled") or {}).get(name),
             "constant": (results.get("constant") or {}).get(name),
         }
         highest = max(
-            number or 0.0 for number in (row["score"], row["blind"], row["constant"], *(row["interval"] or ()))
+            number or 0.0 for number in (row["score"], row["shuffled"], row["constant"], *(row["interval"] or ()))
         )
         row["share"] = 1.0 / max(highest, 1.0)  # CIDEr alone can pass 1
         rows.append(row)
@@ -125,25 +125,25 @@ def known_facts(values: dict | None) -> dict[str, str]:
     return facts
 
 
-def _cards(records: list[dict], pictures: Iterable[Image.Image]) -> list[dict]:
-    """What the template shows of each record: its picture, and where the model looked."""
-    looks = _pictures_with_looks(records)
+def _cards(records: list[dict], images: Iterable[Image.Image]) -> list[dict]:
+    """What the template shows of each record: its image, and where the model looked."""
+    looks = _images_with_looks(records)
     cards = [
         {
-            "source": picture_data_uri(picture),
-            "ratio": round(picture.width / picture.height, 4),
-            "grid_box": _grid_box(picture, record.get("centre_crop")),
+            "source": image_data_uri(image),
+            "ratio": round(image.width / image.height, 4),
+            "grid_box": _grid_box(image, record.get("center_crop")),
             "looks": _look_maps(record.get("tokens") or []) if place in looks else None,
             "record": record,
         }
-        for place, (record, picture) in enumerate(zip(records, pictures, strict=False))
+        for place, (record, image) in enumerate(zip(records, images, strict=False))
     ]
     if len(cards) < len(records):
-        raise ValueError(f"the page needs a picture for each record: {len(cards)} pictures, {len(records)} records")
+        raise ValueError(f"the page needs an image for each record: {len(cards)} images, {len(records)} records")
     return cards
 
 
-def _pictures_with_looks(records: list[dict]) -> set[int]:
+def _images_with_looks(records: list[dict]) -> set[int]:
     """Places of the records whose maps are kept: what one sees first in each order of the page."""
     places = range(len(records))
     if len(records) <= NUM_LOOKS:
@@ -162,10 +162,10 @@ def _look_maps(tokens: list[dict]) -> dict | None:
     return {"side": len(tokens[0]["attention"]), "bytes": base64.b64encode(content).decode()}
 
 
-def _grid_box(picture: Image.Image, centre_crop: float | None) -> str:
-    """Where the model's grid lies on the picture, as CSS: left, top, width and height in per cent."""
-    width, height = picture.size
-    seen = (width, height) if centre_crop is None else (centre_crop * min(width, height),) * 2
+def _grid_box(image: Image.Image, center_crop: float | None) -> str:
+    """Where the model's grid lies on the image, as CSS: left, top, width and height in per cent."""
+    width, height = image.size
+    seen = (width, height) if center_crop is None else (center_crop * min(width, height),) * 2
     shares = [100 * side / whole for side, whole in zip(seen, (width, height), strict=True)]
     left, top = (50 - share / 2 for share in shares)
     return f"left:{left:.2f}%;top:{top:.2f}%;width:{shares[0]:.2f}%;height:{shares[1]:.2f}%"

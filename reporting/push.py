@@ -2,8 +2,8 @@
 
     python -m reporting.push outputs/lstm me/captioner --private --tag v1
 
-The repository is made where it does not exist. Checkpoints and logs stay, and so do the pictures of a data set that may not be
-shown (see `--show_pictures` of the training scripts).
+The repository is made where it does not exist. Checkpoints and logs stay, and so do the images of a data set that may not be
+shown (see `--publish_images` of the training scripts).
 """
 
 import argparse
@@ -20,13 +20,13 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from transformers.trainer_utils import HubStrategy
 
-from reporting.hub import in_one_sentence, retried
+from reporting.hub import error_summary, retried
 from reporting.model_card import name_on_card
 from reporting.results import read_results, write_file
 
 logger = logging.getLogger(__name__)
 
-# Checkpoints hold optimiser states, logs name paths, what begins with a dot is half done.
+# Checkpoints hold optimizer states, logs name paths, what begins with a dot is half done.
 LEFT_HERE = re.compile(r"checkpoint-.*|logs|runs|\..*")
 LAST = "last-checkpoint"  # where the Trainer of transformers puts it, too
 
@@ -55,7 +55,7 @@ def push_to_hub(
             return upload(HfApi(token=token), stage, repo_id, private, revision)
     except Exception as error:  # whatever it is, a training of days is not to end with a traceback over an upload
         logger.error(
-            f"{output_dir} was not pushed to {repo_id}: {in_one_sentence(error, repo_id)}. "
+            f"{output_dir} was not pushed to {repo_id}: {error_summary(error, repo_id)}. "
             f"It is whole on disk: `python -m reporting.push {output_dir} {repo_id}` pushes it again."
         )
         return None
@@ -72,7 +72,7 @@ def staged(
     output_dir = Path(output_dir)
     names = [path.name for path in output_dir.iterdir() if not LEFT_HERE.fullmatch(path.name)]
     if "captions.html" in names and not _may_be_shown(output_dir):
-        names.remove("captions.html")  # has every picture in it
+        names.remove("captions.html")  # has every image in it
     stage = tempfile.TemporaryDirectory(dir=output_dir, prefix=".pushing-")
     for name in names:
         _link(output_dir / name, Path(stage.name) / name)
@@ -171,14 +171,14 @@ class CheckpointPush:
             self._say(error, step)
 
     def _say(self, error: Exception, step: int) -> None:
-        logger.error(f"Step {step} was not pushed to {self.repo_id}: {in_one_sentence(error, self.repo_id)}.")
+        logger.error(f"Step {step} was not pushed to {self.repo_id}: {error_summary(error, self.repo_id)}.")
 
 
 def download_checkpoint(name: str) -> Path:
     """The newest checkpoint of a Hub repository, for `--resume_from_checkpoint OWNER/NAME` or `OWNER/NAME@REVISION`.
 
     Beside it comes what lies beside it there, the best model so far. Nothing of either is run: weights are safetensors, optimizer
-    and random states are read by `torch.load(weights_only=True)`, the rest is JSON. System A's code lies beside its model, for who
+    and random states are read by `torch.load(weights_only=True)`, the rest is JSON. The LSTM captioner's code lies beside its model, for who
     asks for remote code when loading that.
 
     Raises:
@@ -197,14 +197,14 @@ def download_checkpoint(name: str) -> Path:
     except Exception as error:  # the client's own are many
         raise ValueError(
             f"--resume_from_checkpoint {name}: there is no such folder with a checkpoint, and on the Hub "
-            f"{in_one_sentence(error, repo_id)}; give a checkpoint folder, `last`, or a repository"
+            f"{error_summary(error, repo_id)}; give a checkpoint folder, `last`, or a repository"
         ) from error
     return folder / newest
 
 
 def _may_be_shown(output_dir: Path) -> bool:
     try:
-        return read_results(output_dir).get("show_pictures") is True
+        return read_results(output_dir).get("publish_images") is True
     except ValueError:  # where nothing says so, they may not
         return False
 
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
             private = arguments.private or None
             print(upload(HfApi(), stage, arguments.repo_id, private, arguments.revision, arguments.tag))
     except Exception as error:  # the client's own are many
-        sentence = in_one_sentence(error, arguments.repo_id)
+        sentence = error_summary(error, arguments.repo_id)
         print(f"error: {arguments.output_dir} was not pushed to {arguments.repo_id}: {sentence}", file=sys.stderr)
         raise SystemExit(2) from error
 

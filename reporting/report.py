@@ -24,19 +24,19 @@ def report_captions(
     scorer,
     decoding: GenerationConfig,
     train: dict | None = None,
-    show_pictures: bool = False,
+    publish_images: bool = False,
 ) -> dict:
     """Score the captions of a split, write results.json, captions.jsonl and captions.html, and tell the scores.
 
     Args:
-        rows: `image`, `image_id` and `captions` of each picture.
+        rows: `image`, `image_id` and `captions` of each image.
         dataset: Its name, as the tables shall show it.
-        captions: {"caption", "ended"} of each row, and where known the "tokens" and "centre_crop" that the page shows.
+        captions: {"caption", "ended"} of each row, and where known the "tokens" and "center_crop" that the page shows.
         scorer: A `metrics.CaptionScorer` of the rows' captions.
         decoding: The generation config used.
         train: "epochs", "seconds" and "images_per_second" of the training that ends here. Where none does, samples/ stay as
             they are: they belong to the card, which tells of the training.
-        show_pictures: Whether others may see them: a dozen is then put into samples/, for the card, and the page is pushed.
+        publish_images: Whether others may see them: a dozen is then put into samples/, for the card, and the page is pushed.
 
     Returns:
         The results, as they stand in results.json.
@@ -57,14 +57,14 @@ def report_captions(
         "decoding": decoding_settings(decoding),
         **scores,
         "train": train,
-        "show_pictures": show_pictures,
+        "publish_images": publish_images,
     }
     write_results(output_dir, results)
     write_captions(output_dir, records)
     if train is not None:
-        write_samples(output_dir, rows, texts, show_pictures)
+        write_samples(output_dir, rows, texts, publish_images)
     write_page(output_dir, (row["image"] for row in rows), records, results)
-    tell_results(output_dir, results)
+    print_results(output_dir, results)
     return results
 
 
@@ -81,12 +81,12 @@ def decoding_settings(config: GenerationConfig) -> dict[str, Any]:
     }
 
 
-def tell_results(output_dir: str | os.PathLike, results: dict) -> None:
-    """Print the scores with the blind ones beside, the warning if there is one, and where to look."""
+def print_results(output_dir: str | os.PathLike, results: dict) -> None:
+    """Print the scores with the shuffled ones beside, the warning if there is one, and where to look."""
     for name, title in METRIC_TITLES.items():
         low, high = results["intervals"][name]
         print(
-            f"{title:8} {results['metrics'][name]:.3f}  ({low:.3f} to {high:.3f}; blind {results['blind'][name]:.3f})"
+            f"{title:8} {results['metrics'][name]:.3f}  ({low:.3f} to {high:.3f}; shuffled {results['shuffled'][name]:.3f})"
         )
     if results["warning"]:
         print(f"warning: {results['warning']}")

@@ -17,8 +17,8 @@ METRIC_TITLES = {
     "cider": "CIDEr",
 }
 RESULT_KEYS = (
-    *("dataset", "split", "num_images", "references_per_image", "decoding", "metrics", "intervals", "blind"),
-    *("constant", "diagnostics", "sees_pictures", "warning", "train", "show_pictures"),
+    *("dataset", "split", "num_images", "references_per_image", "decoding", "metrics", "intervals", "shuffled"),
+    *("constant", "diagnostics", "beats_shuffled", "warning", "train", "publish_images"),
 )
 
 
@@ -45,7 +45,7 @@ def write_results(output_dir: str | os.PathLike, results: dict) -> Path:
         ValueError: A number anywhere in `results` is NaN or infinite; the sentence names its place.
     """
     ordered = _in_order(results, RESULT_KEYS)
-    for key in ("metrics", "intervals", "blind", "constant"):
+    for key in ("metrics", "intervals", "shuffled", "constant"):
         if isinstance(ordered.get(key), dict):
             ordered[key] = _in_order(ordered[key], METRIC_TITLES)
     path = Path(output_dir) / "results.json"
@@ -80,7 +80,7 @@ def read_captions(path: str | os.PathLike) -> list[dict]:
 
     Raises:
         ValueError: The file cannot be read, or a line is not JSON, lacks a key, has one of the wrong type, or
-            names a picture again; the sentence gives file and line.
+            names an image again; the sentence gives file and line.
     """
     records, line_of = [], {}
     # Not splitlines(): that also cuts at U+2028 and its like, which JSON allows inside a caption.

@@ -1,4 +1,4 @@
-"""A dozen captioned pictures of a run, for its card: only where the pictures may be shown to others."""
+"""A dozen captioned images of a run, for its card: only where the images may be shown to others."""
 
 import io
 import json
@@ -17,7 +17,7 @@ SAMPLE_SIZE = 256  # longest side in pixels
 
 
 def write_samples(output_dir: str | os.PathLike, rows: Dataset, captions: Sequence[str], shown: bool) -> None:
-    """Write samples/: pictures taken evenly over a split, as small JPEGs without what the camera noted, and their captions.
+    """Write samples/: images taken evenly over a split, as small JPEGs without what the camera noted, and their captions.
 
     Args:
         rows: With an `image` each.
@@ -31,11 +31,11 @@ def write_samples(output_dir: str | os.PathLike, rows: Dataset, captions: Sequen
     number = min(NUM_SAMPLES, len(rows))
     samples = []
     for place, row in enumerate(round(index * len(rows) / number) for index in range(number)):
-        picture = rows[row]["image"].convert("RGB")
-        picture.thumbnail((SAMPLE_SIZE, SAMPLE_SIZE), Image.Resampling.LANCZOS)
-        picture.info.clear()  # a comment in it would be written again
+        image = rows[row]["image"].convert("RGB")
+        image.thumbnail((SAMPLE_SIZE, SAMPLE_SIZE), Image.Resampling.LANCZOS)
+        image.info.clear()  # a comment in it would be written again
         content = io.BytesIO()
-        picture.save(content, format="JPEG", quality=88)
+        image.save(content, format="JPEG", quality=88)
         name = f"{place + 1:02}.jpg"
         write_file(folder / name, content.getvalue())
         samples.append({"file": name, "caption": captions[row]})
@@ -44,6 +44,6 @@ def write_samples(output_dir: str | os.PathLike, rows: Dataset, captions: Sequen
 
 
 def read_samples(output_dir: str | os.PathLike) -> list[dict]:
-    """{"file", "caption"} of each sample; none where the pictures may not be shown."""
+    """{"file", "caption"} of each sample; none where the images may not be shown."""
     path = Path(output_dir) / "samples" / "samples.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []

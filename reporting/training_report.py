@@ -33,7 +33,7 @@ def report_training(
 
     Args:
         args, data_args: Options of the loop and of the data.
-        captions: What `caption_pictures` made of the split's pictures.
+        captions: What `caption_images` made of the split's images.
         scorer, decoding, train: See `report_captions`.
         kind, options, started_from, self_critical: See `write_model_card`.
         pushing: Of the run's checkpoints; None where nothing is pushed.
@@ -42,13 +42,13 @@ def report_training(
     results = report_captions(
         args.output_dir,
         rows=dataset[split],
-        dataset=Path(data_args.dataset).name,
+        dataset=Path(data_args.dataset_name).name,
         split=split,
         captions=captions,
         scorer=scorer,
         decoding=decoding,
         train=train,
-        show_pictures=data_args.show_pictures,
+        publish_images=data_args.publish_images,
     )
     write_model_card(
         args.output_dir,
@@ -58,7 +58,7 @@ def report_training(
         command=command_line(),
         options=options,
         started_from=started_from,
-        training_data={"pictures": len(dataset["train"]), "captions": sum(map(len, dataset["train"]["captions"]))},
+        training_data={"images": len(dataset["train"]), "captions": sum(map(len, dataset["train"]["captions"]))},
         self_critical=self_critical,
     )
     if pushing:

@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def own_caches(tmp_path_factory):
-    """Drawn scenes and encoded pictures of the tests go to a folder of the session, here and in subprocesses."""
+    """Drawn scenes and encoded images of the tests go to a folder of the session, here and in subprocesses."""
     import datasets
 
     folder = tmp_path_factory.mktemp("datasets_cache")
@@ -38,7 +38,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def small_scenes(tmp_path_factory) -> str:
-    """A folder with 24 drawn training pictures, 10 for validation, 9 for the test, five captions each."""
+    """A folder with 24 drawn training images, 10 for validation, 9 for the test, five captions each."""
     from data_scripts.caption_table import write_caption_table
     from data_scripts.scenes import scene_rows
 

@@ -37,7 +37,7 @@ SCRIPTS = {
             "--vocab_size",
             "120",
         ),
-        *("--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--prompt", "a picture:"),
+        *("--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--prompt", "an image:"),
         *("--use_cpu", "true", "--disable_tqdm", "true"),
     ],
 }
@@ -298,7 +298,7 @@ class Comparison:
     def __init__(self, context, script: str, dataset: str, folder: Path):
         self.context, self.script, self.folder = context, script, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.arguments = [*SCRIPTS[script], *OPTIONS, "--dataset", dataset, "--augmentation_views", "2"]
+        self.arguments = [*SCRIPTS[script], *OPTIONS, "--dataset_name", dataset, "--num_augmentations", "2"]
         self.arguments += ["--ema_decay", "0.9"] if script == "train_lstm" else []
         first = context.Process(target=time.sleep, args=(0,))  # the server imports everything before it
         first.start()

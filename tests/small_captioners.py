@@ -1,4 +1,4 @@
-"""Small captioners of either kind for the tests: random weights, pictures of one colour, captions that differ."""
+"""Small captioners of either kind for the tests: random weights, images of one color, captions that differ."""
 
 import torch
 from PIL import Image
@@ -11,8 +11,8 @@ from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config
 
 VOCABULARY = "<pad> <s> </s> <unk> a the red green blue small big dog cat runs sits on under it and"
 WORDS = VOCABULARY.split()
-COLOURS = ("red", "green", "blue", "white", "black")
-PICTURES = [Image.new("RGB", (50, 40), colour) for colour in COLOURS]
+COLORS = ("red", "green", "blue", "white", "black")
+IMAGES = [Image.new("RGB", (50, 40), color) for color in COLORS]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -24,7 +24,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(kind: str, prompt: str = "", num_layers: int = 2) -> tuple:
-    """A small captioner with random weights, drawn wide so that pictures differ in their captions."""
+    """A small captioner with random weights, drawn wide so that images differ in their captions."""
     torch.manual_seed(0)
     if kind == "lstm":
         sizes = {"image_embed_dim": 32, "hidden_size": 32, "num_hidden_layers": num_layers, "vocab_size": len(WORDS)}
@@ -36,7 +36,7 @@ def build(kind: str, prompt: str = "", num_layers: int = 2) -> tuple:
         )
         model = InceptionLSTMForConditionalGeneration(config)
         square = {"height": 64, "width": 64}
-        crops = prompt != "attention"  # else the whole picture, squeezed
+        crops = prompt != "attention"  # else the whole image, squeezed
         size = {"shortest_edge": 64} if crops else square
         images = CLIPImageProcessor(size=size, do_center_crop=crops, crop_size=square)
     else:

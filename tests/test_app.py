@@ -26,9 +26,9 @@ HOSTILE = "<img src=x onerror=document.title=1>.png"
 
 @pytest.fixture(scope="module")
 def captioners():
-    """Both systems, small and with random weights: captions of nonsense, the same for the same picture."""
+    """Both systems, small and with random weights: captions of nonsense, the same for the same image."""
     torch.manual_seed(0)
-    words = ["a red dog on the left", "the blue cats run", "a green picture of nothing"]
+    words = ["a red dog on the left", "the blue cats run", "a green image of nothing"]
     tokenizer = train_tokenizer(words * 5, 120)
     config = InceptionLSTMConfig("test_efficientnet", vocab_size=len(tokenizer), image_embed_dim=32, hidden_size=32)
     lstm = InceptionLSTMForConditionalGeneration(config)
@@ -59,11 +59,11 @@ def serve():
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def make_images(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
-    for name, colour in (("red.png", "red"), (HOSTILE, "blue")):
-        Image.new("RGB", (60, 40), colour).save(folder / name)
+    for name, color in (("red.png", "red"), (HOSTILE, "blue")):
+        Image.new("RGB", (60, 40), color).save(folder / name)
     return folder
 
 
@@ -77,15 +77,15 @@ def captions_of(captioners: dict, path, **generation) -> dict[str, str]:
     }
 
 
-def test_from_picture_to_caption_with_a_click(browser, serve, captioners, pictures):
+def test_from_image_to_caption_with_a_click(browser, serve, captioners, images):
     page = browser.new_page(accept_downloads=True)
     outside = []
     page.on("request", lambda request: outside.append(request.url) if "//127.0.0.1" not in request.url else None)
     page.goto(serve(captioners))
     page.wait_for_selector("#caption")
-    page.set_input_files("input[type=file]:not([webkitdirectory])", [pictures / "red.png", pictures / HOSTILE])
+    page.set_input_files("input[type=file]:not([webkitdirectory])", [images / "red.png", images / HOSTILE])
     page.wait_for_function("document.querySelectorAll('.grid-wrap img').length == 2")
-    # What has stood under the picture of the moment, as it stood there.
+    # What has stood under the image of the moment, as it stood there.
     page.evaluate(
         """() => { window.seen = []; new MutationObserver(() => {
           const now = [...document.querySelectorAll("#now dd")].map((word) => word.textContent);
@@ -95,7 +95,7 @@ def test_from_picture_to_caption_with_a_click(browser, serve, captioners, pictur
     page.click("#caption")
     page.wait_for_selector("#download", state="visible", timeout=60_000)
     names = [page.locator("#now img").get_attribute("alt"), page.locator("#done img").get_attribute("alt")]
-    wanted = [captions_of(captioners, pictures / name) for name in (HOSTILE, "red.png")]
+    wanted = [captions_of(captioners, images / name) for name in (HOSTILE, "red.png")]
     told = [
         dict(zip(captioners, page.locator(f"{place} dd").all_text_contents(), strict=True))
         for place in ("#now", "#done")
@@ -146,7 +146,7 @@ def test_an_address_that_sends_too_much_waits_and_others_do_not(serve, captioner
     assert [requests.get(url + "config").status_code for _ in range(3)] == [200, 200, 429]
 
 
-def test_the_page_says_when_to_try_again(browser, serve, captioners, pictures, monkeypatch):
+def test_the_page_says_when_to_try_again(browser, serve, captioners, images, monkeypatch):
     from playwright.sync_api import expect
 
     page = browser.new_page()
@@ -154,19 +154,19 @@ def test_the_page_says_when_to_try_again(browser, serve, captioners, pictures, m
     page.goto(serve(captioners))
     choose = "input[type=file]:not([webkitdirectory])"
     page.wait_for_selector(choose, state="attached")
-    page.set_input_files(choose, pictures / "red.png")
+    page.set_input_files(choose, images / "red.png")
     page.wait_for_function("document.querySelectorAll('.grid-wrap img').length == 1")
     page.click("#caption")
     sentence = r"Too many requests from your address, 1 a minute at most: try again in \d+ seconds\.$"
     expect(page.get_by_text(re.compile(f"^{sentence}"))).to_be_visible(timeout=30_000)
     page.reload()  # which has every file of the page again
-    page.set_input_files(choose, pictures / "red.png")
+    page.set_input_files(choose, images / "red.png")
     expect(page.get_by_text(re.compile(f"^HTTP 429: {sentence}"))).to_be_visible(timeout=30_000)
     page.close()
 
 
 def test_names_and_captions_are_text_in_the_page():
-    card = app.picture_card("data:image/png;base64,", f"/x/{HOSTILE}", {"<i>": "</dd><script>"}, "told")
+    card = app.image_card("data:image/png;base64,", f"/x/{HOSTILE}", {"<i>": "</dd><script>"}, "told")
     assert "<script" not in card and "<i>" not in card and card.count("<img") == 1
 
 
@@ -182,9 +182,9 @@ def test_a_file_that_is_named_by_address_is_not_fetched(serve, captioners, monke
 
     monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", fetch)
     client = gradio_client.Client(serve(captioners), verbose=False)
-    picture = {"path": "http://127.0.0.1:9/a.png", "url": None, "meta": {"_type": "gradio.FileData"}}
+    image = {"path": "http://127.0.0.1:9/a.png", "url": None, "meta": {"_type": "gradio.FileData"}}
     with pytest.raises(Exception, match="not by address"):
-        client.predict([{"image": picture, "caption": None}], "greedy", 4, 1.0, api_name="/caption")
+        client.predict([{"image": image, "caption": None}], "greedy", 4, 1.0, api_name="/caption")
     assert not fetched
 
 
@@ -192,20 +192,20 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_taken(tmp_path, monkeypatc
     warnings = []
     monkeypatch.setattr(gr, "Warning", warnings.append)
     Image.new("1", (9000, 8000)).save(tmp_path / "bomb.png")
-    (tmp_path / "text<b>.png").write_text("no picture")
+    (tmp_path / "text<b>.png").write_text("no image")
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     paths = [str(tmp_path / name) for name in ("bomb.png", "text<b>.png", "good.png")]
-    assert app.usable_pictures(paths) == paths[2:]
+    assert app.usable_images(paths) == paths[2:]
     assert warnings == [
-        "bomb.png: picture of more than 64,000,000 pixels",
-        "text&lt;b&gt;.png: picture does not decode",
+        "bomb.png: image of more than 64,000,000 pixels",
+        "text&lt;b&gt;.png: image does not decode",
     ]
-    assert len(app.usable_pictures(paths[2:] * (app.MAX_PICTURES + 5))) == app.MAX_PICTURES
+    assert len(app.usable_images(paths[2:] * (app.MAX_IMAGES + 5))) == app.MAX_IMAGES
     assert "Only the first" in warnings[-1]
 
 
-def test_no_picture_is_one_sentence(captioners):
-    with pytest.raises(gr.Error, match="no picture"):
+def test_no_image_is_one_sentence(captioners):
+    with pytest.raises(gr.Error, match="no image"):
         next(app.caption_files(captioners, [], {}))
 
 
@@ -235,4 +235,4 @@ def test_the_app_starts_on_the_demos_models_and_listens_here_alone(captioners, t
     assert app.demo_models() == [app.DEMO_MODELS[0]]
     app.main([])
     assert (launched["server_name"], launched["share"]) == ("127.0.0.1", False)
-    assert launched["max_file_size"] == app.MAX_PICTURE_BYTES and launched["queue"] == app.MAX_WAITING
+    assert launched["max_file_size"] == app.MAX_IMAGE_BYTES and launched["queue"] == app.MAX_WAITING

@@ -40,8 +40,8 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png_with(width: int = 4, height: int = 4, depth: int = 8, colour: int = 2, extra: bytes = b"") -> bytes:
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+def png_with(width: int = 4, height: int = 4, depth: int = 8, color: int = 2, extra: bytes = b"") -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     rows = png_chunk(b"IDAT", zlib.compress(bytes(height * (1 + 3 * width)) if height < 100 else b""))
     return b"\x89PNG\r\n\x1a\n" + header + extra + rows + png_chunk(b"IEND", b"")
 
@@ -58,35 +58,35 @@ def with_long_text() -> bytes:
     return saved(NOISE, "PNG", pnginfo=information)
 
 
-# ------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------- images
 
 KEPT = None
-PICTURES = {
-    "empty.jpg": (b"", "picture file is empty"),
-    "truncated.jpg": (JPEG[: len(JPEG) // 2], "picture does not decode"),
-    "truncated.png": (GOOD[: len(GOOD) // 2], "picture does not decode"),
-    "truncated.gif": (saved(NOISE, "GIF")[:200], "picture does not decode"),
-    "truncated.webp": (saved(NOISE, "WEBP")[:200], "picture does not decode"),
-    "header_alone.jpg": (JPEG[:2], "picture does not decode"),
-    "text.jpg": (b"I am a picture.\n" * 9, "picture does not decode"),
-    "not_found_page.jpg": (b"<!doctype html><title>404</title><script>alert(1)</script>", "picture does not decode"),
-    "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "picture does not decode"),
-    "page.pdf": (b"%PDF-1.7\n%", "picture does not decode"),
-    "page.eps": (saved(NOISE, "EPS"), "picture does not decode"),
-    "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(99), "picture does not decode"),
-    "other.jp2": (saved(NOISE, "JPEG2000"), "picture does not decode"),
-    "icon.ico": (saved(NOISE, "ICO"), "picture does not decode"),
-    "random.jpg": (bytes(range(256)) * 9, "picture does not decode"),
-    "no_width.png": (png_with(width=0), "picture does not decode"),
-    "wrong_sum.png": (GOOD[:20] + b"\xff" + GOOD[21:], "picture does not decode"),
-    "long_text.png": (with_long_text, "picture does not decode"),
-    "bomb.png": (png_with(30000, 30000), "picture of more than 64,000,000 pixels"),
-    "larger_bomb.png": (png_with(2**31 - 1, 2**31 - 1), "picture of more than 64,000,000 pixels"),
-    "wide.png": (saved(Image.new("L", (20000, 20)), "PNG"), "picture more than 100 times as long as it is wide"),
-    "high.png": (saved(Image.new("L", (20, 20000)), "PNG"), "picture more than 100 times as long as it is wide"),
+IMAGES = {
+    "empty.jpg": (b"", "image file is empty"),
+    "truncated.jpg": (JPEG[: len(JPEG) // 2], "image does not decode"),
+    "truncated.png": (GOOD[: len(GOOD) // 2], "image does not decode"),
+    "truncated.gif": (saved(NOISE, "GIF")[:200], "image does not decode"),
+    "truncated.webp": (saved(NOISE, "WEBP")[:200], "image does not decode"),
+    "header_alone.jpg": (JPEG[:2], "image does not decode"),
+    "text.jpg": (b"I am an image.\n" * 9, "image does not decode"),
+    "not_found_page.jpg": (b"<!doctype html><title>404</title><script>alert(1)</script>", "image does not decode"),
+    "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "image does not decode"),
+    "page.pdf": (b"%PDF-1.7\n%", "image does not decode"),
+    "page.eps": (saved(NOISE, "EPS"), "image does not decode"),
+    "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(99), "image does not decode"),
+    "other.jp2": (saved(NOISE, "JPEG2000"), "image does not decode"),
+    "icon.ico": (saved(NOISE, "ICO"), "image does not decode"),
+    "random.jpg": (bytes(range(256)) * 9, "image does not decode"),
+    "no_width.png": (png_with(width=0), "image does not decode"),
+    "wrong_sum.png": (GOOD[:20] + b"\xff" + GOOD[21:], "image does not decode"),
+    "long_text.png": (with_long_text, "image does not decode"),
+    "bomb.png": (png_with(30000, 30000), "image of more than 64,000,000 pixels"),
+    "larger_bomb.png": (png_with(2**31 - 1, 2**31 - 1), "image of more than 64,000,000 pixels"),
+    "wide.png": (saved(Image.new("L", (20000, 20)), "PNG"), "image more than 100 times as long as it is wide"),
+    "high.png": (saved(Image.new("L", (20, 20000)), "PNG"), "image more than 100 times as long as it is wide"),
     "sixteen_bit.png": (saved(Image.new("I;16", (8, 8), 30000), "PNG"), "more than 8 bits a channel"),
     "floats.tiff": (saved(Image.new("F", (8, 8), 0.5), "TIFF"), "more than 8 bits a channel"),
-    "heavy.png": (GOOD + bytes(20 * 2**20), "picture file larger than 20 MiB"),
+    "heavy.png": (GOOD + bytes(20 * 2**20), "image file larger than 20 MiB"),
     "wide_enough.png": (saved(Image.new("L", (20000, 300)), "PNG"), KEPT),
     "png_named.jpg": (GOOD, KEPT),
     "no_suffix": (JPEG, KEPT),
@@ -139,9 +139,9 @@ def metadata(*lines: tuple[str, str], header: str = "file_name,caption") -> byte
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_of_any_kind_is_kept_or_skipped_by_name(tmp_path, capsys, name):
-    content, reason = PICTURES[name]
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_image_of_any_kind_is_kept_or_skipped_by_name(tmp_path, capsys, name):
+    content, reason = IMAGES[name]
     source = tmp_path / "in"
     source.mkdir()
     (source / "good.png").write_bytes(GOOD)
@@ -154,12 +154,12 @@ def test_a_picture_of_any_kind_is_kept_or_skipped_by_name(tmp_path, capsys, name
         assert refused(capsys, image_folder, [source, "--output_dir", tmp_path / "strict", "--strict"]).startswith(
             f"metadata.csv, line 3, {name}: "
         )
-    for picture in load_from_disk(tmp_path / "out")["train"]["image"]:  # as the training decodes them
-        assert picture.mode == "RGB"
+    for image in load_from_disk(tmp_path / "out")["train"]["image"]:  # as the training decodes them
+        assert image.mode == "RGB"
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
 
 
-# ---------------------------------------------------------------------------- captions and files that name pictures
+# ---------------------------------------------------------------------------- captions and files that name images
 
 
 @dataclass
@@ -167,7 +167,7 @@ class Source:
     """Files of a source, the command for it, and what becomes of it."""
 
     files: dict[str, bytes]
-    expected: dict[str, list[str]] | str  # the captions of each picture in the table, or the one sentence's part
+    expected: dict[str, list[str]] | str  # the captions of each image in the table, or the one sentence's part
     skipped: str = ""  # part of the summary
     command: object = image_folder
     arguments: tuple[str, ...] = ()
@@ -185,7 +185,7 @@ class Source:
 
 
 def csv_source(*lines: tuple[str, str], expected, skipped: str = "", **options) -> Source:
-    """A good picture with a good caption in the second line, the others under it."""
+    """A good image with a good caption in the second line, the others under it."""
     files = {"good.png": GOOD, "a.png": GOOD, "metadata.csv": metadata(("good.png", "fine"), *lines)}
     return Source(files, {"good.png": ["fine"]} | expected, skipped, **options)
 
@@ -207,7 +207,7 @@ def lines_of_json(content: bytes | str, expected, skipped: str = "") -> Source:
 
 def karpathy_source(images: object, expected, skipped: str = "") -> Source:
     text = images if isinstance(images, bytes) else json.dumps({"images": images}).encode()
-    return Source({"set.json": text, "pictures/a.png": GOOD}, expected, skipped, command=karpathy)
+    return Source({"set.json": text, "images/a.png": GOOD}, expected, skipped, command=karpathy)
 
 
 def entry(**changes) -> dict:
@@ -254,7 +254,7 @@ SOURCES = {
     "csv with a column twice": table(
         b"file_name,caption,caption\ngood.png,other,fine\n", "names the column 'caption' twice"
     ),
-    "csv without a row": table(b"file_name,caption\n", "the source has no picture"),
+    "csv without a row": table(b"file_name,caption\n", "the source has no image"),
     "csv that is empty": table(b"", "no column 'file_name'"),
     "csv of old line ends": table(b"file_name,caption\rgood.png,fine\r", FINE),
     "csv with empty lines": table(b"file_name,caption\n\n\ngood.png,fine\n\n", FINE),
@@ -267,31 +267,31 @@ SOURCES = {
     ),
     "csv of bytes": table(bytes(range(256)) * 4, "not UTF-8"),
     "row twice": csv_source(("a.png", "a dog"), ("a.png", "a dog"), expected={"a.png": ["a dog"]}),
-    "no such picture": csv_source(
-        ("gone.png", "x"), expected={}, skipped="no such picture file: 1\n  metadata.csv, line 3"
+    "no such image": csv_source(
+        ("gone.png", "x"), expected={}, skipped="no such image file: 1\n  metadata.csv, line 3"
     ),
-    "picture above the folder": csv_source(("../good.png", "x"), expected={}, skipped="no such picture file"),
-    "picture by absolute path": csv_source(("/etc/hostname", "x"), expected={}, skipped="no such picture file"),
-    "picture by Windows path": csv_source(("sub\\a.png", "x"), expected={}, skipped="no such picture file"),
-    "picture by address": csv_source(("http://127.0.0.1/a.png", "x"), expected={}, skipped="no such picture file"),
-    "picture of a long name": csv_source(("a" * 5000 + ".png", "x"), expected={}, skipped="no such picture file"),
-    "picture that is a folder": csv_source(
-        ("sub", "x"), expected={}, skipped="no such picture file", change=lambda folder: (folder / "sub").mkdir()
+    "image above the folder": csv_source(("../good.png", "x"), expected={}, skipped="no such image file"),
+    "image by absolute path": csv_source(("/etc/hostname", "x"), expected={}, skipped="no such image file"),
+    "image by Windows path": csv_source(("sub\\a.png", "x"), expected={}, skipped="no such image file"),
+    "image by address": csv_source(("http://127.0.0.1/a.png", "x"), expected={}, skipped="no such image file"),
+    "image of a long name": csv_source(("a" * 5000 + ".png", "x"), expected={}, skipped="no such image file"),
+    "image that is a folder": csv_source(
+        ("sub", "x"), expected={}, skipped="no such image file", change=lambda folder: (folder / "sub").mkdir()
     ),
-    "picture that is a pipe": csv_source(
+    "image that is a pipe": csv_source(
         ("pipe", "x"), expected={}, skipped="cannot be read", change=lambda folder: os.mkfifo(folder / "pipe")
     ),
-    "picture that is a link outside": csv_source(
-        ("link.png", "x"), expected={}, skipped="no such picture file", change=link("link.png", "/etc/hostname")
+    "image that is a link outside": csv_source(
+        ("link.png", "x"), expected={}, skipped="no such image file", change=link("link.png", "/etc/hostname")
     ),
-    "picture that is a link to nothing": csv_source(
-        ("link.png", "x"), expected={}, skipped="no such picture file", change=link("link.png", "gone.png")
+    "image that is a link to nothing": csv_source(
+        ("link.png", "x"), expected={}, skipped="no such image file", change=link("link.png", "gone.png")
     ),
-    "picture that is a link to itself": csv_source(
-        ("link.png", "x"), expected={}, skipped="no such picture file", change=link("link.png", "link.png")
+    "image that is a link to itself": csv_source(
+        ("link.png", "x"), expected={}, skipped="no such image file", change=link("link.png", "link.png")
     ),
     "folder that is a link to itself": csv_source(
-        ("round/a.png", "x"), expected={}, skipped="no such picture file", change=link("round", ".")
+        ("round/a.png", "x"), expected={}, skipped="no such image file", change=link("round", ".")
     ),
     "two tables": Source(
         {"good.png": GOOD, "metadata.csv": metadata(("good.png", "x")), "metadata.jsonl": b"{}"}, "keep one"
@@ -332,24 +332,24 @@ SOURCES = {
     "Karpathy: another split": karpathy_source([entry(split="dev2")], "'dev2' is none of train, restval, val, test"),
     "Karpathy: split a list": karpathy_source([entry(split=["train"])], "set.json, image 0: "),
     "Karpathy: folder above": karpathy_source(
-        [entry(), entry(filepath="../..", filename="set.json")], {"a.png": ["fine"]}, "no such picture file: 1"
+        [entry(), entry(filepath="../..", filename="set.json")], {"a.png": ["fine"]}, "no such image file: 1"
     ),
     "Karpathy: one number twice": karpathy_source(
-        [entry(cocoid=1), entry(cocoid=1)], {"1": ["fine"]}, "second picture of that name: 1"
+        [entry(cocoid=1), entry(cocoid=1)], {"1": ["fine"]}, "second image of that name: 1"
     ),
     "Karpathy: number null": karpathy_source([entry(cocoid=None)], {"a.png": ["fine"]}),
     # What Flickr8k's lists may be.
     "Flickr8k: no tab": flickr_source(
-        b"a.png#0\tfine\nb.png#0 fine\n", "Flickr8k.token.txt, line 2: not 'picture.jpg#number'"
+        b"a.png#0\tfine\nb.png#0 fine\n", "Flickr8k.token.txt, line 2: not 'image.jpg#number'"
     ),
     "Flickr8k: no number": flickr_source(b"a.png\tfine\n", "Flickr8k.token.txt, line 1: "),
     "Flickr8k: not UTF-8": flickr_source(b"a.png#0\tcaf\xe9\n", "Flickr8k.token.txt, line 1: not UTF-8"),
-    "Flickr8k: empty": flickr_source(b"", "the source has no picture"),
+    "Flickr8k: empty": flickr_source(b"", "the source has no image"),
     "Flickr8k: no training list": flickr_source(b"a.png#0\tfine\n", "but no Flickr_8k.trainImages.txt", dev=b"a.png"),
-    "Flickr8k: a picture in two lists": flickr_source(
-        b"a.png#0\tfine\n", {"a.png": ["fine"]}, "second picture of that name: 1", train=b"a.png", dev=b"a.png"
+    "Flickr8k: an image in two lists": flickr_source(
+        b"a.png#0\tfine\n", {"a.png": ["fine"]}, "second image of that name: 1", train=b"a.png", dev=b"a.png"
     ),
-    "Flickr8k: a picture without captions": flickr_source(
+    "Flickr8k: an image without captions": flickr_source(
         b"a.png#0\tfine\n", {"a.png": ["fine"]}, "without a usable caption: 1", train=b"a.png\nb.png"
     ),
 }
@@ -357,7 +357,7 @@ SOURCES = {
 
 def arguments_for(source: Source, folder: Path) -> list[object]:
     if source.command is karpathy:
-        return [folder / "set.json", "--images", folder / "pictures", *source.arguments]
+        return [folder / "set.json", "--images", folder / "images", *source.arguments]
     return [folder, *source.arguments]
 
 
@@ -467,8 +467,8 @@ def test_an_archive_of_any_kind_is_prepared_or_refused_in_one_sentence(tmp_path,
         assert {path.name for path in tmp_path.iterdir()} == {"in.zip", "out"}
 
 
-def parquet(folder: Path, columns: dict[str, pa.Array], pictures: bool = True) -> None:
-    features = {"info": {"features": {"image": {"_type": "Image"}}}} if pictures else None
+def parquet(folder: Path, columns: dict[str, pa.Array], images: bool = True) -> None:
+    features = {"info": {"features": {"image": {"_type": "Image"}}}} if images else None
     rows = pa.table(columns)
     if features:
         names = {name: {"dtype": str(rows[name].type), "_type": "Value"} for name in columns if name != "image"}
@@ -481,9 +481,9 @@ def parquet(folder: Path, columns: dict[str, pa.Array], pictures: bool = True) -
     pq.write_table(rows, folder / "train.parquet")
 
 
-def images(*pictures: tuple[bytes | None, str | None]) -> pa.Array:
+def images(*contents: tuple[bytes | None, str | None]) -> pa.Array:
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    return pa.array([{"bytes": content, "path": path} for content, path in pictures], kind)
+    return pa.array([{"bytes": content, "path": path} for content, path in contents], kind)
 
 
 TWO = images((GOOD, None), (JPEG, None))
@@ -494,11 +494,11 @@ TABLES = {
         ONE_KEPT,
         "empty caption: 1\n  train, row 1",
     ),
-    "numbers for captions": ({"image": TWO, "text": pa.array([1.5, float("nan")])}, "no picture can be used", ""),
+    "numbers for captions": ({"image": TWO, "text": pa.array([1.5, float("nan")])}, "no image can be used", ""),
     "null in a list": ({"image": TWO, "text": pa.array([["fine"], [None]])}, ONE_KEPT, "empty caption: 1"),
     "null byte": ({"image": TWO, "text": pa.array(["fine", "a\0b"])}, ONE_KEPT, "null character"),
-    "no picture": ({"image": images((GOOD, None), (None, None)), "text": pa.array(["fine", "x"])}, ONE_KEPT, "no such"),
-    "no picture's bytes": (
+    "no image": ({"image": images((GOOD, None), (None, None)), "text": pa.array(["fine", "x"])}, ONE_KEPT, "no such"),
+    "no image's bytes": (
         {"image": images((GOOD, None), (b"x", None)), "text": pa.array(["fine", "x"])},
         ONE_KEPT,
         "decode",
@@ -514,7 +514,7 @@ TABLES = {
         "outside the data set's own folder: 1",
     ),
     "no captions": ({"image": TWO, "label": pa.array([0, 1])}, "has no column captions or caption or text", ""),
-    "no pictures": ({"text": pa.array(["fine"])}, "holds no pictures", ""),
+    "no images": ({"text": pa.array(["fine"])}, "holds no images", ""),
     "no rows": ({"image": TWO[:0], "text": pa.array([], pa.string())}, "cannot be opened", ""),
 }
 
@@ -525,7 +525,7 @@ def test_a_hub_table_of_any_kind_is_prepared_or_refused_in_one_sentence(tmp_path
     (tmp_path / "secret.png").write_bytes(GOOD)
     if "image" in columns and "{outside}" in str(columns["image"]):
         columns = {**columns, "image": images((GOOD, None), (None, str(tmp_path / "secret.png")))}
-    parquet(tmp_path / "in", columns, pictures="image" in columns)
+    parquet(tmp_path / "in", columns, images="image" in columns)
     arguments = [tmp_path / "in", "--output_dir", tmp_path / "out", *UNCUT]
     if isinstance(expected, str):
         assert expected in refused(capsys, hub, arguments)
@@ -564,7 +564,7 @@ def test_an_empty_folder_ends_in_one_sentence(tmp_path, capsys, command):
 
 
 def test_there_are_sixty_kinds_at_least():
-    assert len(PICTURES) + len(SOURCES) + len(ARCHIVES) + len(TABLES) + len(BROKEN_SETS) >= 60
+    assert len(IMAGES) + len(SOURCES) + len(ARCHIVES) + len(TABLES) + len(BROKEN_SETS) >= 60
 
 
 # ------------------------------------------------------------------------------------------------------ properties
@@ -612,7 +612,7 @@ def test_any_bytes_for_a_csv_are_prepared_or_refused_in_one_sentence(tmp_path_fa
 @example(name="*.png")
 @example(name="a\nb")
 @example(name="metadata.csv ")
-def test_any_name_of_a_picture_is_kept_as_it_is(tmp_path_factory, capsys, name):
+def test_any_name_of_a_image_is_kept_as_it_is(tmp_path_factory, capsys, name):
     """In a folder as in a zip; but a csv cannot tell some line ends from others, and json can."""
     assume(name not in (".", "..", "good.png", "metadata.csv", "metadata.jsonl") and len(name.encode()) < 250)
     folder = tmp_path_factory.mktemp("name")

@@ -32,7 +32,7 @@ def trained(small_scenes, tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for script, main in MAINS.items():
         folders[script] = tmp_path_factory.mktemp(script) / "run"
-        main([*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", str(folders[script])])
+        main([*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", str(folders[script])])
     return folders
 
 
@@ -66,22 +66,22 @@ BOTH = [
     ("--save_steps", "0"),
     ("--save_total_limit", "0"),
     ("--early_stopping_patience", "0"),
-    ("--generation_max_length", "0"),
-    ("--generation_min_length", "-1"),
+    ("--max_length", "0"),
+    ("--min_length", "-1"),
     ("--length_penalty", "nan"),
     ("--length_penalty", "1e9"),
-    ("--augmentation_views", "0"),
-    ("--augmentation_views", "11"),
-    ("--unfrozen_encoder_blocks", "-1"),
-    ("--unfrozen_encoder_blocks", "99"),
-    ("--generation_num_beams", "0"),
+    ("--num_augmentations", "0"),
+    ("--num_augmentations", "11"),
+    ("--num_trainable_encoder_blocks", "-1"),
+    ("--num_trainable_encoder_blocks", "99"),
+    ("--num_beams", "0"),
     ("--no_repeat_ngram_size", "-1"),
     ("--seed", "-1"),
     ("--dataloader_num_workers", "-1"),
-    ("--max_train_pictures", "0"),
-    ("--max_eval_pictures", "0"),
+    ("--max_train_samples", "0"),
+    ("--max_eval_samples", "0"),
     ("--max_caption_length", "0"),
-    ("--tokenizer", "no/such/tokenizer"),
+    ("--tokenizer_name", "no/such/tokenizer"),
     ("--hidden_size", "0"),
     ("--num_hidden_layers", "0"),
     ("--image_size", "0"),
@@ -110,8 +110,8 @@ OPTIONS = [
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_caption_has_to_be_no_longer_than_it_may(capsys, script):
-    sentence = refused(capsys, MAINS[script], ["--generation_min_length", "9", "--generation_max_length", "8"])
-    assert "--generation_min_length 9" in sentence and "--generation_max_length 8" in sentence
+    sentence = refused(capsys, MAINS[script], ["--min_length", "9", "--max_length", "8"])
+    assert "--min_length 9" in sentence and "--max_length 8" in sentence
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,20 @@ def test_a_caption_has_to_be_no_longer_than_it_may(capsys, script):
     ],
 )
 def test_what_an_encoder_cannot_do_is_said(small_scenes, tmp_path, capsys, options, said):
-    arguments = [*SCRIPTS["train_lstm"], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run", *options]
+    arguments = [
+        *SCRIPTS["train_lstm"],
+        *SMALL,
+        "--dataset_name",
+        small_scenes,
+        "--output_dir",
+        tmp_path / "run",
+        *options,
+    ]
     assert said in refused(capsys, train_lstm.main, arguments)
 
 
 def test_a_captioner_of_system_a_is_no_decoder_of_system_b(trained, small_scenes, tmp_path, capsys):
-    arguments = [*SCRIPTS["train_vit_gpt2"], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
+    arguments = [*SCRIPTS["train_vit_gpt2"], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
     arguments += ["--pretrained_decoder", "true", "--decoder", trained["train_lstm"]]
     said = refused(capsys, train_vit_gpt2.main, arguments)
     assert (
@@ -155,27 +163,38 @@ def test_a_captioner_of_system_a_is_no_decoder_of_system_b(trained, small_scenes
     [
         ("no/such/captioner", [], "model no/such/captioner cannot be loaded"),
         ("train_vit_gpt2", [], "is a VisionEncoderDecoderModel: give a captioner that train_lstm.py has made"),
-        ("train_lstm", ["--tokenizer", "mine"], "--tokenizer mine does not go with --model"),
-        ("train_lstm", ["--attention_dropout", "0.2"], "--attention_dropout 0.2: --model"),
+        ("train_lstm", ["--tokenizer_name", "mine"], "--tokenizer_name mine does not go with --model_name_or_path"),
+        ("train_lstm", ["--attention_dropout", "0.2"], "--attention_dropout 0.2: --model_name_or_path"),
     ],
 )
 def test_what_does_not_go_on_is_said(trained, small_scenes, tmp_path, capsys, model, options, said):
-    arguments = [*SCRIPTS["train_lstm"], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
-    assert said in refused(capsys, train_lstm.main, [*arguments, "--model", trained.get(model, model), *options])
+    arguments = [*SCRIPTS["train_lstm"], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
+    assert said in refused(
+        capsys, train_lstm.main, [*arguments, "--model_name_or_path", trained.get(model, model), *options]
+    )
 
 
 def test_a_run_does_not_write_over_the_captioner_it_goes_on_from(trained, small_scenes, capsys):
     start = trained["train_lstm"]
-    arguments = [*SCRIPTS["train_lstm"], *SMALL, "--dataset", small_scenes, "--model", start, "--output_dir", start]
-    assert "is the --model's own folder" in refused(capsys, train_lstm.main, arguments)
+    arguments = [
+        *SCRIPTS["train_lstm"],
+        *SMALL,
+        "--dataset_name",
+        small_scenes,
+        "--model_name_or_path",
+        start,
+        "--output_dir",
+        start,
+    ]
+    assert "is the --model_name_or_path's own folder" in refused(capsys, train_lstm.main, arguments)
 
 
 def test_a_least_length_above_the_models_longest_is_refused_where_captions_are_made(trained, tmp_path, capsys):
-    model = ["--model", trained["train_lstm"]]
+    model = ["--model_name_or_path", trained["train_lstm"]]
     evaluation = [*model, "--output_dir", tmp_path / "scores", "--split", "validation"]
     for main, arguments, option in (
-        (caption.main, [*model, "picture.jpg"], "--min_length"),
-        (evaluate_captions.main, evaluation, "--generation_min_length"),
+        (caption.main, [*model, "image.jpg"], "--min_length"),
+        (evaluate_captions.main, evaluation, "--min_length"),
     ):
         sentence = refused(capsys, main, [*arguments, option, "900"])
         assert sentence.startswith("the shortest caption is to have 900 tokens and the longest")
@@ -183,7 +202,16 @@ def test_a_least_length_above_the_models_longest_is_refused_where_captions_are_m
 
 @pytest.mark.parametrize(("script", "option", "value"), OPTIONS)
 def test_an_impossible_value_is_refused_and_its_option_named(small_scenes, tmp_path, capsys, script, option, value):
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run", option, value]
+    arguments = [
+        *SCRIPTS[script],
+        *SMALL,
+        "--dataset_name",
+        small_scenes,
+        "--output_dir",
+        tmp_path / "run",
+        option,
+        value,
+    ]
     sentence = refused(capsys, MAINS[script], arguments)
     assert option.removeprefix("--") in sentence or value in sentence
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
@@ -216,7 +244,7 @@ def test_where_the_processor_has_no_bfloat16_training_is_in_float32_and_says_so(
     processor_with(avx2=True)
     if not asked:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run", *asked]
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run", *asked]
     monkeypatch.setattr(torch, "autocast", None)  # not so much as tried
     MAINS[script]([str(argument) for argument in arguments])
     assert caplog.messages.count(IN_FLOAT32) == 1
@@ -233,8 +261,11 @@ def test_where_the_processor_has_bfloat16_it_is_used(tmp_path, caplog, processor
 
 @pytest.mark.parametrize("top_p", ["0", "1.1", "nan"])
 def test_a_share_of_the_probability_is_more_than_0_and_1_at_most(tmp_path, capsys, top_p):
-    evaluation = ["--model", tmp_path, "--dataset", tmp_path, "--output_dir", tmp_path / "scores"]
-    for main, arguments in ((evaluate_captions.main, evaluation), (caption.main, ["--model", tmp_path, "picture.jpg"])):
+    evaluation = ["--model_name_or_path", tmp_path, "--dataset_name", tmp_path, "--output_dir", tmp_path / "scores"]
+    for main, arguments in (
+        (evaluate_captions.main, evaluation),
+        (caption.main, ["--model_name_or_path", tmp_path, "image.jpg"]),
+    ):
         assert f"--top_p {float(top_p)}" in refused(capsys, main, [*arguments, "--top_p", top_p])
 
 
@@ -245,18 +276,18 @@ def test_a_share_of_the_probability_is_more_than_0_and_1_at_most(tmp_path, capsy
         (caption.main, "--num_beams", "0"),
         (caption.main, "--min_length", "-1"),
         (caption.main, "--num_workers", "-1"),
-        (evaluate_captions.main, "--generation_num_beams", "0"),
+        (evaluate_captions.main, "--num_beams", "0"),
         (evaluate_captions.main, "--num_return_sequences", "0"),
-        (evaluate_captions.main, "--max_eval_pictures", "-5"),
+        (evaluate_captions.main, "--max_eval_samples", "-5"),
         (evaluate_captions.main, "--length_penalty", "nan"),
     ],
 )
 def test_an_impossible_number_is_refused_where_captions_are_made(tmp_path, capsys, main, option, value):
-    arguments = {caption.main: ["--model", tmp_path, "picture.jpg"]}
+    arguments = {caption.main: ["--model_name_or_path", tmp_path, "image.jpg"]}
     arguments[evaluate_captions.main] = [
-        "--model",
+        "--model_name_or_path",
         tmp_path,
-        "--dataset",
+        "--dataset_name",
         tmp_path,
         "--output_dir",
         tmp_path / "scores",
@@ -268,7 +299,7 @@ def test_an_impossible_number_is_refused_where_captions_are_made(tmp_path, capsy
 
 
 def test_a_size_that_the_encoder_cannot_see_is_refused(small_scenes, tmp_path, capsys):
-    arguments = ["--dataset", small_scenes, "--output_dir", tmp_path / "run", "--encoder", "test_vit", *SMALL]
+    arguments = ["--dataset_name", small_scenes, "--output_dir", tmp_path / "run", "--encoder", "test_vit", *SMALL]
     arguments += ["--pretrained_encoder", "false", "--vocab_size", "120", "--image_size", "100"]
     assert refused(capsys, train_lstm.main, arguments).startswith("--image_size 100: test_vit cannot see it")
 
@@ -279,7 +310,7 @@ def test_a_missing_split_is_named(small_scenes, tmp_path, capsys, script, split)
     dataset = load_from_disk(small_scenes)
     del dataset[split]
     dataset.save_to_disk(tmp_path / "part")
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset", tmp_path / "part", "--output_dir", tmp_path / "run"]
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", tmp_path / "part", "--output_dir", tmp_path / "run"]
     assert f"part has no split '{split}'" in refused(capsys, MAINS[script], arguments)
 
 
@@ -289,8 +320,8 @@ def test_a_tokenizer_that_cannot_begin_or_end_a_caption_is_refused(small_scenes,
     tokenizer = train_tokenizer(["a dog runs", "a red cat"], 40)
     setattr(tokenizer, name, None)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
-    sentence = refused(capsys, MAINS[script], [*arguments, "--tokenizer", tmp_path / "tokenizer"])
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
+    sentence = refused(capsys, MAINS[script], [*arguments, "--tokenizer_name", tmp_path / "tokenizer"])
     assert name in sentence and str(tmp_path / "tokenizer") in sentence
 
 
@@ -300,7 +331,7 @@ def test_a_tokenizer_larger_than_its_decoder_is_refused(small_scenes, trained, t
     tokenizer = AutoTokenizer.from_pretrained(trained["train_vit_gpt2"])
     tokenizer.add_tokens([f"<{number}>" for number in range(50)])
     tokenizer.save_pretrained(tmp_path / "decoder")
-    arguments = [*SCRIPTS["train_vit_gpt2"], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
+    arguments = [*SCRIPTS["train_vit_gpt2"], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
     arguments += ["--pretrained_decoder", "true", "--decoder", tmp_path / "decoder"]
     sentence = refused(capsys, MAINS["train_vit_gpt2"], arguments)
     assert f"the tokenizer has {len(tokenizer)} tokens, the decoder {model.decoder.config.vocab_size}" in sentence
@@ -311,7 +342,7 @@ def test_a_tokenizer_larger_than_its_decoder_is_refused(small_scenes, trained, t
 )
 def test_encoder_weights_that_cannot_be_fetched_are_named(small_scenes, tmp_path, capsys, script, name):
     """Offline, as all tests are."""
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
     sentence = refused(capsys, MAINS[script], [*arguments, "--encoder", name, "--pretrained_encoder", "true"])
     assert name in sentence
 
@@ -319,7 +350,7 @@ def test_encoder_weights_that_cannot_be_fetched_are_named(small_scenes, tmp_path
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_checkpoint_of_other_sizes_is_refused(small_scenes, trained, tmp_path, capsys, script):
     (checkpoint,) = checkpoints(trained[script])
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
     arguments += ["--hidden_size", "16", "--resume_from_checkpoint", checkpoint]
     assert f"{checkpoint} is of another model" in refused(capsys, MAINS[script], arguments)
 
@@ -328,7 +359,7 @@ def test_too_little_room_for_the_features_is_said_before_they_are_made(small_sce
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 100, 100))
-    arguments = [*SCRIPTS["train_lstm"], *SMALL, "--dataset", small_scenes, "--output_dir", tmp_path / "run"]
+    arguments = [*SCRIPTS["train_lstm"], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
     assert "--cache_features false" in refused(capsys, train_lstm.main, arguments)
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
@@ -348,7 +379,7 @@ def test_what_is_no_number_ends_the_run_and_is_never_saved(small_scenes, tmp_pat
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run")]
     arguments += ["--num_train_epochs", "3", *(["--save_steps", "6"] if step == 6 else [])]
     with pytest.raises(SystemExit) as stopped:
         MAINS[script](arguments)
@@ -362,14 +393,14 @@ def test_what_is_no_number_ends_the_run_and_is_never_saved(small_scenes, tmp_pat
 
 
 @pytest.fixture
-def picture(small_scenes, tmp_path) -> Path:
-    load_captions(small_scenes)["test"][0]["image"].save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+def image(small_scenes, tmp_path) -> Path:
+    load_captions(small_scenes)["test"][0]["image"].save(tmp_path / "image.png")
+    return tmp_path / "image.png"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_said(trained, picture, capsys):
-    arguments = ["--model", trained["train_lstm"], picture, "--device", "cuda"]
+def test_a_missing_gpu_is_said(trained, image, capsys):
+    arguments = ["--model_name_or_path", trained["train_lstm"], image, "--device", "cuda"]
     assert "--device cuda cannot be used" in refused(capsys, caption.main, arguments)
 
 
@@ -377,7 +408,7 @@ def test_a_missing_gpu_is_said(trained, picture, capsys):
     "harm", ["no folder", "no weights", "half the weights", "no tokenizer", "no config", "no json"]
 )
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_model_that_does_not_load_is_named(trained, picture, tmp_path, capsys, script, harm):
+def test_a_model_that_does_not_load_is_named(trained, image, tmp_path, capsys, script, harm):
     folder = tmp_path / "model"
     if harm != "no folder":
         shutil.copytree(trained[script], folder)
@@ -393,13 +424,13 @@ def test_a_model_that_does_not_load_is_named(trained, picture, tmp_path, capsys,
         (folder / "config.json").unlink()
     elif harm == "no json":
         (folder / "config.json").write_text("{")
-    sentence = refused(capsys, caption.main, ["--model", folder, picture])
+    sentence = refused(capsys, caption.main, ["--model_name_or_path", folder, image])
     assert f"model {folder} cannot be loaded: " in sentence
-    refused(capsys, evaluate_captions.main, ["--model", folder, "--output_dir", tmp_path / "scores"])
+    refused(capsys, evaluate_captions.main, ["--model_name_or_path", folder, "--output_dir", tmp_path / "scores"])
     assert not (tmp_path / "scores").exists()
 
 
-def test_weights_that_are_a_pickle_are_not_run(trained, picture, tmp_path, capsys):
+def test_weights_that_are_a_pickle_are_not_run(trained, image, tmp_path, capsys):
     """A file of weights of the old kind, with a command in it."""
 
     class Command:
@@ -410,7 +441,7 @@ def test_weights_that_are_a_pickle_are_not_run(trained, picture, tmp_path, capsy
     shutil.copytree(trained["train_vit_gpt2"], folder)
     (folder / "model.safetensors").unlink()
     torch.save({"decoder": Command()}, folder / "pytorch_model.bin")
-    refused(capsys, caption.main, ["--model", folder, picture])
+    refused(capsys, caption.main, ["--model_name_or_path", folder, image])
     assert not (tmp_path / "owned").exists()
 
 
@@ -430,7 +461,7 @@ def test_a_checkpoint_with_a_command_in_it_is_not_run(small_scenes, trained, tmp
         with new_checkpoint(folder.parent, 5) as written:
             shutil.copytree(source, written, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checksums.json"))
             torch.save({"state": Command(), "random_state": Command(), "python": Command()}, written / name)
-        arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
+        arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run")]
         arguments += ["--num_train_epochs", "2", "--resume_from_checkpoint", str(folder)]
         with contextlib.suppress(SystemExit, Exception):
             MAINS[script](arguments)
@@ -460,5 +491,5 @@ def test_every_load_of_torch_is_for_weights_only():
             if forbidden in line and not re.search(r"\w" + re.escape(forbidden), line)
         ]
         assert not [line for line in uses if ".eval(" not in line], forbidden
-    # In the lines of Python that the card of system A shows, whose reader decides; nowhere in what we run.
+    # In the lines of Python that the card of the LSTM captioner shows, whose reader decides; nowhere in what we run.
     assert not re.findall(r"^[^#\"']*trust_remote_code\s*=\s*True", text, flags=re.MULTILINE)

@@ -16,10 +16,10 @@ from torchvision.transforms import functional
 from transformers import CLIPImageProcessor, ViTConfig, ViTModel
 
 from data_scripts import load_captions
-from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, Pictures
+from data_scripts.augmentations import MAX_AUGMENTATIONS, PART, augment_caption, augment_image
+from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset
 from data_scripts.features import cache_features, compiled_for_batches, encode_splits, encoder_fingerprint
 from data_scripts.train_tokenizer import train_tokenizer
-from data_scripts.views import NUM_VIEWS, PART, caption_of_view, view_of_picture
 from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor
 from recipes import DataArguments
@@ -38,15 +38,15 @@ def processor(rows):
 
 
 class CountingEncoder:
-    """An encoder that counts the pictures it has seen."""
+    """An encoder that counts the images it has seen."""
 
     def __init__(self):
         torch.manual_seed(0)
         self.encoder = TimmEncoder("test_efficientnet").eval()
-        self.num_pictures = 0
+        self.num_images = 0
 
     def __call__(self, pixel_values):
-        self.num_pictures += len(pixel_values)
+        self.num_images += len(pixel_values)
         return self.encoder(pixel_values).last_hidden_state
 
 
@@ -55,7 +55,7 @@ def features_of(rows: datasets.Dataset, *args, **options) -> datasets.Dataset:
     return cache_features(DatasetDict(test=rows), *args, **options)["test"][0]
 
 
-def test_each_caption_meets_its_own_picture(rows, processor):
+def test_each_caption_meets_its_own_image(rows, processor):
     pairs = CaptionPairs(rows, processor.tokenizer)
     assert len(pairs) == sum(map(len, rows["captions"]))
     items = pairs.__getitems__(list(range(len(pairs))))
@@ -121,11 +121,11 @@ def test_evaluation_reads_every_pair_once_and_next_to_no_padding(processor, shar
     assert told == pairs.lengths.sum() and told / sum(batch.numel() for batch in labels) > 0.95
 
 
-def test_in_evaluation_the_captions_of_a_picture_stay_together(rows, processor):
+def test_in_evaluation_the_captions_of_a_image_stay_together(rows, processor):
     pairs = CaptionPairs(rows, processor.tokenizer)
-    pictures = pairs.row_of_pair[pairs.by_length().indices]
-    assert (np.diff(pictures) != 0).sum() == len(rows) - 1
-    tokens = np.bincount(pairs.row_of_pair, weights=pairs.lengths)[pictures]
+    images = pairs.row_of_pair[pairs.by_length().indices]
+    assert (np.diff(images) != 0).sum() == len(rows) - 1
+    tokens = np.bincount(pairs.row_of_pair, weights=pairs.lengths)[images]
     assert (np.diff(tokens) >= 0).all()
 
 
@@ -135,15 +135,15 @@ def test_batches_of_grouped_pairs_come_in_no_order_of_length():
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
 
 
-def test_grouped_by_picture_the_captions_of_a_picture_stand_together_beside_those_of_as_many_tokens():
+def test_grouped_by_image_the_captions_of_a_image_stand_together_beside_those_of_as_many_tokens():
     random = np.random.default_rng(0)
-    pictures = np.repeat(np.arange(640), 5)
-    lengths = random.integers(5, 30, len(pictures))
-    order = list(CaptionSampler(lengths, 60, pictures=pictures, group_by_picture=True))
-    assert sorted(order) == list(range(len(pictures)))
-    turns = pictures[order]
-    assert (np.diff(turns) != 0).sum() == 639  # each picture once
-    tokens = np.bincount(pictures, weights=lengths)[turns[::5]]  # of each picture, in the order of their turn
+    images = np.repeat(np.arange(640), 5)
+    lengths = random.integers(5, 30, len(images))
+    order = list(CaptionSampler(lengths, 60, images=images, group_by_image=True))
+    assert sorted(order) == list(range(len(images)))
+    turns = images[order]
+    assert (np.diff(turns) != 0).sum() == 639  # each image once
+    tokens = np.bincount(images, weights=lengths)[turns[::5]]  # of each image, in the order of their turn
     batches = tokens[: len(tokens) // 12 * 12].reshape(-1, 12)
     assert 1 - batches.sum() / (12 * batches.max(axis=1)).sum() < 0.05
     assert abs(np.corrcoef(batches.mean(axis=1)[:-1], batches.mean(axis=1)[1:])[0, 1]) < 0.4
@@ -154,24 +154,24 @@ def test_views_are_those_of_ten_crops(rows):
     sizes = [round(PART * side) for side in (image.height, image.width)]
     corners = functional.five_crop(image, sizes)[:4]
     views = [image, functional.hflip(image), *(view for crop in corners for view in (crop, functional.hflip(crop)))]
-    assert len(views) == NUM_VIEWS
+    assert len(views) == MAX_AUGMENTATIONS
     for view, expected in enumerate(views):
-        assert np.array_equal(view_of_picture(image, view), expected)
+        assert np.array_equal(augment_image(image, view), expected)
 
 
 def test_a_mirrored_caption_swaps_left_and_right():
     caption = "Left of the leftmost man a bright left-handed cleft, to its RIGHT all is lefty. The right one"
     mirrored = "Right of the rightmost man a bright right-handed cleft, to its Left all is lefty. The left one"
-    assert caption_of_view(caption, 3) == mirrored and caption_of_view(caption, 2) == caption
+    assert augment_caption(caption, 3) == mirrored and augment_caption(caption, 2) == caption
 
 
-@pytest.mark.parametrize("group_by_picture", [False, True])
-def test_a_picture_is_seen_in_each_view_in_turn_and_with_the_captions_of_that_view(rows, processor, group_by_picture):
+@pytest.mark.parametrize("group_by_image", [False, True])
+def test_a_image_is_seen_in_each_view_in_turn_and_with_the_captions_of_that_view(rows, processor, group_by_image):
     captions = [text for texts in rows["captions"] for text in texts]
     assert any("left" in caption for caption in captions) and any("right" in caption for caption in captions)
     pairs = CaptionPairs(rows, processor.tokenizer, features=[None] * 3)
-    sampler = CaptionSampler(pairs.lengths, 16, True, 0, pairs.row_of_pair, group_by_picture, num_views=3)
-    plain = CaptionSampler(pairs.lengths, 16, True, 0, pairs.row_of_pair, group_by_picture)
+    sampler = CaptionSampler(pairs.lengths, 16, True, 0, pairs.row_of_pair, group_by_image, num_augmentations=3)
+    plain = CaptionSampler(pairs.lengths, 16, True, 0, pairs.row_of_pair, group_by_image)
     seen = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -184,22 +184,22 @@ def test_a_picture_is_seen_in_each_view_in_turn_and_with_the_captions_of_that_vi
             row = pairs.row_of_pair[pair]
             assert view_of_row.setdefault(row, view) == view
             assert item["index"] == row
-            assert np.array_equal(item["image"], view_of_picture(rows[int(row)]["image"], view))
+            assert np.array_equal(item["image"], augment_image(rows[int(row)]["image"], view))
             told = processor.tokenizer.decode(item["labels"], skip_special_tokens=True)
-            assert told == caption_of_view(captions[pair], view)
+            assert told == augment_caption(captions[pair], view)
         seen += order
     assert sorted(seen) == list(range(3 * len(pairs)))
 
 
-def test_features_of_a_view_are_those_of_the_picture_seen_so(rows, processor):
+def test_features_of_a_view_are_those_of_the_image_seen_so(rows, processor):
     encoder = CountingEncoder()
-    pictures = rows.select_columns(["image"]).select(range(20))
-    splits = DatasetDict(train=pictures, validation=pictures.select(range(5)))
-    kept = cache_features(splits, encoder, processor.image_processor, "views", num_views={"train": 2})
-    assert encoder.num_pictures == 1 + 2 * 20 + 5  # one is the example
+    images = rows.select_columns(["image"]).select(range(20))
+    splits = DatasetDict(train=images, validation=images.select(range(5)))
+    kept = cache_features(splits, encoder, processor.image_processor, "views", num_augmentations={"train": 2})
+    assert encoder.num_images == 1 + 2 * 20 + 5  # one is the example
     assert [len(views) for views in kept.values()] == [2, 1]
     plain, mirrored = kept["train"]
-    by_hand = pictures.map(lambda row: {"image": ImageOps.mirror(row["image"])})
+    by_hand = images.map(lambda row: {"image": ImageOps.mirror(row["image"])})
     expected = features_of(by_hand, encoder, processor.image_processor, "by hand")
     assert mirrored["encoder_features"] == expected["encoder_features"] != plain["encoder_features"]
     assert list(kept["validation"][0]["encoder_features"]) == plain["encoder_features"][:5]
@@ -207,8 +207,8 @@ def test_features_of_a_view_are_those_of_the_picture_seen_so(rows, processor):
 
 def test_packed_captions_are_whole_and_told_apart_by_their_positions(rows, processor):
     pairs = CaptionPairs(rows, processor.tokenizer)
-    indices = [0, 7, 1, 5, 2]  # three captions of the first picture, two of the second
-    batch = CaptionCollator(processor, share_pictures="pack")(pairs.__getitems__(indices))
+    indices = [0, 7, 1, 5, 2]  # three captions of the first image, two of the second
+    batch = CaptionCollator(processor, share_images="pack")(pairs.__getitems__(indices))
     assert len(batch["pixel_values"]) == 2 and batch["index"].tolist() == [0, 1, 0, 1, 0]
     for row, members in enumerate([(0, 1, 2), (7, 5)]):
         items = [pairs.tokens(member) for member in members]
@@ -221,7 +221,7 @@ def test_packed_captions_are_whole_and_told_apart_by_their_positions(rows, proce
         assert (batch["labels"][row, length:] == -100).all() and (
             batch["decoder_position_ids"][row, length:] == 0
         ).all()
-    apart = CaptionCollator(processor, share_pictures="pack")(pairs.__getitems__([0, 5]))
+    apart = CaptionCollator(processor, share_images="pack")(pairs.__getitems__([0, 5]))
     assert "decoder_position_ids" not in apart  # nothing to tell apart: the decoder's plain causal way
 
 
@@ -232,23 +232,20 @@ def test_features_are_the_encoders_own_in_half_precision_and_computed_once(rows,
     pixels = processor(images=list(rows["image"]), return_tensors="pt").pixel_values
     with torch.no_grad():
         expected = encoder.encoder(pixels).last_hidden_state
-    batch = CaptionCollator(processor)(Pictures(rows, features).__getitems__(range(len(rows))))
+    batch = CaptionCollator(processor)(ImageDataset(rows, features).__getitems__(range(len(rows))))
     torch.testing.assert_close(batch["encoder_outputs"].last_hidden_state, expected, atol=1e-3, rtol=1e-3)
     assert features.features["encoder_features"].dtype == "float16"
-    seen = encoder.num_pictures
+    seen = encoder.num_images
     again = features_of(rows, encoder, processor.image_processor, fingerprint)
-    assert encoder.num_pictures == seen and len(again) == len(rows)
+    assert encoder.num_images == seen and len(again) == len(rows)
 
 
 def test_features_in_8_bits_are_half_as_large_and_nearly_the_same(rows, processor):
     encoder = CountingEncoder()
-    kept = {
-        in_8_bits: features_of(rows, encoder, processor.image_processor, "eight", in_8_bits)
-        for in_8_bits in (False, True)
-    }
+    kept = {int8: features_of(rows, encoder, processor.image_processor, "eight", int8) for int8 in (False, True)}
     assert kept[True].features["encoder_features"].dtype == "int8"
     told = [
-        CaptionCollator(processor)(Pictures(rows, features).__getitems__(range(len(rows))))["encoder_outputs"][0]
+        CaptionCollator(processor)(ImageDataset(rows, features).__getitems__(range(len(rows))))["encoder_outputs"][0]
         for features in kept.values()
     ]
     largest = told[0].abs().amax(dim=-1, keepdim=True)
@@ -294,7 +291,7 @@ def test_a_run_that_finds_the_features_has_the_random_numbers_of_one_that_makes_
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_pictures_that_come_twice_are_one_file_and_mix_up_no_other(rows, processor, monkeypatch):
+def test_images_that_come_twice_are_one_file_and_mix_up_no_other(rows, processor, monkeypatch):
     monkeypatch.setattr("data_scripts.features.SHARD_SIZE", 8)
     encoder = CountingEncoder()
     plain = features_of(rows, encoder, processor.image_processor, "plain")["encoder_features"]
@@ -312,14 +309,14 @@ def test_processes_that_decode_change_no_feature(rows, processor, monkeypatch):
     assert alone["encoder_features"] == shared["encoder_features"]
 
 
-def test_changed_pictures_crop_or_weights_never_meet_old_features(rows, processor):
+def test_changed_images_crop_or_weights_never_meet_old_features(rows, processor):
     encoder = CountingEncoder()
     fingerprint = encoder_fingerprint(encoder.encoder, processor.image_processor)
     features_of(rows, encoder, processor.image_processor, fingerprint)
-    seen = encoder.num_pictures
+    seen = encoder.num_images
     reordered = rows.select(range(len(rows) - 1, -1, -1))
     backwards = features_of(reordered, encoder, processor.image_processor, fingerprint)
-    assert encoder.num_pictures > seen
+    assert encoder.num_images > seen
     forwards = features_of(rows, encoder, processor.image_processor, fingerprint)
     assert backwards[0]["encoder_features"] == forwards[len(rows) - 1]["encoder_features"]
 
@@ -348,7 +345,7 @@ def test_what_another_machine_has_kept_for_itself_is_missed_in_one_sentence(rows
     monkeypatch.setattr(PartialState(), "process_index", 1)
     monkeypatch.setattr(PartialState(), "num_processes", 2)
     monkeypatch.setattr(PartialState, "wait_for_everyone", lambda self: None)
-    with pytest.raises(OSError, match="lacks pictures that another process has encoded: set HF_DATASETS_CACHE"):
+    with pytest.raises(OSError, match="lacks images that another process has encoded: set HF_DATASETS_CACHE"):
         features_of(rows, CountingEncoder(), processor.image_processor, "elsewhere")
 
 
@@ -362,7 +359,7 @@ def test_it_is_said_where_features_are_read_and_why_they_are_not_kept(rows, proc
         return caplog.text
 
     assert "Encoding" in told() and "read from" not in caplog.text
-    assert f"What the encoder says of {len(rows)} pictures is read from" in told() and "Encoding" not in caplog.text
+    assert f"What the encoder says of {len(rows)} images is read from" in told() and "Encoding" not in caplog.text
     assert "--cache_features false" in told(cache_features=False)
     encoder.requires_grad_(True)
     assert "it learns" in told()
@@ -374,10 +371,10 @@ def test_the_disk_space_of_all_splits_and_views_is_told_before_the_first_is_made
     splits = DatasetDict(train=rows, validation=rows.select(range(8)))
     monkeypatch.setattr("data_scripts.features._write_files", lambda *args, **options: None)
     with pytest.raises(OSError):  # nothing has been written
-        encode_splits(splits, encoder, processor.image_processor, DataArguments(), num_views=3)
+        encode_splits(splits, encoder, processor.image_processor, DataArguments(), num_augmentations=3)
     number, size = 3 * len(rows) + 8, encoder.output_size
     assert [record.getMessage().split(" in ")[0] for record in caplog.records] == [
-        f"Encoding {number} pictures once: 1 x {size} numbers each, {number * size * 2 / 1e6:.0f} MB"
+        f"Encoding {number} images once: 1 x {size} numbers each, {number * size * 2 / 1e6:.0f} MB"
     ]
 
 
@@ -397,12 +394,12 @@ def test_a_kill_costs_only_the_files_not_yet_whole(rows, processor, monkeypatch)
     encoder = CountingEncoder()
 
     def killed_at_the_third_file(pixel_values):
-        if encoder.num_pictures >= 17:  # one picture tells the shape, sixteen are in the first two files
+        if encoder.num_images >= 17:  # one image tells the shape, sixteen are in the first two files
             raise KeyboardInterrupt
         return encoder(pixel_values)
 
     with pytest.raises(KeyboardInterrupt):
         features_of(rows, killed_at_the_third_file, processor.image_processor, "killed", batch_size=8)
-    encoder.num_pictures = 0
+    encoder.num_images = 0
     assert len(features_of(rows, encoder, processor.image_processor, "killed", batch_size=8)) == len(rows)
-    assert encoder.num_pictures == 9  # the third file, and the one that tells the shape
+    assert encoder.num_images == 9  # the third file, and the one that tells the shape

@@ -28,7 +28,7 @@ def batch():
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("divisor", [None, 37])
 def test_loss_and_gradients_are_the_plain_ones(batch, monkeypatch, has_bias, label_smoothing, divisor):
-    monkeypatch.setattr(module, "SCORES_AT_ONCE", 250)  # five tokens at a time
+    monkeypatch.setattr(module, "MAX_LOGITS_PER_CHUNK", 250)  # five tokens at a time
     hidden, labels, weight, bias = batch
     results = []
     for loss_of in (caption_loss, plain_loss):
@@ -44,7 +44,7 @@ def test_loss_and_gradients_are_the_plain_ones(batch, monkeypatch, has_bias, lab
 
 def test_scores_of_a_batch_are_never_held_at_once(monkeypatch):
     """No operation, also none inside torch's own, takes more memory than the hidden states, where all scores are 25 times as many."""
-    monkeypatch.setattr(module, "SCORES_AT_ONCE", 2000)
+    monkeypatch.setattr(module, "MAX_LOGITS_PER_CHUNK", 2000)
     hidden, labels = torch.randn(40, 30, 4, requires_grad=True), torch.randint(0, 100, (40, 30))
     weight = torch.randn(100, 4, requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

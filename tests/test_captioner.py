@@ -28,14 +28,14 @@ from modeling.captioner import (
     generate_captions,
     inspect_captions,
     load_captioner,
+    move_to_device,
     save_captioner,
     set_decoding,
     start_token_ids,
     stream_caption,
     token_texts,
-    use_device,
 )
-from modeling.processing import build_processor, centre_crop
+from modeling.processing import build_processor, center_crop
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
 
 CAPTIONS = ["a red dog on the left", "the blue cats run", "犬が走る and a dog runs", "naïve cafés, 12 of them!"] * 5
@@ -93,7 +93,7 @@ def test_attention_is_where_generate_looked(captioner):
     if getattr(model, "decoder", None):
         model.decoder.set_attn_implementation("sdpa")
     told = inspect_captions(model, processor, {"pixel_values": pixels}, made.sequences)
-    if made.cross_attentions[0] is None:  # system A without attention looks at one summary
+    if made.cross_attentions[0] is None:  # the LSTM captioner without attention looks at one summary
         assert all("attention" not in token for caption in told for token in caption["tokens"])
         return
     for row, caption in enumerate(told):
@@ -126,7 +126,7 @@ def test_inspecting_changes_neither_captions_nor_model(captioner, num_beams):
             assert first["probability"] == pytest.approx(second["probability"], abs=1e-5)
 
 
-def test_inspecting_encodes_no_picture_twice(captioner):
+def test_inspecting_encodes_no_image_twice(captioner):
     model, processor, pixels = captioner
     seen = []
     model.get_encoder().register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
@@ -161,7 +161,7 @@ def test_a_saved_vit_gpt2_is_loaded_without_a_report_of_what_it_lacks(captioner,
 
 
 @pytest.mark.parametrize("generation", [{"num_beams": 4}, {"do_sample": True, "top_k": 0}])
-def test_further_captions_of_a_picture_stand_beside_the_first(captioner, generation):
+def test_further_captions_of_a_image_stand_beside_the_first(captioner, generation):
     model, processor, pixels = captioner
     generation = generation | {"num_return_sequences": 3, "max_length": 12}
     torch.manual_seed(0)
@@ -170,14 +170,14 @@ def test_further_captions_of_a_picture_stand_beside_the_first(captioner, generat
     sequences = model.generate(pixels, **generation)
     words = processor.batch_decode(sequences[:, len(start_token_ids(model)) :], skip_special_tokens=True)
     texts = [[told["caption"], *told["others"]] for told in made]
-    assert [text for of_picture in texts for text in of_picture] == [text.strip() for text in words]
-    assert len(texts) == len(pixels) and all(len(set(of_picture)) > 1 for of_picture in texts)
+    assert [text for of_image in texts for text in of_image] == [text.strip() for text in words]
+    assert len(texts) == len(pixels) and all(len(set(of_image)) > 1 for of_image in texts)
     for told in made:  # it is the first that is looked at
         assert "".join(token["text"] for token in told["tokens"]).split() == told["caption"].split()
 
 
-def test_beams_leave_what_the_picture_says_where_it_is_and_write_the_same(captioner, monkeypatch):
-    """transformers' own cache moves keys and values of the picture from beam to beam, all of which have the same."""
+def test_beams_leave_what_the_image_says_where_it_is_and_write_the_same(captioner, monkeypatch):
+    """transformers' own cache moves keys and values of the image from beam to beam, all of which have the same."""
     model, processor, pixels = captioner
     model = copy.deepcopy(model).double()  # in float32 beams that are near each other may change places
     sequences = model.generate(pixels.double(), num_beams=3, max_length=12)
@@ -266,7 +266,7 @@ def test_a_loaded_model_tells_its_attention_through_generate(captioner, tmp_path
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     made = loaded.generate(pixels, num_beams=2, output_attentions=True, return_dict_in_generate=True)
     for (step,) in made.cross_attentions:
-        assert step.shape == (6, 2, 1, 4)  # two beams of three pictures; two heads; one new word; a grid of 2 x 2
+        assert step.shape == (6, 2, 1, 4)  # two beams of three images; two heads; one new word; a grid of 2 x 2
         torch.testing.assert_close(step.sum(-1), torch.ones(6, 2, 1))
 
 
@@ -303,17 +303,17 @@ def test_pieces_of_any_caption_are_the_caption(bytes_tokenizer, text):
 
 
 @pytest.mark.parametrize("shape", [(200, 120), (120, 200)])
-def test_the_centre_crop_is_what_the_pixels_hold(shape):
+def test_the_center_crop_is_what_the_pixels_hold(shape):
     processor = CLIPImageProcessor(size={"shortest_edge": 80}, crop_size={"height": 60, "width": 60})
-    share = centre_crop(processor)
+    share = center_crop(processor)
     assert share == 0.75
     # White where the model is said to look, black around: its pixels are white but for the seam.
-    picture = Image.new("RGB", shape)
+    image = Image.new("RGB", shape)
     half = share * min(shape) / 2
     middle = (shape[0] / 2, shape[1] / 2)
     box = [middle[0] - half, middle[1] - half, middle[0] + half - 1, middle[1] + half - 1]
-    ImageDraw.Draw(picture).rectangle(box, fill="white")
-    pixels = processor(images=picture, return_tensors="pt")["pixel_values"][0, 0]
+    ImageDraw.Draw(image).rectangle(box, fill="white")
+    pixels = processor(images=image, return_tensors="pt")["pixel_values"][0, 0]
     assert pixels[2:-2, 2:-2].min() == pixels.max()
     outside = Image.new("RGB", shape, "white")
     ImageDraw.Draw(outside).rectangle(box, fill="black")
@@ -321,9 +321,9 @@ def test_the_centre_crop_is_what_the_pixels_hold(shape):
     assert pixels[2:-2, 2:-2].max() == pixels.min()
 
 
-def test_a_picture_squeezed_whole_is_seen_whole():
-    assert centre_crop(ViTImageProcessor(size={"height": 32, "width": 32})) is None
-    assert centre_crop(CLIPImageProcessor(do_center_crop=False)) is None
+def test_a_image_squeezed_whole_is_seen_whole():
+    assert center_crop(ViTImageProcessor(size={"height": 32, "width": 32})) is None
+    assert center_crop(CLIPImageProcessor(do_center_crop=False)) is None
 
 
 # ------------------------------------------------------------------------------------------------- numbers
@@ -332,12 +332,12 @@ def test_a_picture_squeezed_whole_is_seen_whole():
 def test_captions_in_bfloat16_are_as_likely_as_in_float32(captioner):
     """Their words may be others; what float32 says of their tokens is what bfloat16 said, as far as its digits go."""
     model, processor, pixels = captioner
-    use_device(model, "cpu", "bfloat16")
+    move_to_device(model, "cpu", "bfloat16")
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     with torch.inference_mode():
         sequences = model.generate(pixel_values=pixels)
     told = generate_captions(model, processor, {"pixel_values": pixels}, inspect=True)
-    use_device(model, "cpu", "float32")
+    move_to_device(model, "cpu", "float32")
     exact = inspect_captions(model, processor, {"pixel_values": pixels}, sequences)
     for caption, same in zip(told, exact, strict=True):
         assert [token["text"] for token in caption["tokens"]] == [token["text"] for token in same["tokens"]]
@@ -355,10 +355,10 @@ def test_captions_in_bfloat16_are_as_likely_as_in_float32(captioner):
 )
 def test_auto_is_what_the_processor_has_instructions_for(captioner, instructions, dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-    use_device(captioner[0], "cpu", "auto")
+    move_to_device(captioner[0], "cpu", "auto")
     assert captioner[0].dtype == dtype
 
 
 def test_a_device_that_is_not_there_is_said(captioner):
     with pytest.raises(ValueError, match="--device abacus cannot be used"):
-        use_device(captioner[0], "abacus", "auto")
+        move_to_device(captioner[0], "abacus", "auto")

@@ -25,17 +25,17 @@ from data_scripts import archives, flickr8k, hub, image_folder, karpathy, load_c
 from data_scripts.caption_table import FEATURES, write_caption_table
 from data_scripts.row_checks import (
     MAX_CAPTION_CHARACTERS,
-    BadPicture,
+    BadImage,
     SourceRow,
     caption_problem,
     check_row,
-    decode_picture,
+    decode_image,
 )
 from data_scripts.splits import cut_missing_splits
 
 
-def picture(colour: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (9, 7), kind: str = "PNG") -> bytes:
-    return saved(Image.new("RGB", size, colour), kind)
+def image(color: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (9, 7), kind: str = "PNG") -> bytes:
+    return saved(Image.new("RGB", size, color), kind)
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -44,17 +44,17 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def pictures(number: int, start: int = 0) -> list[bytes]:
-    return [picture((i % 256, i // 256, 77)) for i in range(start, start + number)]
+def make_images(number: int, start: int = 0) -> list[bytes]:
+    return [image((i % 256, i // 256, 77)) for i in range(start, start + number)]
 
 
 def report_files(rows: dict[str, list[tuple[str, str]]]) -> dict[str, bytes]:
-    """The report's layout: csvs with an unnamed index beside the splits' folders, each picture of another colour."""
-    files, colours = {}, iter(pictures(1000))
+    """The report's layout: csvs with an unnamed index beside the splits' folders, each image of another color."""
+    files, colors = {}, iter(make_images(1000))
     for split, lines in rows.items():
         quoted = [f'{i},{name},"{caption}"' for i, (name, caption) in enumerate(lines)]
         files[f"set/{split}.csv"] = "\n".join([",filename,caption", *quoted, ""]).encode()
-        files |= {f"set/{split}/{name}": next(colours) for name, _ in lines}
+        files |= {f"set/{split}/{name}": next(colors) for name, _ in lines}
     return files
 
 
@@ -77,14 +77,14 @@ def ids(dataset: DatasetDict) -> dict[str, list[str]]:
     return {split: list(part["image_id"]) for split, part in dataset.items()}
 
 
-def raw_pictures(part: Dataset) -> list[bytes]:
+def raw_images(part: Dataset) -> list[bytes]:
     return [row["image"]["bytes"] for row in part.cast_column("image", datasets.Image(decode=False))]
 
 
 def contents(folder: Path) -> dict[str, tuple[list[str], list[list[str]], list[bytes]]]:
     dataset = load_from_disk(folder)
     return {
-        split: (list(part["image_id"]), list(part["captions"]), raw_pictures(part)) for split, part in dataset.items()
+        split: (list(part["image_id"]), list(part["captions"]), raw_images(part)) for split, part in dataset.items()
     }
 
 
@@ -99,7 +99,7 @@ REPORT_ROWS = {
 @pytest.fixture(scope="module")
 def flickr_files() -> tuple[dict[str, bytes], dict[str, bytes]]:
     names = [f"{i}_ab.jpg" for i in range(6)]
-    images = {f"Flicker8k_Dataset/{name}": picture((i * 40, 0, 0), kind="JPEG") for i, name in enumerate(names)}
+    images = {f"Flicker8k_Dataset/{name}": image((i * 40, 0, 0), kind="JPEG") for i, name in enumerate(names)}
     tokens = [f"{name}#{i}\t{name} caption {i} ." for name in [*names, "2258277193_586949ec62.jpg.1"] for i in range(5)]
     text = {
         "Flickr8k.token.txt": "\n".join(tokens).encode(),
@@ -131,7 +131,7 @@ def test_report_zip_folder_and_url_give_the_same_table(tmp_path: Path) -> None:
     tables = [contents(tmp_path / f"out{number}") for number in range(3)]
     assert tables[0] == tables[1] == tables[2]
     image_ids, captions, images = tables[0]["train"]
-    assert image_ids == ["train/a.png", "b.png", "c.png"]  # two pictures are called a.png
+    assert image_ids == ["train/a.png", "b.png", "c.png"]  # two images are called a.png
     assert captions[0] == ["One dog.\r\nTwo, dogs."]
     assert images == [files[f"set/train/{name}"] for name in ("a.png", "b.png", "c.png")]
     assert tables[0]["validation"][0] == ["val/a.png"] and tables[0]["test"][0] == ["z.png"]
@@ -169,14 +169,14 @@ def test_flickr8k_follows_its_lists(tmp_path: Path, flickr_files, packed: bool) 
     assert table["test"][2] == [images["Flicker8k_Dataset/4_ab.jpg"]]
 
 
-def test_flickr8k_without_lists_takes_all_and_names_the_missing_picture(tmp_path: Path, flickr_files, capsys) -> None:
+def test_flickr8k_without_lists_takes_all_and_names_the_missing_image(tmp_path: Path, flickr_files, capsys) -> None:
     images, text = flickr_files
-    pictures_zip = write_zip(tmp_path / "p.zip", images)
+    images_zip = write_zip(tmp_path / "p.zip", images)
     text_folder = write_folder(tmp_path / "t", {"Flickr8k.token.txt": text["Flickr8k.token.txt"]})
-    flickr8k.main([str(pictures_zip), "--text", str(text_folder), "--output_dir", str(tmp_path / "out"), *UNCUT])
+    flickr8k.main([str(images_zip), "--text", str(text_folder), "--output_dir", str(tmp_path / "out"), *UNCUT])
     assert ids(load_from_disk(tmp_path / "out")) == {"train": [f"{i}_ab.jpg" for i in range(6)]}
     shown = capsys.readouterr().out
-    assert "no such picture file: 1\n" in shown and "2258277193_586949ec62.jpg.1" in shown
+    assert "no such image file: 1\n" in shown and "2258277193_586949ec62.jpg.1" in shown
 
 
 @pytest.mark.parametrize(("restval", "train"), [("train", ["11", "12"]), ("none", ["11"])])
@@ -191,8 +191,8 @@ def test_karpathy_json(tmp_path: Path, restval: str, train: list[str]) -> None:
         entry["sentences"] = [{"raw": f"{entry['filename']} {i}", "tokens": []} for i in range(5)]
     table = tmp_path / "dataset_coco.json"
     table.write_text(json.dumps({"images": entries, "dataset": "coco"}))
-    # One picture lies where the json says, one in an outer folder, two without their folder.
-    files = dict(zip(["train2014/a.jpg", "coco/val2014/b.jpg", "c.jpg", "x/d.jpg"], pictures(4), strict=True))
+    # One image lies where the json says, one in an outer folder, two without their folder.
+    files = dict(zip(["train2014/a.jpg", "coco/val2014/b.jpg", "c.jpg", "x/d.jpg"], make_images(4), strict=True))
     images = write_folder(tmp_path / "images", files)
     out = tmp_path / "out"
     karpathy.main([str(table), "--images", str(images), "--restval", restval, "--output_dir", str(out), "--strict"])
@@ -203,11 +203,11 @@ def test_karpathy_json(tmp_path: Path, restval: str, train: list[str]) -> None:
         "test": ["d.jpg"],
     }
     assert result["train"][1][0] == [f"a.jpg {i}" for i in range(5)]
-    assert result["train"][2] == pictures(4)[: len(train)]
+    assert result["train"][2] == make_images(4)[: len(train)]
 
 
 def test_image_folder_csv_and_jsonl(tmp_path: Path) -> None:
-    first, second, third = pictures(3)
+    first, second, third = make_images(3)
     lines = [{"file_name": "sub/b.png", "captions": ["one", "two"]}, {"file_name": "c.png", "captions": ["three"]}]
     files = {
         "train/metadata.csv": "\ufefffile_name,text\na.png,hello\na.png,hello\na.png,again\n".encode(),
@@ -224,7 +224,7 @@ def test_image_folder_csv_and_jsonl(tmp_path: Path) -> None:
 
 
 def test_image_folder_agrees_with_the_hubs_own_reader(tmp_path: Path) -> None:
-    files = {f"{i}.png": content for i, content in enumerate(pictures(4))}
+    files = {f"{i}.png": content for i, content in enumerate(make_images(4))}
     metadata = "file_name,caption\n" + "".join(f'{name},"about, {name}"\n' for name in files)
     source = write_folder(tmp_path / "in", files | {"metadata.csv": metadata.encode()})
     image_folder.main([str(source), "--output_dir", str(tmp_path / "ours"), *UNCUT])
@@ -237,7 +237,7 @@ def test_image_folder_agrees_with_the_hubs_own_reader(tmp_path: Path) -> None:
 def test_hub_parquet_with_other_columns(tmp_path: Path) -> None:
     table = Dataset.from_dict(
         {
-            "photo": [{"bytes": p, "path": None} for p in pictures(3)],
+            "photo": [{"bytes": p, "path": None} for p in make_images(3)],
             "c0": ["a", "b", "c"],
             "c1": [["d", "e"], [], ["f"]],
         },
@@ -249,18 +249,18 @@ def test_hub_parquet_with_other_columns(tmp_path: Path) -> None:
     table.to_parquet(tmp_path / "set" / "train.parquet")
     options = ["--image_column", "photo", "--caption_column", "c0", "c1", "--output_dir", str(tmp_path / "out"), *UNCUT]
     hub.main([str(tmp_path / "set"), *options])
-    expected = (["train_0", "train_1", "train_2"], [["a", "d", "e"], ["b"], ["c", "f"]], pictures(3))
+    expected = (["train_0", "train_1", "train_2"], [["a", "d", "e"], ["b"], ["c", "f"]], make_images(3))
     assert contents(tmp_path / "out") == {"train": expected}
 
 
 def test_any_saved_set_loads_prepared_and_cached(tmp_path: Path) -> None:
-    images = [{"bytes": p, "path": None} for p in pictures(40)]
+    images = [{"bytes": p, "path": None} for p in make_images(40)]
     columns = {"image": [images[0], *images], "text": ["first", *map(str, range(40))], "image_id": [0, *range(40)]}
     Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
     dataset = load_captions(str(tmp_path / "set"))
     assert {split: part.num_rows for split, part in dataset.items()} == {"train": 36, "validation": 2, "test": 2}
     captions = {row["image_id"]: row["captions"] for part in dataset.values() for row in part}
-    assert captions["0"] == ["first", "0"] and captions["7"] == ["7"]  # rows of one image_id are one picture
+    assert captions["0"] == ["first", "0"] and captions["7"] == ["7"]  # rows of one image_id are one image
     again = load_captions(str(tmp_path / "set"))
     assert dataset["train"].cache_files == again["train"].cache_files
 
@@ -268,8 +268,8 @@ def test_any_saved_set_loads_prepared_and_cached(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- missing splits
 
 
-def test_cut_is_by_picture_and_repeatable(tmp_path: Path) -> None:
-    hashes = [str(i // 2) for i in range(200)]  # every picture twice
+def test_cut_is_by_image_and_repeatable(tmp_path: Path) -> None:
+    hashes = [str(i // 2) for i in range(200)]  # every image twice
     shares = {"validation": 0.1, "test": 0.05}
     cut = cut_missing_splits({"train": list(range(200))}, hashes, shares, seed=3)
     assert sorted(row for rows in cut.values() for row in rows) == list(range(200))
@@ -287,8 +287,8 @@ def test_cut_leaves_an_existing_split_alone() -> None:
     assert cut_missing_splits({"test": [0]}, ["x"], {"validation": 0.5, "test": 0.5}, seed=0) == {"test": [0]}
 
 
-def test_several_captions_of_a_picture_stay_on_one_side(tmp_path: Path) -> None:
-    files = {f"{i}.png": content for i, content in enumerate(pictures(60))}
+def test_several_captions_of_a_image_stay_on_one_side(tmp_path: Path) -> None:
+    files = {f"{i}.png": content for i, content in enumerate(make_images(60))}
     lines = [f"{name},{name} told {i}" for i in range(3) for name in files]
     source = write_folder(tmp_path / "in", files | {"metadata.csv": "\n".join(["file_name,text", *lines]).encode()})
     image_folder.main([str(source), "--output_dir", str(tmp_path / "out")])
@@ -298,15 +298,15 @@ def test_several_captions_of_a_picture_stay_on_one_side(tmp_path: Path) -> None:
         assert all(row["captions"] == [f"{row['image_id']} told {i}" for i in range(3)] for row in part)
 
 
-def test_same_picture_in_two_splits_is_reported_and_kept(tmp_path: Path, capsys) -> None:
+def test_same_image_in_two_splits_is_reported_and_kept(tmp_path: Path, capsys) -> None:
     files = report_files({"train": [("a.png", "x"), ("b.png", "y"), ("c.png", "z")], "val": [("v.png", "w")]})
     files["set/val/v.png"] = files["set/train/b.png"]
     files["set/train/c.png"] = files["set/train/a.png"]
     source = write_folder(tmp_path / "in", files)
     paragraphs.main([str(source), "--output_dir", str(tmp_path / "out"), "--test_share", "0"])
     shown = capsys.readouterr().out
-    assert "same picture in two splits: 1\n  b.png (train) = v.png (validation)" in shown
-    assert "same picture twice in one split: 1\n  a.png (train) = c.png (train)" in shown
+    assert "same image in two splits: 1\n  b.png (train) = v.png (validation)" in shown
+    assert "same image twice in one split: 1\n  a.png (train) = c.png (train)" in shown
     assert ids(load_from_disk(tmp_path / "out")) == {"train": ["a.png", "b.png", "c.png"], "validation": ["v.png"]}
 
 
@@ -316,61 +316,59 @@ def test_same_picture_in_two_splits_is_reported_and_kept(tmp_path: Path, capsys)
 NOISE = Image.effect_noise((64, 64), 90).convert("RGB")
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # by a quarter
-GOOD_PICTURES = {
+GOOD_IMAGES = {
     "turned": saved(NOISE.crop((0, 0, 64, 32)), "JPEG", exif=TURNED),
-    "one pixel": picture(size=(1, 1)),
+    "one pixel": image(size=(1, 1)),
     "cmyk": saved(NOISE.convert("CMYK"), "JPEG"),
     "palette": saved(NOISE.convert("P"), "PNG"),
     "alpha": saved(NOISE.convert("RGBA"), "PNG"),
-    "grey and alpha": saved(NOISE.convert("LA"), "PNG"),
+    "gray and alpha": saved(NOISE.convert("LA"), "PNG"),
     "bilevel": saved(NOISE.convert("1"), "PNG"),
     "animated": saved(NOISE, "GIF", save_all=True, append_images=[NOISE.rotate(90)]),
     "webp": saved(NOISE, "WEBP"),
     "tiff": saved(NOISE, "TIFF"),
     "bmp": saved(NOISE, "BMP"),
-    "two pictures in one jpeg": saved(NOISE, "MPO", save_all=True, append_images=[NOISE.rotate(90)]),
+    "two images in one jpeg": saved(NOISE, "MPO", save_all=True, append_images=[NOISE.rotate(90)]),
 }
-BAD_PICTURES = {
+BAD_IMAGES = {
     "empty": (b"", "empty"),
-    "text": (b"I am a picture.", "does not decode"),
+    "text": (b"I am an image.", "does not decode"),
     "truncated": (saved(NOISE, "JPEG")[:-900], "does not decode"),
     "truncated png": (saved(NOISE, "PNG")[:-900], "does not decode"),
     "postscript": (saved(NOISE, "EPS"), "does not decode"),
     "16 bit": (saved(Image.new("I;16", (8, 8), 30000), "PNG"), "8 bits"),
     "floats": (saved(Image.new("F", (8, 8), 0.5), "TIFF"), "8 bits"),
-    "thread": (picture(size=(20000, 1)), "times as long"),
+    "thread": (image(size=(20000, 1)), "times as long"),
     "bomb": (saved(Image.new("1", (12000, 12000)), "PNG"), "pixels"),
     "larger bomb": (saved(Image.new("1", (20000, 20000)), "PNG"), "pixels"),
 }
 
 
-@pytest.mark.parametrize("kind", GOOD_PICTURES)
-def test_every_good_picture_is_decoded_as_the_table_does_it(kind: str) -> None:
-    picture = decode_picture(GOOD_PICTURES[kind])
-    table = datasets.Image(mode="RGB").decode_example({"bytes": GOOD_PICTURES[kind], "path": None})
-    assert picture.size == table.size and ImageChops.difference(picture, table).getbbox() is None
+@pytest.mark.parametrize("kind", GOOD_IMAGES)
+def test_every_good_image_is_decoded_as_the_table_does_it(kind: str) -> None:
+    image = decode_image(GOOD_IMAGES[kind])
+    table = datasets.Image(mode="RGB").decode_example({"bytes": GOOD_IMAGES[kind], "path": None})
+    assert image.size == table.size and ImageChops.difference(image, table).getbbox() is None
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("kind", BAD_PICTURES)
-def test_bad_picture_is_refused_for_its_reason(kind: str) -> None:
-    content, reason = BAD_PICTURES[kind]
-    with pytest.raises(BadPicture, match=reason):
-        decode_picture(content)
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_bad_image_is_refused_for_its_reason(kind: str) -> None:
+    content, reason = BAD_IMAGES[kind]
+    with pytest.raises(BadImage, match=reason):
+        decode_image(content)
 
 
 def test_large_jpeg_is_decoded_smaller_and_looks_the_same() -> None:
     smooth = Image.effect_mandelbrot((1600, 1200), (-2, -1.5, 1, 1.5), 50).convert("RGB")
-    whole, small = (decode_picture(saved(smooth, "JPEG"), side) for side in (None, 299))
+    whole, small = (decode_image(saved(smooth, "JPEG"), side) for side in (None, 299))
     assert whole.size == (1600, 1200) and small.size == (400, 300)
-    assert decode_picture(saved(smooth, "PNG"), 299).size == whole.size
-    resized = [
-        np.asarray(picture.resize((200, 150), Image.Resampling.BICUBIC), dtype=float) for picture in (whole, small)
-    ]
+    assert decode_image(saved(smooth, "PNG"), 299).size == whole.size
+    resized = [np.asarray(image.resize((200, 150), Image.Resampling.BICUBIC), dtype=float) for image in (whole, small)]
     assert np.abs(resized[0] - resized[1]).mean() < 3
 
 
-def test_rotated_picture_is_upright_in_the_table(tmp_path: Path) -> None:
+def test_rotated_image_is_upright_in_the_table(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     content = saved(Image.new("RGB", (20, 10)), "JPEG", exif=exif)
@@ -380,8 +378,8 @@ def test_rotated_picture_is_upright_in_the_table(tmp_path: Path) -> None:
 
 def test_postscript_is_never_run(monkeypatch) -> None:
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
-    with pytest.raises(BadPicture, match="does not decode"):
-        decode_picture(BAD_PICTURES["postscript"][0])
+    with pytest.raises(BadImage, match="does not decode"):
+        decode_image(BAD_IMAGES["postscript"][0])
 
 
 @pytest.mark.parametrize(
@@ -402,9 +400,9 @@ def test_postscript_is_never_run(monkeypatch) -> None:
 )
 def test_bad_caption_is_refused_for_its_reason(caption: object, reason: str) -> None:
     assert reason in caption_problem(caption)
-    row = check_row(SourceRow("train", "a", [caption, " kept "], "a", picture))
+    row = check_row(SourceRow("train", "a", [caption, " kept "], "a", image))
     assert row.usable and row.captions == ["kept"] and reason in row.problems[0]
-    assert not check_row(SourceRow("train", "a", [caption], "a", picture)).usable
+    assert not check_row(SourceRow("train", "a", [caption], "a", image)).usable
 
 
 def test_captions_of_other_scripts_are_kept() -> None:
@@ -415,7 +413,7 @@ def test_captions_of_other_scripts_are_kept() -> None:
 def bad_source(folder: Path) -> Path:
     rows = [("good.png", "fine"), ("text.png", "x"), ("gone.png", "x"), ("mute.png", " "), ("good2.png", "fine too")]
     files = report_files({"train": rows})
-    files["set/train/text.png"] = b"not a picture"
+    files["set/train/text.png"] = b"not an image"
     del files["set/train/gone.png"]
     return write_folder(folder, files)
 
@@ -424,9 +422,9 @@ def test_skipped_rows_are_counted_and_named(tmp_path: Path, capsys) -> None:
     paragraphs.main([str(bad_source(tmp_path / "in")), "--output_dir", str(tmp_path / "out"), *UNCUT])
     assert ids(load_from_disk(tmp_path / "out")) == {"train": ["good.png", "good2.png"]}
     shown = capsys.readouterr().out
-    assert "train: 2 pictures, 2 captions" in shown
-    assert "skipped, picture does not decode: 1\n  set/train.csv, line 3, text.png" in shown
-    assert "skipped, no such picture file: 1\n  set/train.csv, line 4, gone.png" in shown
+    assert "train: 2 images, 2 captions" in shown
+    assert "skipped, image does not decode: 1\n  set/train.csv, line 3, text.png" in shown
+    assert "skipped, no such image file: 1\n  set/train.csv, line 4, gone.png" in shown
     assert "skipped, empty caption: 1\n  set/train.csv, line 5, mute.png" in shown
 
 
@@ -437,20 +435,20 @@ def test_strict_stops_with_one_sentence_and_writes_nothing(tmp_path: Path) -> No
         [*command, "--strict"], capture_output=True, text=True, cwd=Path(paragraphs.__file__).parents[1]
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: set/train.csv, line 3, text.png: picture does not decode")
+    assert result.stderr.splitlines()[-1].startswith("error: set/train.csv, line 3, text.png: image does not decode")
     assert not any((tmp_path / "o").iterdir())
 
 
-def test_second_picture_of_a_name_is_skipped(tmp_path: Path) -> None:
-    first, second = pictures(2)
+def test_second_image_of_a_name_is_skipped(tmp_path: Path) -> None:
+    first, second = make_images(2)
     rows = [SourceRow("train", "same", ["x"], f"row {i}", lambda p=p: p) for i, p in enumerate((first, second))]
     summary = write_caption_table(rows, tmp_path / "t", False, 0, 0)
-    assert summary.skipped == {"second picture of that name": ["row 1"]}
+    assert summary.skipped == {"second image of that name": ["row 1"]}
     assert contents(tmp_path / "t")["train"][2] == [first]
 
 
 def test_more_rows_than_one_batch_keep_their_order(tmp_path: Path) -> None:
-    contents_in = pictures(333)
+    contents_in = make_images(333)
     rows = [SourceRow("train", str(i), [f"number {i}"], str(i), lambda p=p: p) for i, p in enumerate(contents_in)]
     write_caption_table(rows, tmp_path / "t", True, 0, 0)
     image_ids, captions, images = contents(tmp_path / "t")["train"]
@@ -476,12 +474,12 @@ def fails(capsys, main, arguments: list[object]) -> str:
         (b",filename,text\n0,a.png,x\n", "no column 'caption'"),
         (b"", "no column 'filename'"),
         (b",filename,caption\n0,a.png,ok\n1,b.png,caf\xe9\n", "train.csv, line 3: not UTF-8"),
-        (b",filename,caption\n0,a.png,\n", "no picture can be used"),
-        (b",filename,caption\n", "the source has no picture"),
+        (b",filename,caption\n0,a.png,\n", "no image can be used"),
+        (b",filename,caption\n", "the source has no image"),
     ],
 )
 def test_bad_csv_ends_in_one_sentence(tmp_path: Path, capsys, table: bytes, sentence: str) -> None:
-    source = write_folder(tmp_path / "in", {"train.csv": table, "train/a.png": picture()})
+    source = write_folder(tmp_path / "in", {"train.csv": table, "train/a.png": image()})
     assert sentence in fails(capsys, paragraphs.main, [source, "--output_dir", tmp_path / "out"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
@@ -521,7 +519,7 @@ def test_other_bad_sources_end_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep me"
 
 
-def test_pictures_of_a_hub_set_that_have_no_id_are_not_taken_for_one(tmp_path: Path) -> None:
+def test_images_of_a_hub_set_that_have_no_id_are_not_taken_for_one(tmp_path: Path) -> None:
     images = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (10, 20, 30)]
     columns = {"image": images, "text": ["one", "two", "three"], "image_id": [None, None, "mine"]}
     Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
@@ -536,7 +534,7 @@ def test_pictures_of_a_hub_set_that_have_no_id_are_not_taken_for_one(tmp_path: P
 def test_hub_set_of_another_schema_ends_in_one_sentence(tmp_path: Path, capsys) -> None:
     Dataset.from_dict({"image": ["a.png"], "text": ["x"]}).save_to_disk(tmp_path / "set")
     out = ["--output_dir", tmp_path / "out"]
-    assert "holds no pictures" in fails(capsys, hub.main, [tmp_path / "set", *out])
+    assert "holds no images" in fails(capsys, hub.main, [tmp_path / "set", *out])
     assert "no column 'words'" in fails(capsys, hub.main, [tmp_path / "set", "--caption_column", "words", *out])
 
 
@@ -546,10 +544,10 @@ def test_hub_set_of_another_schema_ends_in_one_sentence(tmp_path: Path, capsys) 
 @pytest.mark.parametrize("name", ["../secret.png", "/secret.png", "link.png", "train/../../secret.png"])
 def test_csv_cannot_name_a_file_outside_its_folder(tmp_path: Path, name: str) -> None:
     secret = tmp_path / "secret.png"
-    secret.write_bytes(picture())
+    secret.write_bytes(image())
     name = str(secret) if name == "/secret.png" else name
     table = f"file_name,text\nown.png,mine\n{name},stolen\n".encode()
-    source = write_folder(tmp_path / "in", {"metadata.csv": table, "own.png": picture((1, 2, 3))})
+    source = write_folder(tmp_path / "in", {"metadata.csv": table, "own.png": image((1, 2, 3))})
     (source / "link.png").symlink_to(secret)
     image_folder.main([str(source), "--output_dir", str(tmp_path / "out"), *UNCUT])
     assert ids(load_from_disk(tmp_path / "out")) == {"train": ["own.png"]}
@@ -587,14 +585,14 @@ def test_zip_member_that_lies_about_its_size_is_not_unpacked(tmp_path: Path) -> 
 def test_damaged_zip_member_is_a_skipped_row(tmp_path: Path, capsys) -> None:
     files = report_files(REPORT_ROWS)
     path = tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w") as archive:  # stored, so that the picture's bytes are found again
+    with zipfile.ZipFile(path, "w") as archive:  # stored, so that the image's bytes are found again
         for name, content in files.items():
             archive.writestr(name, content)
     content = files["set/train/b.png"]
     path.write_bytes(path.read_bytes().replace(content, content[:-20] + bytes(20)))
     paragraphs.main([str(path), "--output_dir", str(tmp_path / "out")])
     assert ids(load_from_disk(tmp_path / "out"))["train"] == ["train/a.png", "c.png"]
-    assert "picture file cannot be read: 1" in capsys.readouterr().out
+    assert "image file cannot be read: 1" in capsys.readouterr().out
 
 
 def test_download_stops_at_its_limit(tmp_path: Path) -> None:
@@ -637,7 +635,7 @@ def test_any_csv_is_prepared_without_its_bad_rows(tmp_path_factory, lines: list[
     text = io.StringIO(newline="")
     csv.writer(text).writerows([("file_name", "caption"), *lines])
     folder = tmp_path_factory.mktemp("csv")
-    images = {name: picture() for name in ("0.png", "1.png", "2.png", "sure.png")}
+    images = {name: image() for name in ("0.png", "1.png", "2.png", "sure.png")}
     archive = write_zip(folder / "a.zip", images | {"metadata.csv": text.getvalue().encode()})
     with archives.open_files(archive) as files:
         write_caption_table(image_folder.image_folder_rows(files), folder / "out", False, 0, 0)
@@ -655,11 +653,11 @@ def test_any_csv_is_prepared_without_its_bad_rows(tmp_path_factory, lines: list[
 
 @pytest.fixture
 def captioned(tmp_path: Path) -> Path:
-    """A table of three training pictures and one to validate on."""
+    """A table of three training images and one to validate on."""
     splits = ["train", "train", "train", "validation"]
     rows = [
         SourceRow(split, f"{i}.png", [f"own {i}", f"other {i}"], str(i), lambda p=p: p)
-        for i, (split, p) in enumerate(zip(splits, pictures(4), strict=True))
+        for i, (split, p) in enumerate(zip(splits, make_images(4), strict=True))
     ]
     write_caption_table(rows, tmp_path / "own", True, 0, 0)
     return tmp_path / "own"
@@ -672,19 +670,17 @@ def captions_file(path: Path, captions: dict[str, str]) -> Path:
 
 
 def test_recaption_changes_the_training_captions_and_nothing_else(tmp_path: Path, captioned: Path, capsys) -> None:
-    first = captions_file(
-        tmp_path / "first.jsonl", {"2.png": " c", "0.png": "a", "9.png": "of no picture", "1.png": "b"}
-    )
+    first = captions_file(tmp_path / "first.jsonl", {"2.png": " c", "0.png": "a", "9.png": "of no image", "1.png": "b"})
     second = captions_file(tmp_path / "second.jsonl", {"0.png": "d", "1.png": "e", "2.png": "f"})
     recaption.main([str(captioned), str(first), str(second), "--output_dir", str(tmp_path / "new")])
     before, after = contents(captioned), contents(tmp_path / "new")
     assert after["train"] == (before["train"][0], [["a", "d"], ["b", "e"], ["c", "f"]], before["train"][2])
     assert after.keys() == before.keys() and after["validation"] == before["validation"]
     assert load_captions(str(tmp_path / "new"))["train"].features == FEATURES
-    assert "train: 3 pictures, 6 captions\nvalidation: 1 pictures" in capsys.readouterr().out
+    assert "train: 3 images, 6 captions\nvalidation: 1 images" in capsys.readouterr().out
 
 
-def test_recaption_leaves_out_and_names_a_picture_without_a_usable_caption(
+def test_recaption_leaves_out_and_names_a_image_without_a_usable_caption(
     tmp_path: Path, captioned: Path, capsys
 ) -> None:
     file = captions_file(tmp_path / "written.jsonl", {"0.png": "a", "1.png": "  ", "2.png": "c"})
@@ -693,9 +689,9 @@ def test_recaption_leaves_out_and_names_a_picture_without_a_usable_caption(
     assert "skipped, empty caption: 1\n  train, row 1, 1.png" in capsys.readouterr().out
 
 
-def test_recaption_wants_a_caption_of_every_training_picture(tmp_path: Path, captioned: Path, capsys) -> None:
+def test_recaption_wants_a_caption_of_every_training_image(tmp_path: Path, captioned: Path, capsys) -> None:
     whole = captions_file(tmp_path / "whole.jsonl", {"0.png": "a", "1.png": "b", "2.png": "c"})
     part = captions_file(tmp_path / "part.jsonl", {"0.png": "a", "2.png": "c", "3.png": "d"})
     said = fails(capsys, recaption.main, [captioned, whole, part, "--output_dir", tmp_path / "new"])
-    assert f"{part} has no caption of the training picture 1.png: caption all of them" in said
+    assert f"{part} has no caption of the training image 1.png: caption all of them" in said
     assert not (tmp_path / "new").exists()

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from small_captioners import PICTURES, build
+from small_captioners import IMAGES, build
 
 import export_onnx
 from modeling.captioner import save_captioner, start_token_ids
@@ -39,11 +39,11 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
         return outputs
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", watched)
-    pixels = processor(images=PICTURES, return_tensors="pt")["pixel_values"]
-    captions = export_onnx.caption_pictures(tmp_path / "exported", pixels.numpy())
+    pixels = processor(images=IMAGES, return_tensors="pt")["pixel_values"]
+    captions = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())
     assert captions == reference_captions(model, pixels) and len({*map(tuple, captions)}) > 1
 
-    start = torch.tensor([start_token_ids(model)] * len(PICTURES))
+    start = torch.tensor([start_token_ids(model)] * len(IMAGES))
     assert len(steps) == 1 + len(captions[0])  # the encoder, then once for each word
     for number, logits in enumerate(steps[1:]):
         prefix = torch.cat([start, torch.tensor(captions)[:, :number].long()], dim=1)
@@ -57,7 +57,7 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
     ruled_settings = (tmp_path / "ruled" / "generation_config.json").read_text()
     plain_settings = (tmp_path / "exported" / "generation_config.json").read_text()
     (tmp_path / "exported" / "generation_config.json").write_text(ruled_settings)
-    ruled = export_onnx.caption_pictures(tmp_path / "exported", pixels.numpy())
+    ruled = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())
     assert ruled == reference_captions(model, pixels) != captions
     (tmp_path / "exported" / "generation_config.json").write_text(plain_settings)
     model.generation_config.no_repeat_ngram_size = None
@@ -65,25 +65,25 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
     settings = json.loads(plain_settings) | {"sequence_bias": boosts}
     (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings))
     model.generation_config.sequence_bias = boosts
-    boosted = export_onnx.caption_pictures(tmp_path / "exported", pixels.numpy())
+    boosted = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())
     assert boosted == reference_captions(model, pixels) != captions
     (tmp_path / "exported" / "generation_config.json").write_text(plain_settings)
     model.generation_config.sequence_bias = None
 
-    # One picture ends where another goes on, and is padded from there.
+    # One image ends where another goes on, and is padded from there.
     settings = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
     end = next(word for caption in captions for word in caption if not all(word in other for other in captions))
     (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": end}))
     model.generation_config.eos_token_id = end
-    ended = export_onnx.caption_pictures(tmp_path / "exported", pixels.numpy())
+    ended = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())
     assert ended == reference_captions(model, pixels) != captions
     longer = {"eos_token_id": end, "min_length": model.generation_config.max_length - 1}
     (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings | longer))
     model.generation_config.min_length = longer["min_length"]
-    longest = export_onnx.caption_pictures(tmp_path / "exported", pixels.numpy())
+    longest = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())
     assert longest == reference_captions(model, pixels) != ended
     (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": end}))
-    (alone,) = export_onnx.caption_pictures(tmp_path / "exported", pixels[:1].numpy(), max_length=5)
+    (alone,) = export_onnx.caption_images(tmp_path / "exported", pixels[:1].numpy(), max_length=5)
     assert alone == ended[0][: len(alone)] and len(alone) <= 5 - start.shape[1]
 
     if kind == "vit_gpt2":  # the encoder holds nothing that only words need

@@ -19,13 +19,13 @@ import train_vit_gpt2
 from data_scripts import load_captions
 from modeling.captioner import generate_captions, load_captioner
 from reporting import push
-from reporting.hub import in_one_sentence
+from reporting.hub import error_summary
 from reporting.results import write_file
 from training import checkpoints
-from training.checkpoints import bring_best_model, checkpoint_to_resume, step_of
+from training.checkpoints import checkpoint_to_resume, copy_best_model, step_of
 
 ROOT = Path(__file__).parent.parent
-COMMON = ["--num_train_epochs", "2", "--max_eval_pictures", "3", "--max_train_pictures", "12", "--report_to", "none"]
+COMMON = ["--num_train_epochs", "2", "--max_eval_samples", "3", "--max_train_samples", "12", "--report_to", "none"]
 SMALL = {
     "lstm": [
         *("--encoder", "test_efficientnet", "--pretrained_encoder", "false", "--image_size", "64"),
@@ -35,7 +35,7 @@ SMALL = {
     "vit_gpt2": [
         *("--pretrained_encoder", "false", "--pretrained_decoder", "false", "--image_size", "32"),
         *("--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--vocab_size", "120"),
-        *("--prompt", "a picture of", "--dropout", "0", "--use_cpu", "true", "--disable_tqdm", "true"),
+        *("--prompt", "an image of", "--dropout", "0", "--use_cpu", "true", "--disable_tqdm", "true"),
         *("--per_device_train_batch_size", "30", "--learning_rate", "1e-2", *COMMON),
     ],
 }
@@ -44,15 +44,15 @@ KINDS = pytest.mark.parametrize("kind", SMALL)
 
 
 def train(kind: str, folder: Path, dataset: str, *options: str) -> Path:
-    SCRIPTS[kind].main([*SMALL[kind], "--dataset", dataset, "--output_dir", str(folder), *options])
+    SCRIPTS[kind].main([*SMALL[kind], "--dataset_name", dataset, "--output_dir", str(folder), *options])
     return folder
 
 
 @pytest.fixture(scope="module")
 def runs(small_scenes, tmp_path_factory) -> dict[str, Path]:
-    """A small run of each system, its pictures allowed to be shown."""
+    """A small run of each system, its images allowed to be shown."""
     folder = tmp_path_factory.mktemp("runs")
-    options = ["--show_pictures", "true", "--num_train_epochs", "12", "--eval_epochs", "12", "--save_epochs", "12"]
+    options = ["--publish_images", "true", "--num_train_epochs", "12", "--eval_epochs", "12", "--save_epochs", "12"]
     return {kind: train(kind, folder / kind, small_scenes, *options) for kind in SMALL}
 
 
@@ -84,7 +84,7 @@ def test_a_pushed_model_captions_the_same_in_a_fresh_process(kind, runs, hub, sm
     files = repository.files("main")
     assert files["model.safetensors"].content == (runs[kind] / "model.safetensors").read_bytes()
 
-    load_captions(small_scenes)["test"][0]["image"].save(tmp_path / "picture.jpg")
+    load_captions(small_scenes)["test"][0]["image"].save(tmp_path / "image.jpg")
     ran = subprocess.run(
         [sys.executable, "-c", CARD_LINES, f"me/{kind}"],
         cwd=tmp_path,
@@ -94,11 +94,11 @@ def test_a_pushed_model_captions_the_same_in_a_fresh_process(kind, runs, hub, sm
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     model, processor = load_captioner(str(runs[kind]))
-    pixels = processor(images=Image.open(tmp_path / "picture.jpg"), return_tensors="pt")
+    pixels = processor(images=Image.open(tmp_path / "image.jpg"), return_tensors="pt")
     expected = generate_captions(model, processor, dict(pixels))[0]["caption"]
     assert expected
     # Plain `generate()`, the second way on the card, gives the prompt back as well.
-    whole = f"a picture of {expected}" if kind == "vit_gpt2" else expected
+    whole = f"an image of {expected}" if kind == "vit_gpt2" else expected
     assert json.loads(ran.stdout) == [expected, whole]
 
 
@@ -115,20 +115,20 @@ def test_what_is_pushed_and_what_stays(runs, hub):
     assert 'from_pretrained("lstm"' in (runs["lstm"] / "README.md").read_text()
 
 
-@pytest.mark.parametrize("option", [[], ["--show_pictures", "true"]])
+@pytest.mark.parametrize("option", [[], ["--publish_images", "true"]])
 def test_an_evaluation_leaves_the_samples_and_says_whether_its_page_may_be_pushed(option, runs, small_scenes, tmp_path):
     folder = shutil.copytree(runs["lstm"], tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
-    arguments = ["--model", str(folder), "--dataset", small_scenes, "--split", "validation", *option]
+    arguments = ["--model_name_or_path", str(folder), "--dataset_name", small_scenes, "--split", "validation", *option]
     evaluate_captions.main([*arguments, "--output_dir", str(folder)])
     assert json.loads((folder / "results.json").read_text())["split"] == "validation"
     assert {path.name: path.read_bytes() for path in (folder / "samples").iterdir()} == before
-    with push.staged(folder) as stage:  # these scenes have no such name, and might be anybody's pictures
+    with push.staged(folder) as stage:  # these scenes have no such name, and might be anybody's images
         assert (Path(stage) / "captions.html").exists() == bool(option)
         assert (Path(stage) / "samples" / "01.jpg").exists()
 
 
-def test_pictures_that_may_not_be_shown_stay(small_scenes, hub, tmp_path):
+def test_images_that_may_not_be_shown_stay(small_scenes, hub, tmp_path):
     folder = train("lstm", tmp_path / "run", small_scenes, "--push_to_hub", "true", "--hub_model_id", "me/quiet")
     files = hub.repositories["model", "me/quiet"].files("main")
     assert (folder / "captions.html").exists() and "captions.html" not in files
@@ -213,7 +213,7 @@ def test_the_last_checkpoint_replaces_the_one_before_and_brings_the_best_model(
     )
     for _ in range(2):  # a run that is killed before its first checkpoint comes again
         found = checkpoint_to_resume("me/run@trial", str(elsewhere), "progress.json", push.download_checkpoint)
-        bring_best_model(found, str(elsewhere))
+        copy_best_model(found, str(elsewhere))
         assert load_captioner(str(elsewhere))[0] is not None
     assert written[-1] == "config.json" and "model.safetensors" in written  # killed before, it is fetched again
     (tmp_path / "run" / "checkpoint-2" / "progress.json").rename(tmp_path / "run" / "checkpoint-2" / "renamed.json")
@@ -284,7 +284,7 @@ def test_the_card_on_the_hub_is_valid_and_names_no_path_of_this_machine(runs, hu
         card.validate(repo_type="model")
         text = hub.repositories["model", f"me/{kind}"].files("main")["README.md"].content.decode()
         assert str(folder.parent) not in text and str(folder.parents[3]) not in text
-        assert re.search(r"from_pretrained\(\"me/", text) and "12 pictures, 60 captions" in text
+        assert re.search(r"from_pretrained\(\"me/", text) and "12 images, 60 captions" in text
         assert [score.metric_name for score in card.data.eval_results][-1] == "CIDEr"
 
 
@@ -295,4 +295,4 @@ def test_a_failed_upload_of_one_file_tells_the_reason_not_the_file():
         except ConnectionError as error:
             raise RuntimeError("Error while uploading 'model.safetensors' to the Hub.") from error
     except RuntimeError as error:
-        assert in_one_sentence(error, "me/x") == "the line is dead"
+        assert error_summary(error, "me/x") == "the line is dead"

@@ -1,4 +1,4 @@
-"""Laws of system A's model."""
+"""Laws of the LSTM captioner's model."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor, timm_image_processor
 from training.unfreezing import unfreeze_last_blocks
 
-ENCODER = "test_efficientnet"  # timm's own test model: BatchNorm, 256 numbers a picture
+ENCODER = "test_efficientnet"  # timm's own test model: BatchNorm, 256 numbers an image
 ROOT = Path(__file__).parent.parent
 WITH_AND_WITHOUT_ATTENTION = pytest.mark.parametrize("attention", [False, True], ids=["plain", "attention"])
 
@@ -39,18 +39,18 @@ def make_model(**changes) -> InceptionLSTMForConditionalGeneration:
     return InceptionLSTMForConditionalGeneration(InceptionLSTMConfig(**{**sizes, **changes}))
 
 
-def random_batch(num_pictures: int = 4, length: int = 7, vocab_size: int = 40) -> dict:
+def random_batch(num_images: int = 4, length: int = 7, vocab_size: int = 40) -> dict:
     torch.manual_seed(1)
     return {
-        "pixel_values": torch.randn(num_pictures, 3, 64, 64),
-        "labels": torch.randint(3, vocab_size, (num_pictures, length)),
+        "pixel_values": torch.randn(num_images, 3, 64, 64),
+        "labels": torch.randint(3, vocab_size, (num_images, length)),
     }
 
 
 @pytest.fixture
 def processor():
     """A word-level tokenizer of a few words, EOS at the end, and a 64-pixel image processor."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "red": 4, "green": 5, "blue": 6, "a": 7, "picture": 8}
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "red": 4, "green": 5, "blue": 6, "a": 7, "image": 8}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
@@ -79,10 +79,10 @@ def test_shapes_and_sizes_are_the_reports():
     assert trainable == sum(sizes.values()) - sizes["encoder"]
 
 
-def test_three_pictures_are_memorised_and_come_back(processor):
+def test_three_images_are_memorised_and_come_back(processor):
     model = make_model(vocab_size=9, freeze_encoder=False)
-    captions = ["a red picture", "green", "a picture a blue picture"]
-    images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue")]
+    captions = ["a red image", "green", "an image a blue image"]
+    images = [Image.new("RGB", (64, 64), color) for color in ("red", "green", "blue")]
     pixel_values = processor(images=images, return_tensors="pt").pixel_values
     tokens = processor.tokenizer(captions, padding=True, return_tensors="pt")
     labels = tokens.input_ids.masked_fill(tokens.attention_mask == 0, -100)
@@ -124,15 +124,15 @@ def test_greedy_is_the_likeliest_next_token_of_the_whole_prefix():
     assert torch.equal(generated, tokens)
 
 
-def test_the_start_token_is_not_read_and_the_picture_is():
+def test_the_start_token_is_not_read_and_the_image_is():
     model = make_model().eval()
     batch = random_batch()
     tokens = model.shift_right(batch["labels"])
     logits = model(pixel_values=batch["pixel_values"], decoder_input_ids=tokens).logits
     other_start = torch.cat([tokens[:, :1] + 5, tokens[:, 1:]], dim=1)
     assert torch.equal(model(pixel_values=batch["pixel_values"], decoder_input_ids=other_start).logits, logits)
-    other_picture = model(pixel_values=batch["pixel_values"].flip(0), decoder_input_ids=tokens).logits
-    assert not torch.allclose(other_picture, logits)
+    other_image = model(pixel_values=batch["pixel_values"].flip(0), decoder_input_ids=tokens).logits
+    assert not torch.allclose(other_image, logits)
 
 
 @WITH_AND_WITHOUT_ATTENTION
@@ -177,7 +177,7 @@ def test_encoder_outputs_give_the_loss_and_captions_of_the_pixels(attention):
 
 
 @WITH_AND_WITHOUT_ATTENTION
-def test_captions_that_share_a_picture_lose_what_they_lose_alone(attention):
+def test_captions_that_share_a_image_lose_what_they_lose_alone(attention):
     model = make_model(attention=attention).eval()
     batch = random_batch()
     shared = {"pixel_values": batch["pixel_values"][:2], "image_index": torch.tensor([1, 0, 0, 1])}
@@ -209,7 +209,7 @@ def test_any_timm_encoder_gives_a_grid_whose_places_it_keeps(architecture):
 
 
 def test_attention_dropout_hides_keys_and_values_in_training_alone():
-    """Of a share of them nothing is left, and the others are the larger for it; captions of one picture miss the same."""
+    """Of a share of them nothing is left, and the others are the larger for it; captions of one image miss the same."""
     model = make_model(attention=True, attention_dropout=0.25).train()
     torch.manual_seed(0)
     states = torch.randn(2, 60, model.encoder.output_size)
@@ -233,14 +233,12 @@ def test_without_attention_there_is_nothing_of_it():
 
 
 def test_without_attention_it_is_the_reports_model_bit_for_bit():
-    """Written out: the projected picture and the words behind it, read by the LSTM, scored by one linear layer."""
+    """Written out: the projected image and the words behind it, read by the LSTM, scored by one linear layer."""
     model, batch = make_model().eval(), random_batch()
     words = model.shift_right(batch["labels"])
     with torch.no_grad():
-        picture = model.image_projection(
-            model.encoder(batch["pixel_values"]).last_hidden_state
-        )  # (batch, 1, embedding)
-        outputs, _ = model.lstm(torch.cat([picture, model.token_embedding(words[:, 1:])], dim=1))
+        image = model.image_projection(model.encoder(batch["pixel_values"]).last_hidden_state)  # (batch, 1, embedding)
+        outputs, _ = model.lstm(torch.cat([image, model.token_embedding(words[:, 1:])], dim=1))
         assert torch.equal(model(batch["pixel_values"], words).logits, model.lm_head(outputs))
 
 
@@ -280,7 +278,7 @@ def test_the_encoder_convolves_with_channels_side_by_side():
 
 def test_of_a_frozen_encoder_the_last_blocks_may_learn_but_no_statistics():
     model = make_model(freeze_encoder=True)
-    with pytest.raises(ValueError, match="--unfrozen_encoder_blocks 7: give 6 at most"):
+    with pytest.raises(ValueError, match="--num_trainable_encoder_blocks 7: give 6 at most"):
         unfreeze_last_blocks(model.encoder, 7)
     unfreeze_last_blocks(model.encoder, 2)
     before = {name: value.clone() for name, value in model.encoder.backbone.state_dict().items()}
@@ -302,7 +300,7 @@ def test_of_a_frozen_encoder_the_last_blocks_may_learn_but_no_statistics():
 def test_a_pretrained_encoder_survives_construction_saving_and_loading(tmp_path):
     torch.manual_seed(3)
     trained = timm.create_model(ENCODER, num_classes=10).train()
-    trained(torch.randn(8, 3, 64, 64))  # BatchNorm statistics that no initialisation makes
+    trained(torch.randn(8, 3, 64, 64))  # BatchNorm statistics that no initialization makes
     folder = tmp_path / "timm"
     folder.mkdir()
     save_file(trained.state_dict(), folder / "model.safetensors")

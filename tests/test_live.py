@@ -12,11 +12,11 @@ import train_lstm
 import train_vit_gpt2
 from metrics import CaptionScorer
 from reporting import live
-from reporting.live import EpochBar, check_trackers, score_and_show
+from reporting.live import EpochProgressBar, check_trackers, score_and_show
 from reporting.results import METRIC_TITLES
 
 COMMON = [
-    *("--num_train_epochs", "2", "--max_train_pictures", "12", "--max_eval_pictures", "5"),
+    *("--num_train_epochs", "2", "--max_train_samples", "12", "--max_eval_samples", "5"),
     *("--per_device_train_batch_size", "4", "--vocab_size", "120", "--hidden_size", "32", "--num_hidden_layers", "1"),
 ]
 SMALL = {
@@ -33,18 +33,18 @@ SCRIPTS = pytest.mark.parametrize("script", SMALL, ids=lambda script: script.__n
 
 
 def test_the_bar_tells_loss_pace_and_the_time_until_the_end(capsys):
-    bar = EpochBar(epoch=2, num_epochs=5, num_pictures=100, seen=20)
+    bar = EpochProgressBar(epoch=2, num_epochs=5, num_images=100, seen=20)
     bar.start_t -= 10
     bar.update(50)
     bar.tell(1.23456)
     bar.close()
-    # 50 pictures took 10 s; 30 of this epoch and three epochs of 100 are left: 66 s.
+    # 50 images took 10 s; 30 of this epoch and three epochs of 100 are left: 66 s.
     last = capsys.readouterr().err.split("\r")[-1]
-    assert "epoch 2/5" in last and "70/100" in last and " pictures/s" in last
+    assert "epoch 2/5" in last and "70/100" in last and " images/s" in last
     assert "loss 1.235, training ends in 01:06" in last
 
 
-def test_an_evaluation_shows_scores_beside_blind_ones_and_three_pictures(caplog):
+def test_an_evaluation_shows_scores_beside_blind_ones_and_three_images(caplog):
     rows = Dataset.from_list(
         [{"image_id": f"p{place}", "captions": [f"a {word} dog", "nothing"]} for place, word in enumerate("abcde")]
     )
@@ -53,18 +53,18 @@ def test_an_evaluation_shows_scores_beside_blind_ones_and_three_pictures(caplog)
     with caplog.at_level(logging.INFO):
         row = score_and_show(captions, rows, scorer)
     assert {name: row[name] for name in METRIC_TITLES} == scorer.score(captions)
-    blind = scorer.score(scorer.deal(captions))
-    assert {name: row[f"blind_{name}"] for name in METRIC_TITLES} == blind
-    titles, ours, theirs, *pictures = caplog.messages[-1].splitlines()
+    shuffled = scorer.score(scorer.shuffle(captions))
+    assert {name: row[f"shuffled_{name}"] for name in METRIC_TITLES} == shuffled
+    titles, ours, theirs, *images = caplog.messages[-1].splitlines()
     assert titles.split() == list(METRIC_TITLES.values())
     assert ours.split()[2:] == [f"{row[name]:.3f}" for name in METRIC_TITLES]
-    assert theirs.split()[1:] == [f"{blind[name]:.3f}" for name in METRIC_TITLES]
+    assert theirs.split()[1:] == [f"{shuffled[name]:.3f}" for name in METRIC_TITLES]
     assert len({len(line) for line in (titles, ours, theirs)}) == 1
-    assert pictures[::2] == ["p0: a a dog runs", "p2: a c dog runs", "p4: a e dog runs"]
-    assert pictures[1::2] == [f"    reference: a {word} dog" for word in "ace"]
+    assert images[::2] == ["p0: a a dog runs", "p2: a c dog runs", "p4: a e dog runs"]
+    assert images[1::2] == [f"    reference: a {word} dog" for word in "ace"]
 
 
-def test_two_pictures_are_shown_once_each(caplog):
+def test_two_images_are_shown_once_each(caplog):
     rows = Dataset.from_list([{"image_id": name, "captions": [name]} for name in ("one", "two")])
     with caplog.at_level(logging.INFO):
         score_and_show(["a", "b"], rows, CaptionScorer(rows["captions"]))
@@ -81,7 +81,7 @@ def test_a_run_shows_how_it_goes_and_tells_its_trackers(script, small_scenes, tm
         script.main(
             [
                 *SMALL[script],
-                "--dataset",
+                "--dataset_name",
                 small_scenes,
                 "--output_dir",
                 str(folder),
@@ -91,7 +91,7 @@ def test_a_run_shows_how_it_goes_and_tells_its_trackers(script, small_scenes, tm
         )
     said = capsys.readouterr().err
     for epoch in ("1/2", "2/2"):
-        assert re.search(rf"epoch {epoch}: +\d+%.* pictures/s, loss \d\.\d{{3}}, training ends in \d\d:\d\d", said)
+        assert re.search(rf"epoch {epoch}: +\d+%.* images/s, loss \d\.\d{{3}}, training ends in \d\d:\d\d", said)
     history = [row for row in json.loads((folder / "history.json").read_text()) if "cider" in row]
     assert len(history) == 2
     tables = [message for message in caplog.messages if "BLEU-1" in message]

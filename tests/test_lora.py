@@ -21,7 +21,7 @@ pytest.importorskip("peft", reason="needs peft (pip install 'peft>=0.18')")
 @pytest.fixture
 def decoder(tmp_path):
     """A folder with a trained decoder, without cross attention, and its tokenizer."""
-    tokenizer = train_tokenizer(["all is red green blue white", "a picture from one side to the other"], 60)
+    tokenizer = train_tokenizer(["all is red green blue white", "an image from one side to the other"], 60)
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "decoder")
     tokenizer.save_pretrained(tmp_path / "decoder")
@@ -52,7 +52,7 @@ def test_merged_says_the_same_and_only_adapters_and_fresh_cross_attention_learn(
 
 def test_a_run_resumes_exactly_and_leaves_a_plain_model(dataset, decoder, tmp_path, capsys):  # noqa: F811
     def train(name: str, **options):
-        given = SMALL | {"dataset": dataset, "decoder": decoder[0], "output_dir": tmp_path / name, "dropout": 0.1}
+        given = SMALL | {"dataset_name": dataset, "decoder": decoder[0], "output_dir": tmp_path / name, "dropout": 0.1}
         given |= {"pretrained_decoder": "true", "lora_rank": 2, "num_train_epochs": 3, "learning_rate": 1e-2} | options
         train_vit_gpt2.main([word for option, value in given.items() for word in (f"--{option}", str(value))])
         return load_file(tmp_path / name / "model.safetensors")

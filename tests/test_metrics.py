@@ -27,7 +27,7 @@ captions = st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join)
 
 
 def prediction_sets(num_references: int) -> dict[str, tuple[list[str], list[list[str]]]]:
-    # pictures with different numbers of references, but for one each
+    # images with different numbers of references, but for one each
     references = [texts[: 1 + position % num_references] for position, texts in enumerate(REFERENCES)]
     predictions = {
         "related": PREDICTIONS,
@@ -107,7 +107,7 @@ def plain_cider_d(predictions: list[list[str]], references: list[list[list[str]]
 def test_scores_are_those_of_plain_implementations(num_references):
     for name, (predictions, references) in prediction_sets(num_references).items():
         words = [tokenize(text) for text in predictions]
-        texts = [[tokenize(text) for text in of_picture] for of_picture in references]
+        texts = [[tokenize(text) for text in of_image] for of_image in references]
         cider = plain_cider_d(words, texts)
         rouge = [plain_rouge_l(*pair) for pair in zip(words, texts, strict=True)]
         expected = [*plain_bleu(words, texts), np.mean(rouge), np.mean(cider)]
@@ -139,7 +139,7 @@ def test_a_perfect_prediction_has_bleu_and_rouge_one():
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(captions, st.lists(captions, min_size=1, max_size=4)), min_size=2, max_size=6), st.randoms())
-def test_order_of_pictures_and_of_references_does_not_matter(pairs, random):
+def test_order_of_images_and_of_references_does_not_matter(pairs, random):
     predictions, references = zip(*pairs, strict=True)
     before = CaptionScorer(references).score(predictions)
     random.shuffle(pairs)
@@ -163,7 +163,7 @@ def test_the_derangement_is_a_fixed_permutation_without_fixed_point():
         assert (source == derangement(size)).all()
 
 
-def test_rewards_of_a_batch_are_the_scores_of_its_pictures_in_the_whole_set():
+def test_rewards_of_a_batch_are_the_scores_of_its_images_in_the_whole_set():
     whole = CaptionScorer(REFERENCES).per_image_cider(PREDICTIONS)
     fitted = CiderD(REFERENCES)
     rewards = fitted.score(PREDICTIONS[5:9], REFERENCES[5:9])
@@ -173,13 +173,13 @@ def test_rewards_of_a_batch_are_the_scores_of_its_pictures_in_the_whole_set():
 
 
 def test_a_reward_is_the_score_of_the_caption_by_itself():
-    pictures, ended = [7, 2, 7, 0], [True, False, True, True]
+    images, ended = [7, 2, 7, 0], [True, False, True, True]
     captions = [PREDICTIONS[7], PREDICTIONS[2], REFERENCES[7][0], PREDICTIONS[0]]
     fitted = CiderD(REFERENCES)
-    cider, bleu_4, rouge_l = fitted.reward(captions, ended, pictures)
-    assert cider.tolist() == fitted.score(captions, [REFERENCES[picture] for picture in pictures]).tolist()
-    for caption, picture, *scores in zip(captions, pictures, bleu_4, rouge_l, strict=True):
-        alone = CaptionScorer([REFERENCES[picture]]).score([caption])
+    cider, bleu_4, rouge_l = fitted.reward(captions, ended, images)
+    assert cider.tolist() == fitted.score(captions, [REFERENCES[image] for image in images]).tolist()
+    for caption, image, *scores in zip(captions, images, bleu_4, rouge_l, strict=True):
+        alone = CaptionScorer([REFERENCES[image]]).score([caption])
         assert scores == pytest.approx([alone["bleu_4"], alone["rouge_l"]], abs=1e-9)
 
 
@@ -205,7 +205,7 @@ def test_an_end_that_counts_is_a_word_of_references_and_of_captions_that_ended()
         ([["a dog"], "a cat"], ["a", "b"], r"references\[1\] is 'a cat', not a list"),
         ([["a dog"], float("nan")], ["a", "b"], r"references\[1\] is nan, not a list"),
         ([["a dog"], ["a", None]], ["a", "b"], r"references\[1\] holds None, not a string"),
-        ([["a dog"], ["a cat"]], ["a"], "1 as predictions for 2 pictures"),
+        ([["a dog"], ["a cat"]], ["a"], "1 as predictions for 2 images"),
         ([["a dog"]], "a dog", "one string as predictions"),
         ([["a dog"], ["a cat"]], ["a", float("nan")], r"predictions\[1\] is nan, not a string"),
     ],
@@ -220,18 +220,18 @@ def test_report_tells_a_model_that_looks_from_one_that_does_not():
     scorer = CaptionScorer(REFERENCES)
     looks = scorer.report(PREDICTIONS)
     assert json.loads(json.dumps(looks, allow_nan=False)) == looks
-    assert looks["sees_pictures"] and looks["warning"] is None
+    assert looks["beats_shuffled"] and looks["warning"] is None
     dealt = [PREDICTIONS[source] for source in derangement(len(PREDICTIONS))]
-    assert looks["blind"] == scorer.score(dealt)
-    for blind in (dealt, ["a dog runs"] * len(REFERENCES), [""] * len(REFERENCES)):
-        report = scorer.report(blind)
-        assert not report["sees_pictures"] and "does not look at the pictures" in report["warning"]
+    assert looks["shuffled"] == scorer.score(dealt)
+    for shuffled in (dealt, ["a dog runs"] * len(REFERENCES), [""] * len(REFERENCES)):
+        report = scorer.report(shuffled)
+        assert not report["beats_shuffled"] and "does not look at the images" in report["warning"]
     alone = CaptionScorer(REFERENCES[:1]).report(PREDICTIONS[:1])
-    assert not alone["sees_pictures"] and "only one picture" in alone["warning"]
+    assert not alone["beats_shuffled"] and "only one image" in alone["warning"]
 
 
 def test_intervals_are_those_of_the_mean():
-    """For a mean over pictures the bootstrap's interval is known: 1.96 standard errors to either side."""
+    """For a mean over images the bootstrap's interval is known: 1.96 standard errors to either side."""
     predictions, references = benchmark.make_captions(400)
     scorer = CaptionScorer(references)
     values = np.array(scorer.per_image_cider(predictions))
@@ -258,8 +258,8 @@ def test_diagnostics_count_what_they_say():
     scorer = CaptionScorer([["A dog."], ["Three red cats."]], training_captions=["a DOG", "a cat"])
     diagnostics = scorer.report(["A dog!", "red cat red cat red cat"], ended=[True, False])["diagnostics"]
     expected = {"ended": 0.5, "repeated_trigram": 0.5, "mean_length": 4, "mean_reference_length": 2.5}
-    assert diagnostics == {**expected, "distinct_words": 4, "novel": 0.5}
-    with pytest.raises(ValueError, match="1 values of `ended` for 2 pictures"):
+    assert diagnostics == {**expected, "unique_words": 4, "novel": 0.5}
+    with pytest.raises(ValueError, match="1 values of `ended` for 2 images"):
         scorer.report(["a", "b"], ended=[True])
 
 
@@ -292,7 +292,7 @@ def test_selfcheck_compares_with_the_published_scores(tmp_path, capsys):
     assert f"cider    {cider:.4f}  published 0.600  DIFFERS" in printed
 
     results.write_text(json.dumps([{"image_id": 4711, "caption": "a dog"}]))
-    for file, sentence in ((results, "picture 4711 has no caption"), (tmp_path / "absent.json", "cannot be read")):
+    for file, sentence in ((results, "image 4711 has no caption"), (tmp_path / "absent.json", "cannot be read")):
         assert main([*arguments, str(file)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and sentence in error and error.count("\n") == 1

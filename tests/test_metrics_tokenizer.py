@@ -22,8 +22,8 @@ def test_tokens_are_those_of_java():
 def test_word_by_word_gives_what_the_whole_caption_gives():
     """The cache of words and the shortcut for plain words change nothing, whatever stands beside a word."""
     texts = [text for text, _ in PAIRS]
-    neighbours = texts + [f"{left} {right}" for left, right in zip(texts, texts[7:], strict=False)]
-    wrong = [text for text in neighbours if tokenize(text) != _lex(" ".join(text.splitlines()))]
+    neighbors = texts + [f"{left} {right}" for left, right in zip(texts, texts[7:], strict=False)]
+    wrong = [text for text in neighbors if tokenize(text) != _lex(" ".join(text.splitlines()))]
     assert not wrong
 
 

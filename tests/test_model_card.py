@@ -63,10 +63,10 @@ def test_what_it_started_from_is_told_and_linked_where_the_hub_has_it(tmp_path, 
 def test_references_are_counted_in_english(tmp_path, number, told):
     results = RESULTS | {"num_images": 3, "references_per_image": number}
     asked = {"kind": "vit-gpt2", "model_name": "me/captioner", "results": results, "command": "train", "options": {}}
-    assert f"3 pictures with {told}:" in write_model_card(tmp_path, **asked).read_text(encoding="utf-8")
+    assert f"3 images with {told}:" in write_model_card(tmp_path, **asked).read_text(encoding="utf-8")
 
 
-def pictures(number: int, **info: object) -> Dataset:
+def make_images(number: int, **info: object) -> Dataset:
     made = [PillowImage.new("RGB", (300 + index, 200), (20 * index % 256, 90, 120)) for index in range(number)]
     return Dataset.from_dict({"image": made}, features=Features({"image": Image()}))
 
@@ -81,7 +81,7 @@ def pictures(number: int, **info: object) -> Dataset:
         ("../../ann/data", "data"),
         (r"C:\Users\ann\weights", "weights"),
         (r"\\server\ann\weights", "weights"),
-        ("recipes/lstm_report.yaml", "recipes/lstm_report.yaml"),
+        ("recipes/lstm_reference.yaml", "recipes/lstm_reference.yaml"),
         ("timm/inception_resnet_v2.tf_in1k", "timm/inception_resnet_v2.tf_in1k"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("a dog / a cat", "a dog / a cat"),
@@ -99,13 +99,13 @@ def test_no_path_of_this_machine_is_on_the_card(tmp_path, monkeypatch):
     text = card(
         tmp_path / "run",
         name=str(tmp_path / "run"),
-        command=f"accelerate launch train.py recipes/x.yaml --encoder weights/lite2 --dataset '{tmp_path}/my data' --prompt 'a b'",
+        command=f"accelerate launch train.py recipes/x.yaml --encoder weights/lite2 --dataset_name '{tmp_path}/my data' --prompt 'a b'",
         encoder="weights/lite2",
         dataset=tmp_path / "my data",
         learning_rate=0.1,
     )
     assert str(tmp_path) not in text and tmp_path.parts[2] not in text and "weights/" not in text
-    assert "accelerate launch train.py recipes/x.yaml --encoder lite2 --dataset 'my data' --prompt 'a b'" in text
+    assert "accelerate launch train.py recipes/x.yaml --encoder lite2 --dataset_name 'my data' --prompt 'a b'" in text
     assert 'from_pretrained("run")' in text and "encoder: lite2" in text and "learning_rate: 0.1" in text
 
 
@@ -116,8 +116,8 @@ def test_the_lines_of_a_pushed_card_load_the_repository(tmp_path):
     assert name_on_card(pushed, 'a "quoted" name') == text
 
 
-def test_samples_are_a_table_of_pictures_spread_over_the_split(tmp_path):
-    rows = pictures(30)
+def test_samples_are_a_table_of_images_spread_over_the_split(tmp_path):
+    rows = make_images(30)
     captions = [f"caption {number} | *" for number in range(30)]
     write_samples(tmp_path, rows, captions, shown=True)
     samples = read_samples(tmp_path)
@@ -126,9 +126,9 @@ def test_samples_are_a_table_of_pictures_spread_over_the_split(tmp_path):
         captions[28],
     ]
     for sample in samples:
-        picture = PillowImage.open(tmp_path / "samples" / sample["file"])
+        image = PillowImage.open(tmp_path / "samples" / sample["file"])
         number = captions.index(sample["caption"])
-        assert max(picture.size) == 256 and abs(picture.getpixel((9, 9))[0] - 20 * number % 256) < 8
+        assert max(image.size) == 256 and abs(image.getpixel((9, 9))[0] - 20 * number % 256) < 8
     text = card(tmp_path)
     lines = text.partition("## Samples\n\n")[2].splitlines()
     table = lines[: lines.index("")]
@@ -137,10 +137,10 @@ def test_samples_are_a_table_of_pictures_spread_over_the_split(tmp_path):
     assert sum(line.count("](samples/") for line in table) == NUM_SAMPLES
 
 
-def test_samples_of_an_earlier_run_go_where_pictures_may_not_be_shown(tmp_path):
-    write_samples(tmp_path, pictures(3), ["a", "b", "c"], shown=True)
+def test_samples_of_an_earlier_run_go_where_images_may_not_be_shown(tmp_path):
+    write_samples(tmp_path, make_images(3), ["a", "b", "c"], shown=True)
     assert len(read_samples(tmp_path)) == 3
-    write_samples(tmp_path, pictures(3), ["a", "b", "c"], shown=False)
+    write_samples(tmp_path, make_images(3), ["a", "b", "c"], shown=False)
     assert not (tmp_path / "samples").exists() and "## Samples" not in card(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The notebook goes from pictures to a model on the Hub, and captions with what it pulled from there."""
+"""The notebook goes from images to a model on the Hub, and captions with what it pulled from there."""
 
 import re
 from pathlib import Path
@@ -7,13 +7,13 @@ import nbclient
 import nbformat
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOK = ROOT / "notebooks" / "caption_your_pictures.ipynb"
+NOTEBOOK = ROOT / "notebooks" / "caption_your_images.ipynb"
 
 
-def test_it_runs_from_pictures_to_a_pushed_model(hub, tmp_path, monkeypatch):
-    """Every cell as it stands, but for the first, which sets how many pictures and epochs."""
+def test_it_runs_from_images_to_a_pushed_model(hub, tmp_path, monkeypatch):
+    """Every cell as it stands, but for the first, which sets how many images and epochs."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    settings = next(cell for cell in notebook.cells if "NUM_PICTURES, NUM_EPOCHS = " in cell.source)
+    settings = next(cell for cell in notebook.cells if "NUM_IMAGES, NUM_EPOCHS = " in cell.source)
     settings.source = settings.source.replace("NUM_EPOCHS = 1000, 8", "NUM_EPOCHS = 120, 2")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name)

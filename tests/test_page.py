@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from small_captioners import PICTURES, build
+from small_captioners import IMAGES, build
 
 import caption
 from modeling.captioner import save_captioner
@@ -25,7 +25,7 @@ def record_of(image_id: str = "1", cider: float = 1.0, words: tuple[str, ...] = 
         {"text": word, "probability": 1 - 0.33 * place, "attention": CORNERS[place]} for place, word in enumerate(words)
     ]
     told = {"image_id": image_id, "caption": "".join(words).strip(), "references": ["a dog"], "cider": cider}
-    return told | {"tokens": tokens, "centre_crop": None} | changes
+    return told | {"tokens": tokens, "center_crop": None} | changes
 
 
 def page_of(folder: Path, records: list[dict], size: tuple[int, int] = (200, 100)) -> Path:
@@ -102,7 +102,7 @@ def test_hostile_tokens_add_no_element(tmp_path):
 def test_captions_without_what_is_told_of_words(tmp_path):
     records = [record_of(tokens=[]), record_of("2")]
     for token in records[1]["tokens"]:
-        del token["attention"]  # system A without attention
+        del token["attention"]  # the LSTM captioner without attention
     bare, sure = Cards(page_of(tmp_path, records)).cards
     assert (bare["caption"], bare["sure"], bare["looks"]) == ("a red dog", [], None)
     assert (sure["caption"], len(sure["sure"]), sure["looks"]) == ("a red dog", 4, None)
@@ -110,10 +110,10 @@ def test_captions_without_what_is_told_of_words(tmp_path):
 
 def test_the_page_that_caption_py_writes_tells_of_each_word(tmp_path):
     save_captioner(*build("vit_gpt2"), tmp_path / "model")
-    for place, picture in enumerate(PICTURES[:2]):
-        picture.save(tmp_path / f"{place}.png")
-    pictures = [str(tmp_path / f"{place}.png") for place in range(2)]
-    caption.main([*pictures, "--model", str(tmp_path / "model"), "--output", str(tmp_path / "page.html")])
+    for place, image in enumerate(IMAGES[:2]):
+        image.save(tmp_path / f"{place}.png")
+    images = [str(tmp_path / f"{place}.png") for place in range(2)]
+    caption.main([*images, "--model_name_or_path", str(tmp_path / "model"), "--output", str(tmp_path / "page.html")])
     cards = Cards(tmp_path / "page.html").cards
     assert len(cards) == 2
     assert all(len(card["sure"]) == len(card["caption"].split()) > 0 and card["looks"][0] == 2 for card in cards)
@@ -121,14 +121,21 @@ def test_the_page_that_caption_py_writes_tells_of_each_word(tmp_path):
 
 def test_no_more_words_are_looked_at_than_the_page_shows(tmp_path, monkeypatch):
     save_captioner(*build("vit_gpt2"), tmp_path / "model")
-    for place, picture in enumerate(PICTURES[:3]):
-        picture.save(tmp_path / f"{place}.png")
-    monkeypatch.setattr(caption, "NUM_PICTURES_ON_PAGE", 1)
+    for place, image in enumerate(IMAGES[:3]):
+        image.save(tmp_path / f"{place}.png")
+    monkeypatch.setattr(caption, "NUM_IMAGES_ON_PAGE", 1)
     inspected, generate = [], caption.generate_captions
     monkeypatch.setattr(caption, "generate_captions", lambda *given: inspected.append(given[-1]) or generate(*given))
-    pictures = [str(tmp_path / f"{place}.png") for place in range(3)]
-    options = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "page.html"), "--batch_size", "1"]
-    caption.main([*pictures, *options])
+    images = [str(tmp_path / f"{place}.png") for place in range(3)]
+    options = [
+        "--model_name_or_path",
+        str(tmp_path / "model"),
+        "--output",
+        str(tmp_path / "page.html"),
+        "--batch_size",
+        "1",
+    ]
+    caption.main([*images, *options])
     assert inspected == [True, False, False] and len(Cards(tmp_path / "page.html").cards) == 1
 
 
@@ -157,37 +164,35 @@ def open_page(browser):
 
 def brightness_of_corners(locator) -> list[int]:
     """How bright a part of the page is, upper left, upper right, lower left, lower right; away from what is told there."""
-    picture = Image.open(io.BytesIO(locator.screenshot())).convert("L")
-    places = [(x * picture.width // 8, y * picture.height // 8) for y in (1, 6) for x in (1, 7)]
-    return [picture.getpixel(place) for place in places]
+    image = Image.open(io.BytesIO(locator.screenshot())).convert("L")
+    places = [(x * image.width // 8, y * image.height // 8) for y in (1, 6) for x in (1, 7)]
+    return [image.getpixel(place) for place in places]
 
 
 def test_pointing_at_a_word_darkens_what_was_not_looked_at(tmp_path, open_page):
     page = open_page(page_of(tmp_path, [record_of(), record_of("2")]), viewport={"width": 900, "height": 900})
-    picture, tokens = page.locator(".picture").first, page.locator("article .token")
+    image, tokens = page.locator(".image").first, page.locator("article .token")
     for place in range(4):
         tokens.nth(place).hover()
-        corners = brightness_of_corners(picture)
+        corners = brightness_of_corners(image)
         assert max(range(4), key=corners.__getitem__) == place
         assert corners[place] > 150 > 120 > sorted(corners)[2]
         assert page.locator(".told").first.inner_text().split() == [
             WORDS[place].strip(),
             *[["100", "67", "34", "1"][place], "%"],
         ]
-    assert brightness_of_corners(page.locator(".picture").nth(1)) == [255] * 4
+    assert brightness_of_corners(page.locator(".image").nth(1)) == [255] * 4
     page.locator("h1").hover()
-    assert brightness_of_corners(picture) == [255] * 4
+    assert brightness_of_corners(image) == [255] * 4
 
 
 def test_where_a_model_sees_the_middle_alone_the_margin_stays_dark(tmp_path, open_page):
-    record = record_of(words=(" a",), centre_crop=1.0)
+    record = record_of(words=(" a",), center_crop=1.0)
     record["tokens"][0]["attention"] = [[0.25, 0.25], [0.25, 0.25]]
     page = open_page(page_of(tmp_path, [record], (200, 100)))
     page.locator("article .token").hover()
-    picture = Image.open(io.BytesIO(page.locator(".picture").screenshot())).convert("L")
-    row = [
-        picture.getpixel((picture.width * place // 100, picture.height // 3)) for place in (5, 20, 30, 50, 70, 80, 95)
-    ]
+    image = Image.open(io.BytesIO(page.locator(".image").screenshot())).convert("L")
+    row = [image.getpixel((image.width * place // 100, image.height // 3)) for place in (5, 20, 30, 50, 70, 80, 95)]
     assert [brightness > 150 for brightness in row] == [False, False, True, True, True, False, False]
 
 
@@ -200,7 +205,7 @@ def test_words_are_walked_by_keyboard(tmp_path, open_page):
         seen.append(told.first.inner_text().split(" ")[0])
     assert seen == ["", "a", "red", "d", "red", "a", "a"]
     page.keyboard.press("j")
-    page.keyboard.press("Tab")  # one stop a picture
+    page.keyboard.press("Tab")  # one stop an image
     assert [told.nth(0).inner_text(), told.nth(1).inner_text().split()[0]] == ["", "a"]
     page.keyboard.press("Shift+Tab")
     assert told.nth(1).inner_text() == "" and told.nth(0).inner_text().split()[0] == "a"
@@ -224,13 +229,13 @@ def test_every_word_can_be_read_by_day_and_by_night(tmp_path, open_page, scheme)
     contrasts = page.evaluate(
         """() => {
           const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
-          const paint = (...colours) => {
-            for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+          const paint = (...colors) => {
+            for (const color of colors) { canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1); }
             const linear = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((value) => value / 255)
               .map((value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
             return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
           };
-          return [...document.querySelectorAll(".token, .blind, .references li, .legend, .foot, .id")].map((part) => {
+          return [...document.querySelectorAll(".token, .shuffled, .references li, .legend, .foot, .id")].map((part) => {
             const style = getComputedStyle(part);
             const card = getComputedStyle(part.closest("article") ?? document.body).backgroundColor;
             const behind = paint(card, style.backgroundColor);

@@ -1,4 +1,4 @@
-"""Laws of the captioning pipeline: the captions of `generate_captions`, for both systems and for old checkpoints."""
+"""Laws of the captioning pipeline: the captions of `generate_captions`, for both captioners and for old checkpoints."""
 
 import json
 import os
@@ -6,14 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from small_captioners import COLOURS, PICTURES, build
+from small_captioners import COLORS, IMAGES, build
 from transformers import VisionEncoderDecoderModel, pipeline
 
 from modeling.captioner import generate_captions, load_captioner, save_captioner
 
 
-def expected_captions(model, processor, pictures, **generation) -> list[str]:
-    inputs = processor(images=pictures, return_tensors="pt")
+def expected_captions(model, processor, images, **generation) -> list[str]:
+    inputs = processor(images=images, return_tensors="pt")
     captions = generate_captions(model, processor, dict(inputs), **generation)
     return [text for made in captions for text in (made["caption"], *made.get("others", []))]
 
@@ -29,12 +29,12 @@ print(json.dumps([made[0]["generated_text"] for made in captioner(sys.argv[2:], 
 @pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", "a big")])
 def test_one_line_captions_in_a_fresh_process_elsewhere(kind, prompt, tmp_path):
     model, processor = build(kind, prompt)
-    expected = expected_captions(model, processor, PICTURES)
+    expected = expected_captions(model, processor, IMAGES)
     assert len(set(expected)) > 1
     save_captioner(model, processor, tmp_path / "saved")
-    names = [str(tmp_path / f"{colour}.png") for colour in COLOURS]
-    for picture, name in zip(PICTURES, names, strict=True):
-        picture.save(name)
+    names = [str(tmp_path / f"{color}.png") for color in COLORS]
+    for image, name in zip(IMAGES, names, strict=True):
+        image.save(name)
     (tmp_path / "elsewhere").mkdir()
     made = subprocess.run(
         [sys.executable, "-c", FRESH_PROCESS, str(tmp_path / "saved"), *names],
@@ -59,23 +59,23 @@ def test_an_old_checkpoint_captions_in_one_line_again(tmp_path):
     captioner = pipeline("image-captioning", model=str(tmp_path))
     assert type(captioner.model) is VisionEncoderDecoderModel
     options = {"max_length": 10, "num_beams": 3}
-    expected = expected_captions(*load_captioner(str(tmp_path)), PICTURES, **options)
-    assert [made[0]["generated_text"] for made in captioner(PICTURES, **options)] == expected
+    expected = expected_captions(*load_captioner(str(tmp_path)), IMAGES, **options)
+    assert [made[0]["generated_text"] for made in captioner(IMAGES, **options)] == expected
 
 
 @pytest.mark.parametrize("kind", ["lstm", "vit_gpt2"])
-def test_pictures_in_any_form_and_several_captions_each(kind, tmp_path):
+def test_images_in_any_form_and_several_captions_each(kind, tmp_path):
     model, processor = build(kind)
     captioner = pipeline(
         "image-captioning", model=model, tokenizer=processor.tokenizer, image_processor=processor.image_processor
     )
-    PICTURES[0].save(tmp_path / "picture.png")
-    (one,) = expected_captions(model, processor, PICTURES[:1])
-    assert captioner(PICTURES[0]) == captioner(str(tmp_path / "picture.png")) == [{"generated_text": one}]
-    assert captioner(PICTURES[0].convert("L").convert("RGBA"))[0].keys() == {"generated_text"}
+    IMAGES[0].save(tmp_path / "image.png")
+    (one,) = expected_captions(model, processor, IMAGES[:1])
+    assert captioner(IMAGES[0]) == captioner(str(tmp_path / "image.png")) == [{"generated_text": one}]
+    assert captioner(IMAGES[0].convert("L").convert("RGBA"))[0].keys() == {"generated_text"}
     options = {"num_beams": 4, "num_return_sequences": 2}
-    beams = expected_captions(model, processor, PICTURES, **options)
+    beams = expected_captions(model, processor, IMAGES, **options)
     for batch_size in (1, 2):
-        made = captioner(PICTURES, batch_size=batch_size, **options)
-        assert [caption["generated_text"] for picture in made for caption in picture] == beams
-        assert [len(picture) for picture in made] == [2] * len(PICTURES)
+        made = captioner(IMAGES, batch_size=batch_size, **options)
+        assert [caption["generated_text"] for image in made for caption in image] == beams
+        assert [len(image) for image in made] == [2] * len(IMAGES)

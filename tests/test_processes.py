@@ -23,7 +23,7 @@ from training.checkpoints import check_launch
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
-# 120 captions in steps of 24. Ten pictures for validation and nine for the test, neither of which two processes share evenly.
+# 120 captions in steps of 24. Ten images for validation and nine for the test, neither of which two processes share evenly.
 OPTIONS = ["--learning_rate", "1e-3", "--dropout", "0", "--report_to", "none", "--num_train_epochs", "2"]
 
 
@@ -38,7 +38,7 @@ def alone(context, small_scenes, tmp_path_factory):
     made = {}
 
     def run(script: str) -> tuple[list[str], Path]:
-        arguments = [*SCRIPTS[script], *OPTIONS, "--dataset", small_scenes]
+        arguments = [*SCRIPTS[script], *OPTIONS, "--dataset_name", small_scenes]
         if script not in made:
             made[script] = tmp_path_factory.mktemp(script)
             options = ["--per_device_train_batch_size", "24", "--output_dir", str(made[script] / "one")]
@@ -49,7 +49,7 @@ def alone(context, small_scenes, tmp_path_factory):
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
-    """Weights within 1e-5, and so the same captions, each picture once, and the same scores."""
+    """Weights within 1e-5, and so the same captions, each image once, and the same scores."""
     weights, expected = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
     assert weights.keys() == expected.keys()
     assert max((weights[name] - expected[name]).abs().max().item() for name in weights) < 1e-5
@@ -134,7 +134,7 @@ def launched(script: str, options: list[str], dataset: str, folder: Path) -> Ite
     """A long run as a user starts it, once it has a checkpoint: the launcher, and its processes. `folder` gets the run and a log."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [f"{script}.py", *SCRIPTS[script], "--dataset", dataset, "--output_dir", str(folder / "run")]
+    command += [f"{script}.py", *SCRIPTS[script], "--dataset_name", dataset, "--output_dir", str(folder / "run")]
     command += ["--num_train_epochs", "9999", "--eval_epochs", "9999", "--save_epochs", "9999", "--save_steps", "3"]
     command += ["--report_to", "none"]
     with open(folder / "log", "w") as log:
@@ -194,7 +194,7 @@ def test_two_gpus_share_a_model(small_scenes, tmp_path, script):
     """The checked-in config as it is, bfloat16 and NCCL included."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
     command += ["--num_processes", "2", "--main_process_port", "0", f"{script}.py", *SCRIPTS[script], *OPTIONS]
-    command += ["--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
+    command += ["--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run")]
     command += ["--use_cpu", "false"] if script == "train_vit_gpt2" else []
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -239,7 +239,7 @@ LAUNCHES = {
 @pytest.mark.parametrize("sentence", LAUNCHES)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_launch_that_cannot_go_well_is_refused(context, small_scenes, tmp_path, script, sentence):
-    arguments = [*SCRIPTS[script], *OPTIONS, "--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
+    arguments = [*SCRIPTS[script], *OPTIONS, "--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run")]
     arguments += ["--use_cpu", "false"] if script == "train_vit_gpt2" else []
     code = run_script(context, script, arguments, tmp_path / "cache", environment=LAUNCHES[sentence])
     assert code == 2 and f"error: {sentence}" in log_of(script, tmp_path / "cache").read_text()

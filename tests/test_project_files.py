@@ -12,7 +12,7 @@ SETUP.read(ROOT / "setup.cfg")
 
 
 def test_the_citation_is_one():
-    """The keys that the Citation File Format 1.2.0 requires, and the project's own version and licence."""
+    """The keys that the Citation File Format 1.2.0 requires, and the project's own version and license."""
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert (citation["cff-version"], citation["type"]) == ("1.2.0", "software")

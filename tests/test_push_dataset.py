@@ -61,7 +61,7 @@ def test_what_is_pushed_comes_back_streamed_and_loaded(small_scenes, hub, tmp_pa
 
 
 def test_the_card_tells_what_is_in_it_and_how_to_load_it(small_scenes, hub):
-    repo_id = push.push_captions(load_captions(small_scenes), "scenes", licence="cc0-1.0")
+    repo_id = push.push_captions(load_captions(small_scenes), "scenes", license="cc0-1.0")
     card = DatasetCard.load(repo_id)
     card.validate()
     assert (card.data.license, card.data.task_categories) == ("cc0-1.0", ["image-to-text"])

@@ -45,7 +45,7 @@ TINY = [
         "--num_hidden_layers",
         "1",
     ),
-    *("--vocab_size", "90", "--max_train_pictures", "6", "--max_eval_pictures", "2", "--show_pictures", "true"),
+    *("--vocab_size", "90", "--max_train_samples", "6", "--max_eval_samples", "2", "--publish_images", "true"),
     *("--image_size", "32", "--pretrained_encoder", "false", "--no_repeat_ngram_size", "0", "--report_to", "none"),
     *("--overwrite_output_dir", "true"),  # of the command that came before into the same folder
 ]
@@ -60,8 +60,8 @@ FASTER = {
     ],
     "train_scst": [
         *("--num_train_epochs", "1", "--per_device_train_batch_size", "3", "--num_samples", "2", "--report_to", "none"),
-        *("--max_train_pictures", "6", "--max_eval_pictures", "2", "--eval_steps", "9", "--save_steps", "9"),
-        *("--mixed_precision", "no", "--sample_min_length", "0", "--generation_min_length", "0"),
+        *("--max_train_samples", "6", "--max_eval_samples", "2", "--eval_steps", "9", "--save_steps", "9"),
+        *("--mixed_precision", "no", "--sample_min_length", "0", "--min_length", "0"),
         *("--overwrite_output_dir", "true"),
     ],
 }
@@ -107,15 +107,15 @@ def workshop(tmp_path_factory) -> Path:
     """A folder with all that the README's commands work on, small."""
     folder = tmp_path_factory.mktemp("workshop")
     names = [f"{number}.jpg" for number in range(10)]
-    captions = [f"a picture of {number} things on the {side}" for number in "01234" for side in ("left", "right")]
-    for place in ("pictures", "folder"):
+    captions = [f"an image of {number} things on the {side}" for number in "01234" for side in ("left", "right")]
+    for place in ("images", "folder"):
         (folder / place).mkdir()
     for number, name in enumerate(names):
-        Image.new("RGB", (40, 30), (25 * number, 90, 120)).save(folder / "pictures" / name)
-    shutil.copy(folder / "pictures" / "1.jpg", folder / "folder")
-    shutil.copy(folder / "pictures" / "2.jpg", folder / "picture.jpg")
+        Image.new("RGB", (40, 30), (25 * number, 90, 120)).save(folder / "images" / name)
+    shutil.copy(folder / "images" / "1.jpg", folder / "folder")
+    shutil.copy(folder / "images" / "2.jpg", folder / "image.jpg")
     lines = [f"{name},{caption}" for name, caption in zip(names, captions, strict=True)]
-    (folder / "pictures" / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]))
+    (folder / "images" / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]))
     karpathy = [
         {"filename": name, "split": split, "sentences": [{"raw": caption}]}
         for name, caption, split in zip(names, captions, ["train"] * 6 + ["val"] * 2 + ["test"] * 2, strict=True)
@@ -127,11 +127,11 @@ def workshop(tmp_path_factory) -> Path:
             numbered = [f"{number},{line}" for number, line in enumerate(lines[part])]
             archive.writestr(f"{split}.csv", "\n".join([",filename,caption", *numbered]))
             for name in names[part]:
-                archive.write(folder / "pictures" / name, f"{split}/{name}")
+                archive.write(folder / "images" / name, f"{split}/{name}")
     shutil.copy(folder / "captions.zip", folder / "custom_captions_dataset.zip")
     with zipfile.ZipFile(folder / "Flickr8k_Dataset.zip", "w") as archive:
         for name in names:
-            archive.write(folder / "pictures" / name, f"Flicker8k_Dataset/{name}")
+            archive.write(folder / "images" / name, f"Flicker8k_Dataset/{name}")
     with zipfile.ZipFile(folder / "Flickr8k_text.zip", "w") as archive:
         tokens = [f"{name}#0\t{caption}" for name, caption in zip(names, captions, strict=True)]
         archive.writestr("Flickr8k.token.txt", "\n".join(tokens))
@@ -139,20 +139,22 @@ def workshop(tmp_path_factory) -> Path:
             archive.writestr(f"Flickr_8k.{split}Images.txt", "\n".join(part))
     inside = pytest.MonkeyPatch()
     inside.chdir(folder)
-    image_folder.main(["pictures/", "--output_dir", "data/mine"])
+    image_folder.main(["images/", "--output_dir", "data/mine"])
     flickr8k.main(["Flickr8k_Dataset.zip", "--text", "Flickr8k_text.zip", "--output_dir", "data/flickr8k"])
     paragraphs.main(["captions.zip", "--output_dir", "data/paragraphs"])
     table = load_from_disk("data/paragraphs")
     table.map(lambda row: {"text": row["captions"][0]}, remove_columns="captions").save_to_disk("name")
     for script, output in (("train_lstm", "lstm"), ("train_vit_gpt2", "vit_gpt2")):
-        options = ["--dataset", "data/mine", "--output_dir", f"outputs/demo/{output}", *FASTER[script]]
+        options = ["--dataset_name", "data/mine", "--output_dir", f"outputs/demo/{output}", *FASTER[script]]
         importlib.import_module(script).main([*options, "--prompt", "a"] if script == "train_vit_gpt2" else options)
     for name in ("mine", "lstm_flickr8k", "lstm_best"):
         shutil.copytree("outputs/demo/lstm", f"outputs/{name}")
     shutil.copy("outputs/mine/captions.jsonl", ".")
-    written = ["--split", "train", "--output_dir", "outputs/written", "--generation_num_beams", "2"]
+    written = ["--split", "train", "--output_dir", "outputs/written", "--num_beams", "2"]
     written += ["--num_return_sequences", "2"]
-    evaluate_captions.main(["--model", "outputs/lstm_flickr8k", "--dataset", "data/flickr8k", *written])
+    evaluate_captions.main(
+        ["--model_name_or_path", "outputs/lstm_flickr8k", "--dataset_name", "data/flickr8k", *written]
+    )
     recaption.main(
         ["data/flickr8k", "outputs/written/best_captions.jsonl", "--output_dir", "data/flickr8k_recaptioned"]
     )
@@ -190,11 +192,11 @@ def test_the_readmes_lines_of_python_run(workshop):
     assert len(told) == 2 and told[0].strip() == told[1].strip()
 
 
-def test_the_pictures_on_top_are_there_and_small():
-    (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
-    with Image.open(ROOT / picture) as opened:
+def test_the_images_on_top_are_there_and_small():
+    (image,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    with Image.open(ROOT / image) as opened:
         assert opened.format == "PNG" and opened.width > 600
-    assert (ROOT / picture).stat().st_size < 150_000
+    assert (ROOT / image).stat().st_size < 150_000
 
 
 def test_the_makefile_has_what_the_readme_calls():

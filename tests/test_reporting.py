@@ -25,7 +25,7 @@ from reporting import compare, sheet
 from reporting.compare import comparison_table, main
 from reporting.curves import draw_curves, draw_line, finish_axis, new_figure, points
 from reporting.model_card import markdown_line, usage, write_model_card
-from reporting.page import PICTURE_SIZE, picture_data_uri, write_page
+from reporting.page import IMAGE_SIZE, image_data_uri, write_page
 from reporting.push import push_to_hub
 from reporting.results import (
     METRIC_TITLES,
@@ -60,10 +60,10 @@ def some_results(**changes: object) -> dict:
         "decoding": {"num_beams": 3},
         "metrics": metrics,
         "intervals": {name: [score * 0.9, score * 1.1] for name, score in metrics.items()},
-        "blind": {name: score / 3 for name, score in metrics.items()},
+        "shuffled": {name: score / 3 for name, score in metrics.items()},
         "constant": {name: score / 4 for name, score in metrics.items()} | {"caption": "a dog runs"},
         "diagnostics": {"ended": 1.0, "novel": None},
-        "sees_pictures": True,
+        "beats_shuffled": True,
         "warning": None,
         "train": {"epochs": 2, "seconds": 12345.6, "images_per_second": 80.5},
     } | changes
@@ -75,14 +75,14 @@ def some_records(texts: tuple[str, ...] = ("a red cat", "a blue dog", "a green c
             "image_id": f"{index}{text}",
             "caption": text,
             "references": [text, f"{text} again"],
-            "blind_caption": f"blind {text}",
+            "shuffled_caption": f"shuffled {text}",
             "cider": float((index * 7) % 5),
         }
         for index, text in enumerate(texts)
     ]
 
 
-def some_pictures(number: int) -> list[Image.Image]:
+def some_images(number: int) -> list[Image.Image]:
     return [Image.new("RGB", (30 + index, 20), (40 * index % 256, 90, 120)) for index in range(number)]
 
 
@@ -211,7 +211,7 @@ def test_history_of_a_run_that_diverged_comes_back(tmp_path):
 
 
 def page_of(output_dir: Path, texts: tuple[str, ...], **changes: object) -> str:
-    path = write_page(output_dir, some_pictures(len(texts)), some_records(texts), some_results(**changes))
+    path = write_page(output_dir, some_images(len(texts)), some_records(texts), some_results(**changes))
     return path.read_text(encoding="utf-8")
 
 
@@ -244,33 +244,33 @@ def test_the_page_tells_scores_intervals_blind_constant_and_warning(tmp_path):
 
 def test_a_page_of_captions_without_scores_or_optional_keys(tmp_path):
     records = [{"image_id": "1", "caption": "", "references": []}]
-    structure = Structure(write_page(tmp_path, some_pictures(1), records, {}).read_text(encoding="utf-8"))
+    structure = Structure(write_page(tmp_path, some_images(1), records, {}).read_text(encoding="utf-8"))
     assert "table" not in dict(structure.elements)
     assert "(empty caption)" in structure.text
     assert "worst first" not in structure.text
 
 
-def test_only_as_many_pictures_are_decoded_as_are_shown(tmp_path):
+def test_only_as_many_images_are_decoded_as_are_shown(tmp_path):
     records = some_records(("a", "b", "c", "d"))
-    pictures = iter(some_pictures(4))
-    page = write_page(tmp_path, pictures, records, some_results(), num_pictures=3).read_text(encoding="utf-8")
+    images = iter(some_images(4))
+    page = write_page(tmp_path, images, records, some_results(), num_images=3).read_text(encoding="utf-8")
     assert page.count("<article") == 3
-    assert len(list(pictures)) == 1
+    assert len(list(images)) == 1
     assert "the first 3 are below" in page
 
 
-def test_a_picture_missing_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="1 pictures, 2 records"):
-        write_page(tmp_path, some_pictures(1), some_records(("a", "b")), some_results())
+def test_a_image_missing_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="1 images, 2 records"):
+        write_page(tmp_path, some_images(1), some_records(("a", "b")), some_results())
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
-def test_every_kind_of_picture_becomes_a_small_jpeg(mode):
-    uri = picture_data_uri(Image.new(mode, (1000, 500)))
-    picture = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))))
-    assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (PICTURE_SIZE, PICTURE_SIZE // 2))
+def test_every_kind_of_image_becomes_a_small_jpeg(mode):
+    uri = image_data_uri(Image.new(mode, (1000, 500)))
+    image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))))
+    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (IMAGE_SIZE, IMAGE_SIZE // 2))
     if mode in ("LA", "RGBA"):
-        assert picture.getpixel((5, 5)) == (255, 255, 255)  # transparent, so white, not black
+        assert image.getpixel((5, 5)) == (255, 255, 255)  # transparent, so white, not black
 
 
 def in_browser(page: str, tmp_path: Path) -> str:
@@ -294,7 +294,7 @@ def test_in_a_browser_our_script_runs_and_no_other(tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_in_a_browser_pictures_are_sorted_filtered_and_walked(tmp_path):
+def test_in_a_browser_images_are_sorted_filtered_and_walked(tmp_path):
     page = page_of(tmp_path, ("a red cat", "a blue dog", "a green cat"))  # CIDEr 0, 2, 4
     steps = """
     const seen = {};
@@ -312,7 +312,7 @@ def test_in_a_browser_pictures_are_sorted_filtered_and_walked(tmp_path):
     press("/"); seen.slash = here(); press("j"); seen.typing = here();
     type("CAT again"); seen.cats = shown(); seen.count = document.getElementById("count").textContent;
     press("Escape"); seen.all = shown().length;
-    type("blind"); seen.blind = shown();
+    type("shuffled"); seen.shuffled = shown();
     type("zebra"); seen.nothing = !document.getElementById("nothing").hidden;
     document.title = JSON.stringify(seen);
     """
@@ -333,7 +333,7 @@ def test_in_a_browser_pictures_are_sorted_filtered_and_walked(tmp_path):
         "cats": [green, red],
         "count": "2 of 3",
         "all": 3,
-        "blind": [],
+        "shuffled": [],
         "nothing": True,
     }
 
@@ -415,7 +415,7 @@ def test_remote_code_is_asked_for_only_where_it_is_needed(tmp_path):
     ]  # the pipeline is code, the model is not
 
 
-def test_the_lines_on_the_card_caption_a_picture(tmp_path):
+def test_the_lines_on_the_card_caption_a_image(tmp_path):
     """A tiny ViT-GPT2 saved as train_vit_gpt2.py saves one, then the card's own lines in a fresh process."""
     import transformers
     from tokenizers import Tokenizer
@@ -437,7 +437,7 @@ def test_the_lines_on_the_card_caption_a_picture(tmp_path):
     model.save_pretrained(tmp_path / "model")
     image_processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
     transformers.VisionTextDualEncoderProcessor(image_processor, tokenizer).save_pretrained(tmp_path / "model")
-    Image.new("RGB", (50, 40), "red").save(tmp_path / "picture.jpg")
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "image.jpg")
 
     card = write_model_card(
         tmp_path / "model", kind="vit-gpt2", model_name="model", results=some_results(), command="train", options={}
@@ -478,7 +478,7 @@ def test_curves_keep_every_point_there_is():
 def test_a_panel_for_each_thing_the_history_knows(tmp_path):
     widths = []
     history = [{"step": 1, "train_loss": 3.0}]
-    for more in ({}, {"cider": 0.4, "blind_cider": 0.1}, {"bleu_4": 0.2}):
+    for more in ({}, {"cider": 0.4, "shuffled_cider": 0.1}, {"bleu_4": 0.2}):
         history.append({"step": len(history) + 1} | more)
         widths.append(Image.open(draw_curves(tmp_path, history)).width)
     assert widths == [widths[0], 2 * widths[0], 3 * widths[0]]
@@ -502,16 +502,19 @@ def test_runs_are_compared_in_a_table_and_a_plot(tmp_path, capsys):
 def test_the_plot_of_runs_shows_each_blind_score_beside(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(compare, "draw_line", lambda axis, times, values, **style: drawn.append((values, style)))
-    histories = {"one": [{"step": 1, "epoch": 1, "cider": 0.3, "blind_cider": 0.1}], "two": [{"step": 1, "epoch": 1}]}
+    histories = {
+        "one": [{"step": 1, "epoch": 1, "cider": 0.3, "shuffled_cider": 0.1}],
+        "two": [{"step": 1, "epoch": 1}],
+    }
     compare.draw_comparison(tmp_path / "plot.png", dict.fromkeys(histories, some_results()), histories)
-    (ours, solid), (blind, dotted) = [line for line in drawn if line[0]]
-    assert (ours, blind) == ([0.3], [0.1])
-    assert solid["colour"] == dotted["colour"] and solid.get("style", "-") != dotted["style"]
+    (ours, solid), (shuffled, dotted) = [line for line in drawn if line[0]]
+    assert (ours, shuffled) == ([0.3], [0.1])
+    assert solid["color"] == dotted["color"] and solid.get("style", "-") != dotted["style"]
 
 
 def test_epochs_are_counted_in_whole_numbers():
     figure, (axis,) = new_figure(1)
-    draw_line(axis, [1, 2], [0.5, 0.4], label=None, colour="red")
+    draw_line(axis, [1, 2], [0.5, 0.4], label=None, color="red")
     finish_axis(axis, "Loss", "epoch")
     figure.canvas.draw()
     assert all(float(tick).is_integer() for tick in axis.get_xticks())
@@ -520,19 +523,19 @@ def test_epochs_are_counted_in_whole_numbers():
 def test_a_sheet_shows_so_many_samples_with_their_captions(tmp_path, monkeypatch, capsys):
     assert sheet.main([str(tmp_path), "--output", str(tmp_path / "sheet.png")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and "--show_pictures true" in said and said.count("\n") == 1
-    rows = Dataset.from_dict({"image": some_pictures(6)}).cast_column("image", datasets.Image())
+    assert said.startswith("error: ") and "--publish_images true" in said and said.count("\n") == 1
+    rows = Dataset.from_dict({"image": some_images(6)}).cast_column("image", datasets.Image())
     captions = ["a dog", "$\\frac{1}$ and $", "", "word " * 60, "five", "six"]
     write_samples(tmp_path, rows, captions, shown=True)
     titles = []
     monkeypatch.setattr(Axes, "set_title", lambda axis, title, **style: titles.append((title, style["parse_math"])))
-    assert sheet.main([str(tmp_path), "--output", str(tmp_path / "sheet.png"), "--num_pictures", "5"]) == 0
+    assert sheet.main([str(tmp_path), "--output", str(tmp_path / "sheet.png"), "--num_images", "5"]) == 0
     assert [title for title, _ in titles][:3] == ["a dog", captions[1], "(empty caption)"] and len(titles) == 5
     assert titles[3][0].count("\n") == 2 and not any(parse for _, parse in titles)
     assert Image.open(tmp_path / "sheet.png").format == "PNG"
 
 
-def test_runs_scored_on_different_pictures_are_said_not_to_compare():
+def test_runs_scored_on_different_images_are_said_not_to_compare():
     one, two = some_results(), some_results(split="train")
     assert "do not compare" in comparison_table({"one": one, "two": two})
     assert "do not compare" not in comparison_table({"one": one, "two": one})

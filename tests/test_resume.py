@@ -13,14 +13,14 @@ from kill_points import SCRIPTS, Comparison, differences, log_of, run_script, wh
 
 from training import checkpoints as whole
 from training.checkpoints import (
-    bring_best_model,
     checkpoint_problem,
     checkpoint_to_resume,
     checkpoints,
     clear_leftovers,
+    copy_best_model,
     drop_old,
+    lock_output_dir,
     new_checkpoint,
-    own_output_dir,
 )
 
 
@@ -194,7 +194,7 @@ def test_checkpoints_of_another_run_are_in_the_way_until_they_may_go(tmp_path):
     assert not checkpoints(run) and checkpoint_to_resume(None, str(run), "progress.json", not_asked) is None
     # Its best model goes with a checkpoint that goes on elsewhere, and takes no other's place unless it may.
     assert checkpoint_to_resume(str(other), str(run), "progress.json", not_asked) == other
-    bring_best_model(other, str(run))
+    copy_best_model(other, str(run))
     assert (run / "model.safetensors").read_bytes() == b"best of the other" and (run / "config.json").exists()
     checkpoint_to_resume(
         str(other), str(run), "progress.json", not_asked
@@ -202,7 +202,7 @@ def test_checkpoints_of_another_run_are_in_the_way_until_they_may_go(tmp_path):
     (run / "model.safetensors").write_bytes(b"best of the run's")
     with pytest.raises(ValueError, match="holds the model of another run"):
         checkpoint_to_resume(str(other), str(run), "progress.json", not_asked)
-    bring_best_model(checkpoint_to_resume(str(other), str(run), "progress.json", not_asked, overwrite=True), str(run))
+    copy_best_model(checkpoint_to_resume(str(other), str(run), "progress.json", not_asked, overwrite=True), str(run))
     assert (run / "model.safetensors").read_bytes() == b"best of the other"
 
 
@@ -222,7 +222,7 @@ def test_a_damaged_checkpoint_and_a_busy_folder_end_in_one_sentence(runs, script
     content[-100] ^= 1
     weights.write_bytes(content)
     arguments = [*run.arguments, "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "last"]
-    with own_output_dir(tmp_path / "run"):  # by this process; a script's own is another
+    with lock_output_dir(tmp_path / "run"):  # by this process; a script's own is another
         assert one_sentence(run, script, arguments, tmp_path).startswith("another run writes into")
     sentence = one_sentence(run, script, arguments, tmp_path)
     assert f"{newest} is damaged (model.safetensors" in sentence and "checkpoint-12" in sentence

@@ -84,30 +84,30 @@ def test_default_size_splits_and_words() -> None:
     assert figures["test"] <= figures["train"]  # every figure has been seen, in other company
 
 
-def test_picture_shows_what_the_caption_says(rows: list) -> None:
-    """Colour, size and place of the figures are found again in the pixels."""
+def test_image_shows_what_the_caption_says(rows: list) -> None:
+    """Color, size and place of the figures are found again in the pixels."""
     for row in rows[:150]:
         told = scene_told(row.captions[0])
         image = Image.open(io.BytesIO(row.read())).convert("RGB")
         assert image.size == (64, 64)
-        centres = []
-        for size, colour, _ in [part for part in told if isinstance(part, tuple)]:
+        centers = []
+        for size, color, _ in [part for part in told if isinstance(part, tuple)]:
             pixels = [
                 (i % 64, i // 64)
                 for i, pixel in enumerate(image.get_flattened_data())
-                if math.dist(pixel, scenes.COLOURS[colour]) < 32
+                if math.dist(pixel, scenes.COLORS[color]) < 32
             ]
-            assert pixels, (row.captions[0], colour)
-            centres.append([sum(axis) / len(pixels) for axis in zip(*pixels, strict=True)])
-            others = [part for part in told if isinstance(part, tuple) and part[1] == colour]
+            assert pixels, (row.captions[0], color)
+            centers.append([sum(axis) / len(pixels) for axis in zip(*pixels, strict=True)])
+            others = [part for part in told if isinstance(part, tuple) and part[1] == color]
             if len(others) == 1:
                 width = max(x for x, _ in pixels) - min(x for x, _ in pixels)
                 assert (width > 15.5) == (size == "big"), (row.captions[0], width)
         if len(told) == 3 and told[0][1] != told[2][1]:
             axis = 0 if told[1] == "left" else 1
-            assert centres[0][axis] + 4 < centres[1][axis], row.captions[0]
+            assert centers[0][axis] + 4 < centers[1][axis], row.captions[0]
         if len(told) == 2:
-            across, down = centres[0]
+            across, down = centers[0]
             wanted = {
                 "on the left": (16, 32),
                 "on the right": (48, 32),

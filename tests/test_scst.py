@@ -17,7 +17,7 @@ import pytest
 import torch
 from kill_points import SCRIPTS, differences, log_of, run_together, what_is_left
 from safetensors.torch import load_file, save_file
-from small_captioners import PICTURES, build
+from small_captioners import IMAGES, build
 from transformers import (
     BertConfig,
     MinLengthLogitsProcessor,
@@ -37,16 +37,16 @@ from modeling.captioner import load_captioner
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config
 from training import checkpoints, self_critical
 from training.self_critical import (
-    NO_RULES,
-    DrawByNumbers,
-    Rules,
+    UNCONSTRAINED,
+    InverseCDFSampling,
+    SamplingConstraints,
     SelfCritic,
     advantages,
-    as_policy,
     caption_log_probs,
     plain_decoding,
     sample_captions,
     sampling_numbers,
+    set_sampling_mode,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -54,9 +54,9 @@ KINDS = ("lstm", "vit_gpt2")
 EOS = 1  # of the smallest captioners, whose tokens are start, EOS and two words
 
 
-def options(rules: Rules = NO_RULES, **given) -> SimpleNamespace:
-    plain = {"num_samples": 2, "baseline": "others", "bleu_weight": 0.0, "rouge_weight": 0.0}
-    plain |= {"kl_weight": 0.0, "cross_entropy_share": 0.0, "dropout": 0.0}
+def options(rules: SamplingConstraints = UNCONSTRAINED, **given) -> SimpleNamespace:
+    plain = {"num_samples": 2, "baseline": "leave_one_out", "bleu_weight": 0.0, "rouge_weight": 0.0}
+    plain |= {"kl_coef": 0.0, "xe_weight": 0.0, "dropout": 0.0}
     plain |= {f"sample_{name}": value for name, value in rules._asdict().items()}
     return SimpleNamespace(**plain | given)
 
@@ -65,7 +65,7 @@ def options(rules: Rules = NO_RULES, **given) -> SimpleNamespace:
 
 
 def smallest(kind: str) -> tuple:
-    """A captioner of four tokens that writes two at most, with dropout, and what its encoder says of one picture."""
+    """A captioner of four tokens that writes two at most, with dropout, and what its encoder says of one image."""
     torch.manual_seed(0)
     if kind == "lstm":
         sizes = {"vocab_size": 4, "image_embed_dim": 8, "hidden_size": 8, "num_hidden_layers": 2, "dropout": 0.5}
@@ -96,21 +96,23 @@ def smallest(kind: str) -> tuple:
                 parameter.normal_(std=0.5)
     model.get_encoder().requires_grad_(False)
     model.generation_config.update(max_length=2 + (1 if kind == "lstm" else 2))
-    as_policy(model)
+    set_sampling_mode(model)
     return model, states
 
 
 ALL_CAPTIONS = [[EOS], *([first, second] for first in (0, 2, 3) for second in range(4))]
 
 
-def under_rules(read: torch.Tensor, scores: torch.Tensor, rules: Rules, num_start: int, eos: int) -> torch.Tensor:
+def under_rules(
+    read: torch.Tensor, scores: torch.Tensor, rules: SamplingConstraints, num_start: int, eos: int
+) -> torch.Tensor:
     """Scores (rows, vocabulary) of what follows on the tokens `read`, under transformers' own rules."""
     scores = MinLengthLogitsProcessor(rules.min_length + num_start, eos)(read, scores)
     size = rules.no_repeat_ngram_size
     return NoRepeatNGramLogitsProcessor(size)(read, scores) if size else scores
 
 
-def exact_log_probs(model, states: torch.Tensor, rules: Rules) -> torch.Tensor:
+def exact_log_probs(model, states: torch.Tensor, rules: SamplingConstraints) -> torch.Tensor:
     """Of all captions there are, token after token, by the model's own logits."""
     start = self_critical.start_token_ids(model)
     log_probs = []
@@ -126,16 +128,16 @@ def exact_log_probs(model, states: torch.Tensor, rules: Rules) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "baseline", "kl_weight", "share", "rules"),
+    ("kind", "baseline", "kl_coef", "share", "rules"),
     [
-        ("lstm", "others", 0.0, 0.0, Rules()),
-        ("vit_gpt2", "others", 0.3, 0.25, Rules(min_length=1)),
-        ("lstm", "greedy", 0.3, 0.25, Rules()),
-        ("lstm", "others", 0.0, 0.25, Rules(min_length=2)),
-        ("vit_gpt2", "others", 0.3, 0.0, Rules(no_repeat_ngram_size=1)),
+        ("lstm", "leave_one_out", 0.0, 0.0, SamplingConstraints()),
+        ("vit_gpt2", "leave_one_out", 0.3, 0.25, SamplingConstraints(min_length=1)),
+        ("lstm", "greedy", 0.3, 0.25, SamplingConstraints()),
+        ("lstm", "leave_one_out", 0.0, 0.25, SamplingConstraints(min_length=2)),
+        ("vit_gpt2", "leave_one_out", 0.3, 0.0, SamplingConstraints(no_repeat_ngram_size=1)),
     ],
 )
-def test_the_mean_gradient_over_all_samples_is_that_of_the_expected_reward(kind, baseline, kl_weight, share, rules):
+def test_the_mean_gradient_over_all_samples_is_that_of_the_expected_reward(kind, baseline, kl_coef, share, rules):
     """All captions of two tokens at most are counted out, and all pairs of samples."""
     model, states = smallest(kind)
     start = copy.deepcopy(model)
@@ -152,8 +154,8 @@ def test_the_mean_gradient_over_all_samples_is_that_of_the_expected_reward(kind,
     assert (len(possible) < len(ALL_CAPTIONS)) == any(rules)
     log_probs, rewards = log_probs[possible], rewards[possible]
     from_start = log_probs - exact_log_probs(start, states, rules)[possible].detach()
-    expected = (log_probs.exp() * (rewards - kl_weight * from_start)).sum()
-    cross_entropy = -exact_log_probs(model, states, Rules())[ALL_CAPTIONS.index(reference)]
+    expected = (log_probs.exp() * (rewards - kl_coef * from_start)).sum()
+    cross_entropy = -exact_log_probs(model, states, SamplingConstraints())[ALL_CAPTIONS.index(reference)]
     exact = share * cross_entropy - (1 - share) * expected
     gradients = torch.autograd.grad(exact, list(learning.values()), allow_unused=True)
 
@@ -161,9 +163,9 @@ def test_the_mean_gradient_over_all_samples_is_that_of_the_expected_reward(kind,
         model,
         None,
         None,
-        options(rules, baseline=baseline, kl_weight=kl_weight, cross_entropy_share=share),
+        options(rules, baseline=baseline, kl_coef=kl_coef, xe_weight=share),
         seed=0,
-        start=start if kl_weight else None,
+        start=start if kl_coef else None,
     )
     greedy = torch.tensor([rewards[0]]) if baseline == "greedy" else None
     references = [reference] if share else []
@@ -215,13 +217,13 @@ def test_a_reward_adds_bleu_and_rouge_by_their_weights():
     references = [["a dog runs on the grass"], ["two birds sing on a wire"]]
     texts = {2: "a dog runs on a wire", 3: "birds sing"}
     processor = SimpleNamespace(batch_decode=lambda captions, **_: [texts[caption[0]] for caption in captions])
-    captions, pictures = [[2, EOS], [3, EOS]], [0, 1]
+    captions, images = [[2, EOS], [3, EOS]], [0, 1]
 
     def rewards(**weights) -> torch.Tensor:
         critic = SelfCritic(smallest("lstm")[0], processor, CiderD(references), options(**weights), seed=0)
-        return critic.rewards(captions, pictures, [0, 0]).double()
+        return critic.rewards(captions, images, [0, 0]).double()
 
-    scores = [CaptionScorer([references[picture]]).score([texts[picture + 2]]) for picture in pictures]
+    scores = [CaptionScorer([references[image]]).score([texts[image + 2]]) for image in images]
     added = rewards(bleu_weight=3.0, rouge_weight=5.0) - rewards()
     assert added.tolist() == pytest.approx([3 * score["bleu_4"] + 5 * score["rouge_l"] for score in scores], abs=1e-5)
 
@@ -233,9 +235,9 @@ def test_what_is_left_in_a_mirror_image_is_right_in_the_references(monkeypatch):
     processor = SimpleNamespace(batch_decode=lambda captions, **_: [texts[caption[0]] for caption in captions])
     monkeypatch.setattr(self_critical, "sample_captions", lambda *_: [[2, EOS], [3, EOS]])
     cider = CiderD([["a dog left of a cat"], ["two birds sing"]], count_end=True)
-    token_ids = [[[[2, EOS]], [[3, 3]]], [[[3, EOS]], [[3, 3]]]]  # of the pictures, of their mirror images
+    token_ids = [[[[2, EOS]], [[3, 3]]], [[[3, EOS]], [[3, 3]]]]  # of the images, of their mirror images
     critic = SelfCritic(
-        model, processor, cider, options(cross_entropy_share=0.5), seed=0, token_ids=token_ids, num_views=2
+        model, processor, cider, options(xe_weight=0.5), seed=0, token_ids=token_ids, num_augmentations=2
     )
     given = []
     monkeypatch.setattr(critic, "loss_of", lambda *values: (given.append(values), (torch.tensor(0.0), 0.0))[1])
@@ -251,14 +253,14 @@ def test_what_is_left_in_a_mirror_image_is_right_in_the_references(monkeypatch):
 # --------------------------------------------------------------------------------------- samples, probabilities
 
 
-@pytest.mark.parametrize("rules", [Rules(), Rules(no_repeat_ngram_size=2, min_length=2)])
+@pytest.mark.parametrize("rules", [SamplingConstraints(), SamplingConstraints(no_repeat_ngram_size=2, min_length=2)])
 @pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", ""), ("vit_gpt2", "a red")])
 def test_a_captions_probability_is_what_generate_says_token_by_token(kind, prompt, rules, monkeypatch):
     """EOS included, and nothing of what stands behind it; also where the scores are held a few tokens at a time."""
     model, processor = build(kind, prompt)
-    as_policy(model)
+    set_sampling_mode(model)
     with torch.no_grad():
-        states = model.get_encoder()(processor(images=PICTURES, return_tensors="pt")["pixel_values"]).last_hidden_state
+        states = model.get_encoder()(processor(images=IMAGES, return_tensors="pt")["pixel_values"]).last_hidden_state
         torch.manual_seed(1)
         shortest = rules.min_length + len(self_critical.start_token_ids(model))
         sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": 6, "min_length": shortest}
@@ -277,11 +279,11 @@ def test_a_captions_probability_is_what_generate_says_token_by_token(kind, promp
         expected.append(of_caption[range(length), words[:length]].sum())
     ended = [caption[-1] == 2 for caption in captions]
     assert any(ended) and not all(ended) and len(set(map(len, captions))) > 1
-    image_index = [place for place in range(len(PICTURES)) for _ in range(6)]
+    image_index = [place for place in range(len(IMAGES)) for _ in range(6)]
     whole = caption_log_probs(model, model, states, captions, image_index, [rules] * len(captions))
     assert torch.allclose(whole, torch.stack(expected), atol=1e-4)
     gradient = torch.autograd.grad(whole.sum(), model.get_output_embeddings().weight)[0]
-    monkeypatch.setattr("modeling.caption_loss.SCORES_AT_ONCE", 7 * 18)
+    monkeypatch.setattr("modeling.caption_loss.MAX_LOGITS_PER_CHUNK", 7 * 18)
     parts = caption_log_probs(model, model, states, captions, image_index, [rules] * len(captions))
     assert torch.allclose(parts, whole, atol=1e-5)
     assert torch.allclose(
@@ -295,20 +297,22 @@ def test_a_number_draws_each_token_as_often_as_it_is_likely(dtype):
     scores = 2 * torch.randn(1, 12)
     scores[0, [3, 11]] = -torch.inf
     numbers = (torch.arange(10_000, dtype=torch.float64) + 0.5)[:, None] / 10_000
-    drawn = DrawByNumbers(numbers.to(dtype), 1)(torch.zeros(10_000, 1, dtype=torch.int64), scores.expand(10_000, -1))
+    drawn = InverseCDFSampling(numbers.to(dtype), 1)(
+        torch.zeros(10_000, 1, dtype=torch.int64), scores.expand(10_000, -1)
+    )
     assert ((drawn == 0).sum(dim=1) == 1).all() and ((drawn == -torch.inf).sum(dim=1) == 11).all()
     shares = (drawn == 0).double().mean(dim=0)
     assert torch.allclose(shares, scores[0].double().softmax(-1), atol=1.1e-4)
-    last = DrawByNumbers(torch.ones(1, 1, dtype=dtype), 1)(torch.zeros(1, 1, dtype=torch.int64), scores)
+    last = InverseCDFSampling(torch.ones(1, 1, dtype=dtype), 1)(torch.zeros(1, 1, dtype=torch.int64), scores)
     assert last.argmax() == 10  # not 11, which is never said
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_samples_hang_on_seed_epoch_and_picture_and_on_no_saved_rule(kind):
+def test_samples_hang_on_seed_epoch_and_image_and_on_no_saved_rule(kind):
     model, processor = build(kind)
-    as_policy(model)
+    set_sampling_mode(model)
     with torch.no_grad():
-        states = model.get_encoder()(processor(images=PICTURES, return_tensors="pt")["pixel_values"]).last_hidden_state
+        states = model.get_encoder()(processor(images=IMAGES, return_tensors="pt")["pixel_values"]).last_hidden_state
     numbers = sampling_numbers(7, 3, range(5), 4, 9)
     together = sample_captions(model, states, numbers)
     model.generation_config.update(no_repeat_ngram_size=1, num_beams=3, min_length=8, repetition_penalty=5.0, top_k=2)
@@ -329,16 +333,16 @@ def test_samples_hang_on_seed_epoch_and_picture_and_on_no_saved_rule(kind):
             assert token == np.searchsorted(logits.double().softmax(-1).cumsum(-1).detach().numpy(), row[place])
 
 
-@pytest.mark.parametrize("rules", [Rules(), Rules(no_repeat_ngram_size=2, min_length=2)])
+@pytest.mark.parametrize("rules", [SamplingConstraints(), SamplingConstraints(no_repeat_ngram_size=2, min_length=2)])
 @pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", ""), ("vit_gpt2", "a red")])
 def test_a_sample_ends_with_eos_or_at_the_longest(kind, prompt, rules):
     """What is drawn by the model's own scores, one token after the other, is said to its first EOS or to the longest length."""
     model, processor = build(kind, prompt)
-    as_policy(model)
+    set_sampling_mode(model)
     eos, start = model.generation_config.eos_token_id, self_critical.start_token_ids(model)
     longest = model.generation_config.max_length - len(start)
     with torch.no_grad():
-        states = model.get_encoder()(processor(images=PICTURES, return_tensors="pt")["pixel_values"]).last_hidden_state
+        states = model.get_encoder()(processor(images=IMAGES, return_tensors="pt")["pixel_values"]).last_hidden_state
         numbers = sampling_numbers(7, 3, range(5), 6, longest)
         samples = sample_captions(model, states, numbers, rules)
         rows = torch.tensor([[*start]] * 30)
@@ -363,12 +367,12 @@ BEST = ["a red dog runs", "green cat sits", "the blue dog", "small cat under it"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_best_caption_is_found(kind):
-    """It knows five captions and not which is whose; by the reward alone each picture gets its own, from beginning to end."""
+    """It knows five captions and not which is whose; by the reward alone each image gets its own, from beginning to end."""
     model, processor = build(kind)
     model.get_encoder().requires_grad_(False)
     size = model.encoder.output_size if kind == "lstm" else 32
     states = torch.randn(5, 1, size, generator=torch.Generator().manual_seed(0))
-    as_policy(model)
+    set_sampling_mode(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def learn(loss_of_step, num_steps: int, learning_rate: float) -> None:
@@ -395,26 +399,26 @@ def test_the_best_caption_is_found(kind):
 
 # --------------------------------------------------------------------------------------------------- the script
 
-# 24 pictures in steps of 8, evaluated inside the epochs and at their ends: after steps 0, 2, 3, 4 and 6.
+# 24 images in steps of 8, evaluated inside the epochs and at their ends: after steps 0, 2, 3, 4 and 6.
 SMALL = [
     *("--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--num_samples", "3", "--eval_steps", "2"),
-    *("--learning_rate", "3e-3", "--early_stopping_patience", "9", "--generation_max_length", "14"),
-    *("--augmentation_views", "2"),
+    *("--learning_rate", "3e-3", "--early_stopping_patience", "9", "--max_length", "14"),
+    *("--num_augmentations", "2"),
 ]
 MAINS = {"lstm": train_lstm.main, "vit_gpt2": train_vit_gpt2.main}
 
 
 @pytest.fixture(scope="module")
 def started(small_scenes, tmp_path_factory) -> dict[str, Path]:
-    """Captioners of either kind that have learnt a little."""
+    """Captioners of either kind that have learned a little."""
     folders = {}
     for kind, main in MAINS.items():
         folders[kind] = tmp_path_factory.mktemp("started") / kind
         main(
             [
-                *(*SCRIPTS[f"train_{kind}"], "--dataset", small_scenes, "--output_dir", str(folders[kind])),
+                *(*SCRIPTS[f"train_{kind}"], "--dataset_name", small_scenes, "--output_dir", str(folders[kind])),
                 *("--num_train_epochs", "4", "--per_device_train_batch_size", "24", "--learning_rate", "1e-2"),
-                *("--group_by_picture", "true", "--eval_epochs", "4", "--save_epochs", "4", "--report_to", "none"),
+                *("--group_by_image", "true", "--eval_epochs", "4", "--save_epochs", "4", "--report_to", "none"),
             ]
         )
     return folders
@@ -422,7 +426,16 @@ def started(small_scenes, tmp_path_factory) -> dict[str, Path]:
 
 def scst(start: Path, dataset: str, folder: Path, *given: str) -> list[dict]:
     """Run the script small, in this process, and give its history."""
-    arguments = ["--model", str(start), "--dataset", dataset, "--output_dir", str(folder), *SMALL, *given]
+    arguments = [
+        "--model_name_or_path",
+        str(start),
+        "--dataset_name",
+        dataset,
+        "--output_dir",
+        str(folder),
+        *SMALL,
+        *given,
+    ]
     train_scst.main(arguments)
     return json.loads((folder / "history.json").read_text())
 
@@ -445,7 +458,7 @@ def test_a_run_leaves_what_the_contract_says(kind, whole, started):
     assert not [name for name in names if name.startswith(".")]
     history = json.loads((folder / "history.json").read_text())
     assert [(row["epoch"], row["step"]) for row in history] == [(0, 0), (0.6667, 2), (1, 3), (1.3333, 4), (2, 6)]
-    assert {"cider", "bleu_4", "rouge_l", "blind_cider", "distinct_words", "eval_loss"} <= history[0].keys()
+    assert {"cider", "bleu_4", "rouge_l", "shuffled_cider", "unique_words", "eval_loss"} <= history[0].keys()
     assert all({"reward", "sample_length", "sample_ended", "cider"} <= row.keys() for row in history[1:])
     # What stands at step 0 is the captioner it started from.
     before = json.loads((started[kind] / "history.json").read_text())[-1]
@@ -499,11 +512,11 @@ def test_sigterm_saves_and_leaves(whole, started, small_scenes, tmp_path, monkey
 
 
 def test_two_processes_give_the_weights_of_one_with_the_double_batch(whole, started, small_scenes, tmp_path):
-    """Each samples for its pictures what one process samples for them."""
+    """Each samples for its images what one process samples for them."""
     arguments = [
-        "--model",
+        "--model_name_or_path",
         str(started["lstm"]),
-        "--dataset",
+        "--dataset_name",
         small_scenes,
         "--output_dir",
         str(tmp_path / "two"),
@@ -544,22 +557,22 @@ def test_cross_entropy_and_the_bound_keep_a_run_near_its_start(started, small_sc
         options = ["--learning_rate", "1e-2", "--eval_steps", "99", "--eval_epochs", "2", "--report_to", "none", *given]
         return scst(started["lstm"], small_scenes, tmp_path / "-".join(given[1::2]), *options)[-1]
 
-    free, bound = last_row("--kl_weight", "1e-6"), last_row("--kl_weight", "2")
+    free, bound = last_row("--kl_coef", "1e-6"), last_row("--kl_coef", "2")
     assert 0 <= bound["kl"] < 0.5 * free["kl"]
-    taught = last_row("--kl_weight", "1e-6", "--cross_entropy_share", "0.9")
+    taught = last_row("--kl_coef", "1e-6", "--xe_weight", "0.9")
     assert taught["eval_loss"] < free["eval_loss"] - 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_kept_is_mixed_with_the_start_and_what_learns_is_not(kind, whole, started, small_scenes, tmp_path):
-    given = ["--start_share", "0.25", "--load_best_model_at_end", "false", "--save_steps", "6"]
+    given = ["--init_weight_share", "0.25", "--load_best_model_at_end", "false", "--save_steps", "6"]
     history = scst(started[kind], small_scenes, tmp_path, *given)
     folders = (started[kind], whole[kind] / "checkpoint-6", tmp_path / "checkpoint-6", tmp_path)
-    first, undisturbed, learnt, kept = (load_file(folder / "model.safetensors") for folder in folders)
-    assert not differences(learnt, undisturbed)
+    first, undisturbed, learned, kept = (load_file(folder / "model.safetensors") for folder in folders)
+    assert not differences(learned, undisturbed)
     assert any(not torch.equal(value, first[name]) for name, value in kept.items())
     for name, value in kept.items():
-        mixed = 0.25 * first[name] + 0.75 * learnt.get(name, first[name])
+        mixed = 0.25 * first[name] + 0.75 * learned.get(name, first[name])
         assert torch.allclose(value.float(), mixed, atol=1e-6), name
     # What is scored is what is kept, not what learns.
     assert history[-1]["eval_loss"] != json.loads((whole[kind] / "history.json").read_text())[-1]["eval_loss"]
@@ -569,7 +582,7 @@ def test_decoding_options_are_of_evaluation_alone(whole, started, small_scenes, 
     """They change what is generated, and not what is sampled."""
     model, processor = load_captioner(str(started["lstm"]))
     saved = {name: getattr(model.generation_config, name) for name in ("min_length", "length_penalty", "num_beams")}
-    given = ["--generation_min_length", "12", "--length_penalty", "0.6", "--generation_num_beams", "2"]
+    given = ["--min_length", "12", "--length_penalty", "0.6", "--num_beams", "2"]
     scst(started["lstm"], small_scenes, tmp_path / "run", *given, "--learning_rate", "0", "--num_train_epochs", "1")
     still = ["--learning_rate", "0", "--num_train_epochs", "1", "--report_to", "none"]
     plain = scst(started["lstm"], small_scenes, tmp_path / "plain", *still)
@@ -587,13 +600,13 @@ def test_decoding_options_are_of_evaluation_alone(whole, started, small_scenes, 
 def test_rare_tokens_gain_by_how_rare_they_are():
     """Of 3,000 tokens three are one in 1,000; the end of a caption is as it was, however rare."""
     captions = [[5] * 2993, [7, 8, 8, 9, 9, 9, EOS]]
-    boosts = train_scst.rare_token_boosts(captions, 2.0, special_ids=[0, EOS])
+    boosts = train_scst.logit_adjustments(captions, 2.0, special_ids=[0, EOS])
     assert boosts == [
         [[7], pytest.approx(2 * math.log(3), abs=1e-3)],
         [[8], pytest.approx(2 * math.log(1.5), abs=1e-3)],
     ]
-    assert train_scst.rare_token_boosts(captions, 0.0, special_ids=[0, EOS]) == []
-    assert train_scst.rare_token_boosts([[5, 6, EOS]], 2.0, special_ids=[0, EOS]) == []
+    assert train_scst.logit_adjustments(captions, 0.0, special_ids=[0, EOS]) == []
+    assert train_scst.logit_adjustments([[5, 6, EOS]], 2.0, special_ids=[0, EOS]) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -601,9 +614,9 @@ def test_a_boost_of_rare_tokens_is_saved_kept_and_taken_back(kind, started, smal
     monkeypatch.setattr(train_scst, "RARE", 0.05)  # of so few captions hardly a token is rarer than one in 1,000
     still = ["--learning_rate", "0", "--num_train_epochs", "1", "--eval_steps", "9"]
     scst(started[kind], small_scenes, tmp_path / "plain", *still)
-    boosted = scst(started[kind], small_scenes, tmp_path / "boosted", *still, "--rare_token_boost", "3")
+    boosted = scst(started[kind], small_scenes, tmp_path / "boosted", *still, "--logit_adjustment_tau", "3")
     scst(tmp_path / "boosted", small_scenes, tmp_path / "on", *still)
-    scst(tmp_path / "boosted", small_scenes, tmp_path / "back", *still, "--rare_token_boost", "0")
+    scst(tmp_path / "boosted", small_scenes, tmp_path / "back", *still, "--logit_adjustment_tau", "0")
     captions = {name: (tmp_path / name / "captions.jsonl").read_text() for name in ("plain", "boosted", "on", "back")}
     assert captions["plain"] == captions["back"] != captions["boosted"] == captions["on"]
     # What is sampled, and how likely the captions are, know nothing of it.
@@ -622,20 +635,20 @@ def test_a_boost_of_rare_tokens_is_saved_kept_and_taken_back(kind, started, smal
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (["--model", "no/such/model"], "model no/such/model cannot be loaded"),
+        (["--model_name_or_path", "no/such/model"], "model no/such/model cannot be loaded"),
         (["--num_samples", "1"], "--num_samples 1: there is no other sample to beat"),
         (["--num_samples", "0"], "--num_samples 0: it must be 1 or more"),
         (["--baseline", "median"], "--baseline"),
-        (["--kl_weight", "-1"], "--kl_weight -1.0: it must be 0 or more"),
-        (["--rare_token_boost", "-1"], "--rare_token_boost -1.0: it must be 0 or more"),
+        (["--kl_coef", "-1"], "--kl_coef -1.0: it must be 0 or more"),
+        (["--logit_adjustment_tau", "-1"], "--logit_adjustment_tau -1.0: it must be 0 or more"),
         (["--bleu_weight", "nan"], "--bleu_weight nan: it must be a finite number"),
-        (["--cross_entropy_share", "1"], "--cross_entropy_share 1.0: it must be 0 or more, and less than 1"),
+        (["--xe_weight", "1"], "--xe_weight 1.0: it must be 0 or more, and less than 1"),
         (["--sample_no_repeat_ngram_size", "-1"], "--sample_no_repeat_ngram_size -1: it must be 0 or more"),
         (["--sample_min_length", "15"], "15 tokens and the longest 14: give a lower --sample_min_length"),
-        (["--dropout", "0.1", "--kl_weight", "0.1"], "--dropout and --kl_weight do not go together"),
+        (["--dropout", "0.1", "--kl_coef", "0.1"], "--dropout and --kl_coef do not go together"),
         (["--eval_steps", "0"], "--eval_steps 0: it must be 1 or more"),
-        (["--generation_min_length", "15"], "--generation_min_length 15: it must not be more than"),
-        (["--group_by_picture", "true"], "there is no option --group_by_picture"),
+        (["--min_length", "15"], "--min_length 15: it must not be more than"),
+        (["--group_by_image", "true"], "there is no option --group_by_image"),
     ],
 )
 def test_what_a_user_gets_wrong_is_said_in_one_sentence(given, sentence, started, small_scenes, tmp_path, capsys):
@@ -655,8 +668,8 @@ def refused(start: Path, dataset: str, folder: Path, capsys, *given: str) -> str
 
 def test_no_model_and_a_model_of_neither_kind_are_refused(started, small_scenes, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        train_scst.main(["--dataset", small_scenes, "--output_dir", str(tmp_path / "run")])
-    assert stopped.value.code == 2 and "--model is missing" in capsys.readouterr().err
+        train_scst.main(["--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run")])
+    assert stopped.value.code == 2 and "--model_name_or_path is missing" in capsys.readouterr().err
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     decoder = BertConfig(vocab_size=30, is_decoder=True, add_cross_attention=True, **sizes)
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
@@ -670,7 +683,7 @@ def test_no_model_and_a_model_of_neither_kind_are_refused(started, small_scenes,
     VisionEncoderDecoderModel(config).save_pretrained(other)
     build("vit_gpt2")[1].save_pretrained(other)
     sentence = refused(other, small_scenes, tmp_path, capsys)
-    assert f"--model {other} is a VisionEncoderDecoderModel that neither" in sentence
+    assert f"--model_name_or_path {other} is a VisionEncoderDecoderModel that neither" in sentence
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
@@ -704,7 +717,7 @@ def test_a_checkpoint_of_another_script_or_of_other_steps_is_refused(whole, star
     sentence = refused(started["lstm"], small_scenes, tmp_path, capsys, "--resume_from_checkpoint", str(checkpoint))
     assert sentence.endswith("a checkpoint of another training script")
     given = ["--resume_from_checkpoint", str(whole["lstm"] / "checkpoint-3"), "--per_device_train_batch_size", "5"]
-    assert "was made with 8 pictures a step, here are 5" in refused(
+    assert "was made with 8 images a step, here are 5" in refused(
         started["lstm"], small_scenes, tmp_path, capsys, *given
     )
 
@@ -717,10 +730,10 @@ def test_a_checkpoint_that_went_on_from_another_captioner_is_refused(whole, star
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     given = ["--resume_from_checkpoint", str(whole["lstm"] / "checkpoint-3")]
     sentence = refused(other, small_scenes, tmp_path, capsys, *given)
-    assert "checkpoint-3 went on from another captioner than --model: give the one" in sentence
+    assert "checkpoint-3 went on from another captioner than --model_name_or_path: give the one" in sentence
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("scst_*.yaml")), ids=lambda path: path.name)
 def test_the_recipes_name_only_options_there_are(recipe):
-    groups = (train_scst.PictureArguments, train_scst.SCSTArguments, train_scst.LoopArguments)
+    groups = (train_scst.ImageArguments, train_scst.SCSTArguments, train_scst.LoopArguments)
     assert len(train_scst.parse_recipe(groups, [str(recipe)])) == 3

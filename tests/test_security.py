@@ -39,7 +39,7 @@ def server(answer):
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as running:
         running.daemon_threads = True
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_address[1]}/picture"
+        yield f"http://127.0.0.1:{running.server_address[1]}/image"
         running.shutdown()
 
 
@@ -87,7 +87,7 @@ def test_only_http_is_followed_also_by_redirect(tmp_path, target):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_hub_token_is_written_nowhere(small_scenes, tmp_path, monkeypatch, caplog, capfd, script):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run")]
     if script == "train_vit_gpt2":  # which has transformers' own option for it
         arguments += ["--hub_token", TOKEN]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
@@ -117,7 +117,7 @@ class Elements(HTMLParser):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_captions_and_names_of_strangers_are_inert_on_every_page(small_scenes, tmp_path, script):
-    """In captions, in a picture's name and in the name of the data set, which all come with the data."""
+    """In captions, in an image's name and in the name of the data set, which all come with the data."""
     dataset = load_from_disk(small_scenes)
     for split in dataset:
         rows = dataset[split].select(range(8))
@@ -130,7 +130,7 @@ def test_captions_and_names_of_strangers_are_inert_on_every_page(small_scenes, t
         dataset[split] = rows.select_columns(list(FEATURES)).cast(FEATURES)
     folder = tmp_path / "<script>alert('set')<"
     dataset.save_to_disk(folder)
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset", str(folder), "--output_dir", str(tmp_path / "run")]
+    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", str(folder), "--output_dir", str(tmp_path / "run")]
     MAINS[script]([*arguments, "--num_train_epochs", "2", "--learning_rate", "1e-2"])
     page = (tmp_path / "run" / "captions.html").read_text()
     elements = Elements(page)

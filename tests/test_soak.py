@@ -1,6 +1,6 @@
-"""Captioning takes as much memory for many pictures as for few.
+"""Captioning takes as much memory for many images as for few.
 
-python tests/test_soak.py --pictures 20000     the long version: one picture in a hundred is broken
+python tests/test_soak.py --images 20000     the long version: one image in a hundred is broken
 """
 
 import argparse
@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from PIL import Image
 
 FEW, MANY = 100, 500
-GROWTH_IN_MEGABYTES = 40  # a hundred decoded pictures of this size have 75
+GROWTH_IN_MEGABYTES = 40  # a hundred decoded images of this size have 75
 
 
-def make_pictures(folder: Path, number: int) -> int:
-    """Fill a folder with links to one picture of 500 x 500, every hundredth broken. Returns how many are whole."""
+def make_images(folder: Path, number: int) -> int:
+    """Fill a folder with links to one image of 500 x 500, every hundredth broken. Returns how many are whole."""
     folder.mkdir(parents=True)
     Image.effect_noise((500, 500), 60).convert("RGB").save(folder.parent / "whole.jpg")
     (folder.parent / "broken.jpg").write_bytes((folder.parent / "whole.jpg").read_bytes()[:3000])
@@ -37,16 +37,16 @@ def caption(model: str, folder: str, output: str, peak) -> None:
 
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    script.main(["--model", model, folder, "--output", output, "--batch_size", "16", "--max_length", "8"])
+    script.main(["--model_name_or_path", model, folder, "--output", output, "--batch_size", "16", "--max_length", "8"])
     peak.value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_megabytes(context, model: str, folder: Path, number: int) -> float:
-    """The most memory that the captioning of so many pictures takes, in a process of its own."""
-    whole = make_pictures(folder / str(number) / "pictures", number)
+    """The most memory that the captioning of so many images takes, in a process of its own."""
+    whole = make_images(folder / str(number) / "images", number)
     output = folder / f"{number}.jsonl"
     peak = context.Value("q", 0)
-    arguments = (model, str(folder / str(number) / "pictures"), str(output), peak)
+    arguments = (model, str(folder / str(number) / "images"), str(output), peak)
     process = context.Process(target=caption, args=arguments)
     process.start()
     process.join()
@@ -70,25 +70,23 @@ def tiny_model(folder: Path) -> str:
     return str(folder)
 
 
-def test_captioning_five_times_as_many_pictures_takes_no_more_memory(tmp_path):
+def test_captioning_five_times_as_many_images_takes_no_more_memory(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["caption"])
     model = tiny_model(tmp_path / "model")
     few, many = (peak_megabytes(context, model, tmp_path, number) for number in (FEW, MANY))
-    assert many - few < GROWTH_IN_MEGABYTES, f"{few:.0f} MB for {FEW} pictures, {many:.0f} MB for {MANY}"
+    assert many - few < GROWTH_IN_MEGABYTES, f"{few:.0f} MB for {FEW} images, {many:.0f} MB for {MANY}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=20_000)
-    number = parser.parse_args().pictures
+    parser.add_argument("--images", type=int, default=20_000)
+    number = parser.parse_args().images
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model(Path(folder) / "model")
         for size in (number // 10, number):
-            print(
-                f"{size:,} pictures: {peak_megabytes(context, model, Path(folder), size):,.0f} MB at most", flush=True
-            )
+            print(f"{size:,} images: {peak_megabytes(context, model, Path(folder), size):,.0f} MB at most", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Laws of system A's training: the script trains, stops, goes on, and leaves a folder that loads."""
+"""Laws of the LSTM captioner's training: the script trains, stops, goes on, and leaves a folder that loads."""
 
 import json
 import math
@@ -41,7 +41,7 @@ SMALL = [
 
 def train(folder: Path, dataset: str, *options: str) -> dict:
     """Train small, in this process, and give the trained weights."""
-    train_lstm.main([*SMALL, "--dataset", dataset, "--output_dir", str(folder), *options])
+    train_lstm.main([*SMALL, "--dataset_name", dataset, "--output_dir", str(folder), *options])
     return load_file(folder / "model.safetensors")
 
 
@@ -72,14 +72,14 @@ def test_a_run_leaves_what_the_contract_says(trained, small_scenes):
         "history.json",
         "logs",
     } <= names
-    assert {"checkpoint-8", "checkpoint-16", "checkpoint-24"} <= names  # 24 pictures x 5 captions in batches of 16
+    assert {"checkpoint-8", "checkpoint-16", "checkpoint-24"} <= names  # 24 images x 5 captions in batches of 16
     assert not [name for name in names if name.startswith(".")]
     results = json.loads((trained / "results.json").read_text())
     assert (results["dataset"], results["split"], results["num_images"]) == ("scenes", "test", 9)
     assert results["references_per_image"] == 5 and results["decoding"]["num_beams"] == 1
     assert (
         results["metrics"].keys()
-        == results["blind"].keys()
+        == results["shuffled"].keys()
         == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"}
     )
     assert results["train"]["epochs"] == 3 and results["train"]["images_per_second"] > 0
@@ -95,7 +95,12 @@ def test_a_run_leaves_what_the_contract_says(trained, small_scenes):
 
 
 def evaluate(model: Path, dataset: str, output_dir: Path, *options: str) -> None:
-    arguments = {"--model": model, "--dataset": dataset, "--split": "validation", "--output_dir": output_dir}
+    arguments = {
+        "--model_name_or_path": model,
+        "--dataset_name": dataset,
+        "--split": "validation",
+        "--output_dir": output_dir,
+    }
     evaluate_captions.main([*(str(word) for option in arguments.items() for word in option), *options])
 
 
@@ -113,7 +118,7 @@ def test_evaluation_takes_what_training_has_kept(trained, small_scenes, tmp_path
     evaluate(trained, small_scenes, tmp_path / "bfloat16", "--dtype", "bfloat16")
     caplog.clear()
     evaluate(trained, small_scenes, tmp_path / "anew", "--cache_features", "false")
-    assert "is read from" not in caplog.text and "sees every picture anew" in caplog.text
+    assert "is read from" not in caplog.text and "sees every image anew" in caplog.text
     kept, low, anew = (
         json.loads((tmp_path / name / "results.json").read_text())["metrics"]["cider"]
         for name in ("kept", "bfloat16", "anew")
@@ -130,13 +135,13 @@ def test_the_longest_caption_generated_is_the_99th_percentile(trained, small_sce
 
 def test_no_caption_is_shorter_or_longer_than_it_may_be(trained, small_scenes, tmp_path):
     _, processor = load_captioner(str(trained))
-    evaluate(trained, small_scenes, tmp_path, "--generation_min_length", "14", "--generation_max_length", "15")
+    evaluate(trained, small_scenes, tmp_path, "--min_length", "14", "--max_length", "15")
     told = [json.loads(line)["caption"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert {len(ids) for ids in processor.tokenizer(told).input_ids} <= {14, 15, 16}  # a cut caption gets its EOS here
 
 
 def test_of_several_captions_the_first_is_scored_and_the_best_is_kept(trained, small_scenes, tmp_path):
-    beams = ("--generation_num_beams", "4")
+    beams = ("--num_beams", "4")
     evaluate(trained, small_scenes, tmp_path / "one", *beams)
     evaluate(trained, small_scenes, tmp_path / "four", *beams, "--num_return_sequences", "4")
     assert (tmp_path / "one" / "captions.jsonl").read_bytes() == (tmp_path / "four" / "captions.jsonl").read_bytes()
@@ -154,15 +159,13 @@ def test_of_several_captions_the_first_is_scored_and_the_best_is_kept(trained, s
 @pytest.mark.parametrize("beams", ["1", "3"])
 def test_no_more_captions_are_wanted_than_there_are_beams(trained, small_scenes, tmp_path, capsys, beams):
     with pytest.raises(SystemExit):
-        evaluate(
-            trained, small_scenes, tmp_path / "scores", "--generation_num_beams", beams, "--num_return_sequences", "4"
-        )
+        evaluate(trained, small_scenes, tmp_path / "scores", "--num_beams", beams, "--num_return_sequences", "4")
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "num_return_sequences" in said and "Traceback" not in said
     assert not (tmp_path / "scores").exists()
 
 
-def test_the_best_of_several_captions_is_most_like_its_own_picture():
+def test_the_best_of_several_captions_is_most_like_its_own_image():
     references = [["a red dog runs", "the dog runs"], ["two blue cats sleep", "cats sleep"], ["a green bird sings"]]
     rows = Dataset.from_dict({"image_id": ["0", "1", "2"], "captions": references})
     written = [["two blue cats sleep", "a dog", "the red dog runs"], ["blue cats sleep", "a red dog runs", "cats"]]
@@ -177,21 +180,19 @@ def test_a_file_of_captions_scores_as_the_model_did(trained, tmp_path):
     evaluate_captions.main(["--predictions", str(trained / "captions.jsonl"), "--output_dir", str(tmp_path)])
     of_file = json.loads((tmp_path / "results.json").read_text())
     of_model = json.loads((trained / "results.json").read_text())
-    for part in ("metrics", "blind", "intervals"):
+    for part in ("metrics", "shuffled", "intervals"):
         assert of_file[part] == of_model[part]
 
 
-def test_the_lines_on_the_card_and_in_the_readme_caption_a_picture(
-    trained, small_scenes, tmp_path, monkeypatch, capsys
-):
-    picture = load_captions(small_scenes)["test"][0]["image"]
-    picture.save(tmp_path / "picture.jpg")
+def test_the_lines_on_the_card_and_in_the_readme_caption_a_image(trained, small_scenes, tmp_path, monkeypatch, capsys):
+    image = load_captions(small_scenes)["test"][0]["image"]
+    image.save(tmp_path / "image.jpg")
     (tmp_path / "outputs" / "demo").mkdir(parents=True)
     (tmp_path / "outputs" / "demo" / "lstm").symlink_to(trained)
     (tmp_path / "lstm").symlink_to(trained)  # the card names the folder alone
     monkeypatch.chdir(tmp_path)
     model, processor = load_captioner(str(trained))
-    inputs = processor(images=Image.open("picture.jpg"), return_tensors="pt")
+    inputs = processor(images=Image.open("image.jpg"), return_tensors="pt")
     expected = generate_captions(model, processor, dict(inputs))[0]["caption"]
     for document in (trained / "README.md", ROOT / "README.md"):
         for lines in re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL):
@@ -210,7 +211,7 @@ def test_a_run_that_goes_on_ends_where_an_undisturbed_one_ends(small_scenes, tmp
         "3",
         "--load_best_model_at_end",
         "false",
-        *("--unfrozen_encoder_blocks", "1", "--encoder_learning_rate", "1e-4", "--augmentation_views", "2"),
+        *("--num_trainable_encoder_blocks", "1", "--encoder_learning_rate", "1e-4", "--num_augmentations", "2"),
     ]
     undisturbed = train(tmp_path / "whole", small_scenes, *options)
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -224,7 +225,7 @@ def test_a_run_that_goes_on_ends_where_an_undisturbed_one_ends(small_scenes, tmp
 
 
 def test_of_a_frozen_encoder_the_last_block_learns_at_its_own_rate_where_it_shall(trained, small_scenes, tmp_path):
-    options = ["--unfrozen_encoder_blocks", "1", "--learning_rate", "0", "--encoder_learning_rate", "1e-3"]
+    options = ["--num_trainable_encoder_blocks", "1", "--learning_rate", "0", "--encoder_learning_rate", "1e-3"]
     first = load_file(trained / "model.safetensors")  # of the same seed, its whole encoder frozen
     last = train(tmp_path / "last", small_scenes, *options)
     moved = {name for name in first if name.startswith("encoder.") and not torch.equal(last[name], first[name])}
@@ -234,15 +235,15 @@ def test_of_a_frozen_encoder_the_last_block_learns_at_its_own_rate_where_it_shal
 
 def test_a_captioner_goes_on_from_where_another_run_has_left_it(trained, small_scenes, tmp_path):
     before = load_file(trained / "model.safetensors")
-    once = ["--model", str(trained), "--num_train_epochs", "1"]
+    once = ["--model_name_or_path", str(trained), "--num_train_epochs", "1"]
     # Sizes and tokenizer are its own, whatever the options say (SMALL's hidden size is 32).
     unchanged = train(tmp_path / "unchanged", small_scenes, *once, "--learning_rate", "0", "--hidden_size", "16")
     assert_same_weights(unchanged, before)
     assert (tmp_path / "unchanged" / "tokenizer.json").read_text() == (trained / "tokenizer.json").read_text()
     assert f"It started from {trained.name}." in (tmp_path / "unchanged" / "README.md").read_text()
 
-    options = ["--unfrozen_encoder_blocks", "1", "--dropout", "0.5", "--save_epochs", "1"]
-    after = train(tmp_path / "after", small_scenes, *once, *options, "--generation_min_length", "3")
+    options = ["--num_trainable_encoder_blocks", "1", "--dropout", "0.5", "--save_epochs", "1"]
+    after = train(tmp_path / "after", small_scenes, *once, *options, "--min_length", "3")
     moved = {name for name in before if not torch.equal(after[name], before[name])}
     learns = tuple(f"encoder.backbone.{part}." for part in ("blocks.4", "conv_head", "bn2"))
     assert "lm_head.weight" in moved and any(name.startswith(learns) for name in moved)
@@ -250,7 +251,7 @@ def test_a_captioner_goes_on_from_where_another_run_has_left_it(trained, small_s
     model, _ = load_captioner(str(tmp_path / "after"))
     assert (model.config.dropout, model.generation_config.min_length) == (0.5, 4)  # the start token is counted
     # How it was saved to write is no matter of the next run's, and the start stays as it was.
-    train(tmp_path / "third", small_scenes, "--model", str(tmp_path / "after"), "--num_train_epochs", "1")
+    train(tmp_path / "third", small_scenes, "--model_name_or_path", str(tmp_path / "after"), "--num_train_epochs", "1")
     model, _ = load_captioner(str(tmp_path / "third"))
     assert (model.config.dropout, model.generation_config.min_length) == (0.0, None)
     assert_same_weights(load_file(trained / "model.safetensors"), before)
@@ -264,32 +265,32 @@ def test_activation_checkpointing_computes_the_blocks_again_and_learns_the_same(
         return forward(self, pixels)
 
     monkeypatch.setattr(timm.models._efficientnet_blocks.InvertedResidual, "forward", counted)
-    options = ["--unfrozen_encoder_blocks", "3", "--num_train_epochs", "1", "--max_eval_pictures", "2"]
-    weights, learnt = [], []
+    options = ["--num_trainable_encoder_blocks", "3", "--num_train_epochs", "1", "--max_eval_samples", "2"]
+    weights, learned = [], []
     for asked in ("false", "true"):
         calls.clear()
         weights.append(train(tmp_path / asked, small_scenes, *options, "--activation_checkpointing", asked))
-        learnt.append(sum(calls))
-    assert learnt[1] > learnt[0]
+        learned.append(sum(calls))
+    assert learned[1] > learned[0]
     assert_same_weights(*weights, tolerance=1e-6)
 
 
 @pytest.mark.parametrize(("side", "warned"), [("32", True), ("64", False)])
 def test_a_grid_of_one_place_is_warned_of(small_scenes, tmp_path, caplog, side, warned):
-    options = ["--attention", "true", "--image_size", side, "--num_train_epochs", "1", "--max_eval_pictures", "2"]
+    options = ["--attention", "true", "--image_size", side, "--num_train_epochs", "1", "--max_eval_samples", "2"]
     train(tmp_path, small_scenes, *options)
     assert ("gives one place for 32 pixels" in caplog.text) == warned
 
 
 def test_accumulated_batches_give_the_step_of_one_big_batch(small_scenes, tmp_path):
-    options = ["--num_train_epochs", "1", "--train_sampling_strategy", "random", "--max_eval_pictures", "2"]
+    options = ["--num_train_epochs", "1", "--train_sampling_strategy", "random", "--max_eval_samples", "2"]
     big = train(tmp_path / "big", small_scenes, *options, "--per_device_train_batch_size", "24")
     options += ["--per_device_train_batch_size", "6", "--gradient_accumulation_steps", "4"]
     assert_same_weights(train(tmp_path / "small", small_scenes, *options), big, tolerance=1e-5)
 
 
 def test_two_processes_give_the_weights_of_one_with_the_double_batch(small_scenes, tmp_path):
-    options = ["--num_train_epochs", "1", "--dataset", small_scenes]
+    options = ["--num_train_epochs", "1", "--dataset_name", small_scenes]
     one = train(tmp_path / "one", small_scenes, *options, "--per_device_train_batch_size", "24")
     # `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15); with --multi_gpu it starts two.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -310,7 +311,7 @@ def test_two_processes_give_the_weights_of_one_with_the_double_batch(small_scene
     assert len(list(checkpoint.glob("random_states_*"))) == 2
     assert_same_weights(load_file(tmp_path / "two" / "model.safetensors"), one, tolerance=1e-5)
     captions = (tmp_path / "two" / "captions.jsonl").read_text()
-    assert len(captions.splitlines()) == 9  # every test picture once, though two processes share nine
+    assert len(captions.splitlines()) == 9  # every test image once, though two processes share nine
 
 
 def test_the_full_size_default_trains_validates_and_saves(small_scenes, tmp_path):
@@ -323,13 +324,13 @@ def test_the_full_size_default_trains_validates_and_saves(small_scenes, tmp_path
         "inception_resnet_v2",
         "--pretrained_encoder",
         "false",
-        "--tokenizer",
+        "--tokenizer_name",
         str(tmp_path / "tokenizer"),
     ]
     arguments += [
-        "--max_train_pictures",
+        "--max_train_samples",
         "1",
-        "--max_eval_pictures",
+        "--max_eval_samples",
         "1",
         "--num_train_epochs",
         "1",
@@ -339,7 +340,7 @@ def test_the_full_size_default_trains_validates_and_saves(small_scenes, tmp_path
     arguments += [
         "--per_device_train_batch_size",
         "3",
-        "--dataset",
+        "--dataset_name",
         small_scenes,
         "--output_dir",
         str(tmp_path / "lstm"),
@@ -431,7 +432,7 @@ def test_what_a_recipe_says_is_looked_at_as_the_command_line_is(tmp_path, capsys
     [
         (["no_such.yaml"], "no_such.yaml cannot be read"),
         (["--no_such_option", "1"], "no_such_option"),
-        (["--dataset", "no/such/folder"], "no/such/folder"),
+        (["--dataset_name", "no/such/folder"], "no/such/folder"),
         (["--learning_rate", "fast"], "learning_rate"),
         (["--encoder", "no_such_encoder"], "no_such_encoder"),
         (["--resume_from_checkpoint", "no/such/checkpoint"], "no/such/checkpoint"),
@@ -441,7 +442,7 @@ def test_what_a_user_gets_wrong_is_said_in_one_sentence(small_scenes, tmp_path, 
     first = (
         []
         if arguments[0].endswith(".yaml")
-        else [*SMALL, "--dataset", small_scenes, "--output_dir", str(tmp_path / "run")]
+        else [*SMALL, "--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run")]
     )
     with pytest.raises(SystemExit) as stopped:
         train_lstm.main([*first, *arguments])
@@ -450,30 +451,30 @@ def test_what_a_user_gets_wrong_is_said_in_one_sentence(small_scenes, tmp_path, 
 
 
 def test_caption_tells_files_and_folders_and_names_what_it_cannot_read(trained, small_scenes, tmp_path, capsys):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     rows = load_captions(small_scenes)["test"]
     for number in range(3):
-        rows[number]["image"].save(pictures / f"{number}.png")
-    (pictures / "broken.jpg").write_text("no picture")
+        rows[number]["image"].save(images / f"{number}.png")
+    (images / "broken.jpg").write_text("no image")
     output = tmp_path / "captions.jsonl"
-    options = ["--model", str(trained), "--dtype", "float32"]  # what generate() below computes in
-    caption.main([*options, str(pictures), str(pictures / "0.png"), "--output", str(output), "--batch_size", "2"])
+    options = ["--model_name_or_path", str(trained), "--dtype", "float32"]  # what generate() below computes in
+    caption.main([*options, str(images), str(images / "0.png"), "--output", str(output), "--batch_size", "2"])
     told = [json.loads(line) for line in output.read_text().splitlines()]
     assert [Path(line["image_id"]).name for line in told] == ["0.png", "1.png", "2.png", "0.png"]
     model, processor = load_captioner(str(trained))
     inputs = processor(images=[rows[number]["image"] for number in range(3)], return_tensors="pt")
     made = [made["caption"] for made in generate_captions(model, processor, dict(inputs))]
     assert [line["caption"] for line in told] == [*made, made[0]]
-    assert "broken.jpg: picture does not decode" in capsys.readouterr().err
+    assert "broken.jpg: image does not decode" in capsys.readouterr().err
 
-    caption.main([*options, str(pictures / "0.png"), "--output", str(tmp_path / "captions.html")])
+    caption.main([*options, str(images / "0.png"), "--output", str(tmp_path / "captions.html")])
     page = (tmp_path / "captions.html").read_text()
     assert made[0] in re.sub("<[^>]*>", "", page)  # each token stands in its own tag
-    caption.main([*options, str(pictures / "0.png")])
-    assert capsys.readouterr().out == f"{pictures / '0.png'}\t{made[0]}\n"
+    caption.main([*options, str(images / "0.png")])
+    assert capsys.readouterr().out == f"{images / '0.png'}\t{made[0]}\n"
     with pytest.raises(SystemExit) as stopped:
-        caption.main(["--model", str(trained), str(tmp_path / "nowhere.png")])
+        caption.main(["--model_name_or_path", str(trained), str(tmp_path / "nowhere.png")])
     assert stopped.value.code == 2
     assert "nowhere.png: cannot be read" in capsys.readouterr().err
 
@@ -481,35 +482,35 @@ def test_caption_tells_files_and_folders_and_names_what_it_cannot_read(trained, 
 def test_caption_goes_on_after_a_name_that_is_no_text_and_tells_what_a_page_leaves_out(
     trained, small_scenes, tmp_path, capsys, monkeypatch
 ):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    picture = load_captions(small_scenes)["test"][0]["image"]
+    images = tmp_path / "images"
+    images.mkdir()
+    image = load_captions(small_scenes)["test"][0]["image"]
     for name in (b"a.png", b"m\xff\x1b[2J.png", b"z.png"):
-        picture.save(os.fsdecode(os.fsencode(pictures) + b"/" + name))
-    caption.main(["--model", str(trained), str(pictures)])
+        image.save(os.fsdecode(os.fsencode(images) + b"/" + name))
+    caption.main(["--model_name_or_path", str(trained), str(images)])
     lines = capsys.readouterr().out.encode("utf-8").splitlines()
     assert [line.split(b"\t")[0].rpartition(b"/")[2] for line in lines] == [b"a.png", rb"m\udcff\x1b[2J.png", b"z.png"]
 
-    monkeypatch.setattr(caption, "NUM_PICTURES_ON_PAGE", 2)
+    monkeypatch.setattr(caption, "NUM_IMAGES_ON_PAGE", 2)
     page = tmp_path / "captions.html"
-    caption.main(["--model", str(trained), str(pictures / "a.png"), str(pictures), "--output", str(page)])
-    assert "shows the first 2 of 4 pictures" in capsys.readouterr().err
+    caption.main(["--model_name_or_path", str(trained), str(images / "a.png"), str(images), "--output", str(page)])
+    assert "shows the first 2 of 4 images" in capsys.readouterr().err
     before = page.read_bytes()
     with pytest.raises(SystemExit):
-        caption.main(["--model", str(trained), "no/such.png", "--output", str(page)])
+        caption.main(["--model_name_or_path", str(trained), "no/such.png", "--output", str(page)])
     assert page.read_bytes() == before
 
 
-def test_caption_reads_a_picture_from_the_network(trained, small_scenes, tmp_path, capsys):
-    load_captions(small_scenes)["test"][0]["image"].save(tmp_path / "picture.png")
+def test_caption_reads_a_image_from_the_network(trained, small_scenes, tmp_path, capsys):
+    load_captions(small_scenes)["test"][0]["image"].save(tmp_path / "image.png")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
     Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    caption.main(["--model", str(trained), str(tmp_path / "picture.png")])
+    caption.main(["--model_name_or_path", str(trained), str(tmp_path / "image.png")])
     from_file = capsys.readouterr().out.split("\t")[1]
-    caption.main(["--model", str(trained), f"{address}/picture.png", f"{address}/nowhere.png"])
+    caption.main(["--model_name_or_path", str(trained), f"{address}/image.png", f"{address}/nowhere.png"])
     told = capsys.readouterr()
-    assert told.out == f"{address}/picture.png\t{from_file}"
+    assert told.out == f"{address}/image.png\t{from_file}"
     assert f"{address}/nowhere.png: cannot be read: 404" in told.err
     server.shutdown()
 

@@ -1,4 +1,4 @@
-"""Laws of system B's training script, on pictures of one colour."""
+"""Laws of ViT-GPT2's training script, on images of one color."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from modeling.modeling_inception_lstm import STATE_NAME
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
 from train_vit_gpt2 import history_rows
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220), "white": (250, 250, 250)}
+COLORS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220), "white": (250, 250, 250)}
 SMALL = {
     "pretrained_encoder": "false",
     "pretrained_decoder": "false",
@@ -39,15 +39,15 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
-    """Four pictures of one colour for training, each with two captions of unlike length, and the same for validation."""
-    folder = tmp_path_factory.mktemp("colours")
+    """Four images of one color for training, each with two captions of unlike length, and the same for validation."""
+    folder = tmp_path_factory.mktemp("colors")
     rows = [
         {
-            "image": Image.new("RGB", (40, 30), colour),
+            "image": Image.new("RGB", (40, 30), color),
             "image_id": name,
-            "captions": [f"all is {name}", f"a picture that is {name} from one side to the other"],
+            "captions": [f"all is {name}", f"an image that is {name} from one side to the other"],
         }
-        for name, colour in COLOURS.items()
+        for name, color in COLORS.items()
     ]
     table = Dataset.from_list(rows).cast(FEATURES)
     DatasetDict({"train": table, "validation": table}).save_to_disk(folder)
@@ -59,7 +59,7 @@ def train(dataset, tmp_path):
     """Runs the script in a folder of the test, and gives that folder."""
 
     def run(name: str, **options) -> Path:
-        options = {"dataset": dataset, "output_dir": tmp_path / name, **SMALL, **options}
+        options = {"dataset_name": dataset, "output_dir": tmp_path / name, **SMALL, **options}
         train_vit_gpt2.main([word for option, value in options.items() for word in (f"--{option}", str(value))])
         return tmp_path / name
 
@@ -75,7 +75,7 @@ def history(folder: Path) -> list[dict]:
 
 
 def test_run_leaves_what_the_contract_says(train, dataset):
-    folder = train("whole", num_train_epochs=2, save_epochs=2, max_eval_pictures=2)
+    folder = train("whole", num_train_epochs=2, save_epochs=2, max_eval_samples=2)
     for name in ("results.json", "captions.jsonl", "captions.html", "README.md", "history.json", "curves.png"):
         assert (folder / name).stat().st_size > 0, name
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
@@ -83,12 +83,12 @@ def test_run_leaves_what_the_contract_says(train, dataset):
     assert (results["split"], results["num_images"], results["train"]["epochs"]) == ("validation", 4, 2)
     rows = history(folder)
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 1), (2, 2)]
-    expected = {"train_loss", "eval_loss", "cider", "blind_cider", "bleu_4", "generation_seconds", "scoring_seconds"}
+    expected = {"train_loss", "eval_loss", "cider", "shuffled_cider", "bleu_4", "generation_seconds", "scoring_seconds"}
     assert all(expected <= row.keys() for row in rows)
 
     model, processor = load_captioner(str(folder))
     assert type(model) is VisionEncoderDecoderModel
-    images = [Image.new("RGB", (40, 30), colour) for colour in COLOURS.values()]
+    images = [Image.new("RGB", (40, 30), color) for color in COLORS.values()]
     made = generate_captions(model, processor, dict(processor(images=images, return_tensors="pt")))
     written = [json.loads(line)["caption"] for line in (folder / "captions.jsonl").read_text().splitlines()]
     assert [caption["caption"] for caption in made] == written
@@ -133,7 +133,7 @@ def test_gold_captions_never_reach_generate_and_the_prompt_does(train, monkeypat
 
     starts = []
     monkeypatch.setattr(VisionEncoderDecoderModel, "generate", watched)
-    folder = train("watched", prompt="red green", generation_max_length=2)
+    folder = train("watched", prompt="red green", max_length=2)
     assert given and all(call == ((), {"encoder_outputs", STATE_NAME}, 0) for call in given)  # a cache, empty
     _, processor = load_captioner(str(folder))
     prompt_ids = processor.tokenizer("red green", add_special_tokens=False).input_ids
@@ -146,7 +146,7 @@ def test_only_what_shall_learn_moves(train, tmp_path, part):
     rates = {"learning_rate": 0, "encoder_learning_rate": 1e-3}
     options = {
         "encoder": {"freeze_encoder": "false", **rates},
-        "encoder's last block": {"unfrozen_encoder_blocks": 1, **rates},
+        "encoder's last block": {"num_trainable_encoder_blocks": 1, **rates},
         "decoder": {},
     }
     trained = VisionEncoderDecoderModel.from_pretrained(train("trained", **options[part])).state_dict()
@@ -165,12 +165,12 @@ def test_only_what_shall_learn_moves(train, tmp_path, part):
     moved = {name for name in first if not torch.equal(trained[name], first[name])}
     frozen_names = {"decoder.transformer.h.0.attn.bias"}
     learns = {name for name in first if name.startswith(part.removesuffix("'s last block"))}
-    if part.endswith("last block"):  # the one there is, with the normalisation behind it
+    if part.endswith("last block"):  # the one there is, with the normalization behind it
         learns = {name for name in learns if "embeddings" not in name}
     assert moved == learns - frozen_names
 
 
-def test_cached_features_train_as_pictures_do(train):
+def test_cached_features_train_as_images_do(train):
     options = {"learning_rate": 1e-2, "num_train_epochs": 12, "eval_epochs": 12, "save_epochs": 12}
     cached, uncached = (train(name, cache_features=name, **options) for name in ("true", "false"))
     for name in ("train_loss", "eval_loss"):
@@ -187,13 +187,13 @@ def test_activation_checkpointing_computes_blocks_again_and_learns_the_same(trai
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(GPT2MLP, "forward", counted)
-    options = {"dropout": 0.1, "freeze_encoder": "false", "group_by_picture": "true", "num_train_epochs": 2}
-    folders, learnt = [], []
+    options = {"dropout": 0.1, "freeze_encoder": "false", "group_by_image": "true", "num_train_epochs": 2}
+    folders, learned = [], []
     for asked in ("false", "true"):
         calls.clear()
         folders.append(train(asked, activation_checkpointing=asked, **options))
-        learnt.append(sum(calls))
-    assert learnt[1] > learnt[0]
+        learned.append(sum(calls))
+    assert learned[1] > learned[0]
     told = [[row["train_loss"] for row in history(folder)] for folder in folders]
     assert told[1] == pytest.approx(told[0], rel=1e-5)
     for name, value in weights(folders[0]).items():
@@ -201,7 +201,7 @@ def test_activation_checkpointing_computes_blocks_again_and_learns_the_same(trai
 
 
 def test_training_and_validation_measure_the_same_loss(train):
-    """The same captions in both splits and nothing learnt: training, which skips the prompt, must come to the same."""
+    """The same captions in both splits and nothing learned: training, which skips the prompt, must come to the same."""
     (row,) = history(train("measured", learning_rate=0))
     assert row["train_loss"] == pytest.approx(row["eval_loss"], rel=1e-5)
 
@@ -239,7 +239,7 @@ def test_pretrained_parts_and_decoders_own_tokenizer(train, tmp_path):
     ("options", "sentence"),
     [
         ({"resume_from_checkpoint": "no/such/folder"}, "--resume_from_checkpoint no/such/folder"),
-        ({"dataset": "no/such/data"}, "no/such/data"),
+        ({"dataset_name": "no/such/data"}, "no/such/data"),
         ({"num_attention_heads": 5}, "5"),
     ],
 )
@@ -253,7 +253,7 @@ def test_wrong_options_end_in_one_sentence(train, capsys, options, sentence):
 def test_a_checkpoint_of_which_other_parts_learnt_is_refused(train, capsys):
     train("run")
     with pytest.raises(SystemExit) as ended:
-        train("run", resume_from_checkpoint="last", num_train_epochs=2, unfrozen_encoder_blocks=1)
+        train("run", resume_from_checkpoint="last", num_train_epochs=2, num_trainable_encoder_blocks=1)
     assert ended.value.code == 2 and "was made with other parts learning" in capsys.readouterr().err
 
 

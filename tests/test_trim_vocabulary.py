@@ -28,11 +28,11 @@ from data_scripts.trim_vocabulary import trim_tokenizer
 from modeling.captioner import start_token_ids
 from modeling.vit_gpt2 import build_vit_gpt2, encoder_config
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220), "white": (250, 250, 250)}
-CAPTIONS = [f"A naïve picture, all {name} from one side to the other ." for name in COLOURS]
+COLORS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220), "white": (250, 250, 250)}
+CAPTIONS = [f"A naïve image, all {name} from one side to the other ." for name in COLORS]
 OTHERS = [
     "Zwölf Boxkämpfer 한국어 글 👨‍👩‍👧 ❤️ Ω\n\ttab",
-    "the thermometer that bothers others, painting pictures",
+    "the thermometer that bothers others, painting images",
     "żółć  <s> ",
 ]
 END = "<|endoftext|>"
@@ -118,11 +118,11 @@ def test_logits_are_the_whole_models_at_the_tokens_kept(tied, tmp_path):
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """Runs the script on pictures of one colour with a saved decoder, in a folder that it gives."""
+    """Runs the script on images of one color with a saved decoder, in a folder that it gives."""
     folder = tmp_path_factory.mktemp("trimmed")
     rows = [
-        {"image": Image.new("RGB", (40, 30), colour), "image_id": name, "captions": [caption]}
-        for (name, colour), caption in zip(COLOURS.items(), CAPTIONS, strict=True)
+        {"image": Image.new("RGB", (40, 30), color), "image_id": name, "captions": [caption]}
+        for (name, color), caption in zip(COLORS.items(), CAPTIONS, strict=True)
     ]
     table = Dataset.from_list(rows).cast(FEATURES)
     DatasetDict({"train": table, "validation": table}).save_to_disk(folder / "data")
@@ -130,7 +130,7 @@ def train(tmp_path_factory):
     tokenizer.save_pretrained(folder / "decoder")
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "decoder")
-    fixed = {"dataset": folder / "data", "decoder": folder / "decoder", "pretrained_encoder": "false"}
+    fixed = {"dataset_name": folder / "data", "decoder": folder / "decoder", "pretrained_encoder": "false"}
     fixed |= {"image_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     fixed |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none", "use_cpu": "true"}
     fixed |= {"disable_tqdm": "true", "trim_vocabulary": "true", "load_best_model_at_end": "false"}
@@ -160,12 +160,12 @@ import json, sys
 from PIL import Image
 from transformers import AutoProcessor, VisionEncoderDecoderModel
 model, processor = (part.from_pretrained(sys.argv[1]) for part in (VisionEncoderDecoderModel, AutoProcessor))
-images = [Image.new("RGB", (40, 30), tuple(colour)) for colour in json.loads(sys.argv[2])]
+images = [Image.new("RGB", (40, 30), tuple(color)) for color in json.loads(sys.argv[2])]
 made = model.generate(**processor(images=images, return_tensors="pt"))
 skip = len(model.generation_config.decoder_start_token_id[0])
 print(json.dumps([text.strip() for text in processor.batch_decode(made[:, skip:], skip_special_tokens=True)]))
 """
-    command = [sys.executable, "-c", code, str(undisturbed), json.dumps(list(COLOURS.values()))]
+    command = [sys.executable, "-c", code, str(undisturbed), json.dumps(list(COLORS.values()))]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert json.loads(result.stdout.splitlines()[-1]) == written and any(written)
 

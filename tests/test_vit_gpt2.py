@@ -1,4 +1,4 @@
-"""Laws of system B's model: what is built, what a caption is made of, what comes back in another process."""
+"""Laws of ViT-GPT2's model: what is built, what a caption is made of, what comes back in another process."""
 
 import json
 import math
@@ -36,8 +36,8 @@ from modeling.vit_gpt2 import (
 )
 from training.unfreezing import unfreeze_last_blocks
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220)}
-CAPTIONS = {name: f"a picture that is all {name} , {'very ' * length}{name} ." for length, name in enumerate(COLOURS)}
+COLORS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220)}
+CAPTIONS = {name: f"an image that is all {name} , {'very ' * length}{name} ." for length, name in enumerate(COLORS)}
 PROMPT = "Image Caption:"
 END = "<|endoftext|>"
 
@@ -72,9 +72,9 @@ def build(tokenizer):
 
 @pytest.fixture
 def rows():
-    pictures = [Image.new("RGB", (40, 30), colour) for colour in COLOURS.values()]
-    texts = [[CAPTIONS[name]] for name in COLOURS]
-    return datasets.Dataset.from_dict({"image": pictures, "captions": texts}).cast_column("image", datasets.Image())
+    images = [Image.new("RGB", (40, 30), color) for color in COLORS.values()]
+    texts = [[CAPTIONS[name]] for name in COLORS]
+    return datasets.Dataset.from_dict({"image": images, "captions": texts}).cast_column("image", datasets.Image())
 
 
 def batch_of(rows, processor, model, picked=(0, 1, 2), **options) -> dict:
@@ -197,15 +197,15 @@ def test_padding_changes_no_captions_loss(build, rows):
 def test_captions_packed_into_one_row_have_the_loss_and_gradients_of_captions_apart(build, rows, prompt):
     model, processor = build(prompt=prompt)
     model.eval()
-    several = rows.map(lambda row: {"captions": [*row["captions"], "all of one colour .", "red"]})
+    several = rows.map(lambda row: {"captions": [*row["captions"], "all of one color .", "red"]})
     pairs = CaptionPairs(several, processor.tokenizer, start_ids=start_token_ids(model))
     items = pairs.__getitems__([0, 1, 2, 3, 6, 8])  # three captions, one and two
     results = []
-    for share_pictures in ("pack", None):
-        batch = CaptionCollator(processor, share_pictures=share_pictures)(items)
+    for share_images in ("pack", None):
+        batch = CaptionCollator(processor, share_images=share_images)(items)
         batch.pop("index")
         labels = batch.pop("labels")
-        assert len(labels) == len(batch["pixel_values"]) == (3 if share_pictures else 6)
+        assert len(labels) == len(batch["pixel_values"]) == (3 if share_images else 6)
         model.zero_grad()
         with hidden_states_as_logits(model.decoder) as head:
             hidden = model(**batch, use_cache=False).logits
@@ -240,7 +240,7 @@ def test_frozen_encoder_stays_as_it_is_in_train(build, rows):
 
 def test_of_a_frozen_encoder_the_last_blocks_may_learn(build):
     model, _ = build(freeze_encoder=True)
-    with pytest.raises(ValueError, match="--unfrozen_encoder_blocks 3: give 2 at most"):
+    with pytest.raises(ValueError, match="--num_trainable_encoder_blocks 3: give 2 at most"):
         unfreeze_last_blocks(model.encoder, 3)
     unfreeze_last_blocks(model.encoder, 1)
     learns = {name for name, parameter in model.encoder.named_parameters() if parameter.requires_grad}
@@ -251,7 +251,7 @@ def test_of_a_frozen_encoder_the_last_blocks_may_learn(build):
 
 
 @pytest.mark.parametrize("prompt", ["", PROMPT])
-def test_memorised_pictures_come_back_without_the_prompt(build, rows, prompt):
+def test_memorised_images_come_back_without_the_prompt(build, rows, prompt):
     model, processor = build(prompt=prompt)
     model.generation_config.update(max_length=48)
     batch = batch_of(rows, processor, model)
@@ -330,7 +330,7 @@ def test_checkpoint_of_the_time_before_processors(tmp_path, tokenizer, has_gener
 
 def test_tokenizer_larger_than_the_decoder_is_refused(tokenizer):
     small = GPT2Config(**GPT2_SIZES, vocab_size=len(tokenizer) - 1)
-    with pytest.raises(ValueError, match="give --tokenizer the one the decoder was trained with"):
+    with pytest.raises(ValueError, match="give --tokenizer_name the one the decoder was trained with"):
         build_vit_gpt2(ViTConfig(**VIT_SIZES), small, tokenizer)
 
 

@@ -1,5 +1,5 @@
 """Averages of weights: over the last steps, which is what a model of a high learning rate would come to at a low one; and of what was
-learnt with what it was learnt from.
+learned with what it was learned from.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ def check_average(decay: float, frozen_encoder: bool) -> None:
     """Raise ValueError where weights cannot be averaged."""
     if decay and not frozen_encoder:
         raise ValueError(
-            "--ema_decay wants --freeze_encoder true: an encoder's normalisation statistics are not averaged with its weights"
+            "--ema_decay wants --freeze_encoder true: an encoder's normalization statistics are not averaged with its weights"
         )
     if decay and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ValueError("--ema_decay is not done under FSDP: launch with recipes/accelerate/several_gpus.yaml")

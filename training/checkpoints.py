@@ -28,7 +28,7 @@ from reporting.results import write_file
 CHECKSUMS = "checksums.json"
 IN_FLOAT32 = "bf16: this device has no instructions for bfloat16, so training computes in float32."
 # What Accelerate takes where the launcher says nothing, and what is needed: FSDP1 is another thing; parts saved by themselves
-# are read with pickle; and every process has to have the weights, to encode pictures and for its copy.
+# are read with pickle; and every process has to have the weights, to encode images and for its copy.
 FSDP_SETTINGS = {
     "FSDP_VERSION": ("1", "2"),
     "FSDP_STATE_DICT_TYPE": ("SHARDED_STATE_DICT", "FULL_STATE_DICT"),
@@ -37,7 +37,7 @@ FSDP_SETTINGS = {
 
 
 @contextmanager
-def own_output_dir(output_dir: str | os.PathLike) -> Iterator[None]:
+def lock_output_dir(output_dir: str | os.PathLike) -> Iterator[None]:
     """Keep other runs out of `output_dir` as long as this one is in it, and clear away what a killed one left half done.
 
     Raises:
@@ -66,10 +66,12 @@ def own_output_dir(output_dir: str | os.PathLike) -> Iterator[None]:
         lock.lock.release()
 
 
-def check_start_stays(model: str, output_dir: str | os.PathLike) -> None:
+def check_not_overwriting_start(model: str, output_dir: str | os.PathLike) -> None:
     """Raise ValueError where a run would write over the captioner that it goes on from."""
     if Path(model).resolve() == Path(output_dir).resolve():
-        raise ValueError(f"--output_dir {output_dir} is the --model's own folder, which would be lost: give another")
+        raise ValueError(
+            f"--output_dir {output_dir} is the --model_name_or_path's own folder, which would be lost: give another"
+        )
 
 
 def refuse_deepspeed() -> None:
@@ -311,7 +313,7 @@ def _clear_of_others(found: list[Path], output_dir: str, overwrite: bool) -> Non
     PartialState().wait_for_everyone()
 
 
-def bring_best_model(checkpoint: Path, output_dir: str) -> None:
+def copy_best_model(checkpoint: Path, output_dir: str) -> None:
     """Copy what lies beside a checkpoint from elsewhere to `output_dir`, where the best model so far is among it.
 
     Called once the checkpoint is found to be of this model: the run's best may have been before it.
@@ -330,7 +332,7 @@ def _lies_in(checkpoint: Path, output_dir: str) -> bool:
 
 
 def check_step_size(folder: Path, then: int, now: int, unit: str = "captions") -> None:
-    """See to it that a step has as many captions, or pictures, as before, whatever the number of processes.
+    """See to it that a step has as many captions, or images, as before, whatever the number of processes.
 
     Epoch, place in it and learning rate are counted in steps.
 

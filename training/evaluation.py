@@ -6,18 +6,18 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from metrics import CaptionScorer
-from modeling.captioner import caption_pictures
+from modeling.captioner import caption_images
 from reporting.live import score_and_show
 
 
 def score_captions(accelerator, model, processor, loader: DataLoader, rows: Dataset, scorer: CaptionScorer) -> dict:
-    """Caption the validation pictures and score them, and the captions dealt to other pictures beside.
+    """Caption the validation images and score them, and the captions dealt to other images beside.
 
     Returns:
         What `score_and_show` tells, and the seconds it took.
     """
     started = time.perf_counter()
-    captions = [made["caption"] for made in caption_pictures(model.eval(), processor, loader, accelerator)]
+    captions = [made["caption"] for made in caption_images(model.eval(), processor, loader, accelerator)]
     generated = time.perf_counter()
     return {
         **score_and_show(captions, rows, scorer),

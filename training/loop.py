@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Where a run stands; saved with each checkpoint."""
 
-    step_size: int  # captions, or pictures, over all processes and accumulated batches
+    step_size: int  # captions, or images, over all processes and accumulated batches
     start_digest: str = ""  # of the captioner's weights that it goes on from, where it does
     epoch: int = 0  # whole ones
     step: int = 0
@@ -192,7 +192,7 @@ def save_checkpoint(
 def load_checkpoint(
     accelerator, scheduler, folder: Path, begun: Progress, state_file: str = "progress.json", unit: str = "captions"
 ) -> Progress:
-    """Put model, optimiser, schedule and random states back as they were, and say where the run stood.
+    """Put model, optimizer, schedule and random states back as they were, and say where the run stood.
 
     Args:
         begun: This run's, before its first step.
@@ -211,7 +211,9 @@ def load_checkpoint(
     check_sharding(folder, accelerator.is_fsdp2)
     check_step_size(folder, progress.step_size, begun.step_size, unit)
     if progress.start_digest != begun.start_digest:
-        raise ValueError(f"{folder} went on from another captioner than --model: give the one that its run began with")
+        raise ValueError(
+            f"{folder} went on from another captioner than --model_name_or_path: give the one that its run began with"
+        )
     try:
         accelerator.load_state(str(folder))
     except (RuntimeError, ValueError) as error:

@@ -3,7 +3,7 @@
 Rennie et al., 2017 (https://arxiv.org/abs/1612.00563), with the baseline of Luo, 2020 (https://arxiv.org/abs/2003.09971).
 
 The policy is the model's own distribution over captions, dropout off, up to its longest length: samples are drawn from it as it
-is, with none of the saved rules of decoding but those of `Rules`, which are part of the policy, and their probabilities are
+is, with none of the saved rules of decoding but those of `SamplingConstraints`, which are part of the policy, and their probabilities are
 recomputed for it. Were one of the two done under a rule and the other not, the gradient would be that of no expected reward.
 EOS is a token like any other.
 """
@@ -20,20 +20,20 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from data_scripts.augmentations import augment_caption, augmentation_in_epoch
 from data_scripts.caption_batches import CaptionCollator
-from data_scripts.views import caption_of_view, view_in_epoch
 from modeling.caption_loss import tokens_at_once
 from modeling.captioner import start_token_ids
 from modeling.vit_gpt2 import hidden_states_as_logits
 
 
 def shares_by(model: PreTrainedModel) -> str:
-    """How captions of a picture share it in one batch, as `CaptionCollator` names it: system A by index, B packed."""
+    """How captions of an image share it in one batch, as `CaptionCollator` names it: the LSTM captioner by index, B packed."""
     return "pack" if hasattr(model, "decoder") else "index"
 
 
-class Rules(NamedTuple):
-    """What the policy never says: what has no probability, both where captions are sampled and where they are learnt from.
+class SamplingConstraints(NamedTuple):
+    """What the policy never says: what has no probability, both where captions are sampled and where they are learned from.
 
     no_repeat_ngram_size: Runs of so many tokens are not said twice; 0 allows all.
     min_length: Tokens before EOS, at least.
@@ -43,10 +43,10 @@ class Rules(NamedTuple):
     min_length: int = 0
 
 
-NO_RULES = Rules()
+UNCONSTRAINED = SamplingConstraints()
 
 
-def as_policy(model: PreTrainedModel) -> None:
+def set_sampling_mode(model: PreTrainedModel) -> None:
     """Put the model in the state in which it samples and learns: dropout off, statistics fixed."""
     model.eval()
     for module in model.modules():
@@ -57,22 +57,22 @@ def as_policy(model: PreTrainedModel) -> None:
 
 # What is told of a batch: sums over its samples of the reward, the nats between policy and starting model, tokens with EOS, ends;
 # their number; and the loss, which says nothing but whether it is a number.
-FIGURES = ("reward", "kl", "tokens", "ended", "samples", "loss")
+METRICS = ("reward", "kl", "tokens", "ended", "samples", "loss")
 
 
 # ---- Sampling -------------------------------------------------------------------------------------------------------
 
 
-def sampling_numbers(seed: int, epoch: int, pictures: Sequence[int], num_samples: int, length: int) -> torch.Tensor:
-    """What decides on the samples of pictures, float64 (pictures x num_samples, length), in 0 .. 1.
+def sampling_numbers(seed: int, epoch: int, images: Sequence[int], num_samples: int, length: int) -> torch.Tensor:
+    """What decides on the samples of images, float64 (images x num_samples, length), in 0 .. 1.
 
-    It hangs on seed, epoch and picture alone: not on the process, nor on what was sampled before.
+    It hangs on seed, epoch and image alone: not on the process, nor on what was sampled before.
     """
-    draws = [np.random.default_rng([seed, epoch, picture]).random((num_samples, length)) for picture in pictures]
+    draws = [np.random.default_rng([seed, epoch, image]).random((num_samples, length)) for image in images]
     return torch.from_numpy(np.concatenate(draws))
 
 
-class DrawByNumbers(LogitsProcessor):
+class InverseCDFSampling(LogitsProcessor):
     """Draws each token by a number between 0 and 1 (the inverse of the cumulative distribution), and leaves `generate()` only that.
 
     Args:
@@ -121,26 +121,29 @@ def plain_decoding(model: PreTrainedModel, **settings) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_captions(
-    model: PreTrainedModel, states: torch.Tensor, numbers: torch.Tensor | None, rules: Rules = NO_RULES
+    model: PreTrainedModel,
+    states: torch.Tensor,
+    numbers: torch.Tensor | None,
+    rules: SamplingConstraints = UNCONSTRAINED,
 ) -> list[list[int]]:
-    """Captions of pictures as the policy makes them.
+    """Captions of images as the policy makes them.
 
     Args:
-        states: What the encoder says, (pictures, positions, size).
-        numbers: float64 (pictures x samples, longest caption), see `sampling_numbers`; None for the greedy caption of each.
+        states: What the encoder says, (images, positions, size).
+        numbers: float64 (images x samples, longest caption), see `sampling_numbers`; None for the greedy caption of each.
         rules: Of the policy.
 
     Returns:
-        Token ids, those of one picture after those of the other; EOS stands behind a caption that came to its end.
+        Token ids, those of one image after those of the other; EOS stands behind a caption that came to its end.
     """
     start_ids, processors = start_token_ids(model), LogitsProcessorList()
     num_rows = len(states) if numbers is None else len(numbers)
     rows = torch.arange(len(states), device=states.device).repeat_interleave(num_rows // len(states))
     if numbers is not None:
         dtype = torch.float32 if states.device.type == "mps" else torch.float64  # Apple's has no float64
-        processors.append(DrawByNumbers(numbers.to(states.device, dtype), len(start_ids)))
+        processors.append(InverseCDFSampling(numbers.to(states.device, dtype), len(start_ids)))
     if shares_by(model) == "index":
-        # A picture is read once for all its captions; `generate()` takes their number from the starts.
+        # An image is read once for all its captions; `generate()` takes their number from the starts.
         starts = torch.tensor([start_ids], device=states.device).expand(num_rows, -1)
         inputs = {"encoder_outputs": (states,), "image_index": rows, "decoder_input_ids": starts}
     else:
@@ -162,11 +165,11 @@ def until_end(token_ids: list[int], eos: int) -> list[int]:
 def teacher_forcing(
     captions: Sequence[list[int]], image_index: Sequence[int], start_ids: list[int], share: str
 ) -> dict[str, torch.Tensor]:
-    """Captions of pictures in one batch, in which each token has to say the next.
+    """Captions of images in one batch, in which each token has to say the next.
 
     Args:
         captions: Token ids, EOS included where there is one.
-        image_index: Of each caption, its picture among those of the batch.
+        image_index: Of each caption, its image among those of the batch.
         start_ids: What every caption starts from.
         share: See `shares_by`.
 
@@ -174,7 +177,7 @@ def teacher_forcing(
         decoder_input_ids: int64 (rows, longest row), padded on the right
         labels: int64, likewise, -100 where nothing was said
         caption_index: int64, likewise, the caption that a label is of
-        image_index: int64 (captions,), where a caption is a row; or decoder_position_ids, where a picture is one
+        image_index: int64 (captions,), where a caption is a row; or decoder_position_ids, where an image is one
     """
     unsaid = [-100] * (len(start_ids) - 1)
     rows = [
@@ -213,13 +216,13 @@ def caption_log_probs(
     states: torch.Tensor,
     captions: Sequence[list[int]],
     image_index: Sequence[int],
-    rules: Sequence[Rules] | None = None,
+    rules: Sequence[SamplingConstraints] | None = None,
 ) -> torch.Tensor:
     """The logarithm of each caption's probability, (captions,), in one parallel pass with teacher forcing.
 
     Args:
         forward, model: See `last_states`.
-        states: What the encoder says, (pictures, positions, size).
+        states: What the encoder says, (images, positions, size).
         captions, image_index: See `teacher_forcing`.
         rules: Of the policy, for each caption; none where None.
     """
@@ -230,15 +233,15 @@ def caption_log_probs(
     outputs = BaseModelOutput(last_hidden_state=states)
     hidden, head = last_states(forward, model, encoder_outputs=outputs, **batch)
     said = labels != -100
-    # The tokens of a row stand in the order of its captions, and the rows in that of the pictures.
+    # The tokens of a row stand in the order of its captions, and the rows in that of the images.
     order = caption_index[said].unique_consecutive().tolist()
-    eos, rules = model.generation_config.eos_token_id, rules or [NO_RULES] * len(captions)
+    eos, rules = model.generation_config.eos_token_id, rules or [UNCONSTRAINED] * len(captions)
     banned = [tokens for place in order for tokens in banned_tokens(captions[place], start_ids, eos, rules[place])]
     log_probs = token_log_probs(hidden[said], labels[said], head, banned)
     return log_probs.new_zeros(len(captions)).index_add(0, caption_index[said], log_probs)
 
 
-def banned_tokens(token_ids: list[int], start_ids: list[int], eos: int, rules: Rules) -> list[list[int]]:
+def banned_tokens(token_ids: list[int], start_ids: list[int], eos: int, rules: SamplingConstraints) -> list[list[int]]:
     """For each token of a caption, what could not stand in its place: what would have repeated a run, or ended it too early."""
     banned = [[eos] if place < rules.min_length else [] for place in range(len(token_ids))]
     size = rules.no_repeat_ngram_size
@@ -294,8 +297,8 @@ def advantages(rewards: torch.Tensor, greedy: torch.Tensor | None = None) -> tor
     """By how much each sample beats its baseline, which does not hang on the sample itself, so that no bias comes of it.
 
     Args:
-        rewards: float (pictures, samples).
-        greedy: Of the greedy caption, (pictures,): the baseline of Rennie et al.; where None, it is the mean of the picture's
+        rewards: float (images, samples).
+        greedy: Of the greedy caption, (images,): the baseline of Rennie et al.; where None, it is the mean of the image's
             other samples, that of Luo.
     """
     if greedy is not None:
@@ -306,27 +309,29 @@ def advantages(rewards: torch.Tensor, greedy: torch.Tensor | None = None) -> tor
 
 
 class SelfCritic:
-    """Samples captions of a batch of pictures, rewards them, and gives the loss whose gradient makes the better ones likelier.
+    """Samples captions of a batch of images, rewards them, and gives the loss whose gradient makes the better ones likelier.
 
-    The mean of its gradient over the samples is the gradient of `cross_entropy_share` x cross entropy - (1 - `cross_entropy_share`)
-    x (expected reward - `kl_weight` x KL divergence from the starting model), all for whole captions: a caption of the training set
+    The mean of its gradient over the samples is the gradient of `xe_weight` x cross entropy - (1 - `xe_weight`)
+    x (expected reward - `kl_coef` x KL divergence from the starting model), all for whole captions: a caption of the training set
     counts as a sample does whose advantage is 1. With `dropout` it is another policy that learns than the one that samples, and
     this holds no more; a small data set is harder to learn by heart then.
 
     Args:
         model: The captioner that learns; its encoder does not.
         processor: Its processor.
-        cider: `metrics.CiderD` of the training pictures' captions, which counts the end.
-        options: `num_samples`, `baseline`, `bleu_weight`, `rouge_weight`, `kl_weight`, `cross_entropy_share`, `dropout`,
+        cider: `metrics.CiderD` of the training images' captions, which counts the end.
+        options: `num_samples`, `baseline`, `bleu_weight`, `rouge_weight`, `kl_coef`, `xe_weight`, `dropout`,
             `sample_no_repeat_ngram_size`, `sample_min_length`.
         seed: Of the samples.
         start: The model it started from, where it is to stay near it.
-        token_ids: Captions of each training picture, and of its mirror image where there are views, for the cross entropy; an
-            epoch takes one of each picture.
-        num_views: Of the pictures that are sampled for; see `data_scripts.views`.
+        token_ids: Captions of each training image, and of its mirror image where there are views, for the cross entropy; an
+            epoch takes one of each image.
+        num_augmentations: Of the images that are sampled for; see `data_scripts.augmentations`.
     """
 
-    def __init__(self, model, processor, cider, options, seed: int, start=None, token_ids=None, num_views: int = 1):
+    def __init__(
+        self, model, processor, cider, options, seed: int, start=None, token_ids=None, num_augmentations: int = 1
+    ):
         self.model = model
         self.processor = processor
         self.cider = cider
@@ -334,39 +339,37 @@ class SelfCritic:
         self.seed = seed
         self.start = start
         self.token_ids = token_ids
-        self.num_views = num_views
-        self.rules = Rules(options.sample_no_repeat_ngram_size, options.sample_min_length)
+        self.num_augmentations = num_augmentations
+        self.rules = SamplingConstraints(options.sample_no_repeat_ngram_size, options.sample_min_length)
 
-    def loss(
-        self, forward: nn.Module, batch: dict, epoch: int, num_pictures: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, forward: nn.Module, batch: dict, epoch: int, num_images: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a batch, and what is told of its samples.
 
         Args:
             forward: The model, or what Accelerate has made of it.
-            batch: `index`, the place of each picture among the training pictures, and `pixel_values` or `encoder_outputs`.
+            batch: `index`, the place of each image among the training images, and `pixel_values` or `encoder_outputs`.
             epoch: Decides on the samples, and on the view.
-            num_pictures: Divisor: the pictures of a whole step.
+            num_images: Divisor: the images of a whole step.
 
         Returns:
-            The loss, and sums over the samples as in `FIGURES`, float64.
+            The loss, and sums over the samples as in `METRICS`, float64.
         """
-        options, pictures = self.options, batch["index"].tolist()
-        views = [view_in_epoch(picture, epoch, self.num_views) for picture in pictures]
+        options, images = self.options, batch["index"].tolist()
+        views = [augmentation_in_epoch(image, epoch, self.num_augmentations) for image in images]
         states = self._states(batch)
         length = self.model.generation_config.max_length - len(start_token_ids(self.model))
-        numbers = sampling_numbers(self.seed, epoch, pictures, options.num_samples, length)
+        numbers = sampling_numbers(self.seed, epoch, images, options.num_samples, length)
         samples = sample_captions(self.model, states, numbers, self.rules)
-        of_samples = (np.repeat(values, options.num_samples) for values in (pictures, views))
-        rewards = self.rewards(samples, *of_samples).view(len(pictures), -1)
+        of_samples = (np.repeat(values, options.num_samples) for values in (images, views))
+        rewards = self.rewards(samples, *of_samples).view(len(images), -1)
         greedy = None
         if options.baseline == "greedy":
-            greedy = self.rewards(sample_captions(self.model, states, None, self.rules), pictures, views)
+            greedy = self.rewards(sample_captions(self.model, states, None, self.rules), images, views)
             greedy = greedy.to(states.device)
         references = []
-        if options.cross_entropy_share:
-            captions = [self.token_ids[view % 2][picture] for picture, view in zip(pictures, views, strict=True)]
-            references = [of_picture[epoch % len(of_picture)] for of_picture in captions]
+        if options.xe_weight:
+            captions = [self.token_ids[view % 2][image] for image, view in zip(images, views, strict=True)]
+            references = [of_image[epoch % len(of_image)] for of_image in captions]
         loss, from_start = self.loss_of(forward, states, samples, rewards.to(states.device), greedy, references)
         figures = [
             rewards.sum().item(),
@@ -375,7 +378,7 @@ class SelfCritic:
             sum(map(self.ended, samples)),
             len(samples),
         ]
-        return loss / num_pictures, torch.tensor([*figures, loss.item()], dtype=torch.float64)
+        return loss / num_images, torch.tensor([*figures, loss.item()], dtype=torch.float64)
 
     def loss_of(
         self,
@@ -386,16 +389,16 @@ class SelfCritic:
         greedy: torch.Tensor | None = None,
         references: Sequence[list[int]] = (),
     ) -> tuple[torch.Tensor, float]:
-        """The loss of samples that are there, summed over pictures, and their distance from the starting model, in nats.
+        """The loss of samples that are there, summed over images, and their distance from the starting model, in nats.
 
         Args:
-            states: What the encoder says, (pictures, positions, size).
-            samples: Token ids, as many of each picture.
+            states: What the encoder says, (images, positions, size).
+            samples: Token ids, as many of each image.
             rewards, greedy: See `advantages`.
-            references: A caption of each picture, where there is cross entropy.
+            references: A caption of each image, where there is cross entropy.
         """
         options, rules = self.options, [self.rules] * len(samples)
-        image_index = [picture for picture in range(len(states)) for _ in range(rewards.shape[1])]
+        image_index = [image for image in range(len(states)) for _ in range(rewards.shape[1])]
         with dropout(self.model, options.dropout):
             log_probs = caption_log_probs(
                 forward,
@@ -403,28 +406,28 @@ class SelfCritic:
                 states,
                 [*samples, *references],
                 [*image_index, *range(len(references))],
-                rules + [NO_RULES] * len(references),
+                rules + [UNCONSTRAINED] * len(references),
             )
         of_samples = log_probs[: len(samples)].view_as(rewards)
         from_start = torch.zeros_like(rewards)
         if self.start is not None:
             with torch.no_grad():
                 before = caption_log_probs(self.start, self.start, states, samples, image_index, rules)
-            # Its mean is the KL divergence; as a part of the reward, also what it does to later words is learnt from.
+            # Its mean is the KL divergence; as a part of the reward, also what it does to later words is learned from.
             from_start = of_samples.detach() - before.view_as(rewards)
-        gain = advantages(rewards - options.kl_weight * from_start, greedy)
+        gain = advantages(rewards - options.kl_coef * from_start, greedy)
         loss = -(gain * of_samples).sum() / rewards.shape[1]
         if references:
-            share = options.cross_entropy_share
+            share = options.xe_weight
             loss = (1 - share) * loss - share * log_probs[len(samples) :].sum()
         return loss, from_start.sum().item()
 
-    def rewards(self, captions: list[list[int]], pictures: Sequence[int], views: Sequence[int]) -> torch.Tensor:
-        """CIDEr-D of captions of training pictures' views, BLEU-4 and ROUGE-L by their weights, float32 (captions,)."""
+    def rewards(self, captions: list[list[int]], images: Sequence[int], views: Sequence[int]) -> torch.Tensor:
+        """CIDEr-D of captions of training images' views, BLEU-4 and ROUGE-L by their weights, float32 (captions,)."""
         texts = self.processor.batch_decode(captions, skip_special_tokens=True)
-        # What is left in a mirror image is right in the picture that the references tell of.
-        texts = [caption_of_view(text, view) for text, view in zip(texts, views, strict=True)]
-        cider, bleu_4, rouge_l = self.cider.reward(texts, [self.ended(caption) for caption in captions], pictures)
+        # What is left in a mirror image is right in the image that the references tell of.
+        texts = [augment_caption(text, view) for text, view in zip(texts, views, strict=True)]
+        cider, bleu_4, rouge_l = self.cider.reward(texts, [self.ended(caption) for caption in captions], images)
         reward = cider + self.options.bleu_weight * bleu_4 + self.options.rouge_weight * rouge_l
         return torch.tensor(reward, dtype=torch.float32)
 
@@ -433,6 +436,6 @@ class SelfCritic:
 
     @torch.no_grad()
     def _states(self, batch: dict) -> torch.Tensor:
-        """What the encoder says of each picture, computed once for all its captions."""
+        """What the encoder says of each image, computed once for all its captions."""
         outputs = batch.get("encoder_outputs") or self.model.get_encoder()(batch["pixel_values"])
         return outputs.last_hidden_state

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
-class WholeModel:
+class FullModel:
     """The model to evaluate and to save: the trained one itself, or, where it is shared out, a copy with all its weights.
 
     To be made before Accelerate prepares the model, which FSDP2 lets nobody copy afterwards. The copy waits in main memory.
@@ -27,7 +27,7 @@ class WholeModel:
         self.copy = copy.deepcopy(model).cpu() if accelerator.is_fsdp2 else None
 
     @contextmanager
-    def of(self, model: torch.nn.Module) -> Iterator[PreTrainedModel]:
+    def gathered(self, model: torch.nn.Module) -> Iterator[PreTrainedModel]:
         """Give the whole of the prepared `model`. All processes have to ask for it together."""
         if self.copy is None:
             yield self.accelerator.unwrap_model(model)

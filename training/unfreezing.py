@@ -1,14 +1,14 @@
-"""A frozen encoder may learn in its last blocks, which say most about what the pictures show."""
+"""A frozen encoder may learn in its last blocks, which say most about what the images show."""
 
 from timm.models import group_parameters
 from torch import nn
 
 
 def unfreeze_last_blocks(encoder: nn.Module, num_blocks: int) -> None:
-    """Let the last blocks of a frozen encoder learn, with whatever is behind them; its normalisation statistics stay fixed.
+    """Let the last blocks of a frozen encoder learn, with whatever is behind them; its normalization statistics stay fixed.
 
     Args:
-        encoder: System A's, of timm, whose blocks are the layers that timm itself groups; or one of transformers, of the ViT kind.
+        encoder: The LSTM captioner's, of timm, whose blocks are the layers that timm itself groups; or one of transformers, of the ViT kind.
 
     Raises:
         ValueError: It has fewer blocks, or is not frozen.
@@ -16,10 +16,12 @@ def unfreeze_last_blocks(encoder: nn.Module, num_blocks: int) -> None:
     if not num_blocks:
         return
     if any(parameter.requires_grad for parameter in encoder.parameters()):
-        raise ValueError("--unfrozen_encoder_blocks wants --freeze_encoder true; without it, all of the encoder learns")
+        raise ValueError(
+            "--num_trainable_encoder_blocks wants --freeze_encoder true; without it, all of the encoder learns"
+        )
     if any(hasattr(module, "attention_bias_cache") for module in encoder.modules()):  # timm's LeViT and TinyViT
         raise ValueError(
-            "--unfrozen_encoder_blocks: this encoder keeps what it computes in its attention, and learns as a whole or not at all"
+            "--num_trainable_encoder_blocks: this encoder keeps what it computes in its attention, and learns as a whole or not at all"
         )
     backbone = getattr(encoder, "backbone", None)
     if backbone is not None:
@@ -27,7 +29,7 @@ def unfreeze_last_blocks(encoder: nn.Module, num_blocks: int) -> None:
         blocks = []
         for layer in sorted(groups):
             parameters = [backbone.get_parameter(name) for name in groups[layer]]
-            if blocks and all(parameter.ndim == 1 for parameter in parameters):  # a last normalisation is no block
+            if blocks and all(parameter.ndim == 1 for parameter in parameters):  # a last normalization is no block
                 blocks[-1] += parameters
             else:
                 blocks.append(parameters)
@@ -37,14 +39,14 @@ def unfreeze_last_blocks(encoder: nn.Module, num_blocks: int) -> None:
         every = list(encoder.parameters())
         blocks[-1] = every[[*map(id, every)].index(id(blocks[-1][0])) :]  # with what is behind the blocks
     if num_blocks > len(blocks):
-        raise ValueError(f"--unfrozen_encoder_blocks {num_blocks}: give {len(blocks)} at most")
+        raise ValueError(f"--num_trainable_encoder_blocks {num_blocks}: give {len(blocks)} at most")
     for block in blocks[-num_blocks:]:
         for parameter in block:
             parameter.requires_grad_(True)
 
 
 def checkpoint_blocks(encoder: nn.Module) -> None:
-    """Let system A's encoder compute the activations of its blocks again in the backward pass, in place of keeping them.
+    """Let the LSTM captioner's encoder compute the activations of its blocks again in the backward pass, in place of keeping them.
 
     BatchNorm of an encoder that learns as a whole sees each batch twice then, so that its statistics follow faster.
 
@@ -52,7 +54,9 @@ def checkpoint_blocks(encoder: nn.Module) -> None:
         ValueError: Nothing of it learns, or timm cannot do it for this one.
     """
     if not any(parameter.requires_grad for parameter in encoder.parameters()):
-        raise ValueError("--activation_checkpointing true wants an encoder that learns: see --unfrozen_encoder_blocks")
+        raise ValueError(
+            "--activation_checkpointing true wants an encoder that learns: see --num_trainable_encoder_blocks"
+        )
     try:
         encoder.backbone.set_grad_checkpointing()
     except (AttributeError, AssertionError) as error:

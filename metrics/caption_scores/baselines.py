@@ -1,4 +1,4 @@
-"""What a model must beat to be said to look: its own captions dealt to other pictures, and one caption for all."""
+"""What a model must beat to be said to look: its own captions dealt to other images, and one caption for all."""
 
 import numpy as np
 
@@ -8,20 +8,20 @@ from .overlap import CIDER_SIGMA, ReferenceTable
 NUM_FINALISTS = 5
 
 
-def derangement(num_pictures: int) -> np.ndarray:
-    """Say whose caption each picture gets when captions are dealt out blindly: the same for the same number of pictures.
+def derangement(num_images: int) -> np.ndarray:
+    """Say whose caption each image gets when captions are dealt out blindly: the same for the same number of images.
 
-    All pictures lie on one random cycle and each takes the caption of the one before it, so that none keeps its own. One
-    picture alone has nobody to take a caption from and keeps its own: whoever deals must look after that case.
+    All images lie on one random cycle and each takes the caption of the one before it, so that none keeps its own. One
+    image alone has nobody to take a caption from and keeps its own: whoever deals must look after that case.
     """
-    cycle = np.random.default_rng(num_pictures).permutation(num_pictures)
-    source = np.empty(num_pictures, dtype=np.int64)
+    cycle = np.random.default_rng(num_images).permutation(num_images)
+    source = np.empty(num_images, dtype=np.int64)
     source[cycle] = np.roll(cycle, 1)
     return source
 
 
 def best_constant(candidates: list[str], index: NgramIndex, table: ReferenceTable) -> str:
-    """Choose, among tokenised captions, the one with the highest CIDEr-D when every picture gets it.
+    """Choose, among tokenized captions, the one with the highest CIDEr-D when every image gets it.
 
     All candidates are ranked by their similarity to the mean of the references, which is CIDEr-D without its clipping; the
     first five are then scored in full.
@@ -32,8 +32,8 @@ def best_constant(candidates: list[str], index: NgramIndex, table: ReferenceTabl
     similarity = np.zeros(len(candidates))
     for order in range(MAX_ORDER):
         key, start, _, reference, reference_weight, reference_norm = table.orders[order]
-        # the mean reference: a picture's references share one vote
-        norm = reference_norm * table.num_references[table.picture]
+        # the mean reference: an image's references share one vote
+        norm = reference_norm * table.num_references[table.image]
         share = np.divide(reference_weight, norm[reference], out=np.zeros(len(reference)), where=norm[reference] != 0)
         ngram = np.repeat(key & LOW, np.diff(start))
         size = 1 + max(counts[order].ngram.max(initial=0), ngram.max(initial=0))
@@ -48,9 +48,9 @@ def best_constant(candidates: list[str], index: NgramIndex, table: ReferenceTabl
     gaussian = np.exp(-((lengths[:, None] - reference_lengths) ** 2) / (2 * CIDER_SIGMA**2))
     finalists = np.argsort(-similarity * (gaussian @ how_many), kind="stable")[:NUM_FINALISTS]
 
-    num_pictures = len(table.num_references)
+    num_images = len(table.num_references)
     mean_cider = []
     for finalist in finalists:
-        _, cider = table.match(index.count([candidates[finalist]] * num_pictures))
+        _, cider = table.match(index.count([candidates[finalist]] * num_images))
         mean_cider.append(cider.mean())
     return candidates[finalists[np.argmax(mean_cider)]]

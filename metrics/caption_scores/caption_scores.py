@@ -20,8 +20,8 @@ Captions go through a Python version of the PTB tokenizer that coco-caption runs
 
 _KWARGS_DESCRIPTION = """\
 Args:
-    predictions: One caption (string) per picture.
-    references: For each picture a list of at least one caption.
+    predictions: One caption (string) per image.
+    references: For each image a list of at least one caption.
 Returns:
     bleu_1, bleu_2, bleu_3, bleu_4, rouge_l: between 0 and 1.
     cider: CIDEr-D as coco-caption prints it, between 0 and 10; papers print it times 100.

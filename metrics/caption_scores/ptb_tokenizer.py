@@ -183,5 +183,5 @@ def tokenize(caption: str) -> list[str]:
     """
     if SPANS_BLANK.search(caption):
         return _lex(" ".join(caption.splitlines()))
-    # words come again and again, and what one becomes does not depend on its neighbours
+    # words come again and again, and what one becomes does not depend on its neighbors
     return list(chain.from_iterable(map(_lex_word, caption.split())))

@@ -1,4 +1,4 @@
-"""Score captions against the references of their pictures: CaptionScorer to evaluate, CiderD to reward in training."""
+"""Score captions against the references of their images: CaptionScorer to evaluate, CiderD to reward in training."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,12 +14,12 @@ END = " END"  # a word that no caption has: the tokenizer gives small letters
 METRIC_NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
 
 
-def tokenize_predictions(predictions: Sequence[str], num_pictures: int) -> list[str]:
-    """Check that there is one string per picture, and give the captions with a blank between tokens."""
-    if isinstance(predictions, str) or len(predictions) != num_pictures:
+def tokenize_predictions(predictions: Sequence[str], num_images: int) -> list[str]:
+    """Check that there is one string per image, and give the captions with a blank between tokens."""
+    if isinstance(predictions, str) or len(predictions) != num_images:
         raise ValueError(
-            f"{'one string' if isinstance(predictions, str) else len(predictions)} as predictions for {num_pictures} "
-            "pictures with references: give a list with one caption per picture, in the same order"
+            f"{'one string' if isinstance(predictions, str) else len(predictions)} as predictions for {num_images} "
+            "images with references: give a list with one caption per image, in the same order"
         )
     for position, caption in enumerate(predictions):
         if not isinstance(caption, str):
@@ -30,16 +30,16 @@ def tokenize_predictions(predictions: Sequence[str], num_pictures: int) -> list[
 
 
 def tokenize_references(references: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Check that every picture has a list of strings, and give the references with a blank between tokens."""
+    """Check that every image has a list of strings, and give the references with a blank between tokens."""
     if isinstance(references, str) or not len(references):
-        raise ValueError("references must be a list with, for each picture, a list of at least one caption")
+        raise ValueError("references must be a list with, for each image, a list of at least one caption")
     for position, captions in enumerate(references):
         if isinstance(captions, str) or not isinstance(captions, Sequence):
             raise ValueError(
-                f"references[{position}] is {captions!r}, not a list of strings: put each picture's captions in a list"
+                f"references[{position}] is {captions!r}, not a list of strings: put each image's captions in a list"
             )
         if not captions:
-            raise ValueError(f"references[{position}] is empty: every picture needs at least one reference caption")
+            raise ValueError(f"references[{position}] is empty: every image needs at least one reference caption")
         for caption in captions:
             if not isinstance(caption, str):
                 raise ValueError(
@@ -51,10 +51,10 @@ def tokenize_references(references: Sequence[Sequence[str]]) -> list[list[str]]:
 class CaptionScorer:
     """BLEU-1..4, ROUGE-L and CIDEr-D against fixed references, as pycocoevalcap gives them.
 
-    References are tokenised, and their n-grams and document frequencies counted, once, here.
+    References are tokenized, and their n-grams and document frequencies counted, once, here.
 
     Args:
-        references: For each picture a list of at least one caption.
+        references: For each image a list of at least one caption.
         training_captions: What the model was trained on, all in one list: tells which captions are new, and holds the
             candidates for the best constant caption.
 
@@ -67,28 +67,28 @@ class CaptionScorer:
         self.training_captions = training_captions
         self.index = NgramIndex()
         counts = self.index.learn([caption for captions in self.references for caption in captions])
-        picture = np.repeat(np.arange(len(self.references)), [len(captions) for captions in self.references])
-        frequencies = DocumentFrequencies(counts, picture, len(self.references))
+        image = np.repeat(np.arange(len(self.references)), [len(captions) for captions in self.references])
+        frequencies = DocumentFrequencies(counts, image, len(self.references))
         self.table = ReferenceTable(self.references, counts, frequencies)
 
     def score(self, predictions: Sequence[str]) -> dict[str, float]:
-        """Score one caption per picture.
+        """Score one caption per image.
 
         Returns:
             "bleu_1" to "bleu_4", "rouge_l" and "cider", as coco-caption prints them (a CIDEr of 0.9 where papers print 90).
 
         Raises:
-            ValueError: Another number of predictions than of pictures, or one that is no string.
+            ValueError: Another number of predictions than of images, or one that is no string.
         """
         return self._mean(self._measure(tokenize_predictions(predictions, len(self.references))))
 
-    def distinct_words(self, predictions: Sequence[str]) -> int:
+    def unique_words(self, predictions: Sequence[str]) -> int:
         """How many different words the captions have, all together."""
         captions = tokenize_predictions(predictions, len(self.references))
         return len({word for caption in captions for word in caption.split()})
 
     def per_image_cider(self, predictions: Sequence[str]) -> list[float]:
-        """CIDEr-D of each caption, in the order of the pictures."""
+        """CIDEr-D of each caption, in the order of the images."""
         return self._measure(tokenize_predictions(predictions, len(self.references)))[:, -1].tolist()
 
     def report(
@@ -100,62 +100,60 @@ class CaptionScorer:
     ) -> dict:
         """Say how good captions are, how sure that is, what looking away would give, and what the captions are like.
 
-        The 95 % intervals are percentiles over resamples of the pictures, document frequencies left as they are. A model
-        sees the pictures if the interval of the mean gain (a picture's CIDEr-D less that of the caption dealt to it, both
-        from the same resample) lies above zero. With one picture nothing can be dealt: its blind caption is empty.
+        The 95 % intervals are percentiles over resamples of the images, document frequencies left as they are. A model
+        sees the images if the interval of the mean gain (an image's CIDEr-D less that of the caption dealt to it, both
+        from the same resample) lies above zero. With one image nothing can be dealt: its shuffled caption is empty.
 
         Args:
-            predictions: One caption per picture.
+            predictions: One caption per image.
             ended: For each caption, whether generation ended it with EOS.
             num_resamples: Number of bootstrap resamples.
             seed: Seed of the resampling.
 
         Returns:
-            "metrics", "blind" and "constant" (with its "caption"): the six scores; "intervals": [low, high] of each score;
-            "diagnostics": shares as fractions, lengths in tokens, None for what cannot be known; "sees_pictures"; "warning":
-            a sentence or None; "per_image": {"cider", "blind_caption"} of each picture. All plain enough for JSON.
+            "metrics", "shuffled" and "constant" (with its "caption"): the six scores; "intervals": [low, high] of each score;
+            "diagnostics": shares as fractions, lengths in tokens, None for what cannot be known; "beats_shuffled"; "warning":
+            a sentence or None; "per_image": {"cider", "shuffled_caption"} of each image. All plain enough for JSON.
 
         Raises:
-            ValueError: As `score`, or another number of `ended` than of pictures.
+            ValueError: As `score`, or another number of `ended` than of images.
         """
-        num_pictures = len(self.references)
-        if ended is not None and len(ended) != num_pictures:
-            raise ValueError(
-                f"{len(ended)} values of `ended` for {num_pictures} pictures: give one per caption, or None"
-            )
-        captions = tokenize_predictions(predictions, num_pictures)
-        dealt = self.deal(captions)
-        measured, blind = self._measure(captions), self._measure(dealt)
-        intervals, gain = self._bootstrap(measured, measured[:, -1] - blind[:, -1], num_resamples, seed)
-        metrics, blind_metrics = self._mean(measured), self._mean(blind)
+        num_images = len(self.references)
+        if ended is not None and len(ended) != num_images:
+            raise ValueError(f"{len(ended)} values of `ended` for {num_images} images: give one per caption, or None")
+        captions = tokenize_predictions(predictions, num_images)
+        dealt = self.shuffle(captions)
+        measured, shuffled = self._measure(captions), self._measure(dealt)
+        intervals, gain = self._bootstrap(measured, measured[:, -1] - shuffled[:, -1], num_resamples, seed)
+        metrics, shuffled_metrics = self._mean(measured), self._mean(shuffled)
         return {
             "metrics": metrics,
             "intervals": intervals,
-            "blind": blind_metrics,
+            "shuffled": shuffled_metrics,
             "constant": dict(self._constant),
             "diagnostics": self._diagnose(captions, ended),
-            "sees_pictures": gain[0] > 0,
-            "warning": self._warn(metrics["cider"], blind_metrics["cider"], gain),
+            "beats_shuffled": gain[0] > 0,
+            "warning": self._warn(metrics["cider"], shuffled_metrics["cider"], gain),
             "per_image": [
-                {"cider": cider, "blind_caption": caption}
-                for cider, caption in zip(measured[:, -1].tolist(), self.deal(predictions), strict=True)
+                {"cider": cider, "shuffled_caption": caption}
+                for cider, caption in zip(measured[:, -1].tolist(), self.shuffle(predictions), strict=True)
             ],
         }
 
-    def _warn(self, cider: float, blind_cider: float, gain: list[float]) -> str | None:
+    def _warn(self, cider: float, shuffled_cider: float, gain: list[float]) -> str | None:
         if len(self.references) == 1:
-            return "There is only one picture, so nothing tells whether its caption depends on it: score more pictures."
+            return "There is only one image, so nothing tells whether its caption depends on it: score more images."
         if gain[0] > 0:
             return None
         return (
-            f"The captions fit their own pictures no better than other pictures (CIDEr {cider:.3f}, dealt to other pictures "
-            f"{blind_cider:.3f}, 95 % interval of the difference {gain[0]:.3f} to {gain[1]:.3f}): as far as {len(self.references)} "
-            "pictures can tell, this model does not look at the pictures."
+            f"The captions fit their own images no better than other images (CIDEr {cider:.3f}, dealt to other images "
+            f"{shuffled_cider:.3f}, 95 % interval of the difference {gain[0]:.3f} to {gain[1]:.3f}): as far as {len(self.references)} "
+            "images can tell, this model does not look at the images."
         )
 
     @staticmethod
-    def deal(predictions: Sequence[str]) -> list[str]:
-        """Give each picture another picture's caption, always the same one; a picture alone gets the empty caption."""
+    def shuffle(predictions: Sequence[str]) -> list[str]:
+        """Give each image another image's caption, always the same one; an image alone gets the empty caption."""
         return [predictions[source] for source in derangement(len(predictions))] if len(predictions) > 1 else [""]
 
     @cached_property
@@ -174,16 +172,16 @@ class CaptionScorer:
     def _bootstrap(
         self, measured: np.ndarray, gain: np.ndarray, num_resamples: int, seed: int
     ) -> tuple[dict[str, list[float]], list[float]]:
-        """95 % intervals of every score and of the mean gain, from the same resamples of the pictures."""
+        """95 % intervals of every score and of the mean gain, from the same resamples of the images."""
         generator = np.random.default_rng(seed)
-        num_pictures = len(measured)
+        num_images = len(measured)
         columns = np.column_stack([measured, gain])
         totals = np.empty((num_resamples, columns.shape[1]))
         for total in totals:
-            times_drawn = np.bincount(generator.integers(0, num_pictures, num_pictures), minlength=num_pictures)
+            times_drawn = np.bincount(generator.integers(0, num_images, num_images), minlength=num_images)
             total[:] = times_drawn @ columns
         bleus = bleu(totals[:, :4], totals[:, 4:8], totals[:, 8], totals[:, 9])
-        scores = np.column_stack([bleus, totals[:, 10:] / num_pictures])
+        scores = np.column_stack([bleus, totals[:, 10:] / num_images])
         low_high = np.percentile(scores, [2.5, 97.5], axis=0).T.tolist()
         return dict(zip(METRIC_NAMES, low_high[:-1], strict=True)), low_high[-1]
 
@@ -196,12 +194,12 @@ class CaptionScorer:
             "repeated_trigram": float(np.mean([len(set(of_caption)) < len(of_caption) for of_caption in trigrams])),
             "mean_length": float(np.mean([len(caption) for caption in words])),
             "mean_reference_length": float(self.table.length.mean()),
-            "distinct_words": len({word for caption in words for word in caption}),
+            "unique_words": len({word for caption in words for word in caption}),
             "novel": float(np.mean([caption not in known for caption in captions])) if known else None,
         }
 
     def _measure(self, captions: list[str]) -> np.ndarray:
-        """What scores are sums of, (pictures, 12): BLEU's four matches, four guesses and two lengths, ROUGE-L, CIDEr-D."""
+        """What scores are sums of, (images, 12): BLEU's four matches, four guesses and two lengths, ROUGE-L, CIDEr-D."""
         counts = self.index.count(captions)
         lengths = count_words(counts, len(captions))
         matches, cider = self.table.match(counts)
@@ -222,7 +220,7 @@ class CiderD:
     Vedantam et al. 2015 (the score), Rennie et al. 2017 (the use as a reward).
 
     Args:
-        references: For each picture of the reference set, as a rule the training split, a list of captions.
+        references: For each image of the reference set, as a rule the training split, a list of captions.
         count_end: Whether a caption's end is a word of its n-grams, as in the rewards of Rennie et al.: else nothing is lost by
             breaking off at "a dog on a".
     """
@@ -230,32 +228,32 @@ class CiderD:
     def __init__(self, references: Sequence[Sequence[str]], count_end: bool = False) -> None:
         self.end = END if count_end else ""
         self.references = [[caption + self.end for caption in captions] for captions in tokenize_references(references)]
-        picture = np.repeat(np.arange(len(self.references)), [len(captions) for captions in self.references])
+        image = np.repeat(np.arange(len(self.references)), [len(captions) for captions in self.references])
         self.index = NgramIndex()
         counts = self.index.learn([caption for captions in self.references for caption in captions])
-        self.frequencies = DocumentFrequencies(counts, picture, len(self.references))
+        self.frequencies = DocumentFrequencies(counts, image, len(self.references))
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-        """Score a batch of captions that ended, each against the references of its own picture, float64 (len(predictions),)."""
+        """Score a batch of captions that ended, each against the references of its own image, float64 (len(predictions),)."""
         tokenized = [[caption + self.end for caption in captions] for captions in tokenize_references(references)]
         captions = [caption + self.end for caption in tokenize_predictions(predictions, len(tokenized))]
         return self._match(captions, tokenized)[0]
 
     def reward(
-        self, predictions: Sequence[str], ended: Sequence[bool], pictures: Sequence[int]
+        self, predictions: Sequence[str], ended: Sequence[bool], images: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """CIDEr-D, BLEU-4 and ROUGE-L of each caption by itself, each float64 (len(predictions),).
 
         Args:
-            predictions: Captions; a picture may have several.
+            predictions: Captions; an image may have several.
             ended: Whether each came to its end. Where the end counts, one that did not has none.
-            pictures: Of each caption, the place of its picture in the reference set.
+            images: Of each caption, the place of its image in the reference set.
         """
         captions = [
             caption + self.end * end
-            for caption, end in zip(tokenize_predictions(predictions, len(pictures)), ended, strict=True)
+            for caption, end in zip(tokenize_predictions(predictions, len(images)), ended, strict=True)
         ]
-        references = [self.references[picture] for picture in pictures]
+        references = [self.references[image] for image in images]
         cider, matches, counts, table = self._match(captions, references)
         lengths = count_words(counts, len(captions))
         guesses = np.maximum(lengths[:, None] - np.arange(MAX_ORDER), 0)
@@ -265,7 +263,7 @@ class CiderD:
     def _match(self, captions: list[str], references: list[list[str]]) -> tuple:
         """CIDEr-D and BLEU's matches of the captions, their n-grams, and the table of the references they met."""
         num_predictions = len(captions)
-        captions = captions + [caption for of_picture in references for caption in of_picture]
+        captions = captions + [caption for of_image in references for caption in of_image]
         # counted together, so that a new n-gram bears the same number in a prediction and in its references
         counts = self.index.count(captions)
         table = ReferenceTable(

@@ -1,11 +1,11 @@
 
 "use strict";
-// Order, filter, keyboard, and where the model looked. Without script the page still shows every picture, in the order of the data.
+// Order, filter, keyboard, and where the model looked. Without script the page still shows every image, in the order of the data.
 const list = document.getElementById("cards");
 const cards = [...list.children];
 const order = document.getElementById("order");
 const filter = document.getElementById("filter");
-// The blind caption belongs to another picture: its words find nothing here.
+// The shuffled caption belongs to another image: its words find nothing here.
 const textOf = (card) => [...card.querySelectorAll(".caption, .references, .id")].map((part) => part.textContent).join(" ");
 const words = new Map(cards.map((card) => [card, textOf(card).toLowerCase()]));
 
@@ -35,7 +35,7 @@ function move(step) {
   if (visible.length) visible[next].firstElementChild.focus();
 }
 
-// Darken a word's picture where the model did not look, and tell how sure it was; null brings the picture back.
+// Darken a word's image where the model did not look, and tell how sure it was; null brings the image back.
 function look(card, token) {
   const [canvas, told] = [card.querySelector("canvas"), card.querySelector(".told")];
   told.textContent = token ? `${token.textContent.trim()}  ${token.dataset.sure}` : "";
@@ -54,13 +54,13 @@ function look(card, token) {
   small.getContext("2d").putImageData(image, 0, 0);
   const context = canvas.getContext("2d");
   context.clearRect(0, 0, canvas.width, canvas.height);
-  context.imageSmoothingQuality = "high"; // a few places, softly drawn over the whole picture
+  context.imageSmoothingQuality = "high"; // a few places, softly drawn over the whole image
   context.drawImage(small, 0, 0, canvas.width, canvas.height);
 }
 
 for (const card of cards) {
   const tokens = [...card.querySelectorAll(".token")];
-  // One stop of the tab key a picture; from there arrows walk on.
+  // One stop of the tab key an image; from there arrows walk on.
   tokens.forEach((token, index) => token.setAttribute("tabindex", index ? -1 : 0));
   const focused = () => tokens.find((token) => token === document.activeElement) ?? null;
   for (const token of tokens) {
@@ -72,7 +72,7 @@ for (const card of cards) {
   }
 }
 
-// The next word of the picture one stands on; false where there is none.
+// The next word of the image one stands on; false where there is none.
 function walk(step) {
   const card = document.activeElement.closest("#cards > li");
   const tokens = card ? [...card.querySelectorAll(".token")] : [];
@@ -95,7 +95,7 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
     filter.focus();
   } else if (event.key in moves) {
-    // Arrows scroll the page as ever until a picture has been stepped onto with j or k.
+    // Arrows scroll the page as ever until an image has been stepped onto with j or k.
     if (event.key.startsWith("Arrow") && !list.contains(document.activeElement)) return;
     event.preventDefault();
     if (/Left|Right/.test(event.key) && walk(moves[event.key])) return;

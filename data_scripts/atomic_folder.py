@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole_folder(output_dir: str | Path) -> Iterator[tuple[Path, Path]]:
+def atomic_folder(output_dir: str | Path) -> Iterator[tuple[Path, Path]]:
     """Give (folder, scratch): what stands in `folder` at the end becomes `output_dir`, unless an error ends the block.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Time pictures on their way from files to a model's pixels against bare decoding and resizing of the same files.
+"""Time images on their way from files to a model's pixels against bare decoding and resizing of the same files.
 
-    python -m benchmarks.pictures --pictures folder/ --json pictures.json
+    python -m benchmarks.images --images folder/ --json images.json
 
 The bare side opens each file with Pillow, resizes and crops it, and makes a tensor; ours is what `caption.py` does, checks
 included.
@@ -21,11 +21,11 @@ from benchmarks.machine import benchmark_parser, describe_machine, in_turns, med
 from modeling.processing import resized_side
 
 BATCH_SIZE = 32
-SIZES = {"small": (500, 375), "photograph": (4000, 3000)}  # pixels of the pictures that are made
+SIZES = {"small": (500, 375), "photograph": (4000, 3000)}  # pixels of the images that are made
 
 
-class BarePictures(torch.utils.data.Dataset):
-    """Files as normalised squares, (3, side, side), by Pillow and numpy alone."""
+class BareImages(torch.utils.data.Dataset):
+    """Files as normalized squares, (3, side, side), by Pillow and numpy alone."""
 
     def __init__(self, paths: list[str], image_processor):
         self.paths, self.side = paths, image_processor.crop_size["height"]
@@ -39,37 +39,37 @@ class BarePictures(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         with Image.open(self.paths[index]) as opened:
-            picture = opened.convert("RGB")
-        scale = self.short / min(picture.size)
-        picture = picture.resize([round(side * scale) for side in picture.size], self.resample)
-        left, top = ((side - self.side) // 2 for side in picture.size)
-        picture = picture.crop((left, top, left + self.side, top + self.side))
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+            image = opened.convert("RGB")
+        scale = self.short / min(image.size)
+        image = image.resize([round(side * scale) for side in image.size], self.resample)
+        left, top = ((side - self.side) // 2 for side in image.size)
+        image = image.crop((left, top, left + self.side, top + self.side))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         return (pixels - self.mean) / self.std
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__, runs=5)
-    parser.add_argument("--pictures", help="folder of pictures; some are made if not given")
-    parser.add_argument("--num_pictures", type=int, default=128, help="of each kind that is made")
+    parser.add_argument("--images", help="folder of images; some are made if not given")
+    parser.add_argument("--num_images", type=int, default=128, help="of each kind that is made")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode, on both sides")
     args = parser.parse_args(argv)
     result = {"machine": describe_machine(args.device)}
     _, processor = build_captioner("lstm", [texts[0] for texts in paragraphs(None, 200)["captions"]])
     with tempfile.TemporaryDirectory() as folder:
-        folders = {"given": args.pictures} if args.pictures else make_pictures(Path(folder), args.num_pictures)
+        folders = {"given": args.images} if args.images else make_images(Path(folder), args.num_images)
         for kind, place in folders.items():
-            result[kind] = compare(caption.list_pictures(str(place)), processor, args)
+            result[kind] = compare(caption.list_images(str(place)), processor, args)
     write_result(result, args.json)
 
 
 def compare(paths: list[str], processor, args) -> dict:
-    """Pictures a second of both sides, in turns."""
-    sources = caption.PictureSources(paths, 2 * resized_side(processor.image_processor))
+    """Images a second of both sides, in turns."""
+    sources = caption.ImageSources(paths, 2 * resized_side(processor.image_processor))
     loaders = {
-        "bare": DataLoader(BarePictures(paths, processor.image_processor), BATCH_SIZE, num_workers=args.num_workers),
+        "bare": DataLoader(BareImages(paths, processor.image_processor), BATCH_SIZE, num_workers=args.num_workers),
         "ours": DataLoader(
-            sources, BATCH_SIZE, num_workers=args.num_workers, collate_fn=caption.PictureCollator(processor)
+            sources, BATCH_SIZE, num_workers=args.num_workers, collate_fn=caption.ImageCollator(processor)
         ),
     }
 
@@ -81,19 +81,19 @@ def compare(paths: list[str], processor, args) -> dict:
 
     measured = in_turns({name: lambda loader=loader: rate(loader) for name, loader in loaders.items()}, args.runs)
     return {
-        "pictures": len(paths),
+        "images": len(paths),
         "a_second": measured,
         "medians": medians(measured),
         "share_of_bare": ratio_of_medians(measured, "ours", "bare"),
     }
 
 
-def make_pictures(folder: Path, num_pictures: int) -> dict[str, Path]:
-    """JPEGs of a coloured cloud, always the same, a folder for each size; a tenth as many of the large ones."""
+def make_images(folder: Path, num_images: int) -> dict[str, Path]:
+    """JPEGs of a colored cloud, always the same, a folder for each size; a tenth as many of the large ones."""
     random = np.random.default_rng(0)
     for kind, size in SIZES.items():
         (folder / kind).mkdir()
-        for place in range(num_pictures if kind == "small" else max(num_pictures // 10, 4)):
+        for place in range(num_images if kind == "small" else max(num_images // 10, 4)):
             cloud = Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8))
             cloud.resize(size, Image.Resampling.BICUBIC).save(folder / kind / f"{place}.jpg", quality=90)
     return {kind: folder / kind for kind in SIZES}

@@ -1,6 +1,6 @@
-"""Other views of a training picture: its mirror image, and large parts of either, with captions that go with them.
+"""Other views of a training image: its mirror image, and large parts of either, with captions that go with them.
 
-The ten views of Krizhevsky et al., 2012 (section 4.1), the whole picture in the place of its middle: no chance is in them, so that a
+The ten views of Krizhevsky et al., 2012 (section 4.1), the whole image in the place of its middle: no chance is in them, so that a
 frozen encoder's output of each can be kept.
 """
 
@@ -9,15 +9,15 @@ import re
 import numpy as np
 from PIL import Image, ImageOps
 
-NUM_VIEWS = 10
+MAX_AUGMENTATIONS = 10
 PART = 7 / 8  # of width and height
 CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))  # left or right, upper or lower
 
 OTHER_SIDE = {"left": "right", "right": "left"}
 
 
-def view_of_picture(image: Image.Image, view: int) -> Image.Image:
-    """View 0 is the picture itself, 2, 4, 6 and 8 its corners; the next of each is its mirror image."""
+def augment_image(image: Image.Image, view: int) -> Image.Image:
+    """View 0 is the image itself, 2, 4, 6 and 8 its corners; the next of each is its mirror image."""
     if view >= 2:
         width, height = image.size
         sizes = round(PART * width), round(PART * height)
@@ -28,12 +28,12 @@ def view_of_picture(image: Image.Image, view: int) -> Image.Image:
     return ImageOps.mirror(image) if view % 2 else image
 
 
-def view_in_epoch(picture: int | np.ndarray, epoch: int, num_views: int) -> int | np.ndarray:
-    """The view of a training picture, named by its row, whose turn it is; of many where `picture` is an array."""
-    return (picture + epoch) % num_views
+def augmentation_in_epoch(image: int | np.ndarray, epoch: int, num_augmentations: int) -> int | np.ndarray:
+    """The view of a training image, named by its row, whose turn it is; of many where `image` is an array."""
+    return (image + epoch) % num_augmentations
 
 
-def caption_of_view(caption: str, view: int) -> str:
+def augment_caption(caption: str, view: int) -> str:
     """The caption, with left and right swapped where the view is a mirror image, also where they mean something else.
 
     Twice, it is the caption itself.
