@@ -18,10 +18,10 @@ import torch
 import transformers
 from markupsafe import Markup
 
-from data_scripts.command_line import one_line_errors
 from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
 from modeling.captioner import load_captioner, move_to_device, stream_caption
 from reporting.page import image_data_uri
+from system.errors import UserError, one_line_errors
 
 try:
     import gradio as gr
@@ -79,7 +79,7 @@ def demo_models() -> list[str]:
     """What `make demo` has left here."""
     found = [folder for folder in DEMO_MODELS if Path(folder, "config.json").is_file()]
     if not found:
-        raise ValueError(
+        raise UserError(
             f"no model is named, and there is none in {' or '.join(DEMO_MODELS)}: "
             "run `make demo`, or name a folder or Hub id: python app.py MODEL"
         )

@@ -22,15 +22,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from data_scripts.archives import download
-from data_scripts.caption_table import printable
-from data_scripts.command_line import one_line_errors
 from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
 from modeling.captioner import generate_captions, load_captioner, move_to_device, set_decoding
 from modeling.processing import resized_side
-from recipes import value_problem
 from reporting.page import IMAGE_SIZE, write_page
-from reporting.results import write_file
+from system.downloads import download
+from system.errors import UserError, one_line_errors, printable
+from system.files import write_file
+from training.arguments import value_problem
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 NUM_IMAGES_ON_PAGE = 200
@@ -173,7 +172,7 @@ def list_images(source: str) -> list[str]:
         return [source]
     found = sorted(str(path) for path in Path(source).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise ValueError(f"{source} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"{source} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return found
 
 

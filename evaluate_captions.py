@@ -22,15 +22,15 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from data_scripts import load_captions
-from data_scripts.caption_batches import CaptionCollator, ImageDataset
-from data_scripts.command_line import one_line_errors
-from data_scripts.features import encode_splits
 from metrics import CaptionScorer
 from modeling.captioner import caption_images, load_captioner, move_to_device, set_decoding
-from recipes import ImageArguments, value_problem
 from reporting.page import NUM_IMAGES
 from reporting.report import print_results, report_captions
 from reporting.results import read_captions, write_captions, write_results
+from system.errors import UserError, one_line_errors
+from training.arguments import ImageArguments, value_problem
+from training.batches import CaptionCollator, ImageDataset
+from training.features import encode_splits
 
 
 @dataclass
@@ -135,7 +135,7 @@ def score_model(args: EvaluationArguments) -> None:
     set_seed(args.seed, device_specific=True)
     dataset = load_captions(args.dataset_name)
     if args.split not in dataset:
-        raise ValueError(f"{args.dataset_name} has no split {args.split!r}; it has {', '.join(dataset)}")
+        raise UserError(f"{args.dataset_name} has no split {args.split!r}; it has {', '.join(dataset)}")
     rows = dataset[args.split]
     if args.max_eval_samples:
         rows = rows.select(range(min(args.max_eval_samples, len(rows))))

@@ -22,11 +22,11 @@ import transformers
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, VisionEncoderDecoderModel
 
-from data_scripts.atomic_folder import atomic_folder
-from data_scripts.command_line import one_line_errors
 from modeling import InceptionLSTMForConditionalGeneration
 from modeling.captioner import load_captioner
 from modeling.modeling_inception_lstm import STATE_NAME
+from system.errors import one_line_errors
+from system.files import atomic_folder
 
 OPSET = 20
 MAX_BYTES_IN_FILE = 1_800_000_000  # of weights; an .onnx file ends at 2 GiB, and more goes into a .data file beside it

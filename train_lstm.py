@@ -21,23 +21,22 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-import recipes
 from data_scripts import load_for_training
-from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset, subsample_evenly
-from data_scripts.command_line import one_line_errors
-from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from metrics import CaptionScorer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import caption_images, load_captioner, save_captioner, set_decoding
 from modeling.modeling_inception_lstm import timm_source
 from modeling.processing import build_processor, timm_image_processor
-from recipes import DataArguments, parse_recipe
 from reporting.live import EpochProgressBar
 from reporting.page import NUM_IMAGES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.training_report import report_training
+from system.errors import UserError, one_line_errors
+from training import arguments
+from training.arguments import DataArguments, parse_recipe
 from training.averaging import WeightAverage, check_average
+from training.batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset, subsample_evenly
 from training.checkpoints import (
     check_finite,
     check_not_overwriting_start,
@@ -46,6 +45,7 @@ from training.checkpoints import (
     lock_output_dir,
 )
 from training.evaluation import score_captions
+from training.features import encode_splits
 from training.loop import (
     Progress,
     accumulation_windows,
@@ -113,7 +113,7 @@ class LSTMArguments:
 
 
 @dataclass
-class LoopArguments(recipes.LoopArguments):
+class LoopArguments(arguments.LoopArguments):
     """The training loop."""
 
     output_dir: str = field(default="outputs/lstm", metadata={"help": "Where model, results and checkpoints go."})
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         if model_args.model_name_or_path:
             check_not_overwriting_start(model_args.model_name_or_path, args.output_dir)
         accelerator = start_accelerator(args)
-    with one_line_errors(OSError), lock_output_dir(args.output_dir):
+    with one_line_errors(), lock_output_dir(args.output_dir):
         run(data_args, model_args, args, accelerator)
 
 
@@ -222,7 +222,7 @@ def run(data_args: DataArguments, model_args: LSTMArguments, args: LoopArguments
     # ---- Training ---------------------------------------------------------------------------------------------------
     progress = Progress(step_size)
     if resume_from:
-        with one_line_errors(ValueError):
+        with one_line_errors():
             progress = load_checkpoint(accelerator, scheduler, resume_from, progress)
         copy_best_model(resume_from, args.output_dir)
     start_trackers(accelerator, options, progress)
@@ -299,17 +299,17 @@ def load_start(args: LSTMArguments, tokenizer_name: str | None) -> tuple:
         ValueError: It cannot be loaded, is not of this system, or an option does not go with it.
     """
     if tokenizer_name:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer_name {tokenizer_name} does not go with --model_name_or_path {args.model_name_or_path}, which has its own"
         )
     model, processor = load_captioner(args.model_name_or_path)
     if not isinstance(model, InceptionLSTMForConditionalGeneration):
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {args.model_name_or_path} is a {type(model).__name__}: give a captioner that train_lstm.py has made"
         )
     config = model.config
     if args.attention_dropout and not config.attention:
-        raise ValueError(
+        raise UserError(
             f"--attention_dropout {args.attention_dropout}: --model_name_or_path {args.model_name_or_path} has no attention"
         )
     config.update({name: getattr(args, name) for name in ("freeze_encoder", "dropout", "attention_dropout")})
@@ -324,15 +324,15 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
     check_special_tokens(tokenizer)
     for name, default in (("num_attention_heads", 1), ("attention_dropout", 0)):
         if getattr(args, name) != default and not args.attention:
-            raise ValueError(f"--{name} {getattr(args, name)} wants --attention true")
+            raise UserError(f"--{name} {getattr(args, name)} wants --attention true")
     if args.hidden_size % args.num_attention_heads:
-        raise ValueError(
+        raise UserError(
             f"--num_attention_heads {args.num_attention_heads} does not divide --hidden_size {args.hidden_size}"
         )
     try:
         backbone = timm.create_model(timm_source(args.encoder), pretrained=False, num_classes=0)
     except RuntimeError as error:
-        raise ValueError(f"--encoder {args.encoder}: {error}; give a timm name, a Hub id or a local folder") from error
+        raise UserError(f"--encoder {args.encoder}: {error}; give a timm name, a Hub id or a local folder") from error
     config = InceptionLSTMConfig(
         encoder_name=backbone.pretrained_cfg["architecture"],
         freeze_encoder=args.freeze_encoder,
@@ -353,12 +353,12 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
     except AssertionError as error:  # timm's, of models that cannot go without their summary
         if not args.attention:
             raise
-        raise ValueError(f"--attention true: timm's {args.encoder} gives no grid to look at") from error
+        raise UserError(f"--attention true: timm's {args.encoder} gives no grid to look at") from error
     if args.pretrained_encoder:
         try:
             model.load_pretrained_encoder(args.encoder)
         except Exception as error:  # timm, the Hub's client and torch each have their own
-            raise ValueError(
+            raise UserError(
                 f"--encoder {args.encoder}: its weights cannot be loaded ({str(error).strip().splitlines()[0]}); give a "
                 "folder that holds them, or --pretrained_encoder false"
             ) from error
@@ -369,7 +369,7 @@ def build_model(args: LSTMArguments, tokenizer) -> tuple:
             with torch.no_grad():
                 states = model.eval().encoder(torch.zeros(1, 3, side, side)).last_hidden_state
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"--image_size {side}: {args.encoder} cannot see it ({error})") from error
+            raise UserError(f"--image_size {side}: {args.encoder} cannot see it ({error})") from error
         if args.attention and states.shape[1] == 1:
             logger.warning(
                 f"--attention true: {args.encoder} gives one place for {side} pixels; there is nothing to choose from."

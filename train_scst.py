@@ -22,18 +22,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader
 
-import recipes
 from data_scripts import load_for_training
-from data_scripts.caption_batches import (
-    AugmentedImages,
-    CaptionCollator,
-    CaptionPairs,
-    CaptionSampler,
-    ImageDataset,
-    subsample_evenly,
-)
-from data_scripts.command_line import one_line_errors
-from data_scripts.features import encode_splits, weights_digest
 from metrics import CaptionScorer, CiderD
 from modeling.caption_loss import caption_loss
 from modeling.captioner import (
@@ -44,12 +33,22 @@ from modeling.captioner import (
     set_decoding,
     start_token_ids,
 )
-from recipes import ImageArguments, parse_recipe
 from reporting.live import EpochProgressBar
 from reporting.page import NUM_IMAGES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.training_report import report_training
+from system.errors import UserError, one_line_errors
+from training import arguments
+from training.arguments import ImageArguments, parse_recipe
 from training.averaging import mixed_with
+from training.batches import (
+    AugmentedImages,
+    CaptionCollator,
+    CaptionPairs,
+    CaptionSampler,
+    ImageDataset,
+    subsample_evenly,
+)
 from training.checkpoints import (
     check_finite,
     check_not_overwriting_start,
@@ -58,6 +57,7 @@ from training.checkpoints import (
     lock_output_dir,
 )
 from training.evaluation import score_captions
+from training.features import encode_splits, weights_digest
 from training.loop import (
     Progress,
     accumulation_windows,
@@ -125,7 +125,7 @@ class SCSTArguments:
 
 
 @dataclass
-class LoopArguments(recipes.LoopArguments):
+class LoopArguments(arguments.LoopArguments):
     """The training loop."""
 
     output_dir: str = field(default="outputs/scst", metadata={"help": "Where model, results and checkpoints go."})
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         check_options(scst_args, args.output_dir)
         accelerator = start_accelerator(args)
-    with one_line_errors(OSError), lock_output_dir(args.output_dir):
+    with one_line_errors(), lock_output_dir(args.output_dir):
         run(data_args, scst_args, args, accelerator)
 
 
@@ -250,7 +250,7 @@ def run(data_args: ImageArguments, scst_args: SCSTArguments, args: LoopArguments
     # ---- Training ---------------------------------------------------------------------------------------------------
     progress = Progress(step_size, start_digest)
     if resume_from:
-        with one_line_errors(ValueError):
+        with one_line_errors():
             progress = load_checkpoint(accelerator, scheduler, resume_from, progress, STATE_FILE, unit="images")
         copy_best_model(resume_from, args.output_dir)
     start_trackers(accelerator, options, progress)
@@ -327,17 +327,17 @@ def check_options(args: SCSTArguments, output_dir: str) -> None:
     """Raise ValueError where options do not go together, or not with the launcher's."""
     for name in ("DEEPSPEED", "FSDP"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise ValueError(
+            raise UserError(
                 f"{name} is not supported by train_scst.py, which samples from the model as it is: run with "
                 "recipes/accelerate/several_gpus.yaml, which gives each process a whole one"
             )
     if args.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing: name the folder or the Hub id of the captioner to continue")
+        raise UserError("--model_name_or_path is missing: name the folder or the Hub id of the captioner to continue")
     check_not_overwriting_start(args.model_name_or_path, output_dir)
     if args.num_samples == 1 and args.baseline == "leave_one_out":
-        raise ValueError("--num_samples 1: there is no other sample to beat; give 2 or more, or --baseline greedy")
+        raise UserError("--num_samples 1: there is no other sample to beat; give 2 or more, or --baseline greedy")
     if args.dropout and args.kl_coef:
-        raise ValueError("--dropout and --kl_coef do not go together: what dropout changes would count as divergence")
+        raise UserError("--dropout and --kl_coef do not go together: what dropout changes would count as divergence")
 
 
 def load_start(name: str) -> tuple:
@@ -352,7 +352,7 @@ def load_start(name: str) -> tuple:
     kinds = {"inception_lstm": "inception-lstm", "vision-encoder-decoder": "vit-gpt2"}
     kind = kinds.get(model.config.model_type)
     if kind is None or (kind == "vit-gpt2" and model.config.decoder.model_type != "gpt2"):
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {name} is a {type(model).__name__} that neither train_lstm.py nor train_vit_gpt2.py makes: give one of theirs"
         )
     model.get_encoder().requires_grad_(False)
@@ -390,7 +390,7 @@ def use_decoding(model, tokenizer, args: LoopArguments, captions: CaptionPairs, 
     num_start = len(start_token_ids(model))
     longest = model.generation_config.max_length - num_start
     if sample_min_length > longest:
-        raise ValueError(
+        raise UserError(
             f"the shortest sample is to have {sample_min_length} tokens and the longest {longest}: give a lower "
             "--sample_min_length or a higher --max_length"
         )

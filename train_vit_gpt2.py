@@ -36,9 +36,6 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 
 from data_scripts import load_for_training
 from data_scripts.augmentations import augment_caption
-from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset, subsample_evenly
-from data_scripts.command_line import one_line_errors
-from data_scripts.features import encode_splits
 from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from data_scripts.trim_vocabulary import trim_tokenizer
 from metrics import CaptionScorer
@@ -53,13 +50,15 @@ from modeling.vit_gpt2 import (
     hidden_states_as_logits,
     vit_image_processor,
 )
-from recipes import DataArguments, check_lengths, parse_recipe
 from reporting.curves import draw_curves
 from reporting.live import EpochProgressBar, check_trackers, tell_losses
 from reporting.page import NUM_IMAGES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.results import write_history
 from reporting.training_report import report_training
+from system.errors import UserError, one_line_errors
+from training.arguments import DataArguments, check_lengths, parse_recipe
+from training.batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset, subsample_evenly
 from training.checkpoints import (
     IN_FLOAT32,
     check_finite,
@@ -75,6 +74,7 @@ from training.checkpoints import (
     refuse_deepspeed,
 )
 from training.evaluation import score_captions
+from training.features import encode_splits
 from training.lora import TRAINED, add_lora, check_lora, load_trained, merged, save_trained
 from training.sharding import FullModel
 from training.stopping import StopSignal, follow_launcher
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     with one_line_errors():
         check_launch()
-    with one_line_errors(OSError), lock_output_dir(args.output_dir):
+    with one_line_errors(), lock_output_dir(args.output_dir):
         run(data_args, model_args, args)
 
 
@@ -371,7 +371,7 @@ def build_model(args: ViTGPT2Arguments, tokenizer, token_ids: list[int] | None =
     encoder = args.encoder
     if not args.pretrained_encoder:
         if args.patch_size > args.image_size:
-            raise ValueError(f"--patch_size {args.patch_size} is more than --image_size {args.image_size}")
+            raise UserError(f"--patch_size {args.patch_size} is more than --image_size {args.image_size}")
         encoder = encoder_config(args.image_size, args.patch_size, **sizes)
     decoder = args.decoder
     if not args.pretrained_decoder:
@@ -380,12 +380,12 @@ def build_model(args: ViTGPT2Arguments, tokenizer, token_ids: list[int] | None =
         model = build_vit_gpt2(encoder, decoder, tokenizer, args.prompt, args.freeze_encoder, args.dropout, token_ids)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"--encoder {args.encoder}, --decoder {args.decoder}: {reason}; give Hub ids that can be reached, or folders"
         ) from error
     positions, num_start_ids = model.config.decoder.max_position_embeddings, len(start_token_ids(model))
     if num_start_ids >= positions:
-        raise ValueError(f"--prompt has {num_start_ids - 1:,} tokens, of which the decoder reads {positions:,} at most")
+        raise UserError(f"--prompt has {num_start_ids - 1:,} tokens, of which the decoder reads {positions:,} at most")
     if args.lora_rank:
         add_lora(model.decoder, args.lora_rank, fresh_cross_attention=not brings_cross_attention(args.decoder))
     unfreeze_last_blocks(model.encoder, args.num_trainable_encoder_blocks)
@@ -454,7 +454,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             check_sharding(folder, self.accelerator.is_fsdp2)
             check_step_size(folder, self._loop(folder)["step_size"], self.sampler.batch_size)
             if (folder / TRAINED).is_file() != self.lora:
-                raise ValueError(
+                raise UserError(
                     f"{folder} was made {'without' if self.lora else 'with'} --lora_rank: give the same options"
                 )
             try:
@@ -470,14 +470,14 @@ class CaptionTrainer(Seq2SeqTrainer):
                 self.model.load_state_dict({name: saved[name] for name in self.model.state_dict()})
             except (KeyError, RuntimeError) as error:
                 reason = str(error).splitlines()[-1].strip()
-                raise ValueError(f"{folder} is of another model ({reason})") from error
+                raise UserError(f"{folder} is of another model ({reason})") from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with one_line_errors():
             try:
                 super()._load_optimizer_and_scheduler(checkpoint)
             except ValueError as error:  # torch's where other parts of the model learned
-                raise ValueError(f"{checkpoint} was made with other parts learning: give the same options") from error
+                raise UserError(f"{checkpoint} was made with other parts learning: give the same options") from error
         if checkpoint:
             copy_best_model(Path(checkpoint), self.args.output_dir)
 

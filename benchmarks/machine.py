@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from reporting.results import write_file
+from system.files import write_file
 
 
 def benchmark_parser(description: str, runs: int) -> argparse.ArgumentParser:

@@ -33,11 +33,11 @@ from benchmarks.machine import (
     synchronize,
     write_result,
 )
-from data_scripts.caption_batches import CaptionCollator, CaptionPairs
-from data_scripts.features import encode_splits
 from modeling.caption_loss import computes_in_bfloat16
 from modeling.captioner import save_captioner
-from recipes import DataArguments
+from training.arguments import DataArguments
+from training.batches import CaptionCollator, CaptionPairs
+from training.features import encode_splits
 
 # Of our epochs; fewer could not be sorted into batches of one length, as the report's 5,715 can.
 NUM_IMAGES = {"lstm": 512, "vit_gpt2": 48}

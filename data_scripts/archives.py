@@ -2,25 +2,20 @@
 
 import os
 import tempfile
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
 
-import requests
-import urllib3
-from tqdm import tqdm
+from system.downloads import download
+from system.errors import UserError
 
 GIGABYTE = 2**30
 MAX_FILE_BYTES = GIGABYTE  # of one file; the largest honest one, COCO's captions, has a seventh of it
 MAX_UNPACKED_GIGABYTES = 64.0  # of a whole zip; all of COCO has a third of it
 HOW_TO_RAISE = "raise --max_unpacked_gigabytes if you trust it"
-SILENCE_SECONDS = 60.0  # that a server may keep before its first word and between two
-MAX_DOWNLOAD_SECONDS = 24 * 3600.0
 
 
 class SourceFiles:
@@ -84,45 +79,6 @@ def open_files(source: str | Path, max_unpacked_gigabytes: float = MAX_UNPACKED_
         raise FileNotFoundError(f"{source} is neither a folder nor a file")
 
 
-def download(
-    url: str,
-    path: Path,
-    max_bytes: int,
-    max_seconds: float = MAX_DOWNLOAD_SECONDS,
-    advice: str = "no more is fetched",
-) -> None:
-    """Fetch `url` into `path` with a progress bar; `advice` is for who meets the limit in bytes.
-
-    Raises:
-        ValueError: The URL is not http or https, or holds more than `max_bytes`.
-        OSError: The server cannot be reached, stops sending, answers with an error, or takes more than `max_seconds`.
-    """
-    ends = time.monotonic() + max_seconds
-    if urlsplit(url).scheme not in ("http", "https"):
-        raise ValueError(f"{url} is not a http or https address")
-    with requests.get(url, stream=True, timeout=min(SILENCE_SECONDS, max_seconds)) as response:
-        response.raise_for_status()
-        length = int(response.headers.get("Content-Length", 0)) or None
-        with open(path, "wb") as file, tqdm(total=length, unit="B", unit_scale=True, desc="Downloading") as progress:
-            for chunk in _as_it_comes(response):
-                file.write(chunk)
-                progress.update(len(chunk))
-                if time.monotonic() > ends:
-                    raise OSError(f"{url} takes more than {max_seconds:g} seconds to come")
-                # Counted here, because a server may say nothing about the length, or lie.
-                if file.tell() > max_bytes:
-                    raise ValueError(f"{url} is larger than {max_bytes / 2**20:,.0f} MiB: {advice}")
-
-
-def _as_it_comes(response: requests.Response) -> Iterator[bytes]:
-    # Not iter_content(), which waits until a piece is full: a server that sends a byte now and then would hold it forever.
-    try:
-        while chunk := response.raw.read1(2**20, decode_content=True):
-            yield chunk
-    except urllib3.exceptions.HTTPError as error:
-        raise OSError(f"{response.url} stopped sending: {error}") from error
-
-
 def _list_folder(root: Path) -> SourceFiles:
     root = root.resolve()
     readers = {}
@@ -160,11 +116,11 @@ def _open_zip(path: Path, location: str, max_unpacked_gigabytes: float) -> Itera
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{location} cannot be read as a zip ({error}): unpack it and give the folder") from error
+        raise UserError(f"{location} cannot be read as a zip ({error}): unpack it and give the folder") from error
     with archive:
         unpacked = sum(member.file_size for member in archive.infolist()) / GIGABYTE
         if unpacked > max_unpacked_gigabytes:
-            raise ValueError(
+            raise UserError(
                 f"{location} unpacks to {unpacked:.1f} GiB, more than the {max_unpacked_gigabytes:g} GiB allowed: {HOW_TO_RAISE}"
             )
         readers = {

@@ -19,9 +19,10 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from tqdm import tqdm
 
-from data_scripts.atomic_folder import atomic_folder
 from data_scripts.row_checks import CheckedRow, SourceRow, check_row
 from data_scripts.splits import SPLITS, cut_missing_splits
+from system.errors import UserError, printable
+from system.files import atomic_folder
 
 FEATURES = Features({"image": Image(mode="RGB"), "image_id": Value("string"), "captions": List(Value("string"))})
 
@@ -77,7 +78,7 @@ def check_rows(rows: Sequence[SourceRow], strict: bool, summary: Summary) -> Ite
                     checked.problems.append("second image of that name")
                     checked.usable = False
                 if checked.problems and strict:
-                    raise ValueError(f"{printable(checked.row.place)}: {checked.problems[0]} (--strict)")
+                    raise UserError(f"{printable(checked.row.place)}: {checked.problems[0]} (--strict)")
                 for problem in checked.problems:
                     summary.skipped.setdefault(problem, []).append(printable(checked.row.place))
                 if checked.usable:
@@ -85,11 +86,6 @@ def check_rows(rows: Sequence[SourceRow], strict: bool, summary: Summary) -> Ite
                     usable.append(checked)
                 progress.update()
             yield usable
-
-
-def printable(text: str) -> str:
-    """A name, which is anybody's, so that no escape sequence reaches the terminal and no lone surrogate breaks the printing."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def write_caption_table(
@@ -115,14 +111,14 @@ def write_caption_table(
     """
     shares = {"validation": validation_share, "test": test_share}
     if min(shares.values()) < 0 or sum(shares.values()) >= 1:
-        raise ValueError("--validation_share and --test_share must be 0 or more, and less than 1 together")
+        raise UserError("--validation_share and --test_share must be 0 or more, and less than 1 together")
     if not rows:
-        raise ValueError("the source has no image")
+        raise UserError("the source has no image")
     summary = Summary()
     with atomic_folder(output_dir) as (folder, scratch):
         written = _write_arrow(rows, scratch / "rows.arrow", strict, summary)
         if not written:
-            raise ValueError(f"no image can be used\n{summary}")
+            raise UserError(f"no image can be used\n{summary}")
         row_numbers = {split: [i for i, (name, *_) in enumerate(written) if name == split] for split in SPLITS}
         content_hashes = [content_hash for *_, content_hash in written]
         row_numbers = cut_missing_splits(row_numbers, content_hashes, shares, seed)

@@ -1,10 +1,7 @@
-"""What the commands of all sources share: options, the closing summary, and errors in one line."""
+"""What the commands of all sources share: options and the closing summary."""
 
 import argparse
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from data_scripts.archives import MAX_UNPACKED_GIGABYTES
 from data_scripts.caption_table import DEFAULT_SHARE, write_caption_table
@@ -45,21 +42,3 @@ def prepare(rows: Sequence[SourceRow], arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     print(f"{arguments.output_dir} is ready\n{summary}")
-
-
-@contextmanager
-def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn what the user can mend into `error: ...` on stderr and exit code 2, without a traceback.
-
-    Args:
-        kinds: What the user can mend; ValueError and OSError if not given.
-    """
-    kinds = kinds or (ValueError, OSError)
-    with warnings.catch_warnings():
-        # Pillow's remarks on single images, without the image's name; the summary has what matters.
-        warnings.filterwarnings("ignore", module="PIL")
-        try:
-            yield
-        except kinds as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from error

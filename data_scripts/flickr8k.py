@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from data_scripts.archives import SourceFiles, open_files
-from data_scripts.command_line import add_archive_option, add_table_options, one_line_errors, prepare
+from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow
 from data_scripts.text_files import decode_text
+from system.errors import UserError, one_line_errors
 
 TOKEN_FILE = "Flickr8k.token.txt"
 SPLIT_LISTS = {
@@ -32,7 +33,7 @@ def read_captions(text_files: SourceFiles) -> dict[str, list[str]]:
     """
     name = text_files.find(TOKEN_FILE)
     if name is None:
-        raise ValueError(f"{text_files.location} has no {TOKEN_FILE}")
+        raise UserError(f"{text_files.location} has no {TOKEN_FILE}")
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(decode_text(text_files.read(name), name).split("\n"), start=1):
         if not line.strip():
@@ -40,7 +41,7 @@ def read_captions(text_files: SourceFiles) -> dict[str, list[str]]:
         key, tab, caption = line.partition("\t")
         file_name, hash_sign, _ = key.rpartition("#")
         if not tab or not hash_sign:
-            raise ValueError(f"{name}, line {number}: not 'image.jpg#number', a tab and a caption")
+            raise UserError(f"{name}, line {number}: not 'image.jpg#number', a tab and a caption")
         captions.setdefault(file_name, []).append(caption)
     return captions
 
@@ -57,7 +58,7 @@ def read_split_lists(text_files: SourceFiles) -> dict[str, list[str]]:
         if name is not None:
             lists[split] = decode_text(text_files.read(name), name).split()
     if lists and "train" not in lists:
-        raise ValueError(f"{text_files.location} has split lists, but no {SPLIT_LISTS['train']}")
+        raise UserError(f"{text_files.location} has split lists, but no {SPLIT_LISTS['train']}")
     return lists
 
 
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with one_line_errors(), ExitStack() as stack:
         if arguments.text is None and not Path(arguments.source).is_dir():
-            raise ValueError(f"--text is needed, because {arguments.source} is not a folder that holds both")
+            raise UserError(f"--text is needed, because {arguments.source} is not a folder that holds both")
         parts = (arguments.source, arguments.text) if arguments.text else find_parts(Path(arguments.source))
         images, text_files = (stack.enter_context(open_files(part, arguments.max_unpacked_gigabytes)) for part in parts)
         prepare(flickr8k_rows(images, text_files), arguments)

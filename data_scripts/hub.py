@@ -17,10 +17,11 @@ from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from data_scripts.archives import read_file
-from data_scripts.command_line import add_table_options, one_line_errors, prepare
+from data_scripts.command_line import add_table_options, prepare
 from data_scripts.row_checks import OutsideSource, SourceRow
 from data_scripts.splits import SPLIT_NAMES
-from reporting.hub import error_summary
+from system.errors import UserError, one_line_errors
+from system.retries import error_summary
 
 CAPTION_COLUMNS = ("captions", "caption", "text")
 
@@ -37,7 +38,7 @@ def open_dataset(source: str, revision: str | None = None, config_name: str | No
         else:
             dataset = load_dataset(source, config_name, revision=revision)
     except Exception as error:  # datasets, Arrow and the Hub's client each have their own
-        raise ValueError(f"data set '{source}' cannot be opened: {error_summary(error, source)}") from error
+        raise UserError(f"data set '{source}' cannot be opened: {error_summary(error, source)}") from error
     return DatasetDict({"train": dataset}) if isinstance(dataset, Dataset) else dataset
 
 
@@ -61,7 +62,7 @@ def dataset_rows(
         columns = _caption_columns(split, split_name, caption_columns)
         if not isinstance(split.features.get(image_column), Image):
             kind = split.features.get(image_column, "missing")
-            raise ValueError(
+            raise UserError(
                 f"column '{image_column}' of split '{split_name}' holds no images ({kind}); there are "
                 f"{split.column_names}: name one with --image_column"
             )
@@ -78,7 +79,7 @@ def _caption_columns(split: Dataset, split_name: str, names: Sequence[str] | Non
     missing = [name for name in columns if name not in split.column_names]
     if missing or not columns:
         wanted = f"'{missing[0]}'" if missing else " or ".join(CAPTION_COLUMNS)
-        raise ValueError(
+        raise UserError(
             f"split '{split_name}' has no column {wanted}, only {split.column_names}: name it with --caption_column"
         )
     return columns

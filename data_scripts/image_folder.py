@@ -14,10 +14,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from data_scripts.archives import SourceFiles, open_files
-from data_scripts.command_line import add_archive_option, add_table_options, one_line_errors, prepare
+from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow
 from data_scripts.splits import SPLIT_NAMES
 from data_scripts.text_files import gather_captions, read_csv, read_jsonl
+from system.errors import UserError, one_line_errors
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 CAPTION_COLUMNS = ("captions", "caption", "text")
@@ -38,11 +39,11 @@ def find_metadata(files: SourceFiles) -> dict[str, str]:
         found = [("train", path) for path in sorted(paths, key=lambda path: len(path.parts))]
         found = [(split, path) for split, path in found if len(path.parts) == len(found[0][1].parts)]
     if not found:
-        raise ValueError(f"{files.location} has no metadata.csv or metadata.jsonl")
+        raise UserError(f"{files.location} has no metadata.csv or metadata.jsonl")
     metadata: dict[str, str] = {}
     for split, path in found:
         if split in metadata:
-            raise ValueError(f"{metadata[split]} and {path} are both for {split}: keep one")
+            raise UserError(f"{metadata[split]} and {path} are both for {split}: keep one")
         metadata[split] = str(path)
     return metadata
 
@@ -57,10 +58,10 @@ def read_metadata(files: SourceFiles, name: str, caption_column: str | None) -> 
     columns = [caption_column] if caption_column else CAPTION_COLUMNS
     column = next((column for column in columns if any(column in row for _, row in lines)), None)
     if column is None and lines:
-        raise ValueError(f"{name} has no caption column {' or '.join(columns)}: name it with --caption_column")
+        raise UserError(f"{name} has no caption column {' or '.join(columns)}: name it with --caption_column")
     for line, row in lines:
         if not isinstance(row.get("file_name"), str):
-            raise ValueError(f"{name}, line {line}: no 'file_name'")
+            raise UserError(f"{name}, line {line}: no 'file_name'")
         captions = row.get(column)
         for caption in captions if isinstance(captions, list) else [captions]:
             yield row["file_name"], caption, f"{name}, line {line}, {row['file_name']}"

@@ -12,10 +12,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_scripts.archives import SourceFiles, open_files
-from data_scripts.command_line import add_archive_option, add_table_options, one_line_errors, prepare
+from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow
 from data_scripts.splits import SPLIT_NAMES
 from data_scripts.text_files import decode_text, parse_json
+from system.errors import UserError, one_line_errors
 
 
 def karpathy_rows(entries: Any, images: SourceFiles, table_name: str, restval: str = "train") -> list[SourceRow]:
@@ -31,7 +32,7 @@ def karpathy_rows(entries: Any, images: SourceFiles, table_name: str, restval: s
         ValueError: The file is not Karpathy's, or names a split that does not exist.
     """
     if not isinstance(entries, dict) or not isinstance(entries.get("images"), list):
-        raise ValueError(f"{table_name} has no list 'images': it is not one of Karpathy's files")
+        raise UserError(f"{table_name} has no list 'images': it is not one of Karpathy's files")
     rows = []
     for number, entry in enumerate(entries["images"]):
         place = f"{table_name}, image {number}"
@@ -41,9 +42,9 @@ def karpathy_rows(entries: Any, images: SourceFiles, table_name: str, restval: s
             path = str(PurePosixPath(entry.get("filepath", "")) / file_name)
             split = restval if split == "restval" else SPLIT_NAMES.get(split)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{place}: 'filename', 'split' or 'sentences' with 'raw' is missing") from error
+            raise UserError(f"{place}: 'filename', 'split' or 'sentences' with 'raw' is missing") from error
         if split is None:
-            raise ValueError(f"{place}: '{entry['split']}' is none of train, restval, val, test")
+            raise UserError(f"{place}: '{entry['split']}' is none of train, restval, val, test")
         if split == "none":
             continue
         name = images.find(path) or images.find(file_name) or path
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), open_files(arguments.images, arguments.max_unpacked_gigabytes) as images:
         table = Path(arguments.source)
         if not table.is_file():
-            raise ValueError(f"{table} is not a file")
+            raise UserError(f"{table} is not a file")
         entries = parse_json(decode_text(table.read_bytes(), table.name), table.name)
         prepare(karpathy_rows(entries, images, table.name, arguments.restval), arguments)
 

@@ -11,6 +11,7 @@ from filelock import FileLock
 from data_scripts import hub, scenes
 from data_scripts.caption_table import FEATURES, write_caption_table
 from data_scripts.row_checks import SourceRow
+from system.errors import UserError
 
 
 def load_captions(
@@ -39,7 +40,7 @@ def load_captions(
     dataset = _load_captions(source, image_column, caption_column, revision)
     missing = [split for split in splits if split not in dataset]
     if missing:
-        raise ValueError(f"{source} has no split {missing[0]!r}, only {', '.join(dataset)}: prepare it with one")
+        raise UserError(f"{source} has no split {missing[0]!r}, only {', '.join(dataset)}: prepare it with one")
     return dataset
 
 

@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from data_scripts.archives import SourceFiles, open_files
-from data_scripts.command_line import add_archive_option, add_table_options, one_line_errors, prepare
+from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow
 from data_scripts.splits import SPLIT_NAMES
 from data_scripts.text_files import gather_captions, read_csv
+from system.errors import UserError, one_line_errors
 
 
 def find_split_tables(files: SourceFiles) -> list[str]:
@@ -30,7 +31,7 @@ def find_split_tables(files: SourceFiles) -> list[str]:
         if path.suffix == ".csv" and path.stem in SPLIT_NAMES:
             tables.setdefault(path.parent, []).append(name)
     if not tables:
-        raise ValueError(f"{files.location} has no train.csv, val.csv or test.csv")
+        raise UserError(f"{files.location} has no train.csv, val.csv or test.csv")
     return tables[min(tables, key=lambda folder: (len(folder.parts), str(folder)))]
 
 

@@ -10,9 +10,9 @@ import argparse
 from datasets import DatasetDict
 from huggingface_hub import DatasetCard, HfApi
 
-from data_scripts.command_line import one_line_errors
 from data_scripts.load import load_captions
-from reporting.hub import error_summary, retried
+from system.errors import UserError, one_line_errors
+from system.retries import error_summary, retried
 
 # The Hub's own steps of size.
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         except Exception as error:  # the client's own are many
             sentence = error_summary(error, arguments.repo_id)
-            raise ValueError(f"{arguments.source} was not pushed to {arguments.repo_id}: {sentence}") from error
+            raise UserError(f"{arguments.source} was not pushed to {arguments.repo_id}: {sentence}") from error
     print(f"{HfApi().endpoint}/datasets/{repo_id}")
 
 

@@ -13,12 +13,12 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from data_scripts.caption_table import printable, write_caption_table
-from data_scripts.command_line import one_line_errors
+from data_scripts.caption_table import write_caption_table
 from data_scripts.hub import dataset_rows
 from data_scripts.load import load_captions
 from data_scripts.row_checks import SourceRow
 from reporting.results import read_captions
+from system.errors import UserError, one_line_errors, printable
 
 
 def recaptioned(rows: Sequence[SourceRow], files: Sequence[str]) -> list[SourceRow]:
@@ -31,7 +31,7 @@ def recaptioned(rows: Sequence[SourceRow], files: Sequence[str]) -> list[SourceR
     for file, written in zip(files, captions, strict=True):
         for row in rows:
             if row.split == "train" and row.image_id not in written:
-                raise ValueError(
+                raise UserError(
                     f"{file} has no caption of the training image {printable(row.image_id)}: caption all of them, "
                     "with evaluate_captions.py --split train"
                 )

@@ -17,8 +17,9 @@ from functools import partial
 
 from PIL import Image, ImageDraw
 
-from data_scripts.command_line import add_table_options, one_line_errors, prepare
+from data_scripts.command_line import add_table_options, prepare
 from data_scripts.row_checks import SourceRow
+from system.errors import UserError, one_line_errors
 
 NUM_SCENES = {"train": 3000, "validation": 300, "test": 300}
 IMAGE_SIZE = 64  # pixels
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with one_line_errors():
         if not 16 <= arguments.image_size <= 4096:
-            raise ValueError("--image_size must be from 16 to 4096 pixels")
+            raise UserError("--image_size must be from 16 to 4096 pixels")
         prepare(scene_rows(image_size=arguments.image_size, seed=arguments.seed), arguments)
 
 

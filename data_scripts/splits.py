@@ -3,6 +3,8 @@
 import random
 from collections.abc import Sequence
 
+from system.errors import UserError
+
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
     "train": "train",
@@ -44,7 +46,7 @@ def cut_missing_splits(
     for row in result["train"]:
         rows_by_hash.setdefault(content_hashes[row], []).append(row)
     if len(rows_by_hash) <= len(missing):
-        raise ValueError(
+        raise UserError(
             f"{len(rows_by_hash)} training images are too few to cut {' and '.join(missing)} off: give more, "
             "or leave the splits out with --validation_share 0 --test_share 0"
         )
@@ -61,6 +63,6 @@ def cut_missing_splits(
     result["train"] = [row for row in result["train"] if row not in taken]
     for split in missing:
         if not result[split]:
-            raise ValueError(f"no training image is left for {split}: lower --validation_share and --test_share")
+            raise UserError(f"no training image is left for {split}: lower --validation_share and --test_share")
         result[split].sort()
     return result

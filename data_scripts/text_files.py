@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_scripts.archives import SourceFiles
+from system.errors import UserError
 
 
 def decode_text(content: bytes, name: str) -> str:
@@ -21,7 +22,7 @@ def decode_text(content: bytes, name: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{name}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+        raise UserError(f"{name}, line {line}: not UTF-8 text; save the file as UTF-8") from error
 
 
 def read_csv(files: SourceFiles, name: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
@@ -36,10 +37,10 @@ def read_csv(files: SourceFiles, name: str, columns: Sequence[str]) -> Iterator[
     try:
         for column, times in Counter(reader.fieldnames or []).items():
             if times > 1 and column:
-                raise ValueError(f"{name} names the column '{column}' twice in its first line: keep one")
+                raise UserError(f"{name} names the column '{column}' twice in its first line: keep one")
         for column in columns:
             if column not in (reader.fieldnames or []):
-                raise ValueError(
+                raise UserError(
                     f"{name} has no column '{column}', only {list(reader.fieldnames or [])}; "
                     "columns are separated by commas and named in the first line"
                 )
@@ -47,7 +48,7 @@ def read_csv(files: SourceFiles, name: str, columns: Sequence[str]) -> Iterator[
             yield reader.line_num, row
     except csv.Error as error:
         # The row that began after the last one given; an open quote is found out at the end of the file only.
-        raise ValueError(f"{name}, line {reader.line_num + 1}: not readable as csv ({error})") from error
+        raise UserError(f"{name}, line {reader.line_num + 1}: not readable as csv ({error})") from error
 
 
 def read_jsonl(files: SourceFiles, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -61,7 +62,7 @@ def read_jsonl(files: SourceFiles, name: str) -> Iterator[tuple[int, dict[str, A
         if text.strip():
             row = parse_json(text, f"{name}, line {line}")
             if not isinstance(row, dict):
-                raise ValueError(f"{name}, line {line}: not a json object")
+                raise UserError(f"{name}, line {line}: not a json object")
             yield line, row
 
 
@@ -74,7 +75,7 @@ def parse_json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # the first also for a number of thousands of digits
-        raise ValueError(f"{place}: not readable as json ({error})") from error
+        raise UserError(f"{place}: not readable as json ({error})") from error
 
 
 def gather_captions(rows: Iterator[tuple[str, Any, str]]) -> dict[str, tuple[list[Any], str]]:

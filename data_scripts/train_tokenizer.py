@@ -14,9 +14,9 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from data_scripts.atomic_folder import atomic_folder
-from data_scripts.command_line import one_line_errors
 from data_scripts.load import load_captions
+from system.errors import UserError, one_line_errors
+from system.files import atomic_folder
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 MAX_CAPTION_BYTES = 2**20  # SentencePiece would leave longer captions out in silence; its own limit is 4,192
@@ -40,7 +40,7 @@ def train_tokenizer(
         ValueError: There is no caption, or `vocab_size` is too small for the captions' characters.
     """
     if model_max_length is not None and model_max_length < 2:
-        raise ValueError(f"a longest caption of {model_max_length} tokens has no room for a word and its end")
+        raise UserError(f"a longest caption of {model_max_length} tokens has no room for a word and its end")
     return as_fast_tokenizer(train_sentencepiece(captions, vocab_size), model_max_length)
 
 
@@ -52,7 +52,7 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
     """
     captions = list(captions)
     if not any(caption.strip() for caption in captions):
-        raise ValueError("there is no caption to train a tokenizer on")
+        raise UserError("there is no caption to train a tokenizer on")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -75,7 +75,7 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"no tokenizer of {vocab_size} tokens can be trained on these captions: {error}") from error
+        raise UserError(f"no tokenizer of {vocab_size} tokens can be trained on these captions: {error}") from error
     return model.getvalue()
 
 
@@ -124,7 +124,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     for name in ("bos_token", "eos_token", "pad_token"):
         if getattr(tokenizer, name) is None:
-            raise ValueError(
+            raise UserError(
                 f"--tokenizer_name {tokenizer.name_or_path}: it has no {name}, so that no caption can be made of its tokens; "
                 "give another one, or add the token"
             )
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         dataset = load_captions(arguments.source)
         if "train" not in dataset:
-            raise ValueError(f"{arguments.source} has no training captions")
+            raise UserError(f"{arguments.source} has no training captions")
         captions = [caption for captions in dataset["train"]["captions"] for caption in captions]
         tokenizer = train_tokenizer(captions, arguments.vocab_size, arguments.max_length)
         with atomic_folder(arguments.output_dir) as (folder, _):

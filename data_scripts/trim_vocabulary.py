@@ -9,6 +9,8 @@ from pathlib import Path
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from system.errors import UserError
+
 
 def trim_tokenizer(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
@@ -27,7 +29,7 @@ def trim_tokenizer(
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": None}}
     model, alphabet = state["model"], set(pre_tokenizers.ByteLevel.alphabet())
     if model["type"] != "BPE" or model["end_of_word_suffix"] or not alphabet <= model["vocab"].keys():
-        raise ValueError(
+        raise UserError(
             f"--trim_vocabulary: the tokenizer {tokenizer.name_or_path} is no byte-level BPE as GPT-2's is; leave it out"
         )
     parts = defaultdict(set)

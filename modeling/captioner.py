@@ -20,6 +20,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, GPT2LMHeadModel, PreTrainedModel, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
+from system.errors import UserError
+
 from . import captioning_pipeline
 from .caption_loss import computes_in_bfloat16
 from .modeling_inception_lstm import STATE_NAME
@@ -44,7 +46,7 @@ def load_captioner(name_or_path: str) -> tuple:
         model = AutoModelForImageTextToText.from_pretrained(name_or_path)
         processor = load_processor(name_or_path)
     except Exception as error:  # transformers, safetensors, tokenizers and the Hub's client each have their own
-        raise ValueError(f"model {name_or_path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"model {name_or_path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     encoder = getattr(model, "encoder", None)  # other kinds of captioner have none by that name
     if getattr(encoder, "pooler", None) is not None:
         # No captioner reads it. Where none was saved, it has random weights now, and would hide that the encoder is the same.
@@ -68,7 +70,7 @@ def move_to_device(model: PreTrainedModel, device: str | torch.device, dtype: st
             dtype = "bfloat16" if computes_in_bfloat16(device) else "float32"
         model.to(device, getattr(torch, dtype))
     except (RuntimeError, AssertionError) as error:  # torch's for a device that is not there
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def set_decoding(
@@ -102,7 +104,7 @@ def set_decoding(
         settings["length_penalty"] = None  # it is of beams: transformers warns of it without them, and does not save it
     decoding.update(**settings)
     if decoding.max_length is not None and (decoding.min_length or 0) > decoding.max_length:
-        raise ValueError(
+        raise UserError(
             f"the shortest caption is to have {decoding.min_length - num_start} tokens and the longest "
             f"{decoding.max_length - num_start}: give a lower least length or a higher longest one"
         )

@@ -27,6 +27,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from system.errors import UserError
+
 
 def build_vit_gpt2(
     encoder: str | PreTrainedConfig,
@@ -56,7 +58,7 @@ def build_vit_gpt2(
     decoder_model = _build_decoder(decoder, dropout)
     num_tokens = token_ids[-1] + 1 if token_ids else len(tokenizer)
     if num_tokens > decoder_model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {num_tokens:,} tokens, the decoder {decoder_model.config.vocab_size:,}: "
             "give --tokenizer_name the one the decoder was trained with"
         )
@@ -169,7 +171,7 @@ def _build_decoder(decoder: str | PreTrainedConfig, dropout: float | None) -> Pr
     source = AutoConfig.from_pretrained(decoder) if isinstance(decoder, str) else decoder
     config = getattr(source, "decoder", source)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
+        raise UserError(
             f"decoder {decoder} is of the kind {config.model_type}, which is no language model: give one of the GPT-2 kind, or a "
             "captioner that train_vit_gpt2.py has saved"
         )

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reporting.results import write_file
+from system.errors import UserError
+from system.files import write_file
 
 # Apart from one another for color-shuffled eyes too (Okabe and Ito), and dark enough on white for small text.
 COLORS = ("#0072b2", "#c04a00", "#00805f", "#a3407f", "#6b5b00", "#444444")
@@ -51,7 +52,7 @@ def draw_curves(output_dir: str | os.PathLike, history: Sequence[dict]) -> Path:
     """
     panels = {title: lines for title, lines in PANELS.items() if any(points(history, key)[1] for key in lines)}
     if not panels:
-        raise ValueError(f"{Path(output_dir) / 'curves.png'} is not drawn: the history holds no loss and no score")
+        raise UserError(f"{Path(output_dir) / 'curves.png'} is not drawn: the history holds no loss and no score")
     figure, axes = new_figure(len(panels))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for key, (label, color, style) in lines.items():

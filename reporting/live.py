@@ -9,6 +9,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from reporting.results import METRIC_TITLES
+from system.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,6 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raise ValueError where a tracker is not installed: Accelerate would leave it out without a word."""
     for name in names:
         if name in LoggerType.list() and name != "all" and find_spec(name) is None:
-            raise ValueError(
+            raise UserError(
                 f"--report_to {name}: {name} is not installed; pip install {name.replace('_', '-')}, or --report_to none"
             )

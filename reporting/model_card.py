@@ -15,8 +15,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reporting.page import TEMPLATES, known_facts, score_rows
-from reporting.results import METRIC_TITLES, write_file
+from reporting.results import METRIC_TITLES
 from reporting.samples import read_samples
+from system.files import write_file
 
 Kind = Literal["inception-lstm", "vit-gpt2"]
 DESCRIPTIONS = {

@@ -11,7 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from reporting.results import METRIC_TITLES, write_file
+from reporting.results import METRIC_TITLES
+from system.errors import UserError
+from system.files import write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 NUM_IMAGES = 200
@@ -139,7 +141,7 @@ def _cards(records: list[dict], images: Iterable[Image.Image]) -> list[dict]:
         for place, (record, image) in enumerate(zip(records, images, strict=False))
     ]
     if len(cards) < len(records):
-        raise ValueError(f"the page needs an image for each record: {len(cards)} images, {len(records)} records")
+        raise UserError(f"the page needs an image for each record: {len(cards)} images, {len(records)} records")
     return cards
 
 

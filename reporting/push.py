@@ -20,9 +20,11 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from transformers.trainer_utils import HubStrategy
 
-from reporting.hub import error_summary, retried
 from reporting.model_card import name_on_card
-from reporting.results import read_results, write_file
+from reporting.results import read_results
+from system.errors import UserError
+from system.files import write_file
+from system.retries import error_summary, retried
 
 logger = logging.getLogger(__name__)
 
@@ -189,13 +191,13 @@ def download_checkpoint(name: str) -> Path:
         paths = retried(HfApi().list_repo_files)(repo_id, revision=revision or None)
         folders = {path.split("/")[0] for path in paths if re.match(rf"({LAST}|checkpoint-\d+)/", path)}
         if not folders:
-            raise ValueError("it holds no checkpoint; `--hub_strategy checkpoint` sends them")
+            raise UserError("it holds no checkpoint; `--hub_strategy checkpoint` sends them")
         newest = max(folders, key=lambda folder: math.inf if folder == LAST else int(folder.split("-")[1]))
         beside = [path for path in paths if "/" not in path]
         patterns = [f"{newest}/*", *beside]
         folder = Path(retried(snapshot_download)(repo_id, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the client's own are many
-        raise ValueError(
+        raise UserError(
             f"--resume_from_checkpoint {name}: there is no such folder with a checkpoint, and on the Hub "
             f"{error_summary(error, repo_id)}; give a checkpoint folder, `last`, or a repository"
         ) from error
@@ -234,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         if not (Path(arguments.output_dir) / "config.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"{arguments.output_dir} holds no model (config.json is missing): give a run's --output_dir"
             )
         with staged(arguments.output_dir) as stage:

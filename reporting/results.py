@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from system.errors import UserError
+from system.files import write_file
+
 # The six scores in the order in which every table shows them, with the names papers give them.
 METRIC_TITLES = {
     "bleu_1": "BLEU-1",
@@ -22,22 +25,6 @@ RESULT_KEYS = (
 )
 
 
-def write_file(path: str | os.PathLike, content: bytes) -> Path:
-    """Write a whole file or none: beside its place first, then renamed over it. Folders are made as needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut can leave the new name on an empty file
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
-
-
 def write_results(output_dir: str | os.PathLike, results: dict) -> Path:
     """Write results.json, the keys of the contract first and the scores in `METRIC_TITLES` order.
 
@@ -51,7 +38,7 @@ def write_results(output_dir: str | os.PathLike, results: dict) -> Path:
     path = Path(output_dir) / "results.json"
     for place, number in _numbers(ordered):
         if not math.isfinite(number):
-            raise ValueError(f"{path} is not written: {place} is {number}, not a finite number")
+            raise UserError(f"{path} is not written: {place} is {number}, not a finite number")
     return write_file(path, _json_bytes(ordered, indent=2))
 
 
@@ -65,7 +52,7 @@ def read_results(output_dir: str | os.PathLike) -> dict:
     results = _parse(_read_text(path), str(path))
     metrics = results.get("metrics") if isinstance(results, dict) else None
     if not isinstance(metrics, dict) or not all(isinstance(score, int | float) for score in metrics.values()):
-        raise ValueError(f'{path} holds no results: an object with "metrics", each a number, is expected')
+        raise UserError(f'{path} holds no results: an object with "metrics", each a number, is expected')
     return results
 
 
@@ -92,7 +79,7 @@ def read_captions(path: str | os.PathLike) -> list[dict]:
         _check_record(record, place)
         earlier = line_of.setdefault(record["image_id"], number)
         if earlier != number:
-            raise ValueError(f"{place}: image_id {record['image_id']!r} is on line {earlier} already; keep one of them")
+            raise UserError(f"{place}: image_id {record['image_id']!r} is on line {earlier} already; keep one of them")
         records.append(record)
     return records
 
@@ -118,7 +105,7 @@ def read_history(output_dir: str | os.PathLike) -> list[dict]:
         return []
     history = _parse(_read_text(path), str(path))
     if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
-        raise ValueError(f"{path} holds no history: a list of objects is expected")
+        raise UserError(f"{path} holds no history: a list of objects is expected")
     return history
 
 
@@ -146,27 +133,27 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")  # editors on Windows put a byte order mark first
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
 def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{place}: not valid JSON ({error})") from error
+        raise UserError(f"{place}: not valid JSON ({error})") from error
 
 
 def _check_record(record: Any, place: str) -> None:
     if not isinstance(record, dict):
-        raise ValueError(f'{place}: an object {{"image_id", "caption", "references"}} is expected')
+        raise UserError(f'{place}: an object {{"image_id", "caption", "references"}} is expected')
     for key in ("image_id", "caption", "references"):
         if key not in record:
-            raise ValueError(f'{place}: "{key}" is missing')
+            raise UserError(f'{place}: "{key}" is missing')
     for key in ("image_id", "caption"):
         if not isinstance(record[key], str):
-            raise ValueError(f'{place}: "{key}" must be a string, not {json.dumps(record[key])[:40]}')
+            raise UserError(f'{place}: "{key}" must be a string, not {json.dumps(record[key])[:40]}')
     references = record["references"]
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        raise ValueError(f'{place}: "references" must be a list of strings')
+        raise UserError(f'{place}: "references" must be a list of strings')

@@ -10,7 +10,7 @@ from pathlib import Path
 from datasets import Dataset
 from PIL import Image
 
-from reporting.results import write_file
+from system.files import write_file
 
 NUM_SAMPLES = 12
 SAMPLE_SIZE = 256  # longest side in pixels

@@ -13,8 +13,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from reporting.results import write_file
 from reporting.samples import read_samples
+from system.errors import UserError
+from system.files import write_file
 
 COLUMNS = 4
 WIDTH = 26  # characters of a caption's line
@@ -28,7 +29,7 @@ def draw_sheet(path: Path, output_dir: str | Path, num_images: int) -> Path:
     """
     samples = read_samples(output_dir)[:num_images]
     if not samples:
-        raise ValueError(f"{output_dir} has no samples/: train there with --publish_images true")
+        raise UserError(f"{output_dir} has no samples/: train there with --publish_images true")
     columns = min(COLUMNS, len(samples))
     rows = -(-len(samples) // columns)
     figure = Figure(figsize=(2.1 * columns, 2.65 * rows), dpi=100, layout="constrained", facecolor="white")

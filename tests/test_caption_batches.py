@@ -17,12 +17,12 @@ from transformers import CLIPImageProcessor, ViTConfig, ViTModel
 
 from data_scripts import load_captions
 from data_scripts.augmentations import MAX_AUGMENTATIONS, PART, augment_caption, augment_image
-from data_scripts.caption_batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset
-from data_scripts.features import cache_features, compiled_for_batches, encode_splits, encoder_fingerprint
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor
-from recipes import DataArguments
+from training.arguments import DataArguments
+from training.batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset
+from training.features import cache_features, compiled_for_batches, encode_splits, encoder_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ def test_a_run_that_finds_the_features_has_the_random_numbers_of_one_that_makes_
 
 
 def test_images_that_come_twice_are_one_file_and_mix_up_no_other(rows, processor, monkeypatch):
-    monkeypatch.setattr("data_scripts.features.SHARD_SIZE", 8)
+    monkeypatch.setattr("training.features.SHARD_SIZE", 8)
     encoder = CountingEncoder()
     plain = features_of(rows, encoder, processor.image_processor, "plain")["encoder_features"]
     places = [*range(8), *range(8), *range(8, 24)]
@@ -301,7 +301,7 @@ def test_images_that_come_twice_are_one_file_and_mix_up_no_other(rows, processor
 
 
 def test_processes_that_decode_change_no_feature(rows, processor, monkeypatch):
-    monkeypatch.setattr("data_scripts.features.SHARD_SIZE", 10)
+    monkeypatch.setattr("training.features.SHARD_SIZE", 10)
     encoder = CountingEncoder()
     options = {"image_processor": processor.image_processor, "batch_size": 4}
     alone = features_of(rows, encoder, fingerprint="alone", **options)
@@ -350,7 +350,7 @@ def test_what_another_machine_has_kept_for_itself_is_missed_in_one_sentence(rows
 
 
 def test_it_is_said_where_features_are_read_and_why_they_are_not_kept(rows, processor, caplog):
-    caplog.set_level("INFO", "data_scripts.features")
+    caplog.set_level("INFO", "training.features")
     encoder = TimmEncoder("test_vit").eval().requires_grad_(False)
 
     def told(**options) -> str:
@@ -366,10 +366,10 @@ def test_it_is_said_where_features_are_read_and_why_they_are_not_kept(rows, proc
 
 
 def test_the_disk_space_of_all_splits_and_views_is_told_before_the_first_is_made(rows, processor, caplog, monkeypatch):
-    caplog.set_level("INFO", "data_scripts.features")
+    caplog.set_level("INFO", "training.features")
     encoder = TimmEncoder("test_vit").eval().requires_grad_(False)
     splits = DatasetDict(train=rows, validation=rows.select(range(8)))
-    monkeypatch.setattr("data_scripts.features._write_files", lambda *args, **options: None)
+    monkeypatch.setattr("training.features._write_files", lambda *args, **options: None)
     with pytest.raises(OSError):  # nothing has been written
         encode_splits(splits, encoder, processor.image_processor, DataArguments(), num_augmentations=3)
     number, size = 3 * len(rows) + 8, encoder.output_size
@@ -390,7 +390,7 @@ def test_what_a_killed_run_was_writing_is_cleared_away_once_nobody_can_be_at_it(
 
 
 def test_a_kill_costs_only_the_files_not_yet_whole(rows, processor, monkeypatch):
-    monkeypatch.setattr("data_scripts.features.SHARD_SIZE", 8)
+    monkeypatch.setattr("training.features.SHARD_SIZE", 8)
     encoder = CountingEncoder()
 
     def killed_at_the_third_file(pixel_values):

@@ -19,8 +19,8 @@ import train_vit_gpt2
 from data_scripts import load_captions
 from modeling.captioner import generate_captions, load_captioner
 from reporting import push
-from reporting.hub import error_summary
-from reporting.results import write_file
+from system.files import write_file
+from system.retries import error_summary
 from training import checkpoints
 from training.checkpoints import checkpoint_to_resume, copy_best_model, step_of
 

@@ -17,8 +17,8 @@ from kill_points import SCRIPTS
 
 import train_lstm
 import train_vit_gpt2
-from data_scripts.archives import download
 from data_scripts.caption_table import FEATURES
+from system.downloads import download
 
 MAINS = {"train_lstm": train_lstm.main, "train_vit_gpt2": train_vit_gpt2.main}
 TOKEN = "hf_" + "FaKeToKeNoFaTeSt" * 2

@@ -24,12 +24,12 @@ import caption
 import evaluate_captions
 import train_lstm
 from data_scripts import load_captions
-from data_scripts.caption_batches import CaptionCollator, CaptionPairs
 from data_scripts.train_tokenizer import train_tokenizer
 from metrics import CaptionScorer
 from modeling.captioner import generate_captions, load_captioner
 from reporting.results import read_captions
 from training.averaging import WeightAverage
+from training.batches import CaptionCollator, CaptionPairs
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -112,7 +112,7 @@ def test_the_folder_holds_the_model_of_the_best_validation_cider(trained, small_
 
 
 def test_evaluation_takes_what_training_has_kept(trained, small_scenes, tmp_path, caplog):
-    caplog.set_level("INFO", "data_scripts.features")
+    caplog.set_level("INFO", "training.features")
     evaluate(trained, small_scenes, tmp_path / "kept")
     assert "is read from" in caplog.text and "Encoding" not in caplog.text
     evaluate(trained, small_scenes, tmp_path / "bfloat16", "--dtype", "bfloat16")

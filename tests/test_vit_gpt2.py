@@ -23,7 +23,6 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from data_scripts.caption_batches import CaptionCollator, CaptionPairs
 from modeling.caption_loss import caption_loss
 from modeling.captioner import generate_captions, load_captioner, save_captioner, start_token_ids
 from modeling.processing import build_processor
@@ -34,6 +33,7 @@ from modeling.vit_gpt2 import (
     hidden_states_as_logits,
     vit_image_processor,
 )
+from training.batches import CaptionCollator, CaptionPairs
 from training.unfreezing import unfreeze_last_blocks
 
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220)}

@@ -11,17 +11,19 @@ from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from system.errors import UserError
+
 AVERAGE = "average.safetensors"  # in a checkpoint
 
 
 def check_average(decay: float, frozen_encoder: bool) -> None:
     """Raise ValueError where weights cannot be averaged."""
     if decay and not frozen_encoder:
-        raise ValueError(
+        raise UserError(
             "--ema_decay wants --freeze_encoder true: an encoder's normalization statistics are not averaged with its weights"
         )
     if decay and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise ValueError("--ema_decay is not done under FSDP: launch with recipes/accelerate/several_gpus.yaml")
+        raise UserError("--ema_decay is not done under FSDP: launch with recipes/accelerate/several_gpus.yaml")
 
 
 class WeightAverage:
@@ -56,9 +58,9 @@ class WeightAverage:
         """
         saved = load_file(folder / AVERAGE) if (folder / AVERAGE).exists() else {}
         if bool(saved) != bool(self.learning):
-            raise ValueError("it was trained with another --ema_decay, zero or more than that")
+            raise UserError("it was trained with another --ema_decay, zero or more than that")
         if saved.keys() != self.learning.keys():
-            raise ValueError("other weights of it learn")
+            raise UserError("other weights of it learn")
         for name, value in zip(self.learning, self.values, strict=True):
             value.copy_(saved[name])
 

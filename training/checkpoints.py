@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 from modeling.caption_loss import computes_in_bfloat16
-from reporting.results import write_file
+from system.errors import UserError
+from system.files import write_file
 
 CHECKSUMS = "checksums.json"
 IN_FLOAT32 = "bf16: this device has no instructions for bfloat16, so training computes in float32."
@@ -69,7 +70,7 @@ def lock_output_dir(output_dir: str | os.PathLike) -> Iterator[None]:
 def check_not_overwriting_start(model: str, output_dir: str | os.PathLike) -> None:
     """Raise ValueError where a run would write over the captioner that it goes on from."""
     if Path(model).resolve() == Path(output_dir).resolve():
-        raise ValueError(
+        raise UserError(
             f"--output_dir {output_dir} is the --model_name_or_path's own folder, which would be lost: give another"
         )
 
@@ -81,7 +82,7 @@ def refuse_deepspeed() -> None:
         ValueError: The launcher wants DeepSpeed.
     """
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
+        raise UserError(
             "DEEPSPEED is not supported: run with recipes/accelerate/fsdp2.yaml, which shares one model among the processes, "
             "or with several_gpus.yaml, which gives each a whole one"
         )
@@ -95,14 +96,14 @@ def check_launch() -> None:
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > 1 and PartialState().num_processes == 1:
-        raise ValueError(
+        raise UserError(
             f"{started} processes were launched for GPUs, of which there are none: launch one process, or set ACCELERATE_USE_CPU=true"
         )
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         for name, (default, needed) in FSDP_SETTINGS.items():
             given = os.environ.get(name, default)
             if given.upper() != needed:
-                raise ValueError(f"{name} is {given}, and has to be {needed}: run with recipes/accelerate/fsdp2.yaml")
+                raise UserError(f"{name} is {given}, and has to be {needed}: run with recipes/accelerate/fsdp2.yaml")
 
 
 def has_bfloat16(use_cpu: bool = False) -> bool:
@@ -285,15 +286,15 @@ def checkpoint_to_resume(
             if before
             else "there is none before"
         )
-        raise ValueError(f"{folder} is damaged ({problem}): {offer}")
+        raise UserError(f"{folder} is damaged ({problem}): {offer}")
     if not (folder / state_file).is_file():
-        raise ValueError(f"--resume_from_checkpoint {folder}: a checkpoint of another training script")
+        raise UserError(f"--resume_from_checkpoint {folder}: a checkpoint of another training script")
     if not _lies_in(folder, output_dir):
         _clear_of_others(found, output_dir, overwrite)
         names = [path.name for path in folder.parent.glob("*.safetensors")]
         same = names and not any(filecmp.cmpfiles(folder.parent, output_dir, names, shallow=False)[1:])
         if (Path(output_dir) / CONFIG_NAME).exists() and not same and not overwrite:
-            raise ValueError(
+            raise UserError(
                 f"{output_dir} holds the model of another run than the checkpoint's: give another --output_dir, or "
                 "--overwrite_output_dir true"
             )
@@ -303,7 +304,7 @@ def checkpoint_to_resume(
 def _clear_of_others(found: list[Path], output_dir: str, overwrite: bool) -> None:
     """See to it that no other run's checkpoints are in the way: by their steps they would be taken for this one's."""
     if found and not overwrite:
-        raise ValueError(
+        raise UserError(
             f"{output_dir} holds checkpoints of another run, the last {found[-1].name}: go on from it with --resume_from_checkpoint "
             "last, give another --output_dir, or remove them with --overwrite_output_dir true"
         )
@@ -340,7 +341,7 @@ def check_step_size(folder: Path, then: int, now: int, unit: str = "captions") -
         ValueError: It has not.
     """
     if then != now:
-        raise ValueError(
+        raise UserError(
             f"{folder} was made with {then} {unit} a step, here are {now}: per_device_train_batch_size x processes x "
             f"gradient_accumulation_steps must be {then} again"
         )
@@ -355,7 +356,7 @@ def check_sharding(folder: Path, now: bool) -> None:
     then = (folder / f"{FSDP_MODEL_NAME}.bin").is_file()
     if then != now:
         made, runs = ("with", "without") if then else ("without", "with")
-        raise ValueError(f"{folder} was made {made} FSDP2, and this run is {runs} it: launch it as that one was")
+        raise UserError(f"{folder} was made {made} FSDP2, and this run is {runs} it: launch it as that one was")
 
 
 def check_finite(loss: float, model: torch.nn.Module, step: int, learning_rate: float, output_dir: str) -> None:

@@ -17,11 +17,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from modeling.captioner import save_captioner
-from recipes import LoopArguments
 from reporting.curves import draw_curves
 from reporting.live import check_trackers, tell_losses
 from reporting.push import CheckpointPush
 from reporting.results import write_history
+from system.errors import UserError
+from training.arguments import LoopArguments
 from training.checkpoints import (
     IN_FLOAT32,
     check_finite,
@@ -203,7 +204,7 @@ def load_checkpoint(
     saved = json.loads((folder / state_file).read_text())
     differing = saved.keys() ^ {field.name for field in dataclasses.fields(Progress)}
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{folder / state_file} was written by another version of this script (they differ in {', '.join(sorted(differing))}): "
             "end that run with the version that began it, or begin anew without --resume_from_checkpoint"
         )
@@ -211,12 +212,12 @@ def load_checkpoint(
     check_sharding(folder, accelerator.is_fsdp2)
     check_step_size(folder, progress.step_size, begun.step_size, unit)
     if progress.start_digest != begun.start_digest:
-        raise ValueError(
+        raise UserError(
             f"{folder} went on from another captioner than --model_name_or_path: give the one that its run began with"
         )
     try:
         accelerator.load_state(str(folder))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder} is of another model or training ({str(error).splitlines()[-1].strip()})") from error
+        raise UserError(f"{folder} is of another model or training ({str(error).splitlines()[-1].strip()})") from error
     scheduler.load_state_dict(json.loads((folder / "scheduler.json").read_text()))
     return progress

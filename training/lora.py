@@ -12,6 +12,8 @@ from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from system.errors import UserError
+
 TRAINED = "lora.safetensors"  # in a checkpoint: all that is trained, as it is trained
 
 
@@ -24,15 +26,15 @@ def check_lora(rank: int | None, pretrained: bool) -> None:
     if rank is None:
         return
     if rank < 1:
-        raise ValueError(f"--lora_rank {rank}: give 1 or more, or leave it out")
+        raise UserError(f"--lora_rank {rank}: give 1 or more, or leave it out")
     if not pretrained:
-        raise ValueError(
+        raise UserError(
             "--lora_rank keeps a decoder's weights, random ones too: leave it out with --pretrained_decoder false"
         )
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise ValueError("--lora_rank is not done under FSDP: launch with recipes/accelerate/several_gpus.yaml")
+        raise UserError("--lora_rank is not done under FSDP: launch with recipes/accelerate/several_gpus.yaml")
     if find_spec("peft") is None:
-        raise ValueError("--lora_rank needs peft: pip install 'peft>=0.18'")
+        raise UserError("--lora_rank needs peft: pip install 'peft>=0.18'")
 
 
 def add_lora(decoder: PreTrainedModel, rank: int, fresh_cross_attention: bool) -> None:

@@ -21,10 +21,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.modeling_outputs import BaseModelOutput
 
 from data_scripts.augmentations import augment_caption, augmentation_in_epoch
-from data_scripts.caption_batches import CaptionCollator
 from modeling.caption_loss import tokens_at_once
 from modeling.captioner import start_token_ids
 from modeling.vit_gpt2 import hidden_states_as_logits
+from training.batches import CaptionCollator
 
 
 def shares_by(model: PreTrainedModel) -> str:

@@ -3,6 +3,8 @@
 from timm.models import group_parameters
 from torch import nn
 
+from system.errors import UserError
+
 
 def unfreeze_last_blocks(encoder: nn.Module, num_blocks: int) -> None:
     """Let the last blocks of a frozen encoder learn, with whatever is behind them; its normalization statistics stay fixed.
@@ -16,11 +18,11 @@ def unfreeze_last_blocks(encoder: nn.Module, num_blocks: int) -> None:
     if not num_blocks:
         return
     if any(parameter.requires_grad for parameter in encoder.parameters()):
-        raise ValueError(
+        raise UserError(
             "--num_trainable_encoder_blocks wants --freeze_encoder true; without it, all of the encoder learns"
         )
     if any(hasattr(module, "attention_bias_cache") for module in encoder.modules()):  # timm's LeViT and TinyViT
-        raise ValueError(
+        raise UserError(
             "--num_trainable_encoder_blocks: this encoder keeps what it computes in its attention, and learns as a whole or not at all"
         )
     backbone = getattr(encoder, "backbone", None)
@@ -39,7 +41,7 @@ def unfreeze_last_blocks(encoder: nn.Module, num_blocks: int) -> None:
         every = list(encoder.parameters())
         blocks[-1] = every[[*map(id, every)].index(id(blocks[-1][0])) :]  # with what is behind the blocks
     if num_blocks > len(blocks):
-        raise ValueError(f"--num_trainable_encoder_blocks {num_blocks}: give {len(blocks)} at most")
+        raise UserError(f"--num_trainable_encoder_blocks {num_blocks}: give {len(blocks)} at most")
     for block in blocks[-num_blocks:]:
         for parameter in block:
             parameter.requires_grad_(True)
@@ -54,10 +56,10 @@ def checkpoint_blocks(encoder: nn.Module) -> None:
         ValueError: Nothing of it learns, or timm cannot do it for this one.
     """
     if not any(parameter.requires_grad for parameter in encoder.parameters()):
-        raise ValueError(
+        raise UserError(
             "--activation_checkpointing true wants an encoder that learns: see --num_trainable_encoder_blocks"
         )
     try:
         encoder.backbone.set_grad_checkpointing()
     except (AttributeError, AssertionError) as error:
-        raise ValueError(f"--activation_checkpointing true: timm has it not for this encoder ({error})") from error
+        raise UserError(f"--activation_checkpointing true: timm has it not for this encoder ({error})") from error

@@ -11,6 +11,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from data_scripts.augmentations import MAX_AUGMENTATIONS
+from system.errors import UserError
 
 # What no run can do with less, in any script.
 LOWEST = {
@@ -84,7 +85,7 @@ class ImageArguments:
 
     def __post_init__(self):
         if self.compile_encoder and not self.cache_features:
-            raise ValueError("--compile_encoder true is for what --cache_features true keeps: give one of them up")
+            raise UserError("--compile_encoder true is for what --cache_features true keeps: give one of them up")
         if self.publish_images is None:
             self.publish_images = self.dataset_name == "scenes"  # drawn here, so nobody else's
 
@@ -218,7 +219,7 @@ def check_lengths(args) -> None:
     """
     longest = args.max_length
     if longest and (args.min_length or 0) > longest:
-        raise ValueError(f"--min_length {args.min_length}: it must not be more than --max_length {longest}")
+        raise UserError(f"--min_length {args.min_length}: it must not be more than --max_length {longest}")
 
 
 def value_problem(name: str, value: Any) -> str | None:

@@ -1,10 +1,29 @@
-"""Folders that are there whole, or not at all."""
+"""Files and folders that are there whole, or not at all."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from system.errors import UserError
+
+
+def write_file(path: str | os.PathLike, content: bytes) -> Path:
+    """Write a whole file or none: beside its place first, then renamed over it. Folders are made as needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave the new name on an empty file
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
 
 
 @contextmanager
@@ -12,11 +31,11 @@ def atomic_folder(output_dir: str | Path) -> Iterator[tuple[Path, Path]]:
     """Give (folder, scratch): what stands in `folder` at the end becomes `output_dir`, unless an error ends the block.
 
     Raises:
-        FileExistsError: There is something in `output_dir` already.
+        UserError: There is something in `output_dir` already.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} exists already: remove it, or give another --output_dir")
+        raise UserError(f"{output_dir} exists already: remove it, or give another --output_dir")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     # Beside the result, hence on the same disk: the last step is then one rename.
     scratch = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.partial-", dir=output_dir.parent))

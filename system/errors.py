@@ -1,0 +1,36 @@
+"""Errors that a user can mend end in one sentence; every other error is a bug of ours and keeps its traceback."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """What a user did wrong, in one sentence that names the file, row or option and what to do."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a `UserError`, and an OSError that names a file, into `error: ...` on stderr and exit code 2."""
+    with warnings.catch_warnings():
+        # Pillow's remarks on single images, without the image's name; the summary has what matters.
+        warnings.filterwarnings("ignore", module="PIL")
+        try:
+            yield
+        except UserError as error:
+            _exit_with(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _exit_with(error)
+
+
+def _exit_with(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2) from error
+
+
+def printable(text: str) -> str:
+    """A name, which is anybody's, so that no escape sequence reaches the terminal and no lone surrogate breaks the printing."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
