@@ -19,7 +19,7 @@ import transformers
 from markupsafe import Markup
 
 from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
-from modeling.captioner import load_captioner, move_to_device, stream_caption
+from modeling.captioner import Captioner
 from reporting.page import image_data_uri
 from system.errors import UserError, one_line_errors
 
@@ -68,9 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     with one_line_errors():
         # ---- Models -------------------------------------------------------------------------------------------------
-        captioners = {name: load_captioner(name) for name in args.models or demo_models()}
-        for model, _ in captioners.values():
-            move_to_device(model, args.device)
+        captioners = {name: Captioner.load(name).to(args.device) for name in args.models or demo_models()}
         # ---- App ----------------------------------------------------------------------------------------------------
         launch(build_app(captioners), server_name=args.host, server_port=args.port, share=args.share)
 
@@ -125,11 +123,11 @@ def names_address(value) -> bool:
     return isinstance(value, list | tuple) and any(map(names_address, value))
 
 
-def build_app(captioners: dict[str, tuple]) -> gr.Blocks:
+def build_app(captioners: dict[str, Captioner]) -> gr.Blocks:
     """The page: images in, captions of each captioner out.
 
     Args:
-        captioners: Model and processor, by the name to show.
+        captioners: By the name to show.
     """
     with OfflineBlocks(title="showtell", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(
@@ -203,7 +201,7 @@ def usable_images(paths: list[str]) -> list[str]:
     return good
 
 
-def caption_files(captioners: dict[str, tuple], paths: list[str], generation: dict) -> Iterator[tuple]:
+def caption_files(captioners: dict[str, Captioner], paths: list[str], generation: dict) -> Iterator[tuple]:
     """Caption images one after the other, with each captioner in turn.
 
     Yields at each new word what the page shows: the image of the moment, those before it, the file to download.
@@ -216,9 +214,10 @@ def caption_files(captioners: dict[str, tuple], paths: list[str], generation: di
         image = decode_image(Path(path).read_bytes())
         source = image_data_uri(image)
         before, captions = shown + before, dict.fromkeys(captioners, "")
-        for name, (model, processor) in captioners.items():
-            pixels = processor(images=[image], return_tensors="pt")["pixel_values"].to(model.device)
-            for captions[name] in stream_caption(model, processor, {"pixel_values": pixels}, **generation):
+        for name, captioner in captioners.items():
+            pixels = captioner.processor(images=[image], return_tensors="pt")["pixel_values"]
+            inputs = {"pixel_values": pixels.to(captioner.model.device)}
+            for captions[name] in captioner.stream(inputs, **generation):
                 yield image_card(source, path, captions, "told now"), before, gr.skip()
             lines.append({"image_id": Path(path).name, "model": name, "caption": captions[name]})
         shown = image_card(source, path, captions, "told")

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
-from modeling.captioner import generate_captions, load_captioner, move_to_device, set_decoding
+from modeling.captioner import Captioner
 from modeling.processing import resized_side
 from reporting.page import IMAGE_SIZE, write_page
 from system.downloads import download
@@ -133,10 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         names = [name for source in args.images for name in list_images(source)]
         # ---- Model --------------------------------------------------------------------------------------------------
-        model, processor = load_captioner(args.model_name_or_path)
-        move_to_device(model, args.device, args.dtype)
-        set_decoding(
-            model,
+        captioner = Captioner.load(args.model_name_or_path).to(args.device, args.dtype)
+        captioner.set_decoding(
             args.max_length,
             args.min_length,
             args.top_p,
@@ -151,13 +149,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.num_workers is None:
         args.num_workers = 0 if args.device == "cpu" else min(8, os.cpu_count())
     loader = DataLoader(
-        ImageSources(names, 2 * resized_side(processor.image_processor)),
+        ImageSources(names, 2 * resized_side(captioner.image_processor)),
         args.batch_size,
         num_workers=args.num_workers,
-        collate_fn=ImageCollator(processor, keep_images=inspect),
+        collate_fn=ImageCollator(captioner.processor, keep_images=inspect),
     )
     num_inspected = NUM_IMAGES_ON_PAGE if inspect else 0
-    items = caption_items(model, processor, tqdm(loader, unit="batch", disable=None), num_inspected)
+    items = caption_items(captioner, tqdm(loader, unit="batch", disable=None), num_inspected)
     with one_line_errors():
         num_captioned = write_items(items, args.output)
     if num_captioned < len(names):
@@ -186,12 +184,12 @@ def read_image(name: str) -> bytes:
         return path.read_bytes()
 
 
-def caption_items(model, processor, batches, num_inspected: int = 0) -> Iterator[dict]:
-    """The items with what `generate_captions` tells of each, as they come; those that have a problem are named on stderr and dropped.
+def caption_items(captioner: Captioner, batches, num_inspected: int = 0) -> Iterator[dict]:
+    """The items with what `Captioner.generate` tells of each, as they come; those that have a problem are named on stderr and dropped.
 
     Args:
         batches: What `ImageCollator` makes.
-        num_inspected: So many of the first captions, rounded up to whole batches, get what `inspect_captions` tells.
+        num_inspected: So many of the first captions, rounded up to whole batches, get what `Captioner.inspect` tells.
     """
     num_captioned = 0
     for items, pixels in batches:
@@ -200,7 +198,7 @@ def caption_items(model, processor, batches, num_inspected: int = 0) -> Iterator
                 print(f"{printable(item['name'])}: {item['problem']}", file=sys.stderr)
         if pixels is not None:
             inspect = num_captioned < num_inspected
-            made = generate_captions(model, processor, {"pixel_values": pixels.to(model.device)}, inspect)
+            made = captioner.generate({"pixel_values": pixels.to(captioner.model.device)}, inspect)
             num_captioned += len(made)
             good = [item for item in items if "problem" not in item]
             for item, caption in zip(good, made, strict=True):

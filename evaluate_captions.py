@@ -1,6 +1,6 @@
 """Score captions against references: those a model writes, or those in a file.
 
-    accelerate launch evaluate_captions.py --model_name_or_path outputs/lstm --dataset_name data/flickr8k --split test --output_dir outputs/scores
+    accelerate launch evaluate_captions.py --model_name_or_path outputs/lstm --dataset_name data/flickr8k --output_dir outputs/scores
     python evaluate_captions.py --predictions captions.jsonl --output_dir outputs/scores
 
 The file has lines of {"image_id", "caption", "references"}. results.json says the scores, what they would be shuffled, and
@@ -23,13 +23,14 @@ from transformers import HfArgumentParser
 
 from data_scripts import load_captions
 from metrics import CaptionScorer
-from modeling.captioner import caption_images, load_captioner, move_to_device, set_decoding
+from modeling.captioner import Captioner
 from reporting.page import NUM_IMAGES
 from reporting.report import print_results, report_captions
 from reporting.results import read_captions, write_captions, write_results
 from system.errors import UserError, one_line_errors
 from training.arguments import ImageArguments, value_problem
 from training.batches import CaptionCollator, ImageDataset
+from training.captioning import caption_images
 from training.features import encode_splits
 
 
@@ -139,9 +140,8 @@ def score_model(args: EvaluationArguments) -> None:
     rows = dataset[args.split]
     if args.max_eval_samples:
         rows = rows.select(range(min(args.max_eval_samples, len(rows))))
-    model, processor = load_captioner(args.model_name_or_path)
-    set_decoding(
-        model,
+    captioner = Captioner.load(args.model_name_or_path)
+    captioner.set_decoding(
         args.max_length,
         args.min_length,
         num_beams=args.num_beams,
@@ -150,23 +150,23 @@ def score_model(args: EvaluationArguments) -> None:
         no_repeat_ngram_size=args.no_repeat_ngram_size,
         num_return_sequences=args.num_return_sequences,
     )
-    move_to_device(model, accelerator.device)  # what is kept is of float32, whatever the captions are written in
+    captioner.to(accelerator.device)  # cached features are float32, whatever the captions are generated in
     kept = ImageArguments(
         cache_features=args.cache_features,
         int8_features=args.int8_features,
         dataloader_num_workers=args.dataloader_num_workers,
     )
-    encoder = model.get_encoder().requires_grad_(False)
-    features = encode_splits(DatasetDict({args.split: rows}), encoder, processor.image_processor, kept)[args.split]
+    encoder = captioner.encoder.requires_grad_(False)
+    features = encode_splits(DatasetDict({args.split: rows}), encoder, captioner.image_processor, kept)[args.split]
     loader = DataLoader(
         ImageDataset(rows, *features),
         args.per_device_eval_batch_size,
-        collate_fn=CaptionCollator(processor),
+        collate_fn=CaptionCollator(captioner.processor),
         num_workers=args.dataloader_num_workers,
     )
     loader = prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
-    move_to_device(model, accelerator.device, args.dtype)
-    captions = caption_images(model, processor, loader, accelerator, NUM_IMAGES)
+    captioner.to(accelerator.device, args.dtype)
+    captions = caption_images(captioner, loader, accelerator, NUM_IMAGES)
     if accelerator.is_main_process:
         training_captions = None
         if "train" in dataset:
@@ -179,7 +179,7 @@ def score_model(args: EvaluationArguments) -> None:
             split=args.split,
             captions=captions,
             scorer=scorer,
-            decoding=model.generation_config,
+            decoding=captioner.model.generation_config,
             publish_images=args.dataset_name == "scenes" if args.publish_images is None else args.publish_images,
         )
         if args.num_return_sequences:

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, VisionEncoderDecoderModel
 
 from modeling import InceptionLSTMForConditionalGeneration
-from modeling.captioner import load_captioner
+from modeling.captioner import Captioner
 from modeling.modeling_inception_lstm import STATE_NAME
 from system.errors import one_line_errors
 from system.files import atomic_folder
@@ -126,9 +126,9 @@ def _cache_names(model: VisionEncoderDecoderModel) -> list[str]:
     return [f"{kind}_{layer}" for layer in layers for kind in ("keys", "values")]
 
 
-def export_captioner(model, processor, folder: Path) -> None:
+def export_captioner(captioner: Captioner, folder: Path) -> None:
     """Write encoder.onnx, step.onnx, the processor and generation_config.json into a folder."""
-    model = model.eval().float()
+    model, processor = captioner.model.eval().float(), captioner.processor
     is_lstm = isinstance(model, InceptionLSTMForConditionalGeneration)
     if not is_lstm:
         model.set_attn_implementation("eager")
@@ -240,9 +240,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{' and '.join(missing)} is missing: pip install --editable '.[onnx]'")
     transformers.logging.disable_progress_bar()
     with one_line_errors():
-        model, processor = load_captioner(arguments.model)
+        captioner = Captioner.load(arguments.model)
         with atomic_folder(arguments.output_dir) as (folder, _):
-            export_captioner(model, processor, folder)
+            export_captioner(captioner, folder)
     for path in sorted(Path(arguments.output_dir).glob("*.onnx")):
         print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
 

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, ViTImageProcessor
 
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
+from modeling.captioner import Captioner
 from modeling.processing import build_processor
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config
 
@@ -23,7 +24,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def build(kind: str, prompt: str = "", num_layers: int = 2) -> tuple:
+def build(kind: str, prompt: str = "", num_layers: int = 2) -> Captioner:
     """A small captioner with random weights, drawn wide so that images differ in their captions."""
     torch.manual_seed(0)
     if kind == "lstm":
@@ -36,7 +37,7 @@ def build(kind: str, prompt: str = "", num_layers: int = 2) -> tuple:
         )
         model = InceptionLSTMForConditionalGeneration(config)
         square = {"height": 64, "width": 64}
-        crops = prompt != "attention"  # else the whole image, squeezed
+        crops = prompt != "attention"  # else the whole image, ignoring its aspect ratio
         size = {"shortest_edge": 64} if crops else square
         images = CLIPImageProcessor(size=size, do_center_crop=crops, crop_size=square)
     else:
@@ -50,4 +51,4 @@ def build(kind: str, prompt: str = "", num_layers: int = 2) -> tuple:
             if not name.startswith("encoder.backbone") and parameter.ndim > 1:
                 parameter.normal_(std=0.5)
     model.generation_config.update(max_length=10)
-    return model.eval(), build_processor(images, word_tokenizer())
+    return Captioner(model.eval(), build_processor(images, word_tokenizer()))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
-from modeling.captioner import generate_captions, save_captioner
+from modeling.captioner import Captioner
 from modeling.processing import build_processor, timm_image_processor
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
 
@@ -36,11 +36,11 @@ def captioners():
     decoder = decoder_config(len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     vit_gpt2 = build_vit_gpt2(encoder, decoder, tokenizer, "the dog")
     made = {
-        "one": (lstm, build_processor(timm_image_processor(lstm.encoder.backbone), tokenizer)),
-        "<b>two": (vit_gpt2, build_processor(vit_image_processor(encoder), tokenizer)),
+        "one": Captioner(lstm, build_processor(timm_image_processor(lstm.encoder.backbone), tokenizer)),
+        "<b>two": Captioner(vit_gpt2, build_processor(vit_image_processor(encoder), tokenizer)),
     }
-    for model, _ in made.values():
-        model.eval().generation_config.update(max_length=30, no_repeat_ngram_size=1)  # words, not one token for ever
+    for captioner in made.values():  # words, not one token for ever
+        captioner.model.eval().generation_config.update(max_length=30, no_repeat_ngram_size=1)
     return made
 
 
@@ -59,7 +59,7 @@ def serve():
 
 
 @pytest.fixture
-def make_images(tmp_path):
+def images(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     for name, color in (("red.png", "red"), (HOSTILE, "blue")):
@@ -69,12 +69,11 @@ def make_images(tmp_path):
 
 def captions_of(captioners: dict, path, **generation) -> dict[str, str]:
     image = Image.open(path).convert("RGB")
-    return {
-        name: generate_captions(
-            model, processor, dict(processor(images=[image], return_tensors="pt")), num_beams=1, **generation
-        )[0]["caption"]
-        for name, (model, processor) in captioners.items()
-    }
+    captions = {}
+    for name, captioner in captioners.items():
+        inputs = dict(captioner.processor(images=[image], return_tensors="pt"))
+        captions[name] = captioner.generate(inputs, num_beams=1, **generation)[0]["caption"]
+    return captions
 
 
 def test_from_image_to_caption_with_a_click(browser, serve, captioners, images):
@@ -231,7 +230,7 @@ def test_the_app_starts_on_the_demos_models_and_listens_here_alone(captioners, t
         app.main([])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.startswith("error: no model is named") and error.count("\n") == 1
-    save_captioner(*captioners["one"], app.DEMO_MODELS[0])
+    captioners["one"].save(app.DEMO_MODELS[0])
     assert app.demo_models() == [app.DEMO_MODELS[0]]
     app.main([])
     assert (launched["server_name"], launched["share"]) == ("127.0.0.1", False)

@@ -1,4 +1,4 @@
-"""Laws of what is told of captions: word by word as they are written, how sure the model was, where it looked."""
+"""Laws of `Captioner`: generated captions, their tokens' probability and attention, streams, decoding settings, loading."""
 
 import copy
 import logging
@@ -8,38 +8,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from small_captioners import build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessor,
     EncoderDecoderCache,
-    GPT2LMHeadModel,
     GPT2TokenizerFast,
-    VisionEncoderDecoderModel,
     ViTImageProcessor,
     ViTModel,
 )
 
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
-from modeling.captioner import (
-    attention_grids,
-    generate_captions,
-    inspect_captions,
-    load_captioner,
-    move_to_device,
-    save_captioner,
-    set_decoding,
-    start_token_ids,
-    stream_caption,
-    token_texts,
-)
+from modeling.captioner import Captioner, attention_grids, token_texts
 from modeling.processing import build_processor, center_crop
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
+from system.errors import UserError
 
 CAPTIONS = ["a red dog on the left", "the blue cats run", "犬が走る and a dog runs", "naïve cafés, 12 of them!"] * 5
-SYSTEM_A_WITH_ATTENTION = pytest.mark.parametrize("captioner", ["lstm with attention"], indirect=True)
+LSTM_WITH_ATTENTION = pytest.mark.parametrize("captioner", ["lstm with attention"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +38,7 @@ def tokenizer():
 
 @pytest.fixture(params=["lstm", "lstm with attention", "vit_gpt2", "vit_gpt2 with prompt"])
 def captioner(request, tokenizer):
-    """A small captioner with random weights, and pixels for it."""
+    """A small captioner with random weights."""
     torch.manual_seed(0)
     if request.param.startswith("lstm"):
         config = InceptionLSTMConfig(
@@ -63,41 +52,45 @@ def captioner(request, tokenizer):
         )
         model = InceptionLSTMForConditionalGeneration(config)
         image_processor = CLIPImageProcessor(size={"shortest_edge": 72}, crop_size={"height": 64, "width": 64})
-        size = 64
     else:
         encoder = encoder_config(48, 16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
         decoder = decoder_config(len(tokenizer), hidden_size=48, num_hidden_layers=2, num_attention_heads=4)
         model = build_vit_gpt2(encoder, decoder, tokenizer, "the dog" if "prompt" in request.param else "")
         image_processor = vit_image_processor(encoder)
-        size = 48
     model.generation_config.update(max_length=9)
-    return model.eval(), build_processor(image_processor, tokenizer), torch.randn(3, 3, size, size)
+    return Captioner(model.eval(), build_processor(image_processor, tokenizer))
 
 
-def test_a_tokens_probability_is_the_one_it_was_generated_with(captioner):
-    model, processor, pixels = captioner
+@pytest.fixture
+def pixels(captioner):
+    side = 64 if captioner.model.config.model_type == "inception_lstm" else 48
+    return torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_tokens_probability_is_the_one_it_was_generated_with(captioner, pixels):
+    model, processor = captioner.model, captioner.processor
     made = model.generate(pixels, output_logits=True, return_dict_in_generate=True)
     wanted = model.compute_transition_scores(made.sequences, made.logits, normalize_logits=True).exp()
-    for row, told in enumerate(inspect_captions(model, processor, {"pixel_values": pixels}, made.sequences)):
-        words = made.sequences[row, len(start_token_ids(model)) :].tolist()
+    for row, told in enumerate(captioner.inspect({"pixel_values": pixels}, made.sequences)):
+        words = made.sequences[row, len(captioner.start_token_ids) :].tolist()
         end = [*words, processor.tokenizer.eos_token_id].index(processor.tokenizer.eos_token_id)
         of_pieces = [wanted[row, places].prod().item() for _, places in token_texts(processor.tokenizer, words[:end])]
         assert [token["probability"] for token in told["tokens"]] == pytest.approx(of_pieces, abs=1e-6)
 
 
-def test_attention_is_where_generate_looked(captioner):
-    model, processor, pixels = captioner
+def test_attention_is_where_generate_looked(captioner, pixels):
+    model, processor = captioner.model, captioner.processor
     if getattr(model, "decoder", None):
         model.decoder.set_attn_implementation("eager")
     made = model.generate(pixels, output_attentions=True, return_dict_in_generate=True)
     if getattr(model, "decoder", None):
         model.decoder.set_attn_implementation("sdpa")
-    told = inspect_captions(model, processor, {"pixel_values": pixels}, made.sequences)
+    told = captioner.inspect({"pixel_values": pixels}, made.sequences)
     if made.cross_attentions[0] is None:  # the LSTM captioner without attention looks at one summary
         assert all("attention" not in token for caption in told for token in caption["tokens"])
         return
     for row, caption in enumerate(told):
-        words = made.sequences[row, len(start_token_ids(model)) :].tolist()
+        words = made.sequences[row, len(captioner.start_token_ids) :].tolist()
         end = [*words, processor.tokenizer.eos_token_id].index(processor.tokenizer.eos_token_id)
         # One step a token: (layers, heads) of the last position, their mean; the class token stands before the grid.
         steps = [torch.stack(step)[:, row, :, -1].mean((0, 1)) for step in made.cross_attentions[:end]]
@@ -109,66 +102,84 @@ def test_attention_is_where_generate_looked(captioner):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_inspecting_changes_neither_captions_nor_model(captioner, num_beams):
-    model, processor, pixels = captioner
-    before = generate_captions(model, processor, {"pixel_values": pixels}, num_beams=num_beams)
-    told = generate_captions(model, processor, {"pixel_values": pixels}, inspect=True, num_beams=num_beams)
+def test_inspecting_changes_neither_captions_nor_model(captioner, pixels, num_beams):
+    model = captioner.model
+    before = captioner.generate({"pixel_values": pixels}, num_beams=num_beams)
+    told = captioner.generate({"pixel_values": pixels}, inspect=True, num_beams=num_beams)
     assert [{key: caption[key] for key in ("caption", "ended")} for caption in told] == before
     for caption in told:
         assert "".join(token["text"] for token in caption["tokens"]).strip() == caption["caption"]
     if getattr(model, "decoder", None):
         assert model.decoder.config._attn_implementation == "sdpa"
     states = model.get_encoder()(pixels)
-    by_states = generate_captions(model, processor, {"encoder_outputs": states}, inspect=True, num_beams=num_beams)
+    by_states = captioner.generate({"encoder_outputs": states}, inspect=True, num_beams=num_beams)
     for one, other in zip(told, by_states, strict=True):
         assert [token["text"] for token in one["tokens"]] == [token["text"] for token in other["tokens"]]
         for first, second in zip(one["tokens"], other["tokens"], strict=True):
             assert first["probability"] == pytest.approx(second["probability"], abs=1e-5)
 
 
-def test_inspecting_encodes_no_image_twice(captioner):
-    model, processor, pixels = captioner
+def test_inspecting_encodes_no_image_twice(captioner, pixels):
+    model = captioner.model
     seen = []
     model.get_encoder().register_forward_hook(lambda module, args, output: seen.append(len(output[0])))
-    generate_captions(model, processor, {"pixel_values": pixels}, inspect=True)
+    captioner.generate({"pixel_values": pixels}, inspect=True)
     assert seen == [len(pixels)]
 
 
-def test_kept_states_are_read_in_the_models_own_numbers(captioner):
-    model, processor, pixels = captioner
+def test_kept_states_are_read_in_the_models_own_numbers(captioner, pixels):
+    model = captioner.model
     states = model.get_encoder()(pixels)[0].float()
     model.to(dtype=torch.bfloat16)
-    told = generate_captions(model, processor, {"encoder_outputs": (states,)}, inspect=True)
-    cast = generate_captions(model, processor, {"encoder_outputs": (states.bfloat16(),)}, inspect=True)
+    told = captioner.generate({"encoder_outputs": (states,)}, inspect=True)
+    cast = captioner.generate({"encoder_outputs": (states.bfloat16(),)}, inspect=True)
     assert told == cast and len(told) == len(pixels)
 
 
-def test_a_pooler_that_no_captioner_reads_is_left_out(tokenizer, tmp_path):
-    encoder = ViTModel(encoder_config(48, 16, hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
-    decoder = GPT2LMHeadModel(
-        decoder_config(len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    )
-    model = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
-    save_captioner(model, build_processor(vit_image_processor(encoder.config), tokenizer), tmp_path)
-    assert model.encoder.pooler is not None and load_captioner(str(tmp_path))[0].encoder.pooler is None
+def test_a_pooler_that_no_captioner_reads_is_left_out(tmp_path):
+    captioner = build("vit_gpt2")
+    captioner.model.encoder = ViTModel(captioner.model.config.encoder)
+    captioner.save(tmp_path)
+    assert captioner.encoder.pooler is not None and Captioner.load(tmp_path).encoder.pooler is None
 
 
-def test_a_saved_vit_gpt2_is_loaded_without_a_report_of_what_it_lacks(captioner, tmp_path):
-    """transformers builds a pooler, which the saved encoder has not."""
-    save_captioner(*captioner[:2], tmp_path)
+def test_a_saved_captioner_has_all_weights_that_transformers_builds(captioner, tmp_path):
+    captioner.save(tmp_path)
     _, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
 
 
+@pytest.mark.parametrize("captioner", ["lstm with attention", "vit_gpt2"], indirect=True)
+def test_a_checkpoint_with_missing_or_unexpected_weights_is_refused(captioner, pixels, tmp_path):
+    captioner.save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith(("lm_head.bias", "ln_f.bias")))
+    for damaged in ({key: value for key, value in weights.items() if key != name}, weights | {"decoder.extra": pixels}):
+        save_file(damaged, file, {"format": "pt"})
+        with pytest.raises(UserError) as refused:
+            Captioner.load(tmp_path)
+        assert (name if name not in damaged else "decoder.extra") in str(refused.value)
+
+
+def test_a_captioner_saved_without_its_pooler_loads_in_silence(tmp_path, capfd):
+    captioner = build("vit_gpt2")
+    captioner.model.save_pretrained(tmp_path)
+    captioner.processor.save_pretrained(tmp_path)
+    capfd.readouterr()
+    Captioner.load(tmp_path)
+    assert "pooler" not in "".join(capfd.readouterr())
+
+
 @pytest.mark.parametrize("generation", [{"num_beams": 4}, {"do_sample": True, "top_k": 0}])
-def test_further_captions_of_a_image_stand_beside_the_first(captioner, generation):
-    model, processor, pixels = captioner
+def test_further_captions_of_an_image_stand_beside_the_first(captioner, pixels, generation):
+    model, processor = captioner.model, captioner.processor
     generation = generation | {"num_return_sequences": 3, "max_length": 12}
     torch.manual_seed(0)
-    made = generate_captions(model, processor, {"pixel_values": pixels}, inspect=True, **generation)
+    made = captioner.generate({"pixel_values": pixels}, inspect=True, **generation)
     torch.manual_seed(0)
     sequences = model.generate(pixels, **generation)
-    words = processor.batch_decode(sequences[:, len(start_token_ids(model)) :], skip_special_tokens=True)
+    words = processor.batch_decode(sequences[:, len(captioner.start_token_ids) :], skip_special_tokens=True)
     texts = [[told["caption"], *told["others"]] for told in made]
     assert [text for of_image in texts for text in of_image] == [text.strip() for text in words]
     assert len(texts) == len(pixels) and all(len(set(of_image)) > 1 for of_image in texts)
@@ -176,25 +187,25 @@ def test_further_captions_of_a_image_stand_beside_the_first(captioner, generatio
         assert "".join(token["text"] for token in told["tokens"]).split() == told["caption"].split()
 
 
-def test_beams_leave_what_the_image_says_where_it_is_and_write_the_same(captioner, monkeypatch):
+def test_beams_leave_what_the_image_says_where_it_is_and_write_the_same(captioner, pixels, monkeypatch):
     """transformers' own cache moves keys and values of the image from beam to beam, all of which have the same."""
-    model, processor, pixels = captioner
-    model = copy.deepcopy(model).double()  # in float32 beams that are near each other may change places
+    # In float32 beams that are near each other may change places.
+    model, processor = copy.deepcopy(captioner.model).double(), captioner.processor
+    captioner = Captioner(model, processor)
     sequences = model.generate(pixels.double(), num_beams=3, max_length=12)
-    words = processor.batch_decode(sequences[:, len(start_token_ids(model)) :], skip_special_tokens=True)
+    words = processor.batch_decode(sequences[:, len(captioner.start_token_ids) :], skip_special_tokens=True)
     monkeypatch.setattr(EncoderDecoderCache, "reorder_cache", None)
-    made = generate_captions(model, processor, {"pixel_values": pixels.double()}, num_beams=3, max_length=12)
+    made = captioner.generate({"pixel_values": pixels.double()}, num_beams=3, max_length=12)
     assert [caption["caption"] for caption in made] == [text.strip() for text in words]
 
 
 @pytest.mark.parametrize("generation", [{"no_repeat_ngram_size": 1}, {"num_beams": 3}, {"do_sample": True}], ids=str)
-def test_a_stream_grows_word_by_word_into_the_caption(captioner, generation):
-    model, processor, pixels = captioner
+def test_a_stream_grows_word_by_word_into_the_caption(captioner, pixels, generation):
     for one in pixels[:, None]:
         torch.manual_seed(0)
-        whole = generate_captions(model, processor, {"pixel_values": one}, **generation)[0]["caption"]
+        whole = captioner.generate({"pixel_values": one}, **generation)[0]["caption"]
         torch.manual_seed(0)
-        seen = list(stream_caption(model, processor, {"pixel_values": one}, **generation))
+        seen = list(captioner.stream({"pixel_values": one}, **generation))
         assert seen[-1] == whole
         if "num_beams" in generation:
             assert len(seen) == 1
@@ -209,27 +220,28 @@ def test_a_stream_grows_word_by_word_into_the_caption(captioner, generation):
 
 @pytest.mark.parametrize("without_beams", [{"num_beams": 1}, {"top_p": 0.9}])
 def test_beams_can_be_taken_back(without_beams, tmp_path, monkeypatch):
-    model, processor = build("lstm")
-    set_decoding(model, num_beams=3, length_penalty=0.7)
+    captioner = build("lstm")
+    model = captioner.model
+    captioner.set_decoding(num_beams=3, length_penalty=0.7)
     assert model.generation_config.length_penalty == 0.7
     warned = []
     monkeypatch.setattr(logging.getLogger("transformers.generation.configuration_utils"), "handle", warned.append)
-    set_decoding(model, length_penalty=0.7, **without_beams)
+    captioner.set_decoding(length_penalty=0.7, **without_beams)
     assert not warned  # what is of beams alone is no matter without them
-    save_captioner(model, processor, tmp_path)  # transformers saves no settings that contradict each other
-    assert load_captioner(str(tmp_path))[0].generation_config.num_beams == 1
+    captioner.save(tmp_path)  # transformers saves no settings that contradict each other
+    assert Captioner.load(tmp_path).model.generation_config.num_beams == 1
 
 
-def test_the_smallest_nucleus_is_greedy_and_the_largest_is_the_models_own_law(captioner):
-    model, processor, pixels = captioner
+def test_the_smallest_nucleus_is_greedy_and_the_largest_is_the_models_own_law(captioner, pixels):
+    model = captioner.model
     inputs = {"pixel_values": pixels[:1].expand(256, -1, -1, -1)}
     model.generation_config.num_beams = 3
-    set_decoding(model, top_p=1e-6)
-    sampled = generate_captions(model, processor, inputs)
-    assert sampled == generate_captions(model, processor, inputs, do_sample=False, num_beams=1)
-    set_decoding(model, top_p=1.0)
+    captioner.set_decoding(top_p=1e-6)
+    sampled = captioner.generate(inputs)
+    assert sampled == captioner.generate(inputs, do_sample=False, num_beams=1)
+    captioner.set_decoding(top_p=1.0)
     torch.manual_seed(0)
-    start = torch.tensor([start_token_ids(model)] * 256)
+    start = torch.tensor([captioner.start_token_ids] * 256)
     sampled = model.generate(**inputs, max_length=start.shape[1] + 1)[:, -1]
     with torch.no_grad():
         law = model(pixel_values=pixels[:1], decoder_input_ids=start[:1]).logits[0, -1].softmax(0)
@@ -241,15 +253,14 @@ def test_the_smallest_nucleus_is_greedy_and_the_largest_is_the_models_own_law(ca
     assert (rare[sampled].float().mean() - expected).abs() < 4 * (0.25 / 256) ** 0.5  # standard errors at most
 
 
-def test_a_stream_that_fails_says_so(captioner):
-    model, processor, pixels = captioner
+def test_a_stream_that_fails_says_so(captioner, pixels):
     with pytest.raises(ValueError, match="temperature"):
-        list(stream_caption(model, processor, {"pixel_values": pixels[:1]}, do_sample=True, temperature=-1.0))
+        list(captioner.stream({"pixel_values": pixels[:1]}, do_sample=True, temperature=-1.0))
 
 
-@SYSTEM_A_WITH_ATTENTION
-def test_the_weights_told_are_the_weights_used(captioner):
-    model, _, pixels = captioner
+@LSTM_WITH_ATTENTION
+def test_the_weights_told_are_the_weights_used(captioner, pixels):
+    model = captioner.model
     attention = model.attention
     hidden = torch.randn(3, 5, 32)
     grid = attention.grid(model.encoder(pixels)[0])
@@ -259,10 +270,9 @@ def test_the_weights_told_are_the_weights_used(captioner):
     torch.testing.assert_close(attention(hidden, grid), outputs)
 
 
-@SYSTEM_A_WITH_ATTENTION
-def test_a_loaded_model_tells_its_attention_through_generate(captioner, tmp_path):
-    model, processor, pixels = captioner
-    save_captioner(model, processor, tmp_path)
+@LSTM_WITH_ATTENTION
+def test_a_loaded_model_tells_its_attention_through_generate(captioner, pixels, tmp_path):
+    captioner.save(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     made = loaded.generate(pixels, num_beams=2, output_attentions=True, return_dict_in_generate=True)
     for (step,) in made.cross_attentions:
@@ -321,7 +331,7 @@ def test_the_center_crop_is_what_the_pixels_hold(shape):
     assert pixels[2:-2, 2:-2].max() == pixels.min()
 
 
-def test_a_image_squeezed_whole_is_seen_whole():
+def test_an_image_resized_whole_has_no_crop():
     assert center_crop(ViTImageProcessor(size={"height": 32, "width": 32})) is None
     assert center_crop(CLIPImageProcessor(do_center_crop=False)) is None
 
@@ -329,16 +339,16 @@ def test_a_image_squeezed_whole_is_seen_whole():
 # ------------------------------------------------------------------------------------------------- numbers
 
 
-def test_captions_in_bfloat16_are_as_likely_as_in_float32(captioner):
+def test_captions_in_bfloat16_are_as_likely_as_in_float32(captioner, pixels):
     """Their words may be others; what float32 says of their tokens is what bfloat16 said, as far as its digits go."""
-    model, processor, pixels = captioner
-    move_to_device(model, "cpu", "bfloat16")
+    model = captioner.model
+    captioner.to("cpu", "bfloat16")
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     with torch.inference_mode():
         sequences = model.generate(pixel_values=pixels)
-    told = generate_captions(model, processor, {"pixel_values": pixels}, inspect=True)
-    move_to_device(model, "cpu", "float32")
-    exact = inspect_captions(model, processor, {"pixel_values": pixels}, sequences)
+    told = captioner.generate({"pixel_values": pixels}, inspect=True)
+    captioner.to("cpu", "float32")
+    exact = captioner.inspect({"pixel_values": pixels}, sequences)
     for caption, same in zip(told, exact, strict=True):
         assert [token["text"] for token in caption["tokens"]] == [token["text"] for token in same["tokens"]]
         for token, other in zip(caption["tokens"], same["tokens"], strict=True):
@@ -355,10 +365,10 @@ def test_captions_in_bfloat16_are_as_likely_as_in_float32(captioner):
 )
 def test_auto_is_what_the_processor_has_instructions_for(captioner, instructions, dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-    move_to_device(captioner[0], "cpu", "auto")
-    assert captioner[0].dtype == dtype
+    captioner.to("cpu", "auto")
+    assert captioner.model.dtype == dtype
 
 
 def test_a_device_that_is_not_there_is_said(captioner):
     with pytest.raises(ValueError, match="--device abacus cannot be used"):
-        move_to_device(captioner[0], "abacus", "auto")
+        captioner.to("abacus", "auto")

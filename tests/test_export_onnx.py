@@ -10,20 +10,21 @@ import torch
 from small_captioners import IMAGES, build
 
 import export_onnx
-from modeling.captioner import save_captioner, start_token_ids
+from modeling.captioner import Captioner
 
 
-def reference_captions(model, pixel_values: torch.Tensor) -> list[list[int]]:
-    sequences = model.generate(pixel_values=pixel_values)
-    return sequences[:, len(start_token_ids(model)) :].tolist()
+def reference_captions(captioner: Captioner, pixel_values: torch.Tensor) -> list[list[int]]:
+    sequences = captioner.model.generate(pixel_values=pixel_values)
+    return sequences[:, len(captioner.start_token_ids) :].tolist()
 
 
 @pytest.mark.parametrize(
     ("kind", "prompt"), [("lstm", ""), ("lstm", "attention"), ("vit_gpt2", ""), ("vit_gpt2", "a big")]
 )
 def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatch):
-    model, processor = build(kind, prompt, num_layers=1 if kind == "vit_gpt2" and not prompt else 2)
-    save_captioner(model, processor, tmp_path / "model")
+    captioner = build(kind, prompt, num_layers=1 if kind == "vit_gpt2" and not prompt else 2)
+    model, processor = captioner.model, captioner.processor
+    captioner.save(tmp_path / "model")
     if prompt == "attention":  # weights beside the file, as of a model too large for one
         monkeypatch.setattr(export_onnx, "MAX_BYTES_IN_FILE", 0)
     export_onnx.main([str(tmp_path / "model"), str(tmp_path / "exported")])
@@ -41,9 +42,9 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", watched)
     pixels = processor(images=IMAGES, return_tensors="pt")["pixel_values"]
     captions = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())
-    assert captions == reference_captions(model, pixels) and len({*map(tuple, captions)}) > 1
+    assert captions == reference_captions(captioner, pixels) and len({*map(tuple, captions)}) > 1
 
-    start = torch.tensor([start_token_ids(model)] * len(IMAGES))
+    start = torch.tensor([captioner.start_token_ids] * len(IMAGES))
     assert len(steps) == 1 + len(captions[0])  # the encoder, then once for each word
     for number, logits in enumerate(steps[1:]):
         prefix = torch.cat([start, torch.tensor(captions)[:, :number].long()], dim=1)
@@ -53,12 +54,12 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
 
     # The rules of decoding hold as in `generate()`.
     model.generation_config.no_repeat_ngram_size = 2
-    save_captioner(model, processor, tmp_path / "ruled")
+    captioner.save(tmp_path / "ruled")
     ruled_settings = (tmp_path / "ruled" / "generation_config.json").read_text()
     plain_settings = (tmp_path / "exported" / "generation_config.json").read_text()
     (tmp_path / "exported" / "generation_config.json").write_text(ruled_settings)
     ruled = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())
-    assert ruled == reference_captions(model, pixels) != captions
+    assert ruled == reference_captions(captioner, pixels) != captions
     (tmp_path / "exported" / "generation_config.json").write_text(plain_settings)
     model.generation_config.no_repeat_ngram_size = None
     boosts = [[[token], 0.4 * (token % 5)] for token in range(2, model.get_output_embeddings().out_features, 2)]
@@ -66,7 +67,7 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
     (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings))
     model.generation_config.sequence_bias = boosts
     boosted = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())
-    assert boosted == reference_captions(model, pixels) != captions
+    assert boosted == reference_captions(captioner, pixels) != captions
     (tmp_path / "exported" / "generation_config.json").write_text(plain_settings)
     model.generation_config.sequence_bias = None
 
@@ -76,12 +77,12 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
     (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": end}))
     model.generation_config.eos_token_id = end
     ended = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())
-    assert ended == reference_captions(model, pixels) != captions
+    assert ended == reference_captions(captioner, pixels) != captions
     longer = {"eos_token_id": end, "min_length": model.generation_config.max_length - 1}
     (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings | longer))
     model.generation_config.min_length = longer["min_length"]
     longest = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())
-    assert longest == reference_captions(model, pixels) != ended
+    assert longest == reference_captions(captioner, pixels) != ended
     (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": end}))
     (alone,) = export_onnx.caption_images(tmp_path / "exported", pixels[:1].numpy(), max_length=5)
     assert alone == ended[0][: len(alone)] and len(alone) <= 5 - start.shape[1]

@@ -11,7 +11,7 @@ from PIL import Image
 from small_captioners import IMAGES, build
 
 import caption
-from modeling.captioner import save_captioner
+from modeling.captioner import Captioner
 from reporting.page import NUM_LOOKS, write_page
 
 WORDS = (" a", " red", " d", "og")
@@ -109,7 +109,7 @@ def test_captions_without_what_is_told_of_words(tmp_path):
 
 
 def test_the_page_that_caption_py_writes_tells_of_each_word(tmp_path):
-    save_captioner(*build("vit_gpt2"), tmp_path / "model")
+    build("vit_gpt2").save(tmp_path / "model")
     for place, image in enumerate(IMAGES[:2]):
         image.save(tmp_path / f"{place}.png")
     images = [str(tmp_path / f"{place}.png") for place in range(2)]
@@ -120,12 +120,12 @@ def test_the_page_that_caption_py_writes_tells_of_each_word(tmp_path):
 
 
 def test_no_more_words_are_looked_at_than_the_page_shows(tmp_path, monkeypatch):
-    save_captioner(*build("vit_gpt2"), tmp_path / "model")
+    build("vit_gpt2").save(tmp_path / "model")
     for place, image in enumerate(IMAGES[:3]):
         image.save(tmp_path / f"{place}.png")
     monkeypatch.setattr(caption, "NUM_IMAGES_ON_PAGE", 1)
-    inspected, generate = [], caption.generate_captions
-    monkeypatch.setattr(caption, "generate_captions", lambda *given: inspected.append(given[-1]) or generate(*given))
+    inspected, generate = [], Captioner.generate
+    monkeypatch.setattr(Captioner, "generate", lambda *given: inspected.append(given[-1]) or generate(*given))
     images = [str(tmp_path / f"{place}.png") for place in range(3)]
     options = [
         "--model_name_or_path",

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from PIL import Image
+from small_captioners import build
 
 FEW, MANY = 100, 500
 GROWTH_IN_MEGABYTES = 40  # a hundred decoded images of this size have 75
@@ -56,24 +57,11 @@ def peak_megabytes(context, model: str, folder: Path, number: int) -> float:
     return peak.value / 1024
 
 
-def tiny_model(folder: Path) -> str:
-    import train_lstm
-    from data_scripts.train_tokenizer import train_tokenizer
-    from modeling.captioner import save_captioner
-
-    tokenizer = train_tokenizer(["a red circle over a blue square"], 60)
-    arguments = {"encoder": "test_efficientnet", "pretrained_encoder": False, "image_size": 64, "num_hidden_layers": 1}
-    model, processor = train_lstm.build_model(
-        train_lstm.LSTMArguments(**arguments, image_embed_dim=16, hidden_size=16), tokenizer
-    )
-    save_captioner(model, processor, folder)
-    return str(folder)
-
-
 def test_captioning_five_times_as_many_images_takes_no_more_memory(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["caption"])
-    model = tiny_model(tmp_path / "model")
+    build("lstm").save(tmp_path / "model")
+    model = str(tmp_path / "model")
     few, many = (peak_megabytes(context, model, tmp_path, number) for number in (FEW, MANY))
     assert many - few < GROWTH_IN_MEGABYTES, f"{few:.0f} MB for {FEW} images, {many:.0f} MB for {MANY}"
 
@@ -84,7 +72,8 @@ def main() -> None:
     number = parser.parse_args().images
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
-        model = tiny_model(Path(folder) / "model")
+        model = str(Path(folder) / "model")
+        build("lstm").save(model)
         for size in (number // 10, number):
             print(f"{size:,} images: {peak_megabytes(context, model, Path(folder), size):,.0f} MB at most", flush=True)
 
