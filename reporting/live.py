@@ -24,12 +24,14 @@ class EpochProgressBar(tqdm):
         disable: Whether to show nothing.
     """
 
-    def __init__(self, epoch: int, num_epochs: int, num_images: int, seen: int = 0, disable: bool = False):
+    def __init__(
+        self, epoch: int, num_epochs: int, num_images: int, seen: int = 0, disable: bool = False, unit: str = "captions"
+    ):
         title = f"epoch {epoch}/{num_epochs}"
-        super().__init__(total=num_images, initial=seen, desc=title, unit=" images", disable=disable)
+        super().__init__(total=num_images, initial=seen, desc=title, unit=f" {unit}", disable=disable)
         self.later = (num_epochs - epoch) * num_images
 
-    def tell(self, value: float, name: str = "loss") -> None:
+    def set_loss(self, value: float, name: str = "loss") -> None:
         """Show the epoch's mean loss, or what else is learned by, and how long all that is left takes at the epoch's pace."""
         if self.disable:
             return
@@ -58,7 +60,7 @@ def score_and_show(captions: Sequence[str], rows: Dataset, scorer) -> dict[str, 
     return {**scores, **shuffled, "unique_words": scorer.unique_words(captions)}
 
 
-def tell_losses(row: dict) -> None:
+def print_losses(row: dict) -> None:
     """One line of the log: which epoch and step, and the losses there are, in nats a token, or the reward of samples."""
     names = {"epoch": "epoch", "step": "step", "train_loss": "training loss", "reward": "reward"}
     names["eval_loss"] = "validation loss"

@@ -1,5 +1,12 @@
-"""How a run is told what to do: a recipe (YAML), and the command line over it."""
+"""Options of the scripts: dataclasses, a recipe (YAML) over their defaults, the command line over the recipe.
 
+Only light imports: `--help` and a wrong option answer before torch is loaded.
+
+Besides "help", the metadata of an option may hold its bounds: "min" and "max" (inclusive), "above" and "below" (exclusive); and
+"needs", the values that other options must have for this one to have an effect.
+"""
+
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -7,248 +14,342 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-from transformers import HfArgumentParser
+import numpy as np
 
 from data_scripts.augmentations import MAX_AUGMENTATIONS
 from system.errors import UserError
 
-# What no run can do with less, in any script.
-LOWEST = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("eval_epochs", "save_epochs", "save_steps", "save_total_limit", "early_stopping_patience"), 1),
-    **dict.fromkeys(("max_length", "num_beams", "num_return_sequences", "max_caption_length"), 1),
-    **dict.fromkeys(("max_train_samples", "max_eval_samples", "image_size", "patch_size", "image_embed_dim"), 1),
-    **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), 1),
-    "num_augmentations": 1,
-    "num_trainable_encoder_blocks": 0,
-    **dict.fromkeys(("learning_rate", "encoder_learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
-    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "seed", "dataloader_num_workers"), 0),
-    **dict.fromkeys(("sample_no_repeat_ngram_size", "sample_min_length", "bleu_weight", "rouge_weight", "kl_coef"), 0),
-    "logit_adjustment_tau": 0,
-    **dict.fromkeys(("eval_steps", "num_samples", "batch_size", "num_beams", "max_length"), 1),
-    **dict.fromkeys(("num_workers", "min_length"), 0),
-    "vocab_size": 8,  # the four special tokens, and something to say
-}
-SHARES = ("dropout", "attention_dropout", "label_smoothing_factor", "xe_weight", "init_weight_share", "ema_decay")
-CHOICES = {
-    "lr_scheduler_type": ("constant", "constant_with_warmup", "cosine", "linear", "polynomial", "inverse_sqrt"),
-    "mixed_precision": ("no", "bf16", "fp16"),
-}
+Scheduler = Literal["constant", "constant_with_warmup", "cosine", "linear", "polynomial", "inverse_sqrt"]
 
 
 @dataclass
-class ImageArguments:
-    """The captioned images of a run; the same for every script."""
+class DataArguments:
+    """The captioned images of a run."""
 
     dataset_name: str = field(
         default="scenes",
-        metadata={
-            "help": "Folder made by a data_scripts command, data set on the Hub, or `scenes`, drawn on the spot."
-        },
+        metadata={"help": "Folder made by a data_scripts command, dataset on the Hub, or `scenes`, drawn on the spot."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Number of training images, the first ones; all if not given.", "min": 1}
+    )
     max_eval_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Generate for so many validation images at each evaluation, always the same; all if not given."
+            "help": "Number of validation images captioned at each evaluation, evenly spread; all if not given.",
+            "min": 1,
         },
     )
     max_caption_length: int | None = field(
         default=None,
-        metadata={"help": "Cut training captions to so many tokens, EOS included; none is cut if not given."},
+        metadata={
+            "help": "Max length of a training caption in tokens, EOS included; longer ones are truncated and counted.",
+            "min": 1,
+        },
     )
     num_augmentations: int = field(
         default=1,
         metadata={
-            "help": "Views of each training image that take turns: 2 adds its mirror image, with left and right swapped in "
-            "its captions, more (up to 10) large parts of both."
+            "help": "Deterministic variants of each image, cycled by epoch; 2 adds the horizontal flip with left/right swapped in "
+            "its captions, up to 10 add large crops of both.",
+            "min": 1,
+            "max": MAX_AUGMENTATIONS,
         },
     )
     cache_features: bool = field(
-        default=True, metadata={"help": "Keep what a frozen encoder says of each image on disk, in float16."}
+        default=True, metadata={"help": "Cache the features of a frozen encoder on disk, in float16."}
     )
     int8_features: bool = field(
-        default=False, metadata={"help": "Keep it in 8 bits a number: half the disk, and not quite the same."}
+        default=False,
+        metadata={"help": "Cache features as int8: half the disk, lossy.", "needs": {"cache_features": [True]}},
     )
     compile_encoder: bool = field(
         default=False,
-        metadata={"help": "Compile the encoder before it sees the images: minutes, for a few per cent on a CPU."},
+        metadata={
+            "help": "Compile a frozen encoder with torch.compile before it encodes the images: takes minutes, saves about 8 % on "
+            "a CPU.",
+            "needs": {"cache_features": [True]},
+        },
     )
     publish_images: bool | None = field(
         default=None,
-        metadata={"help": "Put test images on the card and push the page of them; if not given, only drawn scenes."},
+        metadata={"help": "Show test images on the model card and push captions.html; only drawn scenes if not given."},
     )
     dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that decode images; 0 decodes in the training process."}
+        default=0, metadata={"help": "Number of processes that decode images; 0 decodes in the main process.", "min": 0}
     )
 
     def __post_init__(self):
-        if self.compile_encoder and not self.cache_features:
-            raise UserError("--compile_encoder true is for what --cache_features true keeps: give one of them up")
         if self.publish_images is None:
-            self.publish_images = self.dataset_name == "scenes"  # drawn here, so nobody else's
+            self.publish_images = self.dataset_name == "scenes"  # drawn here, so nobody's property
 
 
 @dataclass
-class DataArguments(ImageArguments):
-    """The same, where a new captioner learns the captions."""
+class CaptionDataArguments(DataArguments):
+    """The captioned images of a run that trains with cross entropy."""
 
     tokenizer_name: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of a tokenizer; the LSTM captioner trains its own where none is given."},
+        metadata={
+            "help": "Folder or Hub id of the tokenizer; trained on the captions, or the decoder's, if not given."
+        },
     )
     train_sampling_strategy: Literal["group_by_length", "random"] = field(
-        default="group_by_length", metadata={"help": "Which captions share a batch: those of like length, or any."}
+        default="group_by_length",
+        metadata={"help": "Batches of captions of similar length, which saves padding, or of any length."},
     )
     group_by_image: bool = field(
-        default=False, metadata={"help": "Put the captions of an image into one batch, which reads the image once."}
+        default=False, metadata={"help": "Put all captions of an image into one batch, which encodes it once."}
     )
 
 
 @dataclass
-class LoopArguments:
-    """A training loop under Accelerate; names as in transformers.TrainingArguments."""
+class DecodingArguments:
+    """How captions are generated; what is not given stays as the model has it, which is greedy for a new one."""
 
-    output_dir: str = field(default="outputs/run", metadata={"help": "Where model, results and checkpoints go."})
-    num_train_epochs: int = field(default=300, metadata={"help": "Times each caption is seen."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Captions a step on each device."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Captions or images at once in evaluation."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches whose gradients make one step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of AdamW, at its highest."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
-    lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "constant, constant_with_warmup, cosine, linear."}
-    )
-    warmup_steps: float = field(default=0, metadata={"help": "Steps of warm-up; below 1, their share of all steps."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are cut to this length; 0 cuts none."})
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, bf16 or fp16; as `accelerate` is set up if not given."}
-    )
-    seed: int = field(default=42, metadata={"help": "Of weights, order and dropout."})
-    eval_epochs: int = field(default=1, metadata={"help": "Epochs between two evaluations."})
-    save_epochs: int = field(default=1, metadata={"help": "Epochs between two checkpoints."})
-    save_steps: int | None = field(
-        default=None, metadata={"help": "Steps between two checkpoints inside an epoch; none there if not given."}
-    )
-    save_total_limit: int | None = field(
-        default=None, metadata={"help": "Checkpoints kept, the newest, and the best beside them; all if not given."}
-    )
-    load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "Leave the model of the best validation CIDEr in output_dir, else the last."}
-    )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without a better validation CIDEr."}
-    )
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Longest caption generated, in tokens; the training captions' 99th percentile if not given."},
+        metadata={
+            "help": "Max length of a generated caption in tokens, prompt excluded; for a new model the 99th percentile of the "
+            "training captions if not given.",
+            "min": 1,
+        },
     )
-    min_length: int = field(
-        default=0, metadata={"help": "Shortest caption generated, in tokens; the end of one comes no earlier."}
+    min_length: int | None = field(
+        default=None, metadata={"help": "Min length of a generated caption in tokens, prompt excluded.", "min": 0}
     )
-    num_beams: int = field(default=1, metadata={"help": "Beams; 1 is greedy."})
-    length_penalty: float = field(
-        default=1.0, metadata={"help": "Of beams: the power of its length that a caption's score is divided by."}
+    num_beams: int | None = field(default=None, metadata={"help": "Number of beams; 1 is greedy.", "min": 1})
+    length_penalty: float | None = field(
+        default=None,
+        metadata={
+            "help": "Exponential length penalty of beam search; above 0 favors longer captions.",
+            "min": -100,
+            "max": 100,
+        },
     )
-    no_repeat_ngram_size: int = field(
-        default=0, metadata={"help": "No run of so many tokens is generated twice; 0 allows all."}
+    no_repeat_ngram_size: int | None = field(
+        default=None, metadata={"help": "Size of n-grams that occur at most once in a caption; 0 disables.", "min": 0}
+    )
+
+    def __post_init__(self):
+        if self.max_length and (self.min_length or 0) > self.max_length:
+            raise UserError(f"--min_length {self.min_length}: it must not be more than --max_length {self.max_length}")
+        if self.length_penalty is not None and self.num_beams == 1:
+            raise UserError(
+                f"--length_penalty {self.length_penalty} has no effect without beams: give --num_beams 2 or more"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What `Captioner.set_decoding` takes."""
+        return {option.name: getattr(self, option.name) for option in fields(DecodingArguments)}
+
+    def within(self, lengths: Sequence[int], max_tokens: int | None = None) -> dict[str, Any]:
+        """The settings of a model that is trained on captions of these lengths, by a decoder with room for `max_tokens`.
+
+        Max length is the 99th percentile of the captions' lengths where it is not given, and min length at least.
+        """
+        longest = self.max_length or max(math.ceil(np.percentile(lengths, 99)), self.min_length or 0)
+        limits = {"max_length": longest, "min_length": self.min_length}
+        limits = {name: value and min(value, max_tokens or value) for name, value in limits.items()}
+        return self.settings() | limits
+
+
+@dataclass
+class TrainingArguments:
+    """The training loop, the same for every script; names as in transformers.TrainingArguments."""
+
+    output_dir: str = field(default="outputs/run", metadata={"help": "Folder for model, results and checkpoints."})
+    num_train_epochs: int = field(default=300, metadata={"help": "Number of epochs.", "min": 1})
+    max_steps: int = field(
+        default=-1, metadata={"help": "Number of optimizer steps, over num_train_epochs; -1 disables."}
+    )
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Captions per batch and device.", "min": 1})
+    per_device_eval_batch_size: int = field(
+        default=64, metadata={"help": "Captions, or images, per batch and device in evaluation.", "min": 1}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Batches accumulated into one optimizer step.", "min": 1}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW.", "min": 0})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW.", "min": 0})
+    adam_beta1: float = field(default=0.9, metadata={"help": "Beta1 of AdamW.", "min": 0, "below": 1})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Beta2 of AdamW.", "min": 0, "below": 1})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "Epsilon of AdamW.", "above": 0})
+    lr_scheduler_type: Scheduler = field(default="constant", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(
+        default=0,
+        metadata={
+            "help": "Steps of linear warmup of the learning rate; below 1, the fraction of all steps.",
+            "min": 0,
+            "needs": {"lr_scheduler_type": [kind for kind in get_args(Scheduler) if kind != "constant"]},
+        },
+    )
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Clip the gradient norm to this value; 0 disables.", "min": 0}
+    )
+    bf16: bool = field(
+        default=False, metadata={"help": "Train in bfloat16 mixed precision, where the device has instructions for it."}
+    )
+    fp16: bool = field(
+        default=False, metadata={"help": "Train in float16 mixed precision.", "needs": {"bf16": [False]}}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU although there is an accelerator."})
+    seed: int = field(default=42, metadata={"help": "Seed of weights, order and dropout.", "min": 0, "below": 2**32})
+    logging_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps between two logs of the training loss; once an epoch if not given.", "min": 1},
+    )
+    eval_epochs: int = field(default=1, metadata={"help": "Epochs between two evaluations.", "min": 1})
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Steps between two evaluations inside an epoch; none if not given.", "min": 1}
+    )
+    eval_on_start: bool = field(default=False, metadata={"help": "Evaluate before the first step, too."})
+    save_epochs: int = field(default=1, metadata={"help": "Epochs between two checkpoints.", "min": 1})
+    save_steps: int | None = field(
+        default=None, metadata={"help": "Steps between two checkpoints inside an epoch; none if not given.", "min": 1}
+    )
+    save_total_limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of checkpoints kept: the newest, and the best beside them; all if not given.",
+            "min": 1,
+        },
+    )
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "Keep the model of the best validation CIDEr in output_dir, else the last."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of evaluations without a better validation CIDEr after which training stops.",
+            "min": 1,
+        },
     )
     report_to: str = field(
-        default="tensorboard", metadata={"help": "Trackers of Accelerate, with commas between; or none."}
+        default="tensorboard", metadata={"help": "Trackers of Accelerate, separated by commas; or none."}
     )
+    project: str = field(default="showtell", metadata={"help": "Project name in trackers that have projects."})
+    run_name: str | None = field(
+        default=None, metadata={"help": "Run name in trackers that have run names; output_dir if not given."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint folder, `last`, or OWNER/NAME[@REVISION] on the Hub."}
+        default=None, metadata={"help": "Checkpoint folder, `last`, or OWNER/NAME[@REVISION] on the Hub."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Remove the checkpoints that another run has left in output_dir."}
     )
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload output_dir at the end."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Push output_dir to the Hub at the end."})
     hub_model_id: str | None = field(
-        default=None, metadata={"help": "Repository to push to; output_dir's name if not given."}
+        default=None, metadata={"help": "Repository to push to; the name of output_dir if not given."}
     )
-    hub_private_repo: bool | None = field(default=None, metadata={"help": "Make the repository a private one."})
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Create the repository as a private one."})
     hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to; main if not given."})
+    hub_token: str | None = field(
+        default=None, metadata={"help": "Token of the Hub; that of `hf auth login` or HF_TOKEN if not given."}
+    )
     hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = field(
         default="end",
+        metadata={"help": "Push at the end only, or at each save the best model, the last checkpoint too, or all."},
+    )
+
+
+@dataclass
+class CaptionTrainingArguments(TrainingArguments):
+    """Options of training with cross entropy."""
+
+    encoder_learning_rate: float | None = field(
+        default=None,
         metadata={
-            "help": "When to push: at the end only, or the model, the last or all checkpoints when one is saved."
+            "help": "Peak learning rate of the encoder, where it is trained; learning_rate if not given.",
+            "min": 0,
+        },
+    )
+    activation_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
+    )
+    label_smoothing_factor: float = field(
+        default=0.0, metadata={"help": "Label smoothing of the cross entropy.", "min": 0, "below": 1}
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Decay per step of an exponential moving average of the weights, which is then what is evaluated and saved; 0 "
+            "disables.",
+            "min": 0,
+            "below": 1,
         },
     )
 
-    def __post_init__(self):
-        check_lengths(self)
 
-
-def parse_recipe(
-    dataclasses: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
-) -> tuple:
+def parse_recipe(kinds: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
     """Read `[recipe.yaml] [--name value ...]`: the recipe over the defaults, the command line over the recipe.
 
     Ends the program with one sentence and exit code 2 where a file or an option is wrong.
     """
-    parser = HfArgumentParser(list(dataclasses), description=description)
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser([_without_bounds(kind) for kind in kinds], description=description)
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].endswith((".yaml", ".yml")):
-        parser.set_defaults(**read_recipe(argv.pop(0), dataclasses, parser))
-    try:
-        *groups, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-    except ValueError as error:  # transformers' own checks
-        parser.error(str(error))
+        parser.set_defaults(**_read_recipe(argv.pop(0), kinds, parser))
+    namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"there is no option {unknown[0]}; --help lists them")
-    for group in groups:
-        kinds = get_type_hints(type(group))
-        for option in fields(group):
-            value, kind = getattr(group, option.name), kinds[option.name]
-            problem = value_problem(option.name, value)
-            if get_origin(kind) is Literal and value not in get_args(kind):  # argparse does not look at a recipe's
-                problem = f"it must be one of {', '.join(map(str, get_args(kind)))}"
-            if problem:
-                parser.error(f"--{option.name} {value}: {problem}")
-    return tuple(groups)
+    values, options = vars(namespace), _options(kinds)
+    for name, option in options.items():
+        if problem := _problem(option, values):
+            parser.error(f"--{name} {values[name]}: {problem}")
+    try:
+        return tuple(kind(**{option.name: values[option.name] for option in fields(kind)}) for kind in kinds)
+    except UserError as error:  # options that do not go together
+        parser.error(str(error))
 
 
-def check_lengths(args) -> None:
-    """See to it that a caption may be as long as it has to be.
-
-    Raises:
-        ValueError: It may not.
-    """
-    longest = args.max_length
-    if longest and (args.min_length or 0) > longest:
-        raise UserError(f"--min_length {args.min_length}: it must not be more than --max_length {longest}")
+def _options(kinds: Sequence[type]) -> dict[str, dataclasses.Field]:
+    return {option.name: option for kind in kinds for option in fields(kind)}
 
 
-def value_problem(name: str, value: Any) -> str | None:
-    """Say why an option cannot have a value, or None if it can; None is always possible."""
-    if name in CHOICES and value is not None and value not in CHOICES[name]:
-        return f"it must be one of {', '.join(CHOICES[name])}"
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    if not math.isfinite(value):
-        return "it must be a finite number"
-    if name in LOWEST and value < LOWEST[name]:
-        return f"it must be {LOWEST[name]} or more"
-    if name == "num_train_epochs" and value <= 0:
-        return "it must be more than 0"
-    if name == "length_penalty" and abs(value) > 100:  # a power of the length
-        return "it must be between -100 and 100"
-    if name == "seed" and value >= 2**32:
-        return f"it must be less than {2**32}"
-    if name == "top_p" and not 0 < value <= 1:
-        return "it must be more than 0, and 1 at most"
-    if name == "num_augmentations" and value > MAX_AUGMENTATIONS:
-        return f"there are {MAX_AUGMENTATIONS} views at most"
-    if name in SHARES and not 0 <= value < 1:
-        return "it must be 0 or more, and less than 1"
+def _without_bounds(kind: type) -> type:
+    """The dataclass as HfArgumentParser reads it, which hands all metadata on to argparse."""
+    types = get_type_hints(kind)
+    options = []
+    for option in fields(kind):
+        # As a string, or HfArgumentParser adds a second option, `--no_NAME`.
+        default = "true" if option.default is True else option.default
+        metadata = {"help": option.metadata["help"].replace("%", "%%")}
+        options.append((option.name, types[option.name], field(default=default, metadata=metadata)))
+    return dataclasses.make_dataclass(kind.__name__, options)
+
+
+def _problem(option: dataclasses.Field, values: dict[str, Any]) -> str | None:
+    """Why an option cannot have its value, or None if it can."""
+    value, bounds = values[option.name], option.metadata
+    if get_origin(option.type) is Literal and value not in get_args(option.type):  # argparse does not check a recipe's
+        return f"it must be one of {', '.join(map(str, get_args(option.type)))}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            return "it must be a finite number"
+        if value < bounds.get("min", -math.inf):
+            return f"it must be {bounds['min']} or more"
+        if value > bounds.get("max", math.inf):
+            return f"it must be {bounds['max']} or less"
+        if value <= bounds.get("above", -math.inf):
+            return f"it must be more than {bounds['above']}"
+        if value >= bounds.get("below", math.inf):
+            return f"it must be less than {bounds['below']}"
+    if value != option.default:
+        for other, allowed in bounds.get("needs", {}).items():
+            if values[other] not in allowed:
+                needed = " or ".join(str(choice).lower() for choice in allowed)
+                return f"it has no effect without --{other} {needed}"
     return None
 
 
-def read_recipe(path: str, dataclasses: Sequence[type], parser: HfArgumentParser) -> dict:
-    """The options a recipe sets."""
+def _read_recipe(path: str, kinds: Sequence[type], parser) -> dict:
+    """The options that a recipe sets."""
+    import yaml
+
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -257,13 +358,12 @@ def read_recipe(path: str, dataclasses: Sequence[type], parser: HfArgumentParser
         parser.error(f"{path} is not YAML: {error}")
     if not isinstance(recipe, dict):
         parser.error(f"{path} holds no options: lines of `name: value` are expected")
-    known = {option.name: option for kind in dataclasses for option in fields(kind)}
-    unknown = sorted(set(map(str, recipe)) - known.keys())
-    if unknown:
+    known = _options(kinds)
+    if unknown := sorted(set(map(str, recipe)) - known.keys()):
         parser.error(f"{path}: there is no option {', '.join(unknown)}; --help lists them")
     for name, value in recipe.items():
         if isinstance(value, list | dict | None) and isinstance(known[name].default, str | int | float):
-            parser.error(f"{path}: {name} wants one value, as in `{name}: {known[name].default}`")
+            parser.error(f"{path}: {name} needs one value, as in `{name}: {known[name].default}`")
     # argparse converts defaults that are strings, as it does what stands on the command line: "1e-3" becomes a number.
     return {
         name: str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value

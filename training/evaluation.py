@@ -1,26 +1,116 @@
-"""How a captioner fares while it learns."""
+"""Validation of a captioner: loss of the references, and scores of the captions that it generates."""
 
+import logging
 import time
+from collections.abc import Callable, Sequence
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from metrics import CaptionScorer
-from modeling.captioner import caption_images
-from reporting.live import score_and_show
+from modeling.captioner import Captioner
+from reporting.results import METRIC_TITLES
+
+logger = logging.getLogger(__name__)
 
 
-def score_captions(accelerator, model, processor, loader: DataLoader, rows: Dataset, scorer: CaptionScorer) -> dict:
-    """Caption the validation images and score them, and the captions dealt to other images beside.
+class Evaluator:
+    """What a `TrainingRun` calls when an evaluation is due.
+
+    Args:
+        accelerator: The run's.
+        captions: Batches of the validation captions, as the loss takes them.
+        images: Batches of the validation images, `index` among their columns.
+        rows: `image_id` and `captions` of these images.
+        training_captions: All of them, for the scorer's best constant caption.
+        loss_of: Model and batch to the summed loss of its labels, in nats.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        captions: DataLoader,
+        images: DataLoader,
+        rows: Dataset,
+        training_captions: Sequence[str],
+        loss_of: Callable[[nn.Module, dict], torch.Tensor],
+    ):
+        self.accelerator, self.captions, self.images, self.rows = accelerator, captions, images, rows
+        self.scorer = CaptionScorer(rows["captions"], training_captions)
+        self.loss_of = loss_of
+
+    def __call__(self, captioner: Captioner) -> dict:
+        """The row of the history: "eval_loss" (nats a token), scores of the captions and of their shuffled baseline, seconds."""
+        row = {"eval_loss": self.validation_loss(captioner.model)}
+        started = time.perf_counter()
+        captions = [made["caption"] for made in caption_images(captioner, self.images, self.accelerator)]
+        generated = time.perf_counter()
+        row |= score_and_show(captions, self.rows, self.scorer)
+        scored = time.perf_counter()
+        return row | {
+            "generation_seconds": round(generated - started, 2),
+            "scoring_seconds": round(scored - generated, 2),
+        }
+
+    @torch.inference_mode()
+    def validation_loss(self, model: nn.Module) -> float:
+        """Mean loss over all tokens of the validation captions, in nats."""
+        totals = torch.zeros(2, device=self.accelerator.device)
+        for batch in self.captions:
+            totals += torch.stack([self.loss_of(model, batch), count_labels([batch])])
+        nats, tokens = self.accelerator.reduce(totals)
+        return (nats / tokens).item()
+
+
+def count_labels(batches: Sequence[dict]) -> torch.Tensor:
+    """The number of tokens that have a loss."""
+    return sum((batch["labels"] != -100).sum() for batch in batches)
+
+
+def caption_images(
+    captioner: Captioner, loader: DataLoader, accelerator: Accelerator, num_inspected: int = 0
+) -> list[dict]:
+    """Caption every image of a prepared loader, under any number of processes.
+
+    Args:
+        captioner: In eval, its model not wrapped.
+        loader: Batches with `index` and what `Captioner.generate` takes.
+        accelerator: The run's; gathers what each process has generated.
+        num_inspected: Number of images, from the first on and rounded up to whole batches, that get what `Captioner.inspect` gives.
 
     Returns:
-        What `score_and_show` tells, and the seconds it took.
+        On every process the same list, in the order of `index`, each image once.
     """
-    started = time.perf_counter()
-    captions = [made["caption"] for made in caption_images(model.eval(), processor, loader, accelerator)]
-    generated = time.perf_counter()
-    return {
-        **score_and_show(captions, rows, scorer),
-        "generation_seconds": round(generated - started, 2),
-        "scoring_seconds": round(time.perf_counter() - generated, 2),
-    }
+    captions = {}
+    for batch in tqdm(loader, desc="captioning", leave=False, disable=not accelerator.is_local_main_process):
+        inputs = {name: batch[name] for name in ("pixel_values", "encoder_outputs") if name in batch}
+        made = captioner.generate(inputs, inspect=min(batch["index"]) < num_inspected)
+        captions.update(zip(batch["index"].tolist(), made, strict=True))
+    captions = dict(gather_object(list(captions.items())))  # an image dealt to two processes counts once
+    return [captions[index] for index in sorted(captions)]
+
+
+def score_and_show(captions: Sequence[str], rows: Dataset, scorer: CaptionScorer) -> dict[str, float]:
+    """Score captions, log the scores beside the shuffled baseline's, and three images' captions.
+
+    Args:
+        rows: `image_id` and `captions` of each image.
+        scorer: Of the rows' captions.
+
+    Returns:
+        The scores, those of the same captions assigned to other images as "shuffled_" and the score's name, and "unique_words".
+    """
+    scores, shuffled = scorer.score(captions), scorer.score(scorer.shuffle(captions))
+    lines = [" " * 12 + "".join(f"{title:>9}" for title in METRIC_TITLES.values())]
+    for name, row in (("this model", scores), ("shuffled", shuffled)):
+        lines.append(f"{name:12}" + "".join(f"{row[metric]:9.3f}" for metric in METRIC_TITLES))
+    for place in sorted({0, len(rows) // 2, len(rows) - 1}):  # always the same, so that one sees them change
+        lines += [f"{rows[place]['image_id']}: {captions[place]}", f"    reference: {rows[place]['captions'][0]}"]
+    logger.info("\n".join(lines))
+    shuffled = {f"shuffled_{metric}": score for metric, score in shuffled.items()}
+    return {**scores, **shuffled, "unique_words": scorer.unique_words(captions)}

@@ -1,7 +1,7 @@
-"""FSDP2: weights, gradients and optimizer state of one model, shared out among the processes.
+"""FSDP2: weights, gradients and optimizer state of one model, sharded over the processes.
 
-A process then has its part of each weight; the whole one is there while a forward or backward that all processes have entered
-reads it. What each process does by itself, on batches that are not dealt out evenly, takes a whole model.
+A process then has its part of each weight; the whole one exists while a forward or backward pass that all processes have entered
+reads it. Evaluation, which each process does on batches of its own, needs a whole model.
 """
 
 import copy
@@ -11,15 +11,15 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
 class FullModel:
-    """The model to evaluate and to save: the trained one itself, or, where it is shared out, a copy with all its weights.
+    """The model to evaluate and to save: the trained one itself, or, where it is sharded, a copy with all its weights.
 
-    To be made before Accelerate prepares the model, which FSDP2 lets nobody copy afterwards. The copy waits in main memory.
+    Created before Accelerate prepares the model, which cannot be copied once FSDP2 has sharded it. The copy waits in main memory.
     """
 
     def __init__(self, accelerator: Accelerator, model: PreTrainedModel):
@@ -28,21 +28,20 @@ class FullModel:
 
     @contextmanager
     def gathered(self, model: torch.nn.Module) -> Iterator[PreTrainedModel]:
-        """Give the whole of the prepared `model`. All processes have to ask for it together."""
+        """Give the whole of the prepared `model`. All processes must call this together."""
         if self.copy is None:
             yield self.accelerator.unwrap_model(model)
             return
-        parts = model.state_dict()
-        for name, value in self.copy.state_dict().items():
-            part = parts[name].detach()
-            # Statistics of BatchNorm are whole everywhere, but each process has counted its own batches.
-            value.copy_(part.full_tensor() if isinstance(part, DTensor) else broadcast(part))
-        yield self.copy.to(self.accelerator.device)
+        self.copy.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+        self.copy.to(self.accelerator.device)
+        for buffer in self.copy.buffers():  # BatchNorm's statistics: each process has counted its own batches
+            buffer.copy_(broadcast(buffer))
+        yield self.copy
         self.copy.cpu()
 
 
 def gather_head(model: torch.nn.Module) -> None:
-    """Have each forward of a prepared model gather the weights of its last linear layer as well.
+    """Have each forward pass of a prepared model gather the weights of its output layer as well.
 
     The loss reads them, and never calls the layer, which would gather them by itself.
     """

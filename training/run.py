@@ -1,0 +1,449 @@
+"""One training loop for every script.
+
+A `TrainingRun` holds what always travels together and does what every training does: it starts, resumes, deals micro-batches,
+evaluates, saves checkpoints, pushes and reports. The forward and backward pass of a step stand in the script:
+
+    for batches in run.steps(evaluate, summarize):
+        for batch in run.micro_batches(batches):
+            run.backward(model(**batch).loss)
+        run.optimizer_step()
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from datasets import DatasetDict
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, get_scheduler
+
+from metrics import CaptionScorer
+from modeling.captioner import Captioner
+from reporting.curves import draw_curves
+from reporting.live import EpochProgressBar, print_losses
+from reporting.page import NUM_IMAGES
+from reporting.push import CheckpointPush, download_checkpoint
+from reporting.results import write_history
+from reporting.training_report import report_training
+from training.arguments import TrainingArguments
+from training.averaging import ema_of
+from training.batches import ImageDataset
+from training.checkpoints import (
+    check_finite,
+    checkpoint_to_resume,
+    copy_best_model,
+    lock_output_dir,
+    new_checkpoint,
+    remove_old,
+)
+from training.evaluation import caption_images
+from training.launch import refuse_fsdp, start_accelerator
+from training.sharding import FullModel, gather_head
+from training.stop_signal import StopSignal
+from training.training_state import load_training_state, save_training_state
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands; saved with each checkpoint."""
+
+    script: str  # that trains, so that none resumes another's checkpoint
+    step_size: int  # captions, or images, over all processes and accumulated batches
+    start_digest: str = ""  # of the weights it fine-tunes, where a checkpoint does not hold all of them
+    epoch: int = 0  # finished ones
+    step: int = 0
+    epoch_steps: int = 0  # of the epoch that has begun
+    running_sums: dict[str, float] = field(
+        default_factory=dict
+    )  # since the last row of the history, over all processes
+    train_seconds: float = 0.0
+    best_cider: float = -1.0
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    log_history: list[dict] = field(default_factory=list)
+
+
+class TrainingRun:
+    """What one run does in its output directory, which it has for itself inside its `with` block.
+
+    Args:
+        args: Options of the training loop.
+        options: All options of the run, for trackers and model card.
+        script: Name of the script, such as "train_lstm".
+        unit: What a batch counts, "captions" or "images".
+
+    Raises:
+        UserError: The launch, a tracker, the output directory or the checkpoint to resume cannot be used.
+    """
+
+    def __init__(self, args: TrainingArguments, options: dict[str, Any], script: str, unit: str = "captions"):
+        self.args, self.options, self.script, self.unit = args, options, script, unit
+        self.stop_signal = StopSignal()
+        self.accelerator = start_accelerator(args)
+        self.step_size = (
+            args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        )
+
+    def __enter__(self) -> "TrainingRun":
+        args = self.args
+        with ExitStack() as stack:
+            stack.enter_context(lock_output_dir(args.output_dir))
+            self.resume_from = checkpoint_to_resume(
+                args.resume_from_checkpoint,
+                args.output_dir,
+                self.script,
+                download_checkpoint,
+                args.overwrite_output_dir,
+            )
+            self.pushing = CheckpointPush(
+                args, active=args.push_to_hub and self.accelerator.is_main_process, token=args.hub_token
+            )
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._exit.__exit__(*error)
+
+    # ---- Start ------------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        captioner: Captioner,
+        optimizer: torch.optim.Optimizer,
+        train_dataset: torch.utils.data.Dataset,
+        sampler: Sampler,
+        collator: Callable[[list], dict],
+        num_workers: int = 0,
+        *,
+        start_digest: str = "",
+        export: Callable[[PreTrainedModel], AbstractContextManager] = nullcontext,
+        train_mode: Callable[[PreTrainedModel], Any] = nn.Module.train,
+    ) -> nn.Module:
+        """Give the model as Accelerate has prepared it, its state and the run's put back where a checkpoint is resumed.
+
+        Args:
+            captioner: Model and processor.
+            start_digest: See `TrainerState`.
+            export: Context in which the model is as it is evaluated and saved; its own weights are back afterwards.
+            train_mode: Puts the model into the mode in which it is trained.
+
+        Raises:
+            UserError: The checkpoint is of another model, or its steps have another size.
+        """
+        args, accelerator, model = self.args, self.accelerator, captioner.model
+        self.captioner, self.export, self.train_mode = captioner, export, train_mode
+        self.loading = {"collate_fn": collator, "num_workers": num_workers}
+        loader = DataLoader(train_dataset, args.per_device_train_batch_size, sampler=sampler, **self.loading)
+        self.captioner_keys = list(model.state_dict())
+        self.full_model = FullModel(accelerator, model)
+        self.ema = None
+        if getattr(args, "ema_decay", 0):
+            refuse_fsdp("--ema_decay")
+            self.ema = ema_of(model, args.ema_decay)
+        self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
+        gather_head(self.model)
+        self.num_items = len(train_dataset)
+        self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
+        self.num_steps = args.max_steps if args.max_steps > 0 else self.steps_per_epoch * args.num_train_epochs
+        warmup = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * self.num_steps
+        self.scheduler = get_scheduler(args.lr_scheduler_type, optimizer, round(warmup), self.num_steps)
+        self.state = TrainerState(self.script, self.step_size, start_digest)
+        if self.resume_from:
+            self._resume()
+        shares = self.state.running_sums.items()
+        self.sums = {name: torch.tensor(value / accelerator.num_processes, dtype=self._wide) for name, value in shares}
+        return self.model
+
+    def _resume(self) -> None:
+        saved = load_training_state(self, self.resume_from)
+        self.state = TrainerState(**saved)
+        copy_best_model(self.resume_from, self.args.output_dir)
+
+    def eval_loader(self, items: torch.utils.data.Dataset, collator: Callable | None = None) -> DataLoader:
+        """Batches of items in their order, dealt to the processes, each item once."""
+        loading = self.loading if collator is None else self.loading | {"collate_fn": collator}
+        loader = DataLoader(items, self.args.per_device_eval_batch_size, **loading)
+        return prepare_data_loader(loader, self.accelerator.device, put_on_device=True, even_batches=False)
+
+    # ---- Steps ------------------------------------------------------------------------------------------------------
+
+    def steps(
+        self, evaluate: Callable[[Captioner], dict], summarize: Callable[[dict[str, float]], dict[str, float]]
+    ) -> Iterator[list[dict]]:
+        """Give the batches of each optimizer step; evaluate, log and save whenever it is due; exit on SIGTERM.
+
+        Args:
+            evaluate: Gives the validation scores of a captioner, "cider" among them, for a row of the history.
+            summarize: Gives the same row's training figures from the sums passed to `backward`, the most telling first.
+        """
+        args, state = self.args, self.state
+        with self.stop_signal:
+            self._start_trackers()
+            if args.eval_on_start and not state.log_history:
+                self._log({"epoch": 0, "step": 0} | self._evaluate(evaluate))
+            while not self._is_finished():
+                self._set_train_mode()
+                started = time.perf_counter()
+                with self._epoch_bar() as bar:
+                    for batches in self._batches_of_epoch():
+                        yield batches
+                        state.train_seconds += time.perf_counter() - started
+                        bar.update(min(self.step_size, bar.total - bar.n))  # the last batch may be short
+                        self._end_step(evaluate, summarize, bar)
+                        if self._is_finished():
+                            break
+                        started = time.perf_counter()
+        if self._stops_early():
+            logger.info(f"No better validation CIDEr since step {state.best_step}: stopped.")
+
+    def micro_batches(self, batches: list[dict]) -> Iterator[dict]:
+        """The batches of one step; only the last one's backward pass synchronizes gradients between processes."""
+        for position, batch in enumerate(batches, start=1):
+            last = position == len(batches)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                yield batch
+
+    def total(self, count: torch.Tensor | int) -> torch.Tensor:
+        """The sum of a count over all processes."""
+        return self.accelerator.reduce(torch.as_tensor(count, device=self.accelerator.device))
+
+    def backward(self, loss: torch.Tensor, /, **sums: torch.Tensor | float) -> None:
+        """Backward pass of one batch.
+
+        Args:
+            loss: This batch's part of the step's loss, in which batches and processes are summed, not averaged.
+            sums: Added up until the next row of the history, over batches, steps and processes; see `steps`.
+        """
+        # Several processes average their gradients, where the sum is wanted.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+        for name, value in sums.items():
+            value = torch.as_tensor(value, dtype=self._wide).detach()
+            self.sums[name] = value + self.sums[name] if name in self.sums else value
+
+    def optimizer_step(self) -> None:
+        """Clip the gradients, update weights, learning rate and moving average."""
+        if self.args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.state.step += 1
+        self.state.epoch_steps += 1
+        if self.ema:
+            self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
+
+    @property
+    def exports_other_weights(self) -> bool:
+        """Whether the weights that are evaluated and saved are others than those that are trained."""
+        return self.ema is not None or self.export is not nullcontext
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+
+    def _batches_of_epoch(self) -> Iterator[list[dict]]:
+        """Lists of `gradient_accumulation_steps` batches, the last shorter where they do not divide; what is done left out."""
+        num_batches, loader = self.args.gradient_accumulation_steps, self.loader
+        loader.set_epoch(self.state.epoch)
+        if self.state.epoch_steps:
+            loader = self.accelerator.skip_first_batches(loader, self.state.epoch_steps * num_batches)
+        # A loader that starts draws a random number; a run resumed inside the epoch would draw it a second time.
+        with torch.random.fork_rng(devices=[]):
+            batches = iter(loader)
+            group = list(islice(batches, num_batches))
+        while group:
+            yield group
+            group = list(islice(batches, num_batches))
+
+    def _end_step(self, evaluate: Callable, summarize: Callable, bar: EpochProgressBar) -> None:
+        args, state = self.args, self.state
+        if state.step % 10 == 0:
+            sums = self._total_sums()  # of all processes, so that all stop where one has a loss that is not finite
+            name, value = next(iter(summarize(sums).items()))
+            bar.set_loss(value, name.removeprefix("train_"))
+            self._check_finite(sums)
+        epoch_ends = state.epoch_steps == self.steps_per_epoch
+        if epoch_ends:
+            state.epoch, state.epoch_steps = state.epoch + 1, 0
+        last = state.step >= self.num_steps
+        evaluates = last or every_n_steps(state.step, args.eval_steps)
+        evaluates |= epoch_ends and state.epoch % args.eval_epochs == 0
+        if evaluates or epoch_ends or every_n_steps(state.step, args.logging_steps):
+            sums = self._total_sums()
+            check_finite(math.fsum(sums.values()), self.model, state.step, args.learning_rate, args.output_dir)
+            progress = state.epoch + state.epoch_steps / self.steps_per_epoch
+            row = {"epoch": round(progress, 4) if state.epoch_steps else state.epoch, "step": state.step}
+            row |= summarize(sums)
+            self.sums = {}
+            self._log(row | (self._evaluate(evaluate) if evaluates else {}))
+        stops = self.stop_signal.confirm(self.accelerator)
+        saves = last or stops or self._stops_early() or every_n_steps(state.step, args.save_steps)
+        if saves or (epoch_ends and state.epoch % args.save_epochs == 0):
+            self._save_checkpoint()
+        if stops:
+            self.stop_signal.exit_after_checkpoint(self.accelerator, state.step)
+
+    def _total_sums(self) -> dict[str, float]:
+        if not self.sums:
+            return {}
+        device = self.accelerator.device
+        sums = self.accelerator.reduce(torch.stack([value.to(device) for value in self.sums.values()]))
+        return dict(zip(self.sums, sums.tolist(), strict=True))
+
+    def _check_finite(self, sums: dict[str, float]) -> None:
+        if not all(map(math.isfinite, sums.values())):
+            args = self.args
+            check_finite(math.nan, self.model, self.state.step, args.learning_rate, args.output_dir)
+
+    def _epoch_bar(self) -> EpochProgressBar:
+        args, state = self.args, self.state
+        num_epochs = math.ceil(self.num_steps / self.steps_per_epoch)
+        silent = args.disable_tqdm or not self.accelerator.is_local_main_process
+        done = min(state.epoch_steps * self.step_size, self.num_items)
+        return EpochProgressBar(state.epoch + 1, num_epochs, self.num_items, done, silent, unit=self.unit)
+
+    def _is_finished(self) -> bool:
+        return self.state.step >= self.num_steps or self._stops_early()
+
+    def _stops_early(self) -> bool:
+        """Whether there were too many evaluations without a better one; true of a run that is resumed after that, too."""
+        patience = self.args.early_stopping_patience
+        return bool(patience) and self.state.evaluations_since_best >= patience
+
+    # ---- Evaluation and history -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def exported(self) -> Iterator[Captioner]:
+        """The captioner as it is evaluated and saved: averaged, gathered from its shards, or as `export` has it."""
+        processor = self.captioner.processor
+        if self.ema:
+            yield Captioner(self.ema.module.eval(), processor)
+            return
+        with self.full_model.gathered(self.model) as model, self.export(model):
+            yield Captioner(model.eval(), processor)
+
+    def _evaluate(self, evaluate: Callable) -> dict:
+        """Scores of the captioner, which is saved if no evaluation before had a better CIDEr."""
+        state = self.state
+        with self.exported() as captioner:
+            with self.accelerator.autocast():
+                row = evaluate(captioner)
+            state.evaluations_since_best += 1
+            if row["cider"] > state.best_cider:
+                state.best_cider, state.best_step, state.evaluations_since_best = row["cider"], state.step, 0
+                if self.args.load_best_model_at_end and self.accelerator.is_main_process:
+                    captioner.save(self.args.output_dir)
+        self._set_train_mode()
+        self.accelerator.wait_for_everyone()
+        return row
+
+    def _set_train_mode(self) -> None:
+        self.train_mode(self.model)
+
+    def _start_trackers(self) -> None:
+        """Start the trackers; those of a resumed run begin with all rows of the history.
+
+        What a killed run logged may reach further than its checkpoint, or, held back in a buffer, not so far: TensorBoard drops
+        what else is in the folder.
+        """
+        known = {name: value for name, value in self.options.items() if value is not None and name != "hub_token"}
+        self.accelerator.init_trackers("logs", known, init_kwargs={"tensorboard": {"purge_step": 0}})
+        for row in self.state.log_history:
+            self._track(row)
+
+    def _track(self, row: dict) -> None:
+        scalars = {name: value for name, value in row.items() if name not in ("epoch", "step")}
+        self.accelerator.log(scalars, step=row["step"])
+
+    def _log(self, row: dict) -> None:
+        """Add a row to the history: in the log, in history.json, in the curves and in the trackers."""
+        history = self.state.log_history
+        history.append(row)
+        self._track(row)
+        print_losses(row)
+        if self.accelerator.is_main_process:
+            write_history(self.args.output_dir, history)
+            draw_curves(self.args.output_dir, history)
+
+    # ---- Checkpoints and end ----------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self) -> None:
+        """Write `checkpoint-STEP`, whole or not at all, remove old ones beyond save_total_limit, push it where it is to go."""
+        args, state = self.args, self.state
+        state.running_sums = self._total_sums()
+        loss = math.fsum(state.running_sums.values())
+        check_finite(loss, self.model, state.step, args.learning_rate, args.output_dir)
+        with new_checkpoint(args.output_dir, state.step) as folder:
+            save_training_state(self, folder, asdict(state))
+        self._set_train_mode()
+        if self.accelerator.is_main_process:
+            remove_old(args.output_dir, args.save_total_limit, state.step, keep_steps={state.best_step})
+        self.accelerator.wait_for_everyone()
+        self.pushing.send(state.step)
+
+    def finish(
+        self,
+        dataset: DatasetDict,
+        features: dict[str, list],
+        training_captions: list[str],
+        *,
+        data_args,
+        kind: str,
+        started_from: Sequence[str],
+        collator: Callable | None = None,
+        self_critical: bool = False,
+    ) -> None:
+        """Caption the test split, or the validation split where there is none, with the model kept; report and push.
+
+        Args:
+            dataset, features: Splits, and their features as `encode_splits` gives them.
+            training_captions: All of them, for the scorer's best constant caption.
+            kind, started_from, self_critical: See `write_model_card`.
+        """
+        args, accelerator, state = self.args, self.accelerator, self.state
+        split = "test" if "test" in dataset else "validation"
+        if not args.load_best_model_at_end:
+            with self.exported() as captioner:
+                if accelerator.is_main_process:
+                    captioner.save(args.output_dir)
+            accelerator.wait_for_everyone()
+        captioner = Captioner.load(args.output_dir).to(accelerator.device)
+        images = self.eval_loader(ImageDataset(dataset[split], *features[split]), collator)
+        with accelerator.autocast():
+            captions = caption_images(captioner, images, accelerator, NUM_IMAGES)
+        if accelerator.is_main_process:
+            epochs = state.step / self.steps_per_epoch
+            train = {"epochs": round(epochs, 4), "seconds": round(state.train_seconds, 1)}
+            train[f"{self.unit}_per_second"] = round(epochs * self.num_items / state.train_seconds, 1)
+            report_training(
+                args,
+                data_args,
+                dataset=dataset,
+                split=split,
+                captions=captions,
+                scorer=CaptionScorer(dataset[split]["captions"], training_captions),
+                decoding=captioner.model.generation_config,
+                train=train,
+                kind=kind,
+                options=self.options,
+                started_from=started_from,
+                pushing=self.pushing if args.push_to_hub else None,
+                self_critical=self_critical,
+                token=args.hub_token,
+            )
+        accelerator.end_training()
+
+
+def every_n_steps(step: int, num_steps: int | None) -> bool:
+    """Whether so many steps have passed since the last time; never where there is no such number."""
+    return bool(num_steps) and step % num_steps == 0
