@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from data_scripts import load_captions
+from data_scripts.captions_file import read_captions
 from metrics import CaptionScorer
 from modeling.captioner import Captioner
 from reporting.page import NUM_IMAGES
 from reporting.report import print_results, report_captions
-from reporting.results import read_captions, write_captions, write_results
+from reporting.results import write_captions, write_results
 from system.errors import UserError, one_line_errors
 from training.arguments import ImageArguments, value_problem
 from training.batches import CaptionCollator, ImageDataset

@@ -15,7 +15,7 @@ from system.errors import UserError
 GIGABYTE = 2**30
 MAX_FILE_BYTES = GIGABYTE  # of one file; the largest honest one, COCO's captions, has a seventh of it
 MAX_UNPACKED_GIGABYTES = 64.0  # of a whole zip; all of COCO has a third of it
-HOW_TO_RAISE = "raise --max_unpacked_gigabytes if you trust it"
+HOW_TO_RAISE_THE_LIMIT = "raise --max_unpacked_gigabytes if you trust it"
 
 
 class SourceFiles:
@@ -61,13 +61,12 @@ def open_files(source: str | Path, max_unpacked_gigabytes: float = MAX_UNPACKED_
     """Open a folder, a zip or the http(s) URL of a zip. A zip is read in place, a download is removed afterwards.
 
     Raises:
-        FileNotFoundError: Nothing is there.
-        ValueError: The file is no zip, or the zip says that it unpacks to more than `max_unpacked_gigabytes`.
+        UserError: Nothing is there, the file is not a zip, or the zip declares more than `max_unpacked_gigabytes` unpacked.
     """
     if "://" in str(source):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "download.zip"
-            download(str(source), path, int(max_unpacked_gigabytes * GIGABYTE), advice=HOW_TO_RAISE)
+            download(str(source), path, int(max_unpacked_gigabytes * GIGABYTE), advice=HOW_TO_RAISE_THE_LIMIT)
             with _open_zip(path, str(source), max_unpacked_gigabytes) as files:
                 yield files
     elif Path(source).is_dir():
@@ -76,7 +75,7 @@ def open_files(source: str | Path, max_unpacked_gigabytes: float = MAX_UNPACKED_
         with _open_zip(Path(source), str(source), max_unpacked_gigabytes) as files:
             yield files
     else:
-        raise FileNotFoundError(f"{source} is neither a folder nor a file")
+        raise UserError(f"{source} is neither a folder nor a file")
 
 
 def _list_folder(root: Path) -> SourceFiles:
@@ -121,7 +120,7 @@ def _open_zip(path: Path, location: str, max_unpacked_gigabytes: float) -> Itera
         unpacked = sum(member.file_size for member in archive.infolist()) / GIGABYTE
         if unpacked > max_unpacked_gigabytes:
             raise UserError(
-                f"{location} unpacks to {unpacked:.1f} GiB, more than the {max_unpacked_gigabytes:g} GiB allowed: {HOW_TO_RAISE}"
+                f"{location} unpacks to {unpacked:.1f} GiB, more than the {max_unpacked_gigabytes:g} GiB allowed: {HOW_TO_RAISE_THE_LIMIT}"
             )
         readers = {
             member.filename: _member_reader(archive, member, location)

@@ -1,7 +1,7 @@
-"""Other views of a training image: its mirror image, and large parts of either, with captions that go with them.
+"""Deterministic augmentations of a training image, with captions to match: corner crops and horizontal flips.
 
-The ten views of Krizhevsky et al., 2012 (section 4.1), the whole image in the place of its middle: no chance is in them, so that a
-frozen encoder's output of each can be kept.
+The ten variants of Krizhevsky et al., 2012 (section 4.1), with the whole image in place of the center crop. Nothing is random, so
+that a frozen encoder's features of each can be cached.
 """
 
 import re
@@ -10,35 +10,36 @@ import numpy as np
 from PIL import Image, ImageOps
 
 MAX_AUGMENTATIONS = 10
-PART = 7 / 8  # of width and height
+CROP_SIZE = 7 / 8  # of width and height
 CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))  # left or right, upper or lower
 
 OTHER_SIDE = {"left": "right", "right": "left"}
 
 
-def augment_image(image: Image.Image, view: int) -> Image.Image:
-    """View 0 is the image itself, 2, 4, 6 and 8 its corners; the next of each is its mirror image."""
-    if view >= 2:
+def augment_image(image: Image.Image, augmentation: int) -> Image.Image:
+    """Augmentation 0 is the image itself; 2, 4, 6 and 8 are its corner crops; each odd one is the one before it, flipped."""
+    if augmentation >= 2:
         width, height = image.size
-        sizes = round(PART * width), round(PART * height)
+        crop = round(CROP_SIZE * width), round(CROP_SIZE * height)
         left, upper = (
-            at * (whole - part) for at, whole, part in zip(CORNERS[view // 2 - 1], image.size, sizes, strict=True)
+            corner * (full - part)
+            for corner, full, part in zip(CORNERS[augmentation // 2 - 1], image.size, crop, strict=True)
         )
-        image = image.crop((left, upper, left + sizes[0], upper + sizes[1]))
-    return ImageOps.mirror(image) if view % 2 else image
+        image = image.crop((left, upper, left + crop[0], upper + crop[1]))
+    return ImageOps.mirror(image) if augmentation % 2 else image
 
 
 def augmentation_in_epoch(image: int | np.ndarray, epoch: int, num_augmentations: int) -> int | np.ndarray:
-    """The view of a training image, named by its row, whose turn it is; of many where `image` is an array."""
+    """The augmentation of a training image, given by its row number, in an epoch; an array for an array of images."""
     return (image + epoch) % num_augmentations
 
 
-def augment_caption(caption: str, view: int) -> str:
-    """The caption, with left and right swapped where the view is a mirror image, also where they mean something else.
+def augment_caption(caption: str, augmentation: int) -> str:
+    """The caption; with left and right swapped, in every sense of the words, if the augmentation is a flip.
 
-    Twice, it is the caption itself.
+    Applied twice, it gives the caption itself.
     """
-    if view % 2 == 0:
+    if augmentation % 2 == 0:
         return caption
 
     def swap(match: re.Match) -> str:

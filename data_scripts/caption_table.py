@@ -4,7 +4,7 @@
 the training images, and saves a `DatasetDict` whose rows are
 
     image: the image's own bytes, decoded to RGB on access
-    image_id: its name, unique in the data set
+    image_id: its name, unique in the dataset
     captions: one or more sentences or paragraphs
 """
 
@@ -20,14 +20,13 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from tqdm import tqdm
 
 from data_scripts.row_checks import CheckedRow, SourceRow, check_row
-from data_scripts.splits import SPLITS, cut_missing_splits
+from data_scripts.splits import DEFAULT_SHARE, SPLITS, cut_missing_splits
 from system.errors import UserError, printable
 from system.files import atomic_folder
 
 FEATURES = Features({"image": Image(mode="RGB"), "image_id": Value("string"), "captions": List(Value("string"))})
 
-DEFAULT_SHARE = 0.05
-ROWS_AT_ONCE = 64
+ROWS_PER_BATCH = 64
 NAMES_SHOWN = 10
 
 
@@ -67,13 +66,13 @@ def check_rows(rows: Sequence[SourceRow], strict: bool, summary: Summary) -> Ite
     """Check rows on all processors, in order, and give the usable ones in batches; the rest goes to the summary.
 
     Raises:
-        ValueError: With `strict`, at the first row that has anything to skip.
+        UserError: With `strict`, at the first row that has anything to skip.
     """
     image_ids: set[str] = set()
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(rows), unit="image", desc="Checking") as progress:
-        for start in range(0, len(rows), ROWS_AT_ONCE):
+        for start in range(0, len(rows), ROWS_PER_BATCH):
             usable = []
-            for checked in pool.map(check_row, rows[start : start + ROWS_AT_ONCE]):
+            for checked in pool.map(check_row, rows[start : start + ROWS_PER_BATCH]):
                 if checked.usable and checked.row.image_id in image_ids:
                     checked.problems.append("second image of that name")
                     checked.usable = False
@@ -106,7 +105,7 @@ def write_caption_table(
         seed: Of the cut.
 
     Raises:
-        ValueError: A share is impossible, no row can be used, or with `strict`, one cannot.
+        UserError: A share is impossible, no row can be used, or with `strict`, one cannot.
         FileExistsError: There is something in `output_dir`.
     """
     shares = {"validation": validation_share, "test": test_share}

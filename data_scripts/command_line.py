@@ -4,22 +4,27 @@ import argparse
 from collections.abc import Sequence
 
 from data_scripts.archives import MAX_UNPACKED_GIGABYTES
-from data_scripts.caption_table import DEFAULT_SHARE, write_caption_table
 from data_scripts.row_checks import SourceRow
+from data_scripts.splits import DEFAULT_SHARE
 
 
 def add_table_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that every source's command has."""
-    parser.add_argument("--output_dir", required=True, help="where the caption table is saved; must be new or empty")
-    parser.add_argument("--strict", action="store_true", help="stop at a row that cannot be used, writing nothing")
+    parser.add_argument("--output_dir", required=True, help="folder for the caption table; must be new or empty")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first row that cannot be used and write nothing"
+    )
     parser.add_argument(
         "--validation_share",
         type=float,
         default=DEFAULT_SHARE,
-        help="part of the training images cut off where there is no validation split; 0 leaves it out",
+        help="fraction of the training images moved to a validation split where the source has none; 0 for no split "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--test_share", type=float, default=DEFAULT_SHARE, help="the same for the test split")
-    parser.add_argument("--seed", type=int, default=0, help="of the cut")
+    parser.add_argument(
+        "--test_share", type=float, default=DEFAULT_SHARE, help="the same for a test split (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of these splits (default: %(default)s)")
 
 
 def add_archive_option(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +32,14 @@ def add_archive_option(parser: argparse.ArgumentParser) -> None:
         "--max_unpacked_gigabytes",
         type=float,
         default=MAX_UNPACKED_GIGABYTES,
-        help="refuse a zip that unpacks, or a download that comes, to more GiB than this",
+        help="maximum size in GiB of a download, and of a zip's unpacked files (default: %(default)g)",
     )
 
 
 def prepare(rows: Sequence[SourceRow], arguments: argparse.Namespace) -> None:
     """Write the caption table that the command line asks for and print the closing summary."""
+    from data_scripts.caption_table import write_caption_table  # here, so that --help need not import datasets
+
     summary = write_caption_table(
         rows,
         arguments.output_dir,

@@ -14,7 +14,7 @@ from pathlib import Path
 from data_scripts.archives import SourceFiles, open_files
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow
-from data_scripts.text_files import decode_text
+from data_scripts.text_files import read_text
 from system.errors import UserError, one_line_errors
 
 TOKEN_FILE = "Flickr8k.token.txt"
@@ -29,13 +29,13 @@ def read_captions(text_files: SourceFiles) -> dict[str, list[str]]:
     """Return the captions of each image by file name, from lines `name.jpg#number<tab>caption`.
 
     Raises:
-        ValueError: The file is missing, or a line is not of that form.
+        UserError: The file is missing, or a line is not of that form.
     """
     name = text_files.find(TOKEN_FILE)
     if name is None:
         raise UserError(f"{text_files.location} has no {TOKEN_FILE}")
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(decode_text(text_files.read(name), name).split("\n"), start=1):
+    for number, line in enumerate(read_text(text_files, name).split("\n"), start=1):
         if not line.strip():
             continue
         key, tab, caption = line.partition("\t")
@@ -50,13 +50,13 @@ def read_split_lists(text_files: SourceFiles) -> dict[str, list[str]]:
     """Return the images of each split that has a list, by file name; nothing where there is no list.
 
     Raises:
-        ValueError: There are lists, but none of training images.
+        UserError: There are lists, but none of training images.
     """
     lists = {}
     for split, list_name in SPLIT_LISTS.items():
         name = text_files.find(list_name)
         if name is not None:
-            lists[split] = decode_text(text_files.read(name), name).split()
+            lists[split] = read_text(text_files, name).split()
     if lists and "train" not in lists:
         raise UserError(f"{text_files.location} has split lists, but no {SPLIT_LISTS['train']}")
     return lists
@@ -66,7 +66,7 @@ def flickr8k_rows(images: SourceFiles, text_files: SourceFiles) -> list[SourceRo
     """Return one row per image of the split lists, or of the captions where there are no lists.
 
     Raises:
-        ValueError: The text files are missing, or are not what they should be.
+        UserError: The text files are missing, or are not what they should be.
     """
     captions = read_captions(text_files)
     lists = read_split_lists(text_files) or {"train": list(captions)}
@@ -91,8 +91,8 @@ def find_parts(folder: Path) -> tuple[Path, Path]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="images: zip, http(s) address of a zip, or folder")
-    parser.add_argument("--text", help=f"{TOKEN_FILE} and the split lists: zip, http(s) address of a zip, or folder")
+    parser.add_argument("source", help="images: zip, http(s) URL of a zip, or folder")
+    parser.add_argument("--text", help=f"{TOKEN_FILE} and the split lists: zip, http(s) URL of a zip, or folder")
     add_table_options(parser)
     add_archive_option(parser)
     arguments = parser.parse_args(argv)

@@ -17,7 +17,7 @@ from data_scripts.archives import SourceFiles, open_files
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow
 from data_scripts.splits import SPLIT_NAMES
-from data_scripts.text_files import gather_captions, read_csv, read_jsonl
+from data_scripts.text_files import gather_captions, json_objects, read_csv, read_text
 from system.errors import UserError, one_line_errors
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
@@ -28,7 +28,7 @@ def find_metadata(files: SourceFiles) -> dict[str, str]:
     """Return the metadata file of each split, the outermost in the source; without split folders all is training.
 
     Raises:
-        ValueError: There is none, or there are two for one split.
+        UserError: There is none, or there are two for one split.
     """
     paths = [PurePosixPath(name) for name in files.names if PurePosixPath(name).name in METADATA_NAMES]
     in_split_folders = [path for path in paths if path.parent.name in SPLIT_NAMES]
@@ -52,9 +52,11 @@ def read_metadata(files: SourceFiles, name: str, caption_column: str | None) -> 
     """Give (file name, caption, place) for every caption of a metadata file.
 
     Raises:
-        ValueError: The file is not what it should be, or has no caption column.
+        UserError: The file is not what it should be, or has no caption column.
     """
-    lines = list(read_csv(files, name, ["file_name"]) if name.endswith(".csv") else read_jsonl(files, name))
+    lines = list(
+        read_csv(files, name, ["file_name"]) if name.endswith(".csv") else json_objects(read_text(files, name), name)
+    )
     columns = [caption_column] if caption_column else CAPTION_COLUMNS
     column = next((column for column in columns if any(column in row for _, row in lines)), None)
     if column is None and lines:
@@ -71,7 +73,7 @@ def image_folder_rows(files: SourceFiles, caption_column: str | None = None) -> 
     """Return one row per image of the metadata. Its id is its path in the source.
 
     Raises:
-        ValueError: The metadata are missing, or are not what they should be.
+        UserError: The metadata are missing, or are not what they should be.
     """
     rows = []
     for split, metadata in find_metadata(files).items():
@@ -85,7 +87,7 @@ def image_folder_rows(files: SourceFiles, caption_column: str | None = None) -> 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder, zip, or http(s) address of a zip")
+    parser.add_argument("source", help="folder, zip, or http(s) URL of a zip")
     parser.add_argument("--caption_column", help="default: captions, caption or text")
     add_table_options(parser)
     add_archive_option(parser)

@@ -29,7 +29,7 @@ def karpathy_rows(entries: Any, images: SourceFiles, table_name: str, restval: s
         restval: Counts images of COCO's validation set in neither of Karpathy's as "train", or leaves them out: "none".
 
     Raises:
-        ValueError: The file is not Karpathy's, or names a split that does not exist.
+        UserError: The file is not Karpathy's, or names a split that does not exist.
     """
     if not isinstance(entries, dict) or not isinstance(entries.get("images"), list):
         raise UserError(f"{table_name} has no list 'images': it is not one of Karpathy's files")
@@ -57,7 +57,7 @@ def karpathy_rows(entries: Any, images: SourceFiles, table_name: str, restval: s
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json")
-    parser.add_argument("--images", required=True, help="images: folder, zip, or http(s) address of a zip")
+    parser.add_argument("--images", required=True, help="images: folder, zip, or http(s) URL of a zip")
     parser.add_argument(
         "--restval", choices=("train", "none"), default="train", help="what COCO's 'restval' images count as"
     )

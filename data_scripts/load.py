@@ -8,7 +8,7 @@ import datasets
 from datasets import DatasetDict, load_from_disk
 from filelock import FileLock
 
-from data_scripts import hub, scenes
+from data_scripts import dataset_rows, scenes
 from data_scripts.caption_table import FEATURES, write_caption_table
 from data_scripts.row_checks import SourceRow
 from system.errors import UserError
@@ -25,9 +25,9 @@ def load_captions(
 
     Args:
         source: "scenes" for the images drawn here; a folder that one of the commands of `data_scripts` has saved; or
-            any other data set on the Hub or on disk, which is then prepared as `data_scripts.hub` does it. What is
+            any other dataset on the Hub or on disk, which is then prepared as `data_scripts.hub` does it. What is
             drawn or prepared here is kept in the cache of `datasets`.
-        image_column, caption_column: Where the images and captions of any other data set stand.
+        image_column, caption_column: Where the images and captions of any other dataset stand.
         revision: Branch, tag or commit on the Hub.
         splits: Those that have to be there.
 
@@ -35,7 +35,7 @@ def load_captions(
         Rows of image (RGB image), image_id, captions (list of texts).
 
     Raises:
-        ValueError: The data set cannot be opened, or has no such columns or splits.
+        UserError: The dataset cannot be opened, or has no such columns or splits.
     """
     dataset = _load_captions(source, image_column, caption_column, revision)
     missing = [split for split in splits if split not in dataset]
@@ -62,14 +62,14 @@ def _load_captions(
     if source == "scenes":
         # The code is part of the key, so that what an older version drew is not taken for this one's.
         return _cached(f"scenes-{_digest(Path(scenes.__file__).read_text())}", scenes.scene_rows)
-    dataset = hub.open_dataset(source, revision)
+    dataset = dataset_rows.open_dataset(source, revision)
     if (Path(source) / "dataset_dict.json").is_file() and all(part.features == FEATURES for part in dataset.values()):
         return dataset
     caption_columns = [caption_column] if isinstance(caption_column, str) else caption_column
     fingerprints = [f"{split}={part._fingerprint}" for split, part in dataset.items()]
     key = _digest(repr((fingerprints, image_column, caption_columns)))
     return _cached(
-        f"{Path(source).name}-{key}", lambda: hub.dataset_rows(dataset, image_column, caption_columns, source)
+        f"{Path(source).name}-{key}", lambda: dataset_rows.dataset_rows(dataset, image_column, caption_columns, source)
     )
 
 

@@ -1,9 +1,9 @@
-"""Prepare the source report's kind of data set: a zip, its URL or its folder, with one csv and one folder a split.
+"""Prepare a zip, the URL of a zip, or a folder that has one csv and one image folder per split.
 
     python -m data_scripts.paragraphs custom_captions_dataset.zip --output_dir data/paragraphs
 
-Beside `train.csv`, `val.csv` and `test.csv` (columns `filename` and `caption`; others, like an unnamed index, are
-ignored) lie the folders `train/`, `val/` and `test/` with the images.
+The layout of the course report that this project reimplements: `train.csv`, `val.csv` and `test.csv` (columns `filename` and
+`caption`; others, like an unnamed index, are ignored) beside the folders `train/`, `val/` and `test/` with the images.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def find_split_tables(files: SourceFiles) -> list[str]:
     """Return the names of the splits' csvs, which lie together somewhere in the source, the outermost place first.
 
     Raises:
-        ValueError: There is none.
+        UserError: There is none.
     """
     tables: dict[PurePosixPath, list[str]] = {}
     for name in files.names:
@@ -39,7 +39,7 @@ def paragraph_rows(files: SourceFiles) -> list[SourceRow]:
     """Return one row per image of the csvs. Its id is the file name, with the split's folder where two have it.
 
     Raises:
-        ValueError: The csvs are missing, or are not what they should be.
+        UserError: The csvs are missing, or are not what they should be.
     """
     images = []
     for table in find_split_tables(files):
@@ -65,7 +65,7 @@ def paragraph_rows(files: SourceFiles) -> list[SourceRow]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="zip, http(s) address of a zip, or folder")
+    parser.add_argument("source", help="zip, http(s) URL of a zip, or folder")
     add_table_options(parser)
     add_archive_option(parser)
     arguments = parser.parse_args(argv)

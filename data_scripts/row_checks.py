@@ -133,7 +133,7 @@ def check_row(row: SourceRow) -> CheckedRow:
         checked.problems.append("no such image file")
         return checked
     except OutsideSource:
-        checked.problems.append("image file outside the data set's own folder")
+        checked.problems.append("image file outside the dataset's own folder")
         return checked
     except OSError:
         checked.problems.append("image file cannot be read")

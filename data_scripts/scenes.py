@@ -3,8 +3,7 @@
     python -m data_scripts.scenes --output_dir data/scenes
 
 A scene is a combination of size, color and shape at a place, or of two such figures and how they lie to each other.
-No combination is in two splits, so a test score says what a captioner makes of scenes it has never seen, though it has
-seen every word and every single figure.
+No combination is in two splits: test scores measure generalization to unseen combinations of known words and figures.
 """
 
 import argparse
@@ -217,7 +216,7 @@ def draw_scene(scene: Scene, seed: str, image_size: int = IMAGE_SIZE) -> bytes:
 def scene_rows(
     num_scenes: dict[str, int] | None = None, image_size: int = IMAGE_SIZE, seed: int = 0
 ) -> list[SourceRow]:
-    """Return the rows of the drawn data set; the same numbers, size and seed give the same bytes and captions."""
+    """Return the rows of the drawn dataset; the same numbers, size and seed give the same bytes and captions."""
     rows = []
     for split, scenes in deal_scenes(num_scenes or NUM_SCENES, seed).items():
         for number, scene in enumerate(scenes):
@@ -230,7 +229,9 @@ def scene_rows(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_size", type=int, default=IMAGE_SIZE, help="pixels, width and height")
+    parser.add_argument(
+        "--image_size", type=int, default=IMAGE_SIZE, help="width and height in pixels (default: %(default)s)"
+    )
     add_table_options(parser)
     arguments = parser.parse_args(argv)
     with one_line_errors():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from system.errors import UserError
 
+DEFAULT_SHARE = 0.05
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
     "train": "train",
@@ -35,7 +36,7 @@ def cut_missing_splits(
         seed: Which images are drawn depends on this and on the rows, nothing else.
 
     Raises:
-        ValueError: There are too few training images to cut from.
+        UserError: There are too few training images to cut from.
     """
     result = {split: list(row_numbers[split]) for split in SPLITS if row_numbers.get(split)}
     missing = [split for split in ("validation", "test") if split not in result and shares[split] > 0]

@@ -1,4 +1,4 @@
-"""Caption files that come as csv, jsonl or json: read whole, with errors that name file and line."""
+"""Read caption files (csv, jsonl, json) whole, with errors that name file and line."""
 
 import csv
 import io
@@ -12,11 +12,24 @@ from data_scripts.archives import SourceFiles
 from system.errors import UserError
 
 
+def read_text(files: SourceFiles, name: str) -> str:
+    """Return the text of a file of the source.
+
+    Raises:
+        UserError: It is missing, damaged or not UTF-8.
+    """
+    try:
+        content = files.read(name)
+    except OSError as error:
+        raise UserError(str(error)) from error
+    return decode_text(content, name)
+
+
 def decode_text(content: bytes, name: str) -> str:
     """Return the text of the file `name`, with line ends as they are.
 
     Raises:
-        ValueError: It is not UTF-8. A byte order mark is accepted.
+        UserError: It is not UTF-8. A byte order mark is accepted.
     """
     try:
         return content.decode("utf-8-sig")
@@ -29,11 +42,11 @@ def read_csv(files: SourceFiles, name: str, columns: Sequence[str]) -> Iterator[
     """Give (line on which the row ends, row) of a comma-separated file with a header.
 
     Raises:
-        ValueError: A column is missing or there twice, or the file is no csv.
+        UserError: A column is missing or there twice, or the file is no csv.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # so that an endless caption is judged with its row, not here
     # Strict, because a quote that is never closed would make all lines after it one caption.
-    reader = csv.DictReader(io.StringIO(decode_text(files.read(name), name), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(files, name), newline=""), strict=True)
     try:
         for column, times in Counter(reader.fieldnames or []).items():
             if times > 1 and column:
@@ -48,34 +61,34 @@ def read_csv(files: SourceFiles, name: str, columns: Sequence[str]) -> Iterator[
             yield reader.line_num, row
     except csv.Error as error:
         # The row that began after the last one given; an open quote is found out at the end of the file only.
-        raise UserError(f"{name}, line {reader.line_num + 1}: not readable as csv ({error})") from error
+        raise UserError(f"{name}, line {reader.line_num + 1}: not valid CSV ({error})") from error
 
 
-def read_jsonl(files: SourceFiles, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Give (line, object) of a file with one json object a line.
+def json_objects(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line, object) of a text with one JSON object per line; empty lines are skipped.
 
     Raises:
-        ValueError: A line holds anything else.
+        UserError: A line holds anything else.
     """
-    # Not splitlines(), which also cuts at the Unicode line ends that json allows inside a text.
-    for line, text in enumerate(decode_text(files.read(name), name).split("\n"), start=1):
-        if text.strip():
-            row = parse_json(text, f"{name}, line {line}")
+    # Not splitlines(), which also splits at the Unicode line ends that JSON allows inside a string.
+    for line, content in enumerate(text.split("\n"), start=1):
+        if content.strip():
+            row = parse_json(content, f"{name}, line {line}")
             if not isinstance(row, dict):
-                raise UserError(f"{name}, line {line}: not a json object")
+                raise UserError(f"{name}, line {line}: not a JSON object")
             yield line, row
 
 
 def parse_json(text: str, place: str) -> Any:
-    """Return what a json text holds.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: It is not json; the sentence begins with `place`.
+        UserError: It is not valid JSON; the sentence begins with `place`.
     """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # the first also for a number of thousands of digits
-        raise UserError(f"{place}: not readable as json ({error})") from error
+        raise UserError(f"{place}: not valid JSON ({error})") from error
 
 
 def gather_captions(rows: Iterator[tuple[str, Any, str]]) -> dict[str, tuple[list[Any], str]]:

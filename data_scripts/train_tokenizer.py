@@ -2,45 +2,47 @@
 
     python -m data_scripts.train_tokenizer data/flickr8k --output_dir data/flickr8k_tokenizer --vocab_size 8000
 
-What is saved is a `tokenizer.json` that gives SentencePiece's ids and needs neither sentencepiece nor protobuf to load.
+Saves a `tokenizer.json` that encodes to SentencePiece's token IDs and loads without sentencepiece and protobuf.
 """
 
 import argparse
 import io
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from data_scripts.load import load_captions
 from system.errors import UserError, one_line_errors
 from system.files import atomic_folder
 
+if TYPE_CHECKING:  # transformers and datasets are imported late, so that --help need not wait for them
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
-MAX_CAPTION_BYTES = 2**20  # SentencePiece would leave longer captions out in silence; its own limit is 4,192
+MAX_CAPTION_BYTES = 2**20  # SentencePiece silently drops longer captions; its own limit is 4,192
 SPACE = "▁"  # U+2581, SentencePiece's mark for a space
 
 
 def train_tokenizer(
     captions: Iterable[str], vocab_size: int = 8000, model_max_length: int | None = None
-) -> PreTrainedTokenizerFast:
-    """Train a SentencePiece BPE model and return it as a fast tokenizer with the same ids.
+) -> "PreTrainedTokenizerFast":
+    """Train a SentencePiece BPE model and return it as a fast tokenizer with the same token IDs.
 
-    It ends every caption with EOS, under truncation too, and begins none with BOS: the captioner's first slot carries
-    the image.
+    It appends EOS to every caption, under truncation too, and prepends no BOS: the captioner's first position carries the
+    image.
 
     Args:
-        captions: Training captions only; a validation caption would leak its words.
-        vocab_size: Tokens at most, the four special ones included. Fewer where the captions have no more.
-        model_max_length: Tokens of a caption, EOS included, that `truncation=True` keeps.
+        captions: Training captions only; those of other splits would leak their words.
+        vocab_size: Maximum vocabulary size, the four special tokens included; smaller if the captions do not yield as many.
+        model_max_length: Maximum caption length in tokens, EOS included, under `truncation=True`.
 
     Raises:
-        ValueError: There is no caption, or `vocab_size` is too small for the captions' characters.
+        UserError: There is no caption, or `vocab_size` is too small for the captions' characters.
     """
     if model_max_length is not None and model_max_length < 2:
-        raise UserError(f"a longest caption of {model_max_length} tokens has no room for a word and its end")
+        raise UserError(f"--max_length {model_max_length} has no room for a token and EOS: give 2 or more")
     return as_fast_tokenizer(train_sentencepiece(captions, vocab_size), model_max_length)
 
 
@@ -48,11 +50,11 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
     """Train SentencePiece's BPE and return its serialized model.
 
     Raises:
-        ValueError: There is no caption, or `vocab_size` is too small for the captions' characters.
+        UserError: There is no caption, or `vocab_size` is too small for the captions' characters.
     """
     captions = list(captions)
     if not any(caption.strip() for caption in captions):
-        raise UserError("there is no caption to train a tokenizer on")
+        raise UserError("no captions to train a tokenizer on")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -60,7 +62,7 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            hard_vocab_limit=False,  # fewer tokens, where the text has no more, instead of an error
+            hard_vocab_limit=False,  # a smaller vocabulary instead of an error where the captions do not yield as many tokens
             character_coverage=1.0,  # no character of the training captions is unknown
             max_sentence_length=MAX_CAPTION_BYTES,
             pad_id=0,
@@ -75,12 +77,14 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"no tokenizer of {vocab_size} tokens can be trained on these captions: {error}") from error
+        raise UserError(f"a tokenizer of {vocab_size} tokens cannot be trained on these captions: {error}") from error
     return model.getvalue()
 
 
-def as_fast_tokenizer(sentencepiece_model: bytes, model_max_length: int | None = None) -> PreTrainedTokenizerFast:
+def as_fast_tokenizer(sentencepiece_model: bytes, model_max_length: int | None = None) -> "PreTrainedTokenizerFast":
     """Rewrite a SentencePiece BPE model as a `tokenizers` one that gives the same ids and the same decoded text."""
+    from transformers import PreTrainedTokenizerFast
+
     model = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model)
     vocabulary = {piece.piece: token_id for token_id, piece in enumerate(model.pieces)}
     tokenizer = Tokenizer(
@@ -110,33 +114,33 @@ def as_fast_tokenizer(sentencepiece_model: bytes, model_max_length: int | None =
         eos_token=EOS,
         unk_token=UNK,
         padding_side="right",
-        clean_up_tokenization_spaces=False,  # it would draw " ," together where the captions have it apart
-        split_special_tokens=True,  # "</s>" in a caption is four characters, not its end
+        clean_up_tokenization_spaces=False,  # would join " ," where the captions have it apart
+        split_special_tokens=True,  # "</s>" in a caption is text, not EOS
         **({} if model_max_length is None else {"model_max_length": model_max_length}),
     )
 
 
-def check_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """See to it that a tokenizer somebody names can begin, end and pad a caption.
+def check_special_tokens(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Check that a user's tokenizer has the special tokens that captions need.
 
     Raises:
-        ValueError: It lacks a token for that.
+        UserError: It lacks BOS, EOS or the padding token.
     """
     for name in ("bos_token", "eos_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             raise UserError(
-                f"--tokenizer_name {tokenizer.name_or_path}: it has no {name}, so that no caption can be made of its tokens; "
-                "give another one, or add the token"
+                f"--tokenizer_name {tokenizer.name_or_path}: it has no {name}, which captions need; add one, or choose another "
+                "tokenizer"
             )
 
 
 def find_merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Return BPE's merges from the pieces that they made; SentencePiece numbers pieces in the order of its merges."""
+    """Recover BPE's merges from their results: SentencePiece numbers pieces in the order of its merges."""
     merges = []
     for piece in sorted(vocabulary, key=vocabulary.get):
         if piece in (PAD, BOS, EOS, UNK):
             continue
-        # SentencePiece joins any two pieces that make a piece, not only the two it was first made of.
+        # SentencePiece merges any two pieces that form a piece, not only the pair it was learned from.
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in vocabulary and right in vocabulary:
@@ -146,12 +150,23 @@ def find_merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="caption table saved by a command of data_scripts, other data set, or scenes")
-    parser.add_argument("--output_dir", required=True, help="where the tokenizer is saved")
-    parser.add_argument("--vocab_size", type=int, default=8000, help="tokens at most")
-    parser.add_argument("--max_length", type=int, help="tokens of a caption, EOS included, kept under truncation")
+    parser.add_argument("source", help="caption table saved by a command of data_scripts, any other dataset, or scenes")
+    parser.add_argument("--output_dir", required=True, help="folder for the tokenizer; must be new or empty")
+    parser.add_argument(
+        "--vocab_size",
+        type=int,
+        default=8000,
+        help="maximum vocabulary size in tokens, special tokens included (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        help="maximum caption length in tokens, EOS included, under truncation (default: none)",
+    )
     arguments = parser.parse_args(argv)
     with one_line_errors():
+        from data_scripts.load import load_captions
+
         dataset = load_captions(arguments.source)
         if "train" not in dataset:
             raise UserError(f"{arguments.source} has no training captions")
@@ -161,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer.save_pretrained(folder)
         print(f"{arguments.output_dir}: {len(tokenizer):,} tokens, trained on {len(captions):,} captions")
         if len(tokenizer) < arguments.vocab_size:
-            print(f"fewer than {arguments.vocab_size:,} tokens: the captions have no more")
+            print(f"fewer than {arguments.vocab_size:,} tokens: the captions do not yield more")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Keep of a decoder's vocabulary what the training captions use: GPT-2's 50,257 tokens are most of a small decoder's work."""
+"""Trim a decoder's vocabulary to the tokens of the training captions: GPT-2's 50,257 tokens dominate a small decoder's compute."""
 
 import json
 import tempfile
@@ -15,22 +15,22 @@ from system.errors import UserError
 def trim_tokenizer(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
 ) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    """Keep the tokens of `texts`, those that BPE's merges make on the way to them, the 256 bytes and all added tokens.
+    """Keep the tokens of `texts`, the intermediate tokens of BPE's merges, the 256 bytes and all added tokens.
 
-    BPE takes, of the merges that apply, the one it learned first. Those it takes in `texts` are all kept, and fewer compete:
-    `texts` have the same tokens as before. Other texts have more and shorter ones, single bytes at the shortest.
+    BPE applies the earliest learned merge first. All merges used in `texts` are kept and no others compete, so `texts` are
+    tokenized as before; other texts are split into more and shorter tokens, down to single bytes.
 
     Returns:
-        The tokenizer with its new numbers, and for each of these the old one, rising: the rows of the decoder to keep.
+        The trimmed tokenizer, and for each new token ID the old one, ascending: the rows of the decoder's embeddings to keep.
 
     Raises:
-        ValueError: The tokenizer is no byte-level BPE.
+        UserError: The tokenizer is not a byte-level BPE.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": None}}
     model, alphabet = state["model"], set(pre_tokenizers.ByteLevel.alphabet())
     if model["type"] != "BPE" or model["end_of_word_suffix"] or not alphabet <= model["vocab"].keys():
         raise UserError(
-            f"--trim_vocabulary: the tokenizer {tokenizer.name_or_path} is no byte-level BPE as GPT-2's is; leave it out"
+            f"--trim_vocabulary: the tokenizer {tokenizer.name_or_path} is not a byte-level BPE like GPT-2's; leave the option out"
         )
     parts = defaultdict(set)
     for left, right in model["merges"]:
@@ -51,21 +51,21 @@ def trim_tokenizer(
     for token in state["added_tokens"]:
         token["id"] = new_ids[token["content"]]
     _renumber(state["post_processor"] or {}, new_ids)
-    state["padding"] = None  # it has a number, too; transformers sets it at each call
+    state["padding"] = None  # holds a token ID, too; transformers sets it at each call
     return _rebuild(tokenizer, state), sorted(old_ids.values())
 
 
 def _renumber(post_processor: dict, new_ids: dict[str, int]) -> None:
-    """Put new numbers where a post-processor, of whatever kind, has the special tokens it adds."""
+    """Update the IDs of the special tokens that a post-processor of any kind adds."""
     for part in post_processor.get("processors", [post_processor]):
         for special in part.get("special_tokens", {}).values():
             special["ids"] = [new_ids[token] for token in special["tokens"]]
-        for name in {"cls", "sep"} & part.keys():  # pairs of token and number
+        for name in {"cls", "sep"} & part.keys():  # pairs of token and ID
             part[name][1] = new_ids[part[name][0]]
 
 
 def _rebuild(tokenizer: PreTrainedTokenizerBase, state: dict) -> PreTrainedTokenizerBase:
-    """The same tokenizer with another `tokenizer.json`: through a folder, as it will come back for whoever loads it."""
+    """The tokenizer with another `tokenizer.json`, by way of a folder: exactly as it will be loaded."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         Path(folder, "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")

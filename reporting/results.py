@@ -1,4 +1,4 @@
-"""The plain files of a run: results.json, captions.jsonl, history.json."""
+"""The plain files of a run: results.json, captions.jsonl (data_scripts.captions_file reads it), history.json."""
 
 import json
 import math
@@ -62,28 +62,6 @@ def write_captions(output_dir: str | os.PathLike, records: Iterable[dict], name:
     return write_file(Path(output_dir) / name, b"".join(_json_bytes(row) for row in rows))
 
 
-def read_captions(path: str | os.PathLike) -> list[dict]:
-    """Read a file of captions, one JSON object {"image_id", "caption", "references"} a line; empty lines are skipped.
-
-    Raises:
-        ValueError: The file cannot be read, or a line is not JSON, lacks a key, has one of the wrong type, or
-            names an image again; the sentence gives file and line.
-    """
-    records, line_of = [], {}
-    # Not splitlines(): that also cuts at U+2028 and its like, which JSON allows inside a caption.
-    for number, line in enumerate(_read_text(Path(path)).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        record = _parse(line, place)
-        _check_record(record, place)
-        earlier = line_of.setdefault(record["image_id"], number)
-        if earlier != number:
-            raise UserError(f"{place}: image_id {record['image_id']!r} is on line {earlier} already; keep one of them")
-        records.append(record)
-    return records
-
-
 def write_history(output_dir: str | os.PathLike, history: list[dict]) -> Path:
     """Write history.json, the rows that `draw_curves` draws; a loss that is NaN or infinite becomes null."""
     # A run that diverged still wants its curve up to there, so nothing is refused here.
@@ -143,17 +121,3 @@ def _parse(text: str, place: str) -> Any:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{place}: not valid JSON ({error})") from error
-
-
-def _check_record(record: Any, place: str) -> None:
-    if not isinstance(record, dict):
-        raise UserError(f'{place}: an object {{"image_id", "caption", "references"}} is expected')
-    for key in ("image_id", "caption", "references"):
-        if key not in record:
-            raise UserError(f'{place}: "{key}" is missing')
-    for key in ("image_id", "caption"):
-        if not isinstance(record[key], str):
-            raise UserError(f'{place}: "{key}" must be a string, not {json.dumps(record[key])[:40]}')
-    references = record["references"]
-    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        raise UserError(f'{place}: "references" must be a list of strings')

@@ -1,1 +1,1 @@
-"""What touches the machine: errors a user can mend, atomic files and folders, downloads, retries."""
+"""What touches the machine: errors a user can fix, atomic files and folders, downloads, retries."""

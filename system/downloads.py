@@ -1,4 +1,4 @@
-"""Files from the network, up to a limit in bytes and in seconds."""
+"""Download files, up to a limit in bytes and in seconds."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from system.errors import UserError
 
-SILENCE_SECONDS = 60.0  # before a server's first byte and between two
+READ_TIMEOUT_SECONDS = 60.0  # before a server's first byte and between two
 MAX_DOWNLOAD_SECONDS = 24 * 3600.0
 
 
@@ -20,32 +20,39 @@ def download(
     path: Path,
     max_bytes: int,
     max_seconds: float = MAX_DOWNLOAD_SECONDS,
-    advice: str = "no more is fetched",
+    advice: str = "download it yourself and give the file",
 ) -> None:
-    """Fetch `url` into `path` with a progress bar; `advice` is for who meets the limit in bytes.
+    """Download `url` to `path` with a progress bar.
+
+    Args:
+        url: http or https, also after redirects.
+        path: File to write.
+        max_bytes: Maximum size, counted as received.
+        max_seconds: Maximum time for the whole download.
+        advice: What to do about a file over `max_bytes`, for the message.
 
     Raises:
-        UserError: The URL is not http or https, or has more than `max_bytes`; or the server cannot be reached, stops sending,
-            answers with an error, or takes more than `max_seconds`.
+        UserError: The URL is not http or https or exceeds a limit, or the server cannot be reached, stops sending or
+            answers with an error.
     """
     ends = time.monotonic() + max_seconds
     if urlsplit(url).scheme not in ("http", "https"):
-        raise UserError(f"{url} is not a http or https address")
-    with _get(url, min(SILENCE_SECONDS, max_seconds)) as response:
+        raise UserError(f"{url} is not an http or https URL")
+    with _get(url, min(READ_TIMEOUT_SECONDS, max_seconds)) as response:
         length = int(response.headers.get("Content-Length", 0)) or None
         with open(path, "wb") as file, tqdm(total=length, unit="B", unit_scale=True, desc="Downloading") as progress:
-            for chunk in _as_it_comes(response):
+            for chunk in _stream(response):
                 file.write(chunk)
                 progress.update(len(chunk))
                 if time.monotonic() > ends:
-                    raise UserError(f"{url} takes more than {max_seconds:g} seconds to come")
-                # Counted here, because a server may say nothing about the length, or lie.
+                    raise UserError(f"{url} takes more than {max_seconds:g} seconds to download")
+                # Counted here, because Content-Length may be missing or wrong.
                 if file.tell() > max_bytes:
                     raise UserError(f"{url} is larger than {max_bytes / 2**20:,.0f} MiB: {advice}")
 
 
-def _as_it_comes(response: requests.Response) -> Iterator[bytes]:
-    # Not iter_content(), which waits until a piece is full: a server that sends a byte now and then would hold it forever.
+def _stream(response: requests.Response) -> Iterator[bytes]:
+    # Not iter_content(), which waits for a full chunk: a server that sends a byte now and then would block it forever.
     try:
         while chunk := response.raw.read1(2**20, decode_content=True):
             yield chunk
@@ -58,5 +65,5 @@ def _get(url: str, timeout: float) -> requests.Response:
         response = requests.get(url, stream=True, timeout=timeout)
         response.raise_for_status()
     except requests.RequestException as error:
-        raise UserError(f"{url} cannot be fetched: {error}") from error
+        raise UserError(f"{url} cannot be downloaded: {error}") from error
     return response

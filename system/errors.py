@@ -1,4 +1,4 @@
-"""Errors that a user can mend end in one sentence; every other error is a bug of ours and keeps its traceback."""
+"""Errors that a user can fix end in one sentence; every other error is a bug of ours and keeps its traceback."""
 
 import sys
 import warnings
@@ -14,7 +14,7 @@ class UserError(ValueError):
 def one_line_errors() -> Iterator[None]:
     """Turn a `UserError`, and an OSError that names a file, into `error: ...` on stderr and exit code 2."""
     with warnings.catch_warnings():
-        # Pillow's remarks on single images, without the image's name; the summary has what matters.
+        # Pillow's warnings about single images lack the image's name; the summary names it.
         warnings.filterwarnings("ignore", module="PIL")
         try:
             yield
@@ -32,5 +32,5 @@ def _exit_with(error: Exception) -> None:
 
 
 def printable(text: str) -> str:
-    """A name, which is anybody's, so that no escape sequence reaches the terminal and no lone surrogate breaks the printing."""
+    """Escape what does not print in a name of unknown origin: terminal escape sequences, line ends, lone surrogates."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole, or not at all."""
+"""Atomic writes: files and folders that are complete or absent."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from system.errors import UserError
 
 
 def write_file(path: str | os.PathLike, content: bytes) -> Path:
-    """Write a whole file or none: beside its place first, then renamed over it. Folders are made as needed."""
+    """Write a file atomically: to a temporary file in the same folder, then renamed. Parent folders are created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -28,16 +28,16 @@ def write_file(path: str | os.PathLike, content: bytes) -> Path:
 
 @contextmanager
 def atomic_folder(output_dir: str | Path) -> Iterator[tuple[Path, Path]]:
-    """Give (folder, scratch): what stands in `folder` at the end becomes `output_dir`, unless an error ends the block.
+    """Yield (folder, scratch): `folder` becomes `output_dir` when the block ends without an error; `scratch` is removed.
 
     Raises:
-        UserError: There is something in `output_dir` already.
+        UserError: `output_dir` exists and is not empty.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"{output_dir} exists already: remove it, or give another --output_dir")
+        raise UserError(f"{output_dir} already exists: remove it, or choose another --output_dir")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the result, hence on the same disk: the last step is then one rename.
+    # In the same parent folder, hence on the same disk: the last step is one rename.
     scratch = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.partial-", dir=output_dir.parent))
     try:
         folder = scratch / "whole"

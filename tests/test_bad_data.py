@@ -263,7 +263,7 @@ SOURCES = {
     ),
     "csv with too many cells": table(b"file_name,caption\ngood.png,fine,and,more\n", FINE),
     "csv with an open quote": table(
-        b'file_name,caption\ngood.png,fine\na.png,"a dog\nb.png,x\n', "metadata.csv, line 3: not readable as csv"
+        b'file_name,caption\ngood.png,fine\na.png,"a dog\nb.png,x\n', "metadata.csv, line 3: not valid CSV"
     ),
     "csv of bytes": table(bytes(range(256)) * 4, "not UTF-8"),
     "row twice": csv_source(("a.png", "a dog"), ("a.png", "a dog"), expected={"a.png": ["a dog"]}),
@@ -297,19 +297,19 @@ SOURCES = {
         {"good.png": GOOD, "metadata.csv": metadata(("good.png", "x")), "metadata.jsonl": b"{}"}, "keep one"
     ),
     # What json may be.
-    "json that ends": lines_of_json('{"file_name": "a.png"', "metadata.jsonl, line 2: not readable as json"),
-    "json of a list": lines_of_json("[1]", "metadata.jsonl, line 2: not a json object"),
+    "json that ends": lines_of_json('{"file_name": "a.png"', "metadata.jsonl, line 2: not valid JSON"),
+    "json of a list": lines_of_json("[1]", "metadata.jsonl, line 2: not a JSON object"),
     "json not UTF-8": lines_of_json(b'{"file_name": "\xff"}', "metadata.jsonl, line 2: not UTF-8"),
     "json without file name": lines_of_json('{"captions": ["x"]}', "metadata.jsonl, line 2: no 'file_name'"),
     "json with a file name that is a number": lines_of_json(
         '{"file_name": 7, "captions": ["x"]}', "line 2: no 'file_name'"
     ),
-    "json nested deep": lines_of_json("[" * 100_000, "metadata.jsonl, line 2: not readable as json"),
+    "json nested deep": lines_of_json("[" * 100_000, "metadata.jsonl, line 2: not valid JSON"),
     "json with NaN": lines_of_json('{"file_name": "a.png", "captions": [NaN]}', FINE, "empty caption: 1"),
     "json with null": lines_of_json('{"file_name": "a.png", "captions": null}', FINE, "empty caption: 1"),
     "json with numbers": lines_of_json('{"file_name": "a.png", "captions": [7]}', FINE, "caption is not text: 1"),
     "json with a long number": lines_of_json(
-        '{"file_name": "a.png", "captions": [' + "9" * 5000 + "]}", "line 2: not readable as json"
+        '{"file_name": "a.png", "captions": [' + "9" * 5000 + "]}", "line 2: not valid JSON"
     ),
     "json with objects": lines_of_json(
         '{"file_name": "a.png", "captions": [{"a": 1}]}', FINE, "caption is not text: 1"
@@ -323,7 +323,7 @@ SOURCES = {
     ),
     # What Karpathy's json may be.
     "Karpathy: no object": karpathy_source(b"[1]", "set.json has no list 'images'"),
-    "Karpathy: half a file": karpathy_source(b'{"images": [', "set.json: not readable as json"),
+    "Karpathy: half a file": karpathy_source(b'{"images": [', "set.json: not valid JSON"),
     "Karpathy: no sentences": karpathy_source(
         [entry(sentences=...)], "set.json, image 0: 'filename', 'split' or 'sent"
     ),
@@ -506,12 +506,12 @@ TABLES = {
     "a path that is not there": (
         {"image": images((GOOD, None), (None, "gone.png")), "text": pa.array(["fine", "x"])},
         ONE_KEPT,
-        "outside the data set's own folder: 1",
+        "outside the dataset's own folder: 1",
     ),
     "a path of this machine": (
         {"image": images((GOOD, None), (None, "{outside}")), "text": pa.array(["fine", "stolen"])},
         ONE_KEPT,
-        "outside the data set's own folder: 1",
+        "outside the dataset's own folder: 1",
     ),
     "no captions": ({"image": TWO, "label": pa.array([0, 1])}, "has no column captions or caption or text", ""),
     "no images": ({"text": pa.array(["fine"])}, "holds no images", ""),

@@ -21,7 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from data_scripts import archives, flickr8k, hub, image_folder, karpathy, load_captions, paragraphs, recaption
+from data_scripts import (
+    archives,
+    dataset_rows,
+    flickr8k,
+    hub,
+    image_folder,
+    karpathy,
+    load_captions,
+    paragraphs,
+    recaption,
+)
 from data_scripts.caption_table import FEATURES, write_caption_table
 from data_scripts.row_checks import (
     MAX_CAPTION_CHARACTERS,
@@ -487,7 +497,7 @@ def test_bad_csv_ends_in_one_sentence(tmp_path: Path, capsys, table: bytes, sent
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (b"{", "dataset.json: not readable as json"),
+        (b"{", "dataset.json: not valid JSON"),
         (b"[1]", "not one of Karpathy's"),
         (b'{"images": [{"filename": "a"}]}', "image 0: 'filename', 'split'"),
         (b'{"images": [{"filename": "a", "split": "x", "sentences": []}]}', "none of train, restval"),
@@ -505,7 +515,7 @@ def test_other_bad_sources_end_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert "neither a folder nor a file" in fails(capsys, paragraphs.main, [tmp_path / "nowhere", *out])
     assert "cannot be read as a zip" in fails(capsys, paragraphs.main, [good / "set/train/a.png", *out])
     assert "no train.csv" in fails(capsys, paragraphs.main, [good / "set/train", *out])
-    assert "not a http" in fails(capsys, paragraphs.main, ["ftp://example.org/x.zip", *out])
+    assert "not an http" in fails(capsys, paragraphs.main, ["ftp://example.org/x.zip", *out])
     assert "no Flickr8k.token.txt" in fails(capsys, flickr8k.main, [good, *out])
     assert "no metadata.csv" in fails(capsys, image_folder.main, [good, *out])
     assert "cannot be opened" in fails(capsys, hub.main, [tmp_path / "nowhere", *out])
@@ -515,7 +525,7 @@ def test_other_bad_sources_end_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert "less than 1 together" in fails(capsys, paragraphs.main, [good, *out, "--validation_share", "1"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep me")
-    assert "exists already" in fails(capsys, paragraphs.main, [good, *out])
+    assert "already exists" in fails(capsys, paragraphs.main, [good, *out])
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep me"
 
 
@@ -523,7 +533,7 @@ def test_images_of_a_hub_set_that_have_no_id_are_not_taken_for_one(tmp_path: Pat
     images = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (10, 20, 30)]
     columns = {"image": images, "text": ["one", "two", "three"], "image_id": [None, None, "mine"]}
     Dataset.from_dict(columns).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
-    rows = hub.dataset_rows(hub.open_dataset(str(tmp_path / "set")))
+    rows = dataset_rows.dataset_rows(dataset_rows.open_dataset(str(tmp_path / "set")))
     assert {row.image_id: list(row.captions) for row in rows} == {
         "train_0": ["one"],
         "train_1": ["two"],
@@ -693,5 +703,5 @@ def test_recaption_wants_a_caption_of_every_training_image(tmp_path: Path, capti
     whole = captions_file(tmp_path / "whole.jsonl", {"0.png": "a", "1.png": "b", "2.png": "c"})
     part = captions_file(tmp_path / "part.jsonl", {"0.png": "a", "2.png": "c", "3.png": "d"})
     said = fails(capsys, recaption.main, [captioned, whole, part, "--output_dir", tmp_path / "new"])
-    assert f"{part} has no caption of the training image 1.png: caption all of them" in said
+    assert f"{part} has no caption for the training image 1.png" in said
     assert not (tmp_path / "new").exists()

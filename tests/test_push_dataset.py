@@ -91,7 +91,7 @@ def test_pushed_again_nothing_is_sent_twice(small_scenes, hub):
     [
         ("no/such/data", "me/x", "hf_me", "no/such/data"),
         ("SCENES", "me/x", "hf_wrong", "401"),
-        ("SCENES", "somebody/x", "hf_me", "may not write to somebody/x"),
+        ("SCENES", "somebody/x", "hf_me", "somebody/x (403)"),
     ],
 )
 def test_a_push_that_cannot_be_is_one_sentence(

@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 from matplotlib.axes import Axes
 from PIL import Image
 
+from data_scripts.captions_file import read_captions
 from reporting import compare, sheet
 from reporting.compare import comparison_table, main
 from reporting.curves import draw_curves, draw_line, finish_axis, new_figure, points
@@ -29,7 +30,6 @@ from reporting.page import IMAGE_SIZE, image_data_uri, write_page
 from reporting.push import push_to_hub
 from reporting.results import (
     METRIC_TITLES,
-    read_captions,
     read_history,
     read_results,
     write_captions,

@@ -19,6 +19,7 @@ import train_lstm
 import train_vit_gpt2
 from data_scripts.caption_table import FEATURES
 from system.downloads import download
+from system.errors import UserError
 
 MAINS = {"train_lstm": train_lstm.main, "train_vit_gpt2": train_vit_gpt2.main}
 TOKEN = "hf_" + "FaKeToKeNoFaTeSt" * 2
@@ -52,14 +53,14 @@ def drip(file) -> None:
 
 def test_a_download_that_drips_ends_at_its_time(tmp_path):
     started = time.monotonic()
-    with server(drip) as address, pytest.raises(OSError, match="takes more than 1 seconds"):
+    with server(drip) as address, pytest.raises(UserError, match="takes more than 1 seconds"):
         download(address, tmp_path / "x", 10**6, max_seconds=1)
     assert time.monotonic() - started < 4
 
 
 def test_a_server_that_says_nothing_is_left(tmp_path):
     started = time.monotonic()
-    with server(lambda file: time.sleep(9)) as address, pytest.raises(OSError):
+    with server(lambda file: time.sleep(9)) as address, pytest.raises(UserError):
         download(address, tmp_path / "x", 10**6, max_seconds=1)
     assert time.monotonic() - started < 5
 
@@ -68,7 +69,7 @@ def test_half_an_answer_is_an_error(tmp_path):
     def half(file) -> None:
         file.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nhalf")
 
-    with server(half) as address, pytest.raises(OSError, match="stopped sending"):
+    with server(half) as address, pytest.raises(UserError, match="stopped sending"):
         download(address, tmp_path / "x", 10**6)
 
 
@@ -77,9 +78,9 @@ def test_only_http_is_followed_also_by_redirect(tmp_path, target):
     def elsewhere(file) -> None:
         file.write(f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode())
 
-    with pytest.raises(ValueError, match="not a http or https address"):
+    with pytest.raises(UserError, match="not an http or https URL"):
         download(target, tmp_path / "x", 10**6)
-    with server(elsewhere) as address, pytest.raises((OSError, ValueError)):
+    with server(elsewhere) as address, pytest.raises(UserError):
         download(address, tmp_path / "x", 10**6)
     assert not (tmp_path / "x").exists() or not (tmp_path / "x").read_bytes()
 

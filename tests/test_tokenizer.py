@@ -160,9 +160,9 @@ def test_command_trains_on_training_captions_only_and_says_how_many_tokens(tmp_p
 @pytest.mark.parametrize(
     ("captions", "size", "length", "sentence"),
     [
-        ([], 100, None, "no caption"),
-        ([" "], 100, None, "no caption"),
-        (["abc"], 3, None, "no tokenizer of 3 tokens"),
+        ([], 100, None, "no captions"),
+        ([" "], 100, None, "no captions"),
+        (["abc"], 3, None, "tokenizer of 3 tokens"),
         (["abc"], 50, 1, "no room"),
     ],
 )

@@ -24,10 +24,10 @@ import caption
 import evaluate_captions
 import train_lstm
 from data_scripts import load_captions
+from data_scripts.captions_file import read_captions
 from data_scripts.train_tokenizer import train_tokenizer
 from metrics import CaptionScorer
 from modeling.captioner import generate_captions, load_captioner
-from reporting.results import read_captions
 from training.averaging import WeightAverage
 from training.batches import CaptionCollator, CaptionPairs
 
