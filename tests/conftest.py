@@ -49,14 +49,14 @@ def small_scenes(tmp_path_factory) -> str:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub on the loopback address; `huggingface_hub` of this process speaks to it, as the user "me", with an empty cache."""
+    """A Hub on the loopback address; `huggingface_hub` of this process talks to it as the user "me", with an empty cache."""
     import datasets
     import huggingface_hub.constants as settings
     from hub_server import running_hub
     from huggingface_hub import close_session, file_download
     from huggingface_hub.utils import _http
 
-    from reporting import hub as exchange
+    from system import retries
 
     with running_hub() as hub:
         cache = str(tmp_path / "hub_cache")
@@ -71,7 +71,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(settings, "HF_HUB_CACHE", cache)
         for module in (_http, file_download):  # the client waits for seconds before it tries again
             monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
-        monkeypatch.setattr(exchange, "FIRST_WAIT_SECONDS", 0.01)
+        monkeypatch.setattr(retries, "FIRST_WAIT_SECONDS", 0.01)
         monkeypatch.setenv("HF_TOKEN", "hf_me")
         # For processes that a test starts.
         hub.environment = {
