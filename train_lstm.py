@@ -419,7 +419,7 @@ def train_epoch(
     tokens = torch.tensor(progress.sums.get("tokens", 0.0), device=accelerator.device)
     seen = progress.epoch_steps * args.gradient_accumulation_steps * size
     silent = not accelerator.is_local_main_process
-    with EpochProgressBar(progress.epoch + 1, args.num_train_epochs, len(loader) * size, seen, silent) as bar:
+    with EpochProgressBar(progress.epoch + 1, args.num_train_epochs, len(loader) * size, seen, disable=silent) as bar:
         for batches in accumulation_windows(accelerator, loader, args.gradient_accumulation_steps, progress):
             step_nats, step_tokens = train_step(
                 accelerator, model, batches, optimizer, args.max_grad_norm, args.label_smoothing_factor
@@ -432,7 +432,7 @@ def train_epoch(
             bar.update(size * len(batches))
             if progress.step % 10 == 0:
                 loss = (accelerator.reduce(nats) / tokens).item()  # so that all processes stop where one has no number
-                bar.tell(loss)
+                bar.set_loss(loss)
                 if not math.isfinite(loss):
                     break
             # The last step of an epoch is saved, where it is to be, after the epoch's evaluation.
@@ -492,7 +492,7 @@ def training_cost(progress: Progress, num_captions: int) -> dict:
     return {
         "epochs": progress.epoch,
         "seconds": round(progress.train_seconds, 1),
-        "images_per_second": round(progress.epoch * num_captions / progress.train_seconds, 1),
+        "captions_per_second": round(progress.epoch * num_captions / progress.train_seconds, 1),
     }
 
 

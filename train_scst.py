@@ -454,7 +454,7 @@ def train_until_due(
     sums = sums / accelerator.num_processes
     seen = progress.epoch_steps * args.gradient_accumulation_steps * size
     silent = not accelerator.is_local_main_process
-    with EpochProgressBar(progress.epoch + 1, args.num_train_epochs, len(loader) * size, seen, silent) as bar:
+    with EpochProgressBar(progress.epoch + 1, args.num_train_epochs, len(loader) * size, seen, "images", silent) as bar:
         for batches in accumulation_windows(accelerator, loader, args.gradient_accumulation_steps, progress):
             sums += train_step(accelerator, model, critic, batches, optimizer, progress.epoch, args.max_grad_norm)
             scheduler.step()
@@ -463,7 +463,7 @@ def train_until_due(
             bar.update(size * len(batches))
             if progress.step % 10 == 0:
                 figures = all_sums(accelerator, sums)  # so that all processes stop where one has no number
-                bar.tell(figures["reward"] / figures["samples"], "reward")
+                bar.set_loss(figures["reward"] / figures["samples"], "reward")
                 if not math.isfinite(figures["loss"]):
                     break
             # The last step before an evaluation is saved, where it is to be, after it.

@@ -51,7 +51,7 @@ from modeling.vit_gpt2 import (
     vit_image_processor,
 )
 from reporting.curves import draw_curves
-from reporting.live import EpochProgressBar, check_trackers, tell_losses
+from reporting.live import EpochProgressBar, log_losses
 from reporting.page import NUM_IMAGES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.results import write_history
@@ -75,6 +75,7 @@ from training.checkpoints import (
 )
 from training.evaluation import score_captions
 from training.features import encode_splits
+from training.launch import check_trackers
 from training.lora import TRAINED, add_lora, check_lora, load_trained, merged, save_trained
 from training.sharding import FullModel
 from training.stopping import StopSignal, follow_launcher
@@ -615,14 +616,14 @@ class EpochEnds(TrainerCallback):
         epoch, num_images = int(state.epoch), len(self.trainer.train_dataset)
         seen = round((state.epoch - epoch) * num_images)
         silent = args.disable_tqdm or not state.is_local_process_zero
-        self.bar = EpochProgressBar(epoch + 1, math.ceil(args.num_train_epochs), num_images, seen, silent)
+        self.bar = EpochProgressBar(epoch + 1, math.ceil(args.num_train_epochs), num_images, seen, disable=silent)
 
     def on_step_end(self, args: LoopArguments, state, control, **kwargs):
         self.bar.update(
             min(self.trainer.sampler.batch_size, self.bar.total - self.bar.n)
         )  # the last batch may be short
         if state.global_step % 10 == 0:
-            self.bar.tell(self.trainer.mean_loss())
+            self.bar.set_loss(self.trainer.mean_loss())
         asked = self.trainer.stopping.ask(self.trainer.accelerator)
         due = args.save_steps and state.global_step % args.save_steps == 0
         # The last step of an epoch is saved, where it is to be, after the epoch's evaluation.
@@ -648,7 +649,7 @@ class EpochEnds(TrainerCallback):
     def on_log(self, args: LoopArguments, state, control, logs=None, **kwargs):
         losses = {name: logs[key] for key, name in HISTORY_NAMES.items() if key in logs}
         if losses:
-            tell_losses({"epoch": state.epoch, "step": state.global_step, **losses})
+            log_losses({"epoch": state.epoch, "step": state.global_step, **losses})
         if not math.isfinite(logs.get("loss", 0.0)):
             check_finite(logs["loss"], self.trainer.model, state.global_step, args.learning_rate, args.output_dir)
 
@@ -726,7 +727,7 @@ def training_cost(history: list[dict], num_captions: int) -> dict:
     return {
         "epochs": epochs,
         "seconds": round(seconds, 1),
-        "images_per_second": round(epochs * num_captions / seconds, 1),
+        "captions_per_second": round(epochs * num_captions / seconds, 1),
     }
 
 

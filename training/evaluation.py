@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from metrics import CaptionScorer
 from modeling.captioner import caption_images
-from reporting.live import score_and_show
+from training.scoring import score_and_show
 
 
 def score_captions(accelerator, model, processor, loader: DataLoader, rows: Dataset, scorer: CaptionScorer) -> dict:

@@ -18,7 +18,7 @@ from transformers import get_scheduler
 
 from modeling.captioner import save_captioner
 from reporting.curves import draw_curves
-from reporting.live import check_trackers, tell_losses
+from reporting.live import log_losses
 from reporting.push import CheckpointPush
 from reporting.results import write_history
 from system.errors import UserError
@@ -34,6 +34,7 @@ from training.checkpoints import (
     new_checkpoint,
     refuse_deepspeed,
 )
+from training.launch import check_trackers
 from training.stopping import follow_launcher
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def record(accelerator, row: dict, progress: Progress, args: LoopArguments) -> N
     """Tell what an epoch gave: in the log, in history.json, in the curves and to the trackers."""
     progress.history.append(row)
     track(accelerator, row)
-    tell_losses(row)
+    log_losses(row)
     if accelerator.is_main_process:
         write_history(args.output_dir, progress.history)
         draw_curves(args.output_dir, progress.history)
