@@ -19,6 +19,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
+from training.captioning import caption_images
 from transformers import HfArgumentParser
 
 from data_scripts import load_captions
@@ -31,7 +32,6 @@ from reporting.results import write_captions, write_results
 from system.errors import UserError, one_line_errors
 from training.arguments import ImageArguments, value_problem
 from training.batches import CaptionCollator, ImageDataset
-from training.captioning import caption_images
 from training.features import encode_splits
 
 

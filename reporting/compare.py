@@ -1,4 +1,4 @@
-"""Several runs side by side: one table and one plot.
+"""Compare several runs: one table and one plot.
 
 python -m reporting.compare outputs/demo/lstm outputs/demo/vit_gpt2 --output compare.png
 """
@@ -13,16 +13,17 @@ from matplotlib.axes import Axes
 
 from reporting.curves import COLORS, draw_line, finish_axis, new_figure, points, save_figure, time_key
 from reporting.results import METRIC_TITLES, read_history, read_results
+from system.errors import one_line_errors
 
-Runs = dict[str, dict]  # folder -> its results
+Runs = dict[str, dict]  # output directory -> its results
 
 
 def comparison_table(runs: Runs) -> str:
-    """A Markdown table, a run a line: the six scores, CIDEr's interval, the shuffled CIDEr, the training time.
+    """A Markdown table, one line per run: the six scores, CIDEr's interval, the shuffled baseline's CIDEr, training time.
 
-    A sentence follows it where the runs were not scored on the same images.
+    A sentence below it says so if the runs were scored on different images.
     """
-    titles = ["Run", *METRIC_TITLES.values(), "95 % interval", "Shuffled CIDEr", "Epochs", "Seconds"]
+    titles = ["Run", *METRIC_TITLES.values(), "95% interval", "Shuffled CIDEr", "Epochs", "Seconds"]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
     for name, results in runs.items():
         interval = (results.get("intervals") or {}).get("cider")
@@ -38,18 +39,18 @@ def comparison_table(runs: Runs) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     scored_on = {(results.get("dataset"), results.get("split"), results.get("num_images")) for results in runs.values()}
     if len(scored_on) > 1:
-        told = "; ".join(
+        images = "; ".join(
             f"{dataset}, {split}, {number} images" for dataset, split, number in sorted(scored_on, key=str)
         )
-        lines += ["", f"These runs were scored on different images ({told}): their scores do not compare."]
+        lines += ["", f"These runs were scored on different images ({images}): their scores are not comparable."]
     return "\n".join(lines)
 
 
 def draw_comparison(path: Path, runs: Runs, histories: dict[str, list[dict]]) -> Path:
-    """Draw each run's CIDEr with its interval and shuffled score; beside it CIDEr, shuffled CIDEr and validation loss over the training.
+    """Draw each run's final CIDEr with interval and shuffled baseline, and CIDEr and validation loss during training.
 
     Args:
-        histories: For each folder the rows of its history.json; a panel no history has anything for is left out.
+        histories: Rows of each run's history.json; a panel without any values is left out.
     """
     panels = {
         key: title
@@ -71,26 +72,21 @@ def draw_comparison(path: Path, runs: Runs, histories: dict[str, list[dict]]) ->
     return save_figure(figure, path)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Read the runs, print the table, write the plot. Returns the exit code: 2 where a run cannot be read."""
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m reporting.compare", description="One table and one plot of several runs."
+        prog="python -m reporting.compare", description="Compare several runs: one table and one plot."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a run, with its results.json")
     parser.add_argument(
-        "--output", default="compare.png", metavar="FILE", help="where the plot goes (default: compare.png)"
+        "--output", default="compare.png", metavar="FILE", help="file of the plot (default: compare.png)"
     )
     arguments = parser.parse_args(argv)
-    try:
+    with one_line_errors():
         runs = {name: read_results(name) for name in arguments.runs}
         histories = {name: read_history(name) for name in arguments.runs}
         print(comparison_table(runs))
         path = draw_comparison(Path(arguments.output), runs, histories)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"plot: {path}", file=sys.stderr)  # standard output holds the table alone, for a file or a pipe
-    return 0
+    print(f"plot: {path}", file=sys.stderr)  # stdout has the table alone, for a file or a pipe
 
 
 def _draw_final_scores(axis: Axes, runs: Runs) -> None:
@@ -103,10 +99,10 @@ def _draw_final_scores(axis: Axes, runs: Runs) -> None:
         if shuffled is not None:
             axis.plot(shuffled, index, "|", color="#777777", markersize=13, markeredgewidth=2)
         axis.plot(results["metrics"].get("cider", float("nan")), index, "o", color=color, markersize=7)
-    finish_axis(axis, "CIDEr with 95 % interval, and shuffled ( | )", "")
+    finish_axis(axis, "CIDEr with 95% interval, and shuffled ( | )", "")
     axis.set_yticks(range(len(runs)), list(runs))
     for label, color in zip(axis.get_yticklabels(), cycle(COLORS), strict=False):
-        label.set_color(color)  # the key to the other panels
+        label.set_color(color)  # the legend of the other panels
     axis.set_ylim(len(runs) - 0.4, -0.6)  # the first run on top
     axis.set_xlim(left=0)
 
@@ -116,4 +112,4 @@ def _number(value: float | None, form: str = ".3f") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

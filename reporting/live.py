@@ -1,76 +1,78 @@
-"""What people watch while a model trains: a bar, and what each evaluation found."""
+"""What a training run logs while it trains: a progress bar, its losses, and the scores of each evaluation."""
 
 import logging
-from collections.abc import Sequence
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from accelerate.utils import LoggerType
 from datasets import Dataset
 from tqdm.auto import tqdm
 
 from reporting.results import METRIC_TITLES
-from system.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+LOSS_TITLES = {
+    "epoch": "epoch",
+    "step": "step",
+    "train_loss": "training loss",
+    "reward": "reward",
+    "eval_loss": "validation loss",
+}
+
 
 class EpochProgressBar(tqdm):
-    """One epoch on one line, with the loss so far and the time until the training ends, evaluations not counted in.
+    """Progress of one epoch, with its mean loss so far and the time left until training ends, evaluations excluded.
 
     Args:
-        epoch: Of `num_epochs`, from 1 on.
-        num_images: Of an epoch; an image counts once for each of its captions.
-        seen: So many of them had been trained on before a run was resumed.
-        disable: Whether to show nothing.
+        epoch: Number of this epoch, 1 for the first.
+        num_epochs: Number of epochs of the run.
+        num_items: Items in an epoch.
+        num_done: Items of this epoch that were trained on before the run was resumed.
+        unit: What an item is: a caption, or an image where captions are sampled (self-critical training).
+        disable: Show nothing.
     """
 
     def __init__(
-        self, epoch: int, num_epochs: int, num_images: int, seen: int = 0, disable: bool = False, unit: str = "captions"
+        self,
+        epoch: int,
+        num_epochs: int,
+        num_items: int,
+        num_done: int = 0,
+        unit: Literal["captions", "images"] = "captions",
+        disable: bool = False,
     ):
         title = f"epoch {epoch}/{num_epochs}"
-        super().__init__(total=num_images, initial=seen, desc=title, unit=f" {unit}", disable=disable)
-        self.later = (num_epochs - epoch) * num_images
+        super().__init__(total=num_items, initial=num_done, desc=title, unit=f" {unit}", disable=disable)
+        self.num_later = (num_epochs - epoch) * num_items
 
     def set_loss(self, value: float, name: str = "loss") -> None:
-        """Show the epoch's mean loss, or what else is learned by, and how long all that is left takes at the epoch's pace."""
-        if self.disable:
+        """Show the epoch's mean loss (or reward), and the time left at this epoch's pace."""
+        if self.disable or self.n == self.initial:
             return
-        seconds = self.format_dict["elapsed"] / (self.n - self.initial) * (max(self.total - self.n, 0) + self.later)
+        num_left = max(self.total - self.n, 0) + self.num_later
+        seconds = self.format_dict["elapsed"] / (self.n - self.initial) * num_left
         self.set_postfix_str(f"{name} {value:.3f}, training ends in {self.format_interval(seconds)}")
 
 
-def score_and_show(captions: Sequence[str], rows: Dataset, scorer) -> dict[str, float]:
-    """Score the captions of some rows, tell the scores with the shuffled ones beside, and show three images' captions.
+def log_losses(row: Mapping[str, float]) -> None:
+    """Log a row of the history on one line: epoch, step, and the losses in nats per token or the mean reward."""
+    logger.info(", ".join(f"{title} {row[name]:.4g}" for name, title in LOSS_TITLES.items() if name in row))
+
+
+def log_scores(
+    scores: Mapping[str, float], shuffled: Mapping[str, float], captions: Sequence[str], rows: Dataset
+) -> None:
+    """Log the scores of an evaluation above those of the shuffled baseline, and the captions of three images.
 
     Args:
-        rows: `image_id` and `captions` of each image.
-        scorer: A `metrics.CaptionScorer` of the rows' captions.
-
-    Returns:
-        The scores, those of the captions dealt to other images as "shuffled_" and the score's name, and "unique_words".
+        scores, shuffled: The metrics of `METRIC_TITLES`, of the captions and of the shuffled baseline.
+        captions: One caption for each row.
+        rows: Rows with `image_id` and `captions`. The first, middle and last are shown in every evaluation, so that their
+            captions can be followed over the run.
     """
-    scores, shuffled = scorer.score(captions), scorer.score(scorer.shuffle(captions))
     lines = [" " * 12 + "".join(f"{title:>9}" for title in METRIC_TITLES.values())]
-    for name, row in (("this model", scores), ("shuffled", shuffled)):
-        lines.append(f"{name:12}" + "".join(f"{row[metric]:9.3f}" for metric in METRIC_TITLES))
-    for place in sorted({0, len(rows) // 2, len(rows) - 1}):  # always the same, so that one sees them change
-        lines += [f"{rows[place]['image_id']}: {captions[place]}", f"    reference: {rows[place]['captions'][0]}"]
+    for name, values in (("this model", scores), ("shuffled", shuffled)):
+        lines.append(f"{name:12}" + "".join(f"{values[metric]:9.3f}" for metric in METRIC_TITLES))
+    for index in sorted({0, len(rows) // 2, len(rows) - 1}):
+        lines += [f"{rows[index]['image_id']}: {captions[index]}", f"    reference: {rows[index]['captions'][0]}"]
     logger.info("\n".join(lines))
-    shuffled = {f"shuffled_{metric}": score for metric, score in shuffled.items()}
-    return {**scores, **shuffled, "unique_words": scorer.unique_words(captions)}
-
-
-def print_losses(row: dict) -> None:
-    """One line of the log: which epoch and step, and the losses there are, in nats a token, or the reward of samples."""
-    names = {"epoch": "epoch", "step": "step", "train_loss": "training loss", "reward": "reward"}
-    names["eval_loss"] = "validation loss"
-    logger.info(", ".join(f"{title} {row[name]:.4g}" for name, title in names.items() if name in row))
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise ValueError where a tracker is not installed: Accelerate would leave it out without a word."""
-    for name in names:
-        if name in LoggerType.list() and name != "all" and find_spec(name) is None:
-            raise UserError(
-                f"--report_to {name}: {name} is not installed; pip install {name.replace('_', '-')}, or --report_to none"
-            )

@@ -1,4 +1,4 @@
-"""README.md of a trained model: the card the Hub shows."""
+"""README.md of a trained model: the model card that the Hub shows."""
 
 import json
 import os
@@ -22,17 +22,16 @@ from system.files import write_file
 Kind = Literal["inception-lstm", "vit-gpt2"]
 DESCRIPTIONS = {
     "inception-lstm": (
-        "A model that looks at an image and tells what is in it: a convolutional encoder, whose summary of the image "
-        "is the first thing an LSTM reads before it writes the caption, word by word (with `attention: true` it looks at the "
-        "image's places again at each word)."
+        "An LSTM captioner: a convolutional encoder encodes the image, and an LSTM generates the caption token by token from "
+        "the encoder's pooled features (with `attention: true` it also attends to the encoder's grid of features at each "
+        "token)."
     ),
     "vit-gpt2": (
-        "A model that looks at an image and tells what is in it: a Vision Transformer reads the image, and GPT-2 "
-        "writes the caption while attending to it. It is a plain `VisionEncoderDecoderModel`, which loads without remote "
-        "code; only the pipeline in one line below wants some."
+        "ViT-GPT2: a Vision Transformer encodes the image, and GPT-2 generates the caption while attending to the encoder's "
+        "features. It is a plain `VisionEncoderDecoderModel` and loads without remote code; only the pipeline below needs it."
     ),
 }
-# The LSTM captioner is a class of its own and travels with its code; ViT-GPT2 loads by transformers alone.
+# The LSTM captioner is a class of its own and travels with its code; ViT-GPT2 is a class of transformers.
 LOADERS = {
     "inception-lstm": (
         "AutoModelForImageTextToText, AutoProcessor",
@@ -57,27 +56,27 @@ def write_model_card(
     training_data: dict[str, int] | None = None,
     self_critical: bool = False,
 ) -> Path:
-    """Write README.md: metadata with a model-index for the Hub, then what it is, use, scores, training, limits.
+    """Write README.md: metadata with a model-index for the Hub, then description, usage, scores, training and limits.
+
+    A curves.png in the output directory is shown on the card, and so are the images in samples/.
 
     Args:
-        model_name: What `from_pretrained` is to be given: a Hub id or a folder. Of a folder outside the one where the script
-            runs the card tells the name only, as it does wherever else a path of this machine stands.
-        results: What `write_results` writes; whatever is missing is not told.
-        command: The command line that trained the model.
-        options: Every option of that run, as it was resolved.
-        started_from: Hub ids and folders of the trained weights it started from; none where it started from random ones. Of
-            folders the card tells the last name.
-        license: Of these weights, as the Hub names licenses.
-        training_data: What it was trained on: {"images": number, "captions": number}.
-        self_critical: Whether it was trained on its own reward.
+        model_name: Argument of `from_pretrained`: a Hub id or a folder. As everywhere on the card, only the last name of a
+            path outside the working directory is shown.
+        results: What `write_results` writes; missing keys are left out of the card.
+        command: Command line that trained the model.
+        options: Every option of the run, as resolved; tokens are left out.
+        started_from: Hub ids and folders of the pretrained weights; empty if all weights were initialized at random.
+        license: License of the weights, as the Hub names licenses.
+        training_data: Size of the training split: {"images": number, "captions": number}.
+        self_critical: Whether the model was trained by self-critical sequence training.
 
     Returns:
-        The path of the card. A curves.png beside it is shown on it, and so are the images in samples/.
+        The path of the card.
     """
     model_name = without_path(model_name)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"line": markdown_line, "number": _number}
-    dataset = results.get("dataset") or "an unnamed data set"
     card = environment.get_template("model_card.md.jinja").render(
         card_data=card_metadata(kind, model_name, results, started_from, license).to_yaml(),
         title=markdown_line(Path(model_name).name or model_name),
@@ -91,10 +90,10 @@ def write_model_card(
         samples=read_samples(output_dir),
         facts={
             "Decoding": known_facts(results.get("decoding")),
-            "What the captions are like": known_facts(results.get("diagnostics")),
-            "Cost": known_facts(results.get("train")),
+            "Caption statistics": known_facts(results.get("diagnostics")),
+            "Training cost": known_facts(results.get("train")),
         },
-        dataset=dataset,
+        dataset=results.get("dataset") or "an unnamed data set",
         command=shlex.join(map(without_path, shlex.split(command))),
         options=_yaml(options),
         training_data=training_data or {},
@@ -106,32 +105,15 @@ def write_model_card(
 
 
 def one_line_usage(model_name: str) -> str:
-    """The same by way of the pipeline that travels with either model."""
+    """Python that captions one image with the pipeline that is saved beside either model."""
     return f"""\
 from transformers import pipeline
 captioner = pipeline("image-to-text", model={json.dumps(model_name)}, trust_remote_code=True)
 print(captioner("image.jpg")[0]["generated_text"])"""
 
 
-def name_on_card(card: str, name: str) -> str:
-    """A card whose lines of Python load the model from `name`, wherever it was when the card was written."""
-    return re.sub(r'(\.from_pretrained\(|, model=)"(?:[^"\\]|\\.)*"', lambda found: found[1] + json.dumps(name), card)
-
-
-def without_path(text: str) -> str:
-    """A word of a command, or an option: of a folder that is here, and of any path from outside, the last name only.
-
-    Who trains writes paths of a machine, which are nobody else's business on a card. A file named from where one stands, such as
-    recipes/lstm_reference.yaml, stays as it is.
-    """
-    option, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
-    parts = re.split(r"[/\\]", value.rstrip("/\\"))
-    outside = re.match(r"[/\\~]|[A-Za-z]:[/\\]|\.\.(?=[/\\]|$)", value)
-    return f"{option}{equals}{parts[-1]}" if outside or os.path.isdir(value) else text
-
-
 def usage(kind: Kind, model_name: str) -> str:
-    """The lines of Python that caption one image with the model."""
+    """Python that captions one image with model and processor."""
     imports, loader, remote_code = LOADERS[kind]
     repository = json.dumps(model_name)
     return f"""\
@@ -143,10 +125,27 @@ ids = model.generate(**processor(images=Image.open("image.jpg").convert("RGB"), 
 print(processor.batch_decode(ids, skip_special_tokens=True)[0])"""
 
 
+def name_on_card(card: str, name: str) -> str:
+    """Return a card whose Python loads the model from `name`, in place of where it was when the card was written."""
+    return re.sub(r'(\.from_pretrained\(|, model=)"(?:[^"\\]|\\.)*"', lambda found: found[1] + json.dumps(name), card)
+
+
+def without_path(text: str) -> str:
+    """Shorten a path in a word of a command line, or in an option, to its last name.
+
+    A card does not reveal folders of the machine it was written on: existing folders and paths from outside the working
+    directory are shortened. A file below it, such as recipes/lstm_reference.yaml, keeps its path.
+    """
+    option, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    parts = re.split(r"[/\\]", value.rstrip("/\\"))
+    outside = re.match(r"[/\\~]|[A-Za-z]:[/\\]|\.\.(?=[/\\]|$)", value)
+    return f"{option}{equals}{parts[-1]}" if outside or os.path.isdir(value) else text
+
+
 def card_metadata(
     kind: Kind, model_name: str, results: dict, started_from: Sequence[str], license: str
 ) -> ModelCardData:
-    """What the Hub reads: tags, license, base models, and the scores as a model-index."""
+    """The card's metadata for the Hub: tags, license, base models, and the scores as a model-index."""
     dataset = results.get("dataset") or "unnamed"
     scores = [
         EvalResult(
@@ -157,7 +156,7 @@ def card_metadata(
             dataset_split=results.get("split"),
             metric_type=name.split("_")[0],  # the Hub's own names: bleu, rouge, cider
             metric_name=title,
-            metric_value=round(results["metrics"][name], 4),
+            metric_value=round(float(results["metrics"][name]), 4),  # YAML has no NumPy numbers
         )
         for name, title in METRIC_TITLES.items()
         if name in results.get("metrics", {})
@@ -189,8 +188,9 @@ def _description(kind: Kind, started_from: Sequence[str], self_critical: bool, o
         weights = {"BLEU-4": "bleu_weight", "ROUGE-L": "rouge_weight"}
         reward = " + ".join(["CIDEr-D", *(name for name, weight in weights.items() if options.get(weight))])
         method = "[self-critical sequence training](https://arxiv.org/abs/1612.00563)"
-        return f"{DESCRIPTIONS[kind]} It continues {starts} by {method} on its own {reward} reward."
-    return f"{DESCRIPTIONS[kind]} It started from {starts or 'random weights'}."
+        return f"{DESCRIPTIONS[kind]} Fine-tuned from {starts} by {method} with {reward} as the reward."
+    start = f"Initialized from {starts}." if starts else "Trained from random weights."
+    return f"{DESCRIPTIONS[kind]} {start}"
 
 
 def _scored_on(results: dict) -> str:
@@ -206,8 +206,9 @@ def _scored_on(results: dict) -> str:
 
 
 def _yaml(options: dict[str, Any]) -> str:
-    # By way of JSON, which makes paths and enumerations into the strings one types, where YAML would refuse them.
-    plain = json.loads(json.dumps(options, default=str))
+    # By way of JSON, which turns paths and enumerations into the strings one types; YAML would refuse them.
+    shown = {name: value for name, value in options.items() if not name.endswith("_token")}
+    plain = json.loads(json.dumps(shown, default=str))
     plain = {name: without_path(value) if isinstance(value, str) else value for name, value in plain.items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).strip()
 
@@ -222,5 +223,5 @@ def _versions() -> str:
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            continue  # ViT-GPT2 needs no timm, for one
+            continue  # ViT-GPT2 does not need timm, for one
     return ", ".join(versions)

@@ -1,4 +1,4 @@
-"""captions.html: the images of a run with their captions, one file that opens anywhere, offline."""
+"""captions.html: the images of a split with their generated captions, in one file that opens anywhere, offline."""
 
 import base64
 import hashlib
@@ -12,13 +12,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from reporting.results import METRIC_TITLES
-from system.errors import UserError
 from system.files import write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 NUM_IMAGES = 200
-NUM_LOOKS = 48  # images with maps of where the model looked: 5 kB each for 20 words over 14 x 14 places
-IMAGE_SIZE = 400  # longest side in pixels: tens of kB an image, so that 200 of them still travel by mail
+NUM_ATTENTION_MAPS = 48  # images with attention maps: 5 kB each for 20 tokens on a grid of 14 x 14
+IMAGE_SIZE = 400  # longest side in pixels: tens of kB per image, so that 200 of them still fit into an email
 
 
 def write_page(
@@ -28,15 +27,16 @@ def write_page(
     results: dict,
     num_images: int = NUM_IMAGES,
 ) -> Path:
-    """Write captions.html, with the curves on it where `output_dir` holds a curves.png.
+    """Write captions.html, with the curves on it if `output_dir` holds a curves.png.
 
     Args:
-        images: One for each record, in the same order; only the first `num_images` are taken from it.
-        records: {"image_id", "caption", "references"}, and where known "shuffled_caption", "cider" (this image's), and
-            "tokens" of the caption: {"text", "probability"} and "attention", rows of a grid over the image or, where
-            "center_crop" is a number, over the square of that share of its short side. Of these maps the first `NUM_LOOKS`
-            images' are kept, or where there are more a third each for the first, the worst and the best images.
-        results: What `write_results` writes; whatever is missing is not shown.
+        images: One for each record, in the same order; only the first `num_images` are read.
+        records: {"image_id", "caption", "references"}, and optionally "shuffled_caption", "cider" (of this image), and
+            "tokens" of the caption: {"text", "probability"} and optionally "attention", a grid of weights over the whole
+            image or, if "center_crop" is a number, over the centered square whose side is that fraction of the short side.
+            Attention maps are kept for `NUM_ATTENTION_MAPS` images; of more, for the first, worst and best, a third each.
+        results: What `write_results` writes; missing keys are not shown.
+        num_images: Maximum number of images on the page.
 
     Returns:
         The path of the page.
@@ -48,8 +48,8 @@ def write_page(
     cards = _cards(shown, images)
     script = (TEMPLATES / "captions.js").read_text(encoding="utf-8")
     curves = Path(output_dir) / "curves.png"
-    # Captions, names and ids are other people's text. Autoescape makes them inert wherever they land, and the page's
-    # content policy lets no script run but this one, known by its hash.
+    # Captions, names and ids are untrusted text. Autoescape makes them inert, and the page's content security policy
+    # allows no script but ours, by its hash.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -64,10 +64,10 @@ def write_page(
         facts={
             "Decoding": known_facts(results.get("decoding")),
             "Training": known_facts(results.get("train")),
-            "The captions": known_facts(results.get("diagnostics")),
+            "Caption statistics": known_facts(results.get("diagnostics")),
         },
         has_tokens=any(record.get("tokens") for record in shown),
-        num_looks=sum(card["looks"] is not None for card in cards),
+        num_attention_maps=sum(card["attention"] is not None for card in cards),
         results=results,
         rows=score_rows(results),
         sortable=all(record.get("cider") is not None for record in shown),
@@ -79,7 +79,7 @@ def write_page(
 
 
 def image_data_uri(image: Image.Image) -> str:
-    """An image as a small JPEG inside a data URI; what is transparent becomes white."""
+    """An image as a small JPEG in a data URI; transparent pixels become white."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -87,15 +87,15 @@ def image_data_uri(image: Image.Image) -> str:
     small = image.convert("RGB")
     small.thumbnail((IMAGE_SIZE, IMAGE_SIZE))
     content = io.BytesIO()
-    # An image smaller than its place on the page is drawn larger, and its blocks with it.
+    # A small image is enlarged on the page, and its JPEG blocks with it: higher quality.
     small.save(content, format="JPEG", quality=80 if max(small.size) > IMAGE_SIZE // 2 else 95)
     return _data_uri(content.getvalue(), "image/jpeg")
 
 
 def score_rows(results: dict) -> list[dict]:
-    """The table of scores, a row for each metric: title, score, interval [low, high], shuffled, constant; None if unknown.
+    """Rows of the score table, one per metric: title, score, interval [low, high], shuffled, constant; None if unknown.
 
-    "share" is where score 1 lies on a line from 0 to the highest number in the row; fractions share the line 0 to 1.
+    "scale" maps the row's numbers to its axis, 0 to 1: by 1, or for CIDEr above 1 by the inverse of the largest.
     """
     rows = []
     for name, title in METRIC_TITLES.items():
@@ -111,13 +111,13 @@ def score_rows(results: dict) -> list[dict]:
         highest = max(
             number or 0.0 for number in (row["score"], row["shuffled"], row["constant"], *(row["interval"] or ()))
         )
-        row["share"] = 1.0 / max(highest, 1.0)  # CIDEr alone can pass 1
+        row["scale"] = 1.0 / max(highest, 1.0)  # only CIDEr exceeds 1
         rows.append(row)
     return rows
 
 
 def known_facts(values: dict | None) -> dict[str, str]:
-    """Names and values as a table shows them, four figures of a number, unknown values left out."""
+    """Names and values as a table shows them, numbers to four digits, unknown values left out."""
     facts = {}
     for name, value in (values or {}).items():
         if isinstance(value, float):
@@ -128,35 +128,35 @@ def known_facts(values: dict | None) -> dict[str, str]:
 
 
 def _cards(records: list[dict], images: Iterable[Image.Image]) -> list[dict]:
-    """What the template shows of each record: its image, and where the model looked."""
-    looks = _images_with_looks(records)
+    """What the template needs for each record: the record, its image and its attention maps."""
+    with_attention = _with_attention(records)
     cards = [
         {
             "source": image_data_uri(image),
             "ratio": round(image.width / image.height, 4),
             "grid_box": _grid_box(image, record.get("center_crop")),
-            "looks": _look_maps(record.get("tokens") or []) if place in looks else None,
+            "attention": _attention_maps(record.get("tokens") or []) if index in with_attention else None,
             "record": record,
         }
-        for place, (record, image) in enumerate(zip(records, images, strict=False))
+        for index, (record, image) in enumerate(zip(records, images, strict=False))
     ]
     if len(cards) < len(records):
-        raise UserError(f"the page needs an image for each record: {len(cards)} images, {len(records)} records")
+        raise ValueError(f"the page needs an image for each record: {len(cards)} images, {len(records)} records")
     return cards
 
 
-def _images_with_looks(records: list[dict]) -> set[int]:
-    """Places of the records whose maps are kept: what one sees first in each order of the page."""
-    places = range(len(records))
-    if len(records) <= NUM_LOOKS:
-        return set(places)
-    by_cider = sorted(places, key=lambda place: records[place].get("cider") or 0.0)
-    third = NUM_LOOKS // 3
-    return {*places[:third], *by_cider[:third], *by_cider[-third:]}
+def _with_attention(records: list[dict]) -> set[int]:
+    """Indices of the records whose attention maps are kept: those at the top in each order of the page."""
+    indices = range(len(records))
+    if len(records) <= NUM_ATTENTION_MAPS:
+        return set(indices)
+    by_cider = sorted(indices, key=lambda index: records[index].get("cider") or 0.0)
+    third = NUM_ATTENTION_MAPS // 3
+    return {*indices[:third], *by_cider[:third], *by_cider[-third:]}
 
 
-def _look_maps(tokens: list[dict]) -> dict | None:
-    """Where the model looked at each token, a byte a place, each token's most looked at place 255."""
+def _attention_maps(tokens: list[dict]) -> dict | None:
+    """The attention weights of each token, one byte per grid cell; each token's largest weight is 255."""
     maps = [[weight for row in token.get("attention", ()) for weight in row] for token in tokens]
     if not maps or not all(maps):
         return None
@@ -165,12 +165,12 @@ def _look_maps(tokens: list[dict]) -> dict | None:
 
 
 def _grid_box(image: Image.Image, center_crop: float | None) -> str:
-    """Where the model's grid lies on the image, as CSS: left, top, width and height in per cent."""
+    """CSS box of the encoder's grid on the image: left, top, width and height in percent."""
     width, height = image.size
-    seen = (width, height) if center_crop is None else (center_crop * min(width, height),) * 2
-    shares = [100 * side / whole for side, whole in zip(seen, (width, height), strict=True)]
-    left, top = (50 - share / 2 for share in shares)
-    return f"left:{left:.2f}%;top:{top:.2f}%;width:{shares[0]:.2f}%;height:{shares[1]:.2f}%"
+    encoded = (width, height) if center_crop is None else (center_crop * min(width, height),) * 2
+    box_width, box_height = (100 * side / whole for side, whole in zip(encoded, (width, height), strict=True))
+    left, top = 50 - box_width / 2, 50 - box_height / 2
+    return f"left:{left:.2f}%;top:{top:.2f}%;width:{box_width:.2f}%;height:{box_height:.2f}%"
 
 
 def _data_uri(content: bytes, media_type: str) -> str:

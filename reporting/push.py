@@ -1,9 +1,9 @@
-"""Send what a run has left to the Hub, or fetch a checkpoint back.
+"""Push the output directory of a run to the Hub, or download a checkpoint from there.
 
     python -m reporting.push outputs/lstm me/captioner --private --tag v1
 
-The repository is made where it does not exist. Checkpoints and logs stay, and so do the images of a data set that may not be
-shown (see `--publish_images` of the training scripts).
+The repository is created if it does not exist. Checkpoints and logs are not pushed, nor are images that may not be published
+(see `--publish_images` of the training scripts).
 """
 
 import argparse
@@ -12,25 +12,27 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.utils import httpx
 from transformers.trainer_utils import HubStrategy
 
 from reporting.model_card import name_on_card
 from reporting.results import read_results
-from system.errors import UserError
+from system.errors import UserError, one_line_errors
 from system.files import write_file
 from system.retries import error_summary, retried
 
 logger = logging.getLogger(__name__)
 
-# Checkpoints hold optimizer states, logs name paths, what begins with a dot is half done.
-LEFT_HERE = re.compile(r"checkpoint-.*|logs|runs|\..*")
-LAST = "last-checkpoint"  # where the Trainer of transformers puts it, too
+# Checkpoints have optimizer states, logs have paths, and names that begin with a dot are temporary.
+NOT_PUSHED = re.compile(r"checkpoint-.*|logs|runs|\..*")
+LAST_CHECKPOINT = "last-checkpoint"  # as transformers' Trainer names it
+# What the client raises: network and HTTP errors, invalid names and metadata, and what it wraps a failed file into.
+HUB_ERRORS = (OSError, httpx.HTTPError, ValueError, RuntimeError)
 
 
 def push_to_hub(
@@ -40,25 +42,26 @@ def push_to_hub(
     revision: str | None = None,
     token: str | None = None,
 ) -> str | None:
-    """Upload model, processor, results, page and card of an output directory at the end of a training.
+    """Push model, processor, results, page and card of an output directory at the end of a training run.
 
     Args:
-        repo_id: Repository, made where it does not exist; the folder's name, of the user who is logged in, where None.
-        private: Whether a new repository is a private one; as the account is set up where None.
-        revision: Branch to push to, made where it does not exist; main where None.
-        token: Of the user; that of `hf auth login` or HF_TOKEN where None.
+        repo_id: Repository, created if it does not exist; if None, the folder's name under the user's own.
+        private: Whether a new repository is private; if None, the account's default.
+        revision: Branch, created if it does not exist; main if None.
+        token: Access token of the Hub; if None, that of `hf auth login` or HF_TOKEN.
 
     Returns:
-        The address of the commit, or None where the upload failed: that is said, and never ends a training.
+        The URL of the commit, or None if the upload failed: the reason is logged, and the run ends as usual.
     """
     repo_id = repo_id or Path(output_dir).resolve().name
     try:
         with staged(output_dir) as stage:
             return upload(HfApi(token=token), stage, repo_id, private, revision)
-    except Exception as error:  # whatever it is, a training of days is not to end with a traceback over an upload
-        logger.error(
-            f"{output_dir} was not pushed to {repo_id}: {error_summary(error, repo_id)}. "
-            f"It is whole on disk: `python -m reporting.push {output_dir} {repo_id}` pushes it again."
+    except Exception as error:  # of any kind: an upload must not end a training run of days
+        _log_failure(
+            error,
+            f"{output_dir} was not pushed to {repo_id}: {error_summary(error, repo_id)}. It is complete on disk: "
+            f"`python -m reporting.push {output_dir} {repo_id}` pushes it again.",
         )
         return None
 
@@ -66,15 +69,15 @@ def push_to_hub(
 def staged(
     output_dir: str | os.PathLike, checkpoint: Path | None = None, as_folder: str = ""
 ) -> tempfile.TemporaryDirectory:
-    """A folder of links to what is to be pushed, so that the training may go on, replace and delete while it is read.
+    """Make a folder of hard links to what is pushed, so that training can replace and delete files during the upload.
 
     Args:
-        checkpoint: A checkpoint to send along, under the name `as_folder`.
+        checkpoint: Checkpoint to include, as the folder `as_folder`.
     """
     output_dir = Path(output_dir)
-    names = [path.name for path in output_dir.iterdir() if not LEFT_HERE.fullmatch(path.name)]
-    if "captions.html" in names and not _may_be_shown(output_dir):
-        names.remove("captions.html")  # has every image in it
+    names = [path.name for path in output_dir.iterdir() if not NOT_PUSHED.fullmatch(path.name)]
+    if "captions.html" in names and not _may_publish_images(output_dir):
+        names.remove("captions.html")  # it contains the images
     stage = tempfile.TemporaryDirectory(dir=output_dir, prefix=".pushing-")
     for name in names:
         _link(output_dir / name, Path(stage.name) / name)
@@ -92,14 +95,14 @@ def upload(
     tag: str | None = None,
     replace: str = "",
 ) -> str:
-    """Make repository and branch where they are missing, and commit a staged folder.
+    """Create repository and branch if they do not exist, and commit a staged folder.
 
     Args:
-        tag: Name for the commit.
-        replace: Folder of the repository whose other files go.
+        tag: Tag for the commit.
+        replace: Folder of the repository whose other files are deleted.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
     """
     repo_id = retried(api.create_repo)(repo_id, private=private, exist_ok=True).repo_id
     if revision:
@@ -120,18 +123,18 @@ def upload(
 
 
 class CheckpointPush:
-    """Checkpoints on their way to the Hub while the training goes on, one at a time.
+    """Pushes checkpoints to the Hub in the background during training, one at a time.
 
     Args:
-        args: Of a training, with the names of `transformers.TrainingArguments`: `output_dir`, `hub_model_id`, `hub_private_repo`,
-            `hub_revision`, and `hub_strategy`: at each checkpoint "every_save" sends what stands in output_dir (the best
-            model so far), "checkpoint" the checkpoint as well, as `last-checkpoint`, "all_checkpoints" each under its own
-            name; "end" sends nothing before the end.
-        active: Whether this process is to send anything.
-        token: As of `push_to_hub`.
+        args: Options under their names in `transformers.TrainingArguments`: `output_dir`, `hub_model_id`,
+            `hub_private_repo`, `hub_revision`, and `hub_strategy`, which decides what each checkpoint pushes: "every_save" the
+            output directory (the best model so far), "checkpoint" that and the checkpoint as `last-checkpoint`,
+            "all_checkpoints" that and the checkpoint under its own name, "end" nothing before the end of the run.
+        active: Whether this process pushes.
+        token: As in `push_to_hub`.
 
     Raises:
-        ValueError: There is no such strategy.
+        ValueError: Unknown `hub_strategy`.
     """
 
     def __init__(self, args, active: bool, token: str | None = None):
@@ -143,24 +146,26 @@ class CheckpointPush:
         self.running: Future | None = None
 
     def send(self, step: int) -> None:
-        """Start to send the checkpoint of a step; while the one before is still on its way, this one is left out."""
+        """Start to push the checkpoint of a step; it is skipped while the previous one is still being pushed."""
         if not self.active:
             return
         if self.running is not None and not self.running.done():
-            logger.info(f"checkpoint-{step} is not pushed: the one before is still on its way.")
+            logger.info(f"checkpoint-{step} is not pushed: the previous one is still being pushed.")
             return
         self.finish()
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{step}"
-        name = {HubStrategy.CHECKPOINT: LAST, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}.get(self.strategy, "")
+        name = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}.get(
+            self.strategy, ""
+        )
         try:
             stage = staged(self.args.output_dir, checkpoint if name else None, name)
         except OSError as error:
-            self._say(error, step)
+            self._log_failure(error, step)
             return
         self.running = self.api.run_as_future(self._upload, stage, name, step)
 
     def finish(self) -> None:
-        """Wait for what is on its way."""
+        """Wait until the current push has ended."""
         if self.running is not None:
             self.running.result()
 
@@ -170,49 +175,56 @@ class CheckpointPush:
                 private, revision = self.args.hub_private_repo, self.args.hub_revision
                 upload(self.api, stage.name, self.repo_id, private, revision, replace=replace)
         except Exception as error:  # as in push_to_hub
-            self._say(error, step)
+            self._log_failure(error, step)
 
-    def _say(self, error: Exception, step: int) -> None:
-        logger.error(f"Step {step} was not pushed to {self.repo_id}: {error_summary(error, self.repo_id)}.")
+    def _log_failure(self, error: Exception, step: int) -> None:
+        _log_failure(
+            error, f"checkpoint-{step} was not pushed to {self.repo_id}: {error_summary(error, self.repo_id)}."
+        )
 
 
 def download_checkpoint(name: str) -> Path:
-    """The newest checkpoint of a Hub repository, for `--resume_from_checkpoint OWNER/NAME` or `OWNER/NAME@REVISION`.
+    """Download the newest checkpoint of a Hub repository, for `--resume_from_checkpoint OWNER/NAME[@REVISION]`.
 
-    Beside it comes what lies beside it there, the best model so far. Nothing of either is run: weights are safetensors, optimizer
-    and random states are read by `torch.load(weights_only=True)`, the rest is JSON. The LSTM captioner's code lies beside its model, for who
-    asks for remote code when loading that.
+    The files beside it, which are the best model so far, come with it. Nothing is executed: weights are safetensors,
+    optimizer and random states are read by `torch.load(weights_only=True)`, the rest is JSON. The LSTM captioner's code is
+    among the files, for those who load the model with remote code.
 
     Raises:
-        ValueError: There is no such repository, or no checkpoint in it.
+        UserError: The repository does not exist, cannot be read, or has no checkpoint.
     """
     repo_id, _, revision = name.partition("@")
     try:
         paths = retried(HfApi().list_repo_files)(repo_id, revision=revision or None)
-        folders = {path.split("/")[0] for path in paths if re.match(rf"({LAST}|checkpoint-\d+)/", path)}
+        folders = {path.split("/")[0] for path in paths if re.match(rf"({LAST_CHECKPOINT}|checkpoint-\d+)/", path)}
         if not folders:
-            raise UserError("it holds no checkpoint; `--hub_strategy checkpoint` sends them")
-        newest = max(folders, key=lambda folder: math.inf if folder == LAST else int(folder.split("-")[1]))
+            raise UserError("it has no checkpoint; `--hub_strategy checkpoint` pushes them")
+        newest = max(folders, key=lambda folder: math.inf if folder == LAST_CHECKPOINT else int(folder.split("-")[1]))
         beside = [path for path in paths if "/" not in path]
         patterns = [f"{newest}/*", *beside]
         folder = Path(retried(snapshot_download)(repo_id, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # the client's own are many
+    except HUB_ERRORS as error:
         raise UserError(
-            f"--resume_from_checkpoint {name}: there is no such folder with a checkpoint, and on the Hub "
-            f"{error_summary(error, repo_id)}; give a checkpoint folder, `last`, or a repository"
+            f"--resume_from_checkpoint {name}: no such checkpoint folder, and on the Hub: {error_summary(error, repo_id)}; "
+            "give a checkpoint folder, `last`, or a repository"
         ) from error
     return folder / newest
 
 
-def _may_be_shown(output_dir: Path) -> bool:
+def _may_publish_images(output_dir: Path) -> bool:
     try:
         return read_results(output_dir).get("publish_images") is True
-    except ValueError:  # where nothing says so, they may not
+    except UserError:  # no results.json: not without permission
         return False
 
 
+def _log_failure(error: Exception, sentence: str) -> None:
+    """Log why a push failed; with a traceback if the error is ours rather than the network's or the Hub's."""
+    logger.error(sentence, exc_info=None if isinstance(error, HUB_ERRORS) else error)
+
+
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or for every file of a folder; a copy where the disk has no such names."""
+    """Hard-link a file, or every file of a folder; copy where the file system has no hard links."""
 
     def link(source: str, target: str) -> None:
         try:
@@ -228,24 +240,22 @@ def _link(source: Path, target: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output_dir", help="folder that a training has left")
-    parser.add_argument("repo_id", help="OWNER/NAME on the Hub, or NAME among your own")
-    parser.add_argument("--private", action="store_true", help="make a new repository a private one")
-    parser.add_argument("--revision", help="branch to push to, made where it does not exist; main if not given")
-    parser.add_argument("--tag", help="name for the commit, such as v1")
+    parser.add_argument("output_dir", help="output directory of a run")
+    parser.add_argument("repo_id", help="OWNER/NAME on the Hub, or NAME for one of your own")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to push to, created if it does not exist (default: main)")
+    parser.add_argument("--tag", help="tag for the commit, such as v1")
     arguments = parser.parse_args(argv)
-    try:
+    with one_line_errors():
         if not (Path(arguments.output_dir) / "config.json").is_file():
-            raise UserError(
-                f"{arguments.output_dir} holds no model (config.json is missing): give a run's --output_dir"
-            )
-        with staged(arguments.output_dir) as stage:
-            private = arguments.private or None
-            print(upload(HfApi(), stage, arguments.repo_id, private, arguments.revision, arguments.tag))
-    except Exception as error:  # the client's own are many
-        sentence = error_summary(error, arguments.repo_id)
-        print(f"error: {arguments.output_dir} was not pushed to {arguments.repo_id}: {sentence}", file=sys.stderr)
-        raise SystemExit(2) from error
+            raise UserError(f"{arguments.output_dir} has no model (no config.json): give the --output_dir of a run")
+        private = arguments.private or None
+        try:
+            with staged(arguments.output_dir) as stage:
+                print(upload(HfApi(), stage, arguments.repo_id, private, arguments.revision, arguments.tag))
+        except HUB_ERRORS as error:
+            reason = error_summary(error, arguments.repo_id)
+            raise UserError(f"{arguments.output_dir} was not pushed to {arguments.repo_id}: {reason}") from error
 
 
 if __name__ == "__main__":

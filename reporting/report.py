@@ -1,6 +1,7 @@
-"""Score the captions of a split and write all that it leaves in the output directory."""
+"""Score the generated captions of a split and write results.json, captions.jsonl, captions.html and samples/."""
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 from reporting.page import write_page
-from reporting.results import METRIC_TITLES, write_captions, write_results
+from reporting.results import METRIC_TITLES, TRUTH_TITLES, true_caption_rates, write_captions, write_results
 from reporting.samples import write_samples
+
+# Options whose value is an access token, abbreviated as argparse allows or not.
+TOKEN_OPTION = re.compile(r"--(hub_t\w*|\w+_token)")
 
 
 def report_captions(
@@ -25,37 +29,41 @@ def report_captions(
     decoding: GenerationConfig,
     train: dict | None = None,
     publish_images: bool = False,
+    truth: list[dict] | None = None,
 ) -> dict:
-    """Score the captions of a split, write results.json, captions.jsonl and captions.html, and tell the scores.
+    """Score the captions of a split, write results.json, captions.jsonl and captions.html, and print the scores.
 
     Args:
-        rows: `image`, `image_id` and `captions` of each image.
-        dataset: Its name, as the tables shall show it.
-        captions: {"caption", "ended"} of each row, and where known the "tokens" and "center_crop" that the page shows.
+        rows: Rows with `image`, `image_id` and `captions`.
+        dataset: Name of the data set: a Hub id, or a folder, of which the last name is shown.
+        captions: {"caption", "ended"} for each row, and optionally the "tokens" and "center_crop" that the page shows.
         scorer: A `metrics.CaptionScorer` of the rows' captions.
         decoding: The generation config used.
-        train: "epochs", "seconds" and "images_per_second" of the training that ends here. Where none does, samples/ stay as
-            they are: they belong to the card, which tells of the training.
-        publish_images: Whether others may see them: a dozen is then put into samples/, for the card, and the page is pushed.
+        train: Cost of the training run that ends here: "epochs", "seconds", and "captions_per_second" or, if images are
+            counted, "images_per_second". If None, samples/ are left alone: they belong to the card, which is about training.
+        publish_images: Whether the images may be published: a dozen on the card, and all of the page when it is pushed.
+        truth: If the truth about the images is known (drawn scenes): for each row whether the caption is true as a whole and
+            by aspect, under the keys of `TRUTH_TITLES`, and the "false_words", character spans [start, end) of the caption.
 
     Returns:
-        The results, as they stand in results.json.
+        The content of results.json.
     """
-    texts = [made["caption"] for made in captions]
-    scores = scorer.report(texts, [made["ended"] for made in captions])
+    texts = [caption["caption"] for caption in captions]
+    scores = scorer.report(texts, [caption["ended"] for caption in captions])
     per_image = scores.pop("per_image")
-    columns = zip(rows["image_id"], captions, rows["captions"], per_image, strict=True)
+    columns = zip(rows["image_id"], captions, rows["captions"], per_image, truth or [None] * len(captions), strict=True)
     records = [
-        {**made, "image_id": image_id, "references": references, **scored}
-        for image_id, made, references, scored in columns
+        {**caption, "image_id": image_id, "references": references, **scored, "truth": is_true}
+        for image_id, caption, references, scored, is_true in columns
     ]
     results = {
-        "dataset": dataset,
+        "dataset": dataset_title(dataset),
         "split": split,
         "num_images": len(rows),
         "references_per_image": round(sum(map(len, rows["captions"])) / len(rows), 2),
         "decoding": decoding_settings(decoding),
         **scores,
+        **({"true_captions": true_caption_rates(truth)} if truth else {}),
         "train": train,
         "publish_images": publish_images,
     }
@@ -68,8 +76,13 @@ def report_captions(
     return results
 
 
+def dataset_title(name: str) -> str:
+    """The name of a data set to show: a Hub id as it is, of a path the last name."""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name) else Path(name).name
+
+
 def decoding_settings(config: GenerationConfig) -> dict[str, Any]:
-    """What of a generation config decides on the words: all that differs from the defaults, ids of tokens excepted."""
+    """The settings of a generation config that affect captions: beams, sampling, and all others that are not the default."""
     settings = {"num_beams": config.num_beams or 1, "do_sample": bool(config.do_sample)} | config.to_diff_dict()
     hidden = ("_from_model_config", "transformers_version", "output_attentions", "output_hidden_states")
     if config.sequence_bias:
@@ -82,12 +95,14 @@ def decoding_settings(config: GenerationConfig) -> dict[str, Any]:
 
 
 def print_results(output_dir: str | os.PathLike, results: dict) -> None:
-    """Print the scores with the shuffled ones beside, the warning if there is one, and where to look."""
+    """Print the scores with intervals and shuffled baseline, the warning if there is one, and the files to open."""
     for name, title in METRIC_TITLES.items():
         low, high = results["intervals"][name]
-        print(
-            f"{title:8} {results['metrics'][name]:.3f}  ({low:.3f} to {high:.3f}; shuffled {results['shuffled'][name]:.3f})"
-        )
+        shuffled = results["shuffled"][name]
+        print(f"{title:8} {results['metrics'][name]:.3f}  ({low:.3f} to {high:.3f}; shuffled {shuffled:.3f})")
+    if rates := results.get("true_captions"):
+        aspects = ", ".join(f"{title.lower()} {rates[key]:.3f}" for key, title in TRUTH_TITLES.items() if key != "all")
+        print(f"{'True':8} {rates['all']:.3f}  ({aspects})")
     if results["warning"]:
         print(f"warning: {results['warning']}")
     for name in ("captions.html", "results.json"):
@@ -96,13 +111,13 @@ def print_results(output_dir: str | os.PathLike, results: dict) -> None:
 
 
 def command_line() -> str:
-    """The command that runs now, as one would type it, the Hub's and others' tokens left out."""
+    """The running command as one would type it, without the values of access tokens."""
     words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         name, equals, _ = word.partition("=")
-        if name.startswith("--") and name.endswith("_token"):
+        if TOKEN_OPTION.fullmatch(name):
             if equals:
-                words[place] = f"{name}=..."
-            elif place + 1 < len(words):
-                words[place + 1] = "..."
+                words[index] = f"{name}=..."
+            elif index + 1 < len(words):
+                words[index + 1] = "..."
     return shlex.join(["accelerate", "launch", *words])

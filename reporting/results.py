@@ -3,14 +3,14 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from system.errors import UserError
 from system.files import write_file
 
-# The six scores in the order in which every table shows them, with the names papers give them.
+# The six metrics in the order of every table, with their names in papers.
 METRIC_TITLES = {
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
@@ -19,26 +19,35 @@ METRIC_TITLES = {
     "rouge_l": "ROUGE-L",
     "cider": "CIDEr",
 }
+# Aspects in which a caption is true of its image or not, where the truth is known.
+TRUTH_TITLES = {
+    "all": "True captions",
+    "number": "Number",
+    "shape": "Shape",
+    "color": "Color",
+    "size": "Size",
+    "relation": "Relation",
+}
 RESULT_KEYS = (
-    *("dataset", "split", "num_images", "references_per_image", "decoding", "metrics", "intervals", "shuffled"),
-    *("constant", "diagnostics", "beats_shuffled", "warning", "train", "publish_images"),
+    *("dataset", "split", "num_images", "references_per_image", "decoding", "metrics", "true_captions", "intervals"),
+    *("shuffled", "constant", "diagnostics", "beats_shuffled", "warning", "train", "publish_images"),
 )
 
 
 def write_results(output_dir: str | os.PathLike, results: dict) -> Path:
-    """Write results.json, the keys of the contract first and the scores in `METRIC_TITLES` order.
+    """Write results.json, in the order of `RESULT_KEYS` and `METRIC_TITLES`; other keys follow.
 
     Raises:
-        ValueError: A number anywhere in `results` is NaN or infinite; the sentence names its place.
+        ValueError: `results` has a NaN or infinite number; the message names its key.
     """
     ordered = _in_order(results, RESULT_KEYS)
     for key in ("metrics", "intervals", "shuffled", "constant"):
         if isinstance(ordered.get(key), dict):
             ordered[key] = _in_order(ordered[key], METRIC_TITLES)
     path = Path(output_dir) / "results.json"
-    for place, number in _numbers(ordered):
+    for key, number in _numbers(ordered):
         if not math.isfinite(number):
-            raise UserError(f"{path} is not written: {place} is {number}, not a finite number")
+            raise ValueError(f"{path} is not written: {key} is {number}, not a finite number")
     return write_file(path, _json_bytes(ordered, indent=2))
 
 
@@ -46,25 +55,27 @@ def read_results(output_dir: str | os.PathLike) -> dict:
     """Read the results.json of a run.
 
     Raises:
-        ValueError: The file is missing, is not JSON, or its metrics are not numbers.
+        UserError: The file is missing, is not JSON, or its metrics are not numbers.
     """
     path = Path(output_dir) / "results.json"
-    results = _parse(_read_text(path), str(path))
+    results = read_json(path)
     metrics = results.get("metrics") if isinstance(results, dict) else None
     if not isinstance(metrics, dict) or not all(isinstance(score, int | float) for score in metrics.values()):
-        raise UserError(f'{path} holds no results: an object with "metrics", each a number, is expected')
+        raise UserError(f'{path} does not have results: an object with "metrics", each a number, is expected')
     return results
 
 
 def write_captions(output_dir: str | os.PathLike, records: Iterable[dict], name: str = "captions.jsonl") -> Path:
-    """Write a file of captions, one line {"image_id", "caption", "references"} for each record; other keys are left out."""
+    """Write a file of captions, one line {"image_id", "caption", "references"} per record; other keys are left out."""
     rows = ({key: record[key] for key in ("image_id", "caption", "references")} for record in records)
     return write_file(Path(output_dir) / name, b"".join(_json_bytes(row) for row in rows))
 
 
 def write_history(output_dir: str | os.PathLike, history: list[dict]) -> Path:
-    """Write history.json, the rows that `draw_curves` draws; a loss that is NaN or infinite becomes null."""
-    # A run that diverged still wants its curve up to there, so nothing is refused here.
+    """Write history.json, the rows that `draw_curves` draws; NaN and infinity become null.
+
+    Unlike in results.json they are not refused: the curves of a run that diverged are worth having.
+    """
     rows = [
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         for row in history
@@ -73,43 +84,53 @@ def write_history(output_dir: str | os.PathLike, history: list[dict]) -> Path:
 
 
 def read_history(output_dir: str | os.PathLike) -> list[dict]:
-    """Read the history.json of a run; a run without one has an empty history.
+    """Read the history.json of a run; without one the history is empty.
 
     Raises:
-        ValueError: The file is not a JSON list of objects.
+        UserError: The file is not a JSON list of objects.
     """
     path = Path(output_dir) / "history.json"
     if not path.exists():
         return []
-    history = _parse(_read_text(path), str(path))
+    history = read_json(path)
     if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
-        raise UserError(f"{path} holds no history: a list of objects is expected")
+        raise UserError(f"{path} does not have a history: a list of objects is expected")
     return history
 
 
+def true_caption_rates(truth: Sequence[dict]) -> dict[str, float]:
+    """The rate of captions that are true, as a whole and by aspect: the keys of `TRUTH_TITLES`."""
+    return {key: sum(bool(caption[key]) for caption in truth) / len(truth) for key in TRUTH_TITLES}
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; UserError if it cannot be read or is not JSON."""
+    return _parse(_read_text(path), str(path))
+
+
 def _in_order(mapping: dict, keys: Iterable[str]) -> dict:
-    """The same mapping with `keys` first, the others after them as they came."""
+    """The same mapping with `keys` first and the others after them."""
     return {key: mapping[key] for key in keys if key in mapping} | mapping
 
 
-def _numbers(value: Any, place: str = "") -> Iterable[tuple[str, float]]:
-    """Every float in a nest of dicts and lists, with its place, as in ("metrics.cider", 0.9)."""
+def _numbers(value: Any, key: str = "") -> Iterable[tuple[str, float]]:
+    """Every float in nested dicts and lists with its key, as in ("metrics.cider", 0.9)."""
     if isinstance(value, float):
-        yield place, value
+        yield key, value
     elif isinstance(value, dict | list | tuple):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _numbers(item, f"{place}.{key}" if place else str(key))
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _numbers(item, f"{key}.{name}" if key else str(name))
 
 
 def _json_bytes(value: Any, indent: int | None = None) -> bytes:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent) + "\n"
-    # Half of a surrogate pair has no UTF-8; written as \udXXX it is the JSON escape of itself and reads back the same.
+    # A lone surrogate has no UTF-8; as \udXXX it is its own JSON escape and reads back the same.
     return text.encode("utf-8", "backslashreplace")
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")  # editors on Windows put a byte order mark first
+        return path.read_bytes().decode("utf-8-sig")  # some editors on Windows write a byte order mark
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -1,11 +1,10 @@
-"""A run's captioned images on one sheet, for a README or a talk.
+"""Draw the sample images of a run on one sheet, each above its caption.
 
 python -m reporting.sheet outputs/demo/lstm --output docs/scenes.png
 """
 
 import argparse
 import io
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +13,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from reporting.samples import read_samples
-from system.errors import UserError
+from system.errors import UserError, one_line_errors
 from system.files import write_file
 
 COLUMNS = 4
-WIDTH = 26  # characters of a caption's line
+WIDTH = 26  # characters per line of a caption
 
 
 def draw_sheet(path: Path, output_dir: str | Path, num_images: int) -> Path:
-    """Draw the first of a run's samples, each over its caption.
+    """Draw the first `num_images` samples of a run, each above its caption.
 
     Raises:
-        ValueError: The run has left no samples: it is none, or its images may not be shown.
+        UserError: The output directory has no samples: it is not a run's, or its images may not be published.
     """
     samples = read_samples(output_dir)[:num_images]
     if not samples:
@@ -40,35 +39,29 @@ def draw_sheet(path: Path, output_dir: str | Path, num_images: int) -> Path:
         with Image.open(Path(output_dir) / "samples" / sample["file"]) as image:
             axis.imshow(image, interpolation="bilinear")
         caption = "\n".join(textwrap.wrap(sample["caption"], WIDTH, max_lines=3, placeholder=" …")) or "(empty caption)"
-        # A caption is text: Matplotlib would read what stands between dollar signs as a formula.
+        # Matplotlib would read text between dollar signs as a formula.
         axis.set_title(caption, y=-0.04, va="top", fontsize=9, color="#222222", parse_math=False)
     content = io.BytesIO()
     figure.savefig(content, format="png")
+    palette = Image.open(content).convert("RGB").quantize(256, kmeans=1)  # a third of the size
     small = io.BytesIO()
-    Image.open(content).convert("RGB").quantize(256, kmeans=1).save(
-        small, format="PNG", optimize=True
-    )  # a third of the size
+    palette.save(small, format="PNG", optimize=True)
     return write_file(path, small.getvalue())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the sheet. Returns the exit code: 2 where the run has no samples."""
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m reporting.sheet", description="A run's captioned images on one sheet."
+        prog="python -m reporting.sheet", description="Draw the sample images of a run on one sheet."
     )
-    parser.add_argument("run", metavar="RUN", help="output directory of a run whose images may be shown")
-    parser.add_argument("--output", default="sheet.png", metavar="FILE", help="where it goes (default: sheet.png)")
-    parser.add_argument("--num_images", type=int, default=8, help="images on it")
+    parser.add_argument("run", metavar="RUN", help="output directory of a run with --publish_images true")
+    parser.add_argument("--output", default="sheet.png", metavar="FILE", help="file of the sheet (default: sheet.png)")
+    parser.add_argument("--num_images", type=int, default=8, help="number of images (default: 8; a run has up to 12)")
     arguments = parser.parse_args(argv)
     if arguments.num_images < 1:
-        parser.error(f"--num_images {arguments.num_images}: give 1 or more")
-    try:
+        parser.error(f"--num_images {arguments.num_images}: must be at least 1")
+    with one_line_errors():
         print(draw_sheet(Path(arguments.output), arguments.run, arguments.num_images))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

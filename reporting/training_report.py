@@ -1,7 +1,6 @@
-"""What every training leaves at its end: results, page and card, and, where it is wanted, all of it on the Hub."""
+"""What a training run writes at its end: results, page and model card, and their push to the Hub."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
@@ -28,27 +27,29 @@ def report_training(
     pushing: CheckpointPush | None,
     self_critical: bool = False,
     token: str | None = None,
+    truth: list[dict] | None = None,
 ) -> None:
-    """Score the captions of a split, write results, page and card, and push. On the main process alone.
+    """Score the captions of a split, write results, page and card, and push them. For the main process only.
 
     Args:
-        args, data_args: Options of the loop and of the data.
-        captions: What `caption_images` made of the split's images.
-        scorer, decoding, train: See `report_captions`.
-        kind, options, started_from, self_critical: See `write_model_card`.
-        pushing: Of the run's checkpoints; None where nothing is pushed.
-        token: Of the Hub.
+        args, data_args: Options of the run and of its data.
+        captions: What `caption_images` returns for the split.
+        scorer, decoding, train, truth: As in `report_captions`.
+        kind, options, started_from, self_critical: As in `write_model_card`.
+        pushing: The run's pushes of checkpoints; None if nothing is pushed.
+        token: Access token of the Hub.
     """
     results = report_captions(
         args.output_dir,
         rows=dataset[split],
-        dataset=Path(data_args.dataset_name).name,
+        dataset=data_args.dataset_name,
         split=split,
         captions=captions,
         scorer=scorer,
         decoding=decoding,
         train=train,
         publish_images=data_args.publish_images,
+        truth=truth,
     )
     write_model_card(
         args.output_dir,

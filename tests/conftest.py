@@ -49,7 +49,7 @@ def small_scenes(tmp_path_factory) -> str:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub on the loopback address; `huggingface_hub` of this process speaks to it, as the user "me", with an empty cache."""
+    """A Hub on the loopback address; `huggingface_hub` of this process talks to it as the user "me", with an empty cache."""
     import datasets
     import huggingface_hub.constants as settings
     from hub_server import running_hub

@@ -1,4 +1,4 @@
-"""Laws of what a training shows while it runs, and tells to trackers."""
+"""Laws of what a training run logs while it trains, and sends to trackers."""
 
 import json
 import logging
@@ -7,13 +7,15 @@ import sqlite3
 
 import pytest
 from datasets import Dataset
+from training.scoring import score_and_show
 
 import train_lstm
 import train_vit_gpt2
 from metrics import CaptionScorer
-from reporting import live
-from reporting.live import EpochProgressBar, check_trackers, score_and_show
+from reporting.live import EpochProgressBar
 from reporting.results import METRIC_TITLES
+from training import launch
+from training.launch import check_trackers
 
 COMMON = [
     *("--num_train_epochs", "2", "--max_train_samples", "12", "--max_eval_samples", "5"),
@@ -32,21 +34,23 @@ SMALL = {
 SCRIPTS = pytest.mark.parametrize("script", SMALL, ids=lambda script: script.__name__)
 
 
-def test_the_bar_tells_loss_pace_and_the_time_until_the_end(capsys):
-    bar = EpochProgressBar(epoch=2, num_epochs=5, num_images=100, seen=20)
+@pytest.mark.parametrize("unit", ["captions", "images"])
+def test_the_bar_shows_the_loss_what_it_counts_and_the_time_left(unit, capsys):
+    bar = EpochProgressBar(epoch=2, num_epochs=5, num_items=100, num_done=20, unit=unit)
+    bar.set_loss(9.0)  # nothing trained on since the run was resumed: no pace yet
     bar.start_t -= 10
     bar.update(50)
-    bar.tell(1.23456)
+    bar.set_loss(1.23456)
     bar.close()
-    # 50 images took 10 s; 30 of this epoch and three epochs of 100 are left: 66 s.
+    # 50 items took 10 s; 30 of this epoch and three epochs of 100 are left: 66 s.
     last = capsys.readouterr().err.split("\r")[-1]
-    assert "epoch 2/5" in last and "70/100" in last and " images/s" in last
+    assert "epoch 2/5" in last and "70/100" in last and f" {unit}/s" in last
     assert "loss 1.235, training ends in 01:06" in last
 
 
-def test_an_evaluation_shows_scores_beside_blind_ones_and_three_images(caplog):
+def test_an_evaluation_shows_scores_the_shuffled_baseline_and_three_images(caplog):
     rows = Dataset.from_list(
-        [{"image_id": f"p{place}", "captions": [f"a {word} dog", "nothing"]} for place, word in enumerate("abcde")]
+        [{"image_id": f"p{index}", "captions": [f"a {word} dog", "nothing"]} for index, word in enumerate("abcde")]
     )
     captions = [f"a {word} dog runs" for word in "abcde"]
     scorer = CaptionScorer(rows["captions"])
@@ -72,7 +76,7 @@ def test_two_images_are_shown_once_each(caplog):
 
 
 @SCRIPTS
-def test_a_run_shows_how_it_goes_and_tells_its_trackers(script, small_scenes, tmp_path, monkeypatch, caplog, capsys):
+def test_a_run_shows_its_progress_and_logs_to_its_trackers(script, small_scenes, tmp_path, monkeypatch, caplog, capsys):
     pytest.importorskip("trackio", reason="needs Trackio (pip install trackio)")
     monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "trackio")
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
@@ -81,17 +85,13 @@ def test_a_run_shows_how_it_goes_and_tells_its_trackers(script, small_scenes, tm
         script.main(
             [
                 *SMALL[script],
-                "--dataset_name",
-                small_scenes,
-                "--output_dir",
-                str(folder),
-                "--report_to",
-                "tensorboard,trackio",
+                *("--dataset_name", small_scenes, "--output_dir", str(folder)),
+                *("--report_to", "tensorboard,trackio"),
             ]
         )
     said = capsys.readouterr().err
     for epoch in ("1/2", "2/2"):
-        assert re.search(rf"epoch {epoch}: +\d+%.* images/s, loss \d\.\d{{3}}, training ends in \d\d:\d\d", said)
+        assert re.search(rf"epoch {epoch}: +\d+%.* captions/s, loss \d\.\d{{3}}, training ends in \d\d:\d\d", said)
     history = [row for row in json.loads((folder / "history.json").read_text()) if "cider" in row]
     assert len(history) == 2
     tables = [message for message in caplog.messages if "BLEU-1" in message]
@@ -112,15 +112,12 @@ def test_a_run_shows_how_it_goes_and_tells_its_trackers(script, small_scenes, tm
 
 @SCRIPTS
 def test_a_tracker_that_is_not_installed_is_one_sentence_at_the_start(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(live, "find_spec", lambda name: None)
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:
         script.main([*SMALL[script], "--output_dir", str(tmp_path / "run"), "--report_to", "trackio"])
     assert stopped.value.code == 2
-    assert (
-        capsys.readouterr()
-        .err.splitlines()[-1]
-        .endswith("--report_to trackio: trackio is not installed; pip install trackio, or --report_to none")
-    )
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--report_to trackio" in error and "pip install trackio" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""Laws of the model card beyond its scores: nothing of the trainer's machine on it, samples only where they may be shown."""
+"""Laws of the model card beyond its scores: no paths or tokens on it, samples only if images may be published."""
 
 import json
 import re
@@ -29,28 +29,28 @@ def card(folder: Path, name: str = "me/captioner", command: str = "train", **opt
         ({"bleu_weight": 4.0, "rouge_weight": 5.0}, "CIDEr-D + BLEU-4 + ROUGE-L"),
     ],
 )
-def test_what_was_rewarded_is_told(tmp_path, options, reward):
-    told = {"kind": "vit-gpt2", "model_name": "me/captioner", "results": RESULTS, "command": "train"}
-    text = write_model_card(tmp_path, **told, options=options, started_from=["me/start"], self_critical=True).read_text(
-        encoding="utf-8"
-    )
-    assert f"on its own {reward} reward." in text
+def test_the_card_names_the_reward(tmp_path, options, reward):
+    arguments = {"kind": "vit-gpt2", "model_name": "me/captioner", "results": RESULTS, "command": "train"}
+    text = write_model_card(
+        tmp_path, **arguments, options=options, started_from=["me/start"], self_critical=True
+    ).read_text(encoding="utf-8")
+    assert f"with {reward} as the reward." in text
 
 
 @pytest.mark.parametrize(
     ("started_from", "told", "on_the_hub"),
     [
-        (["me/start"], "It started from [me/start](https://huggingface.co/me/start).", ["me/start"]),
+        (["me/start"], "Initialized from [me/start](https://huggingface.co/me/start).", ["me/start"]),
         (
             ["a_folder", "me/start"],
-            r"It started from a\_folder and [me/start](https://huggingface.co/me/start).",
+            r"Initialized from a\_folder and [me/start](https://huggingface.co/me/start).",
             ["me/start"],
         ),
-        (["a_folder"], r"It started from a\_folder.", None),
-        ([], "It started from random weights.", None),
+        (["a_folder"], r"Initialized from a\_folder.", None),
+        ([], "Trained from random weights.", None),
     ],
 )
-def test_what_it_started_from_is_told_and_linked_where_the_hub_has_it(tmp_path, started_from, told, on_the_hub):
+def test_the_card_names_pretrained_weights_and_links_those_of_the_hub(tmp_path, started_from, told, on_the_hub):
     (tmp_path / "a_folder").mkdir()
     names = [str(tmp_path / name) if name == "a_folder" else name for name in started_from]
     asked = {"kind": "vit-gpt2", "model_name": "me/captioner", "results": RESULTS, "command": "train", "options": {}}
@@ -89,11 +89,11 @@ def make_images(number: int, **info: object) -> Dataset:
         ("1e-3", "1e-3"),
     ],
 )
-def test_of_a_path_from_outside_only_the_last_name_is_told(word, told):
+def test_paths_from_outside_are_shortened_to_their_last_name(word, told):
     assert without_path(word) == told
 
 
-def test_no_path_of_this_machine_is_on_the_card(tmp_path, monkeypatch):
+def test_no_path_and_no_token_is_on_the_card(tmp_path, monkeypatch):
     (tmp_path / "weights" / "lite2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     text = card(
@@ -103,13 +103,15 @@ def test_no_path_of_this_machine_is_on_the_card(tmp_path, monkeypatch):
         encoder="weights/lite2",
         dataset=tmp_path / "my data",
         learning_rate=0.1,
+        hub_token="secret",
     )
+    assert "hub_token" not in text and "secret" not in text
     assert str(tmp_path) not in text and tmp_path.parts[2] not in text and "weights/" not in text
     assert "accelerate launch train.py recipes/x.yaml --encoder lite2 --dataset_name 'my data' --prompt 'a b'" in text
     assert 'from_pretrained("run")' in text and "encoder: lite2" in text and "learning_rate: 0.1" in text
 
 
-def test_the_lines_of_a_pushed_card_load_the_repository(tmp_path):
+def test_the_python_on_a_pushed_card_loads_the_repository(tmp_path):
     text = card(tmp_path, name='a "quoted" name')
     pushed = name_on_card(text, "me/captioner")
     assert re.findall(r'(?:from_pretrained\(|model=)("[^"]*")', pushed) == ['"me/captioner"'] * 3
@@ -119,7 +121,7 @@ def test_the_lines_of_a_pushed_card_load_the_repository(tmp_path):
 def test_samples_are_a_table_of_images_spread_over_the_split(tmp_path):
     rows = make_images(30)
     captions = [f"caption {number} | *" for number in range(30)]
-    write_samples(tmp_path, rows, captions, shown=True)
+    write_samples(tmp_path, rows, captions, publish=True)
     samples = read_samples(tmp_path)
     assert len(samples) == NUM_SAMPLES and [sample["caption"] for sample in samples[::11]] == [
         captions[0],
@@ -137,17 +139,17 @@ def test_samples_are_a_table_of_images_spread_over_the_split(tmp_path):
     assert sum(line.count("](samples/") for line in table) == NUM_SAMPLES
 
 
-def test_samples_of_an_earlier_run_go_where_images_may_not_be_shown(tmp_path):
-    write_samples(tmp_path, make_images(3), ["a", "b", "c"], shown=True)
+def test_samples_of_an_earlier_run_are_removed_if_images_may_not_be_published(tmp_path):
+    write_samples(tmp_path, make_images(3), ["a", "b", "c"], publish=True)
     assert len(read_samples(tmp_path)) == 3
-    write_samples(tmp_path, make_images(3), ["a", "b", "c"], shown=False)
+    write_samples(tmp_path, make_images(3), ["a", "b", "c"], publish=False)
     assert not (tmp_path / "samples").exists() and "## Samples" not in card(tmp_path)
 
 
-def test_samples_tell_nothing_that_the_camera_noted(tmp_path):
+def test_samples_have_no_metadata_of_the_camera(tmp_path):
     PillowImage.new("RGB", (40, 40)).save(tmp_path / "noted.jpg", comment=b"GPS 1.2 3.4", exif=b"Exif\0\0secret")
     rows = Dataset.from_dict({"image": [str(tmp_path / "noted.jpg")]}, features=Features({"image": Image()}))
-    write_samples(tmp_path, rows, ["a"], shown=True)
+    write_samples(tmp_path, rows, ["a"], publish=True)
     content = (tmp_path / "samples" / "01.jpg").read_bytes()
     assert b"GPS" not in content and b"secret" not in content
     assert json.loads((tmp_path / "samples" / "samples.json").read_text()) == [{"file": "01.jpg", "caption": "a"}]

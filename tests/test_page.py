@@ -1,4 +1,4 @@
-"""Laws of what the page tells of each word: how sure the model was, and where it looked."""
+"""Laws of what the page shows of each token: its probability and its attention map."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from small_captioners import IMAGES, build
 
 import caption
 from modeling.captioner import Captioner
-from reporting.page import NUM_LOOKS, write_page
+from reporting.page import NUM_ATTENTION_MAPS, write_page
 
 WORDS = (" a", " red", " d", "og")
 CORNERS = ([[1, 0], [0, 0]], [[0, 1], [0, 0]], [[0, 0], [1, 0]], [[0, 0], [0, 1]])
@@ -20,12 +20,12 @@ HOSTILE = "</span><script>document.title = 'hacked'</script>\" onfocus=\"documen
 
 
 def record_of(image_id: str = "1", cider: float = 1.0, words: tuple[str, ...] = WORDS, **changes: object) -> dict:
-    """A caption of which each token was looked for in a corner of its own, and was less sure than the one before."""
+    """A caption each of whose tokens attends to another corner and is less probable than the one before."""
     tokens = [
-        {"text": word, "probability": 1 - 0.33 * place, "attention": CORNERS[place]} for place, word in enumerate(words)
+        {"text": word, "probability": 1 - 0.33 * index, "attention": CORNERS[index]} for index, word in enumerate(words)
     ]
-    told = {"image_id": image_id, "caption": "".join(words).strip(), "references": ["a dog"], "cider": cider}
-    return told | {"tokens": tokens, "center_crop": None} | changes
+    record = {"image_id": image_id, "caption": "".join(words).strip(), "references": ["a dog"], "cider": cider}
+    return record | {"tokens": tokens, "center_crop": None} | changes
 
 
 def page_of(folder: Path, records: list[dict], size: tuple[int, int] = (200, 100)) -> Path:
@@ -33,7 +33,7 @@ def page_of(folder: Path, records: list[dict], size: tuple[int, int] = (200, 100
 
 
 class Cards(HTMLParser):
-    """What stands in each card: its caption, its tokens and its map."""
+    """What each card of a page holds: its caption, its tokens and their attention maps."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -43,15 +43,15 @@ class Cards(HTMLParser):
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         if tag == "article":
-            self.cards.append({"caption": "", "sure": [], "looks": None, "elements": []})
+            self.cards.append({"caption": "", "probability": [], "attention": None, "elements": []})
         if not self.cards:
             return
         self.cards[-1]["elements"].append(tag)
         self.inside = attributes.get("class", self.inside)
         if tag == "canvas":
-            self.cards[-1]["looks"] = (int(attributes["data-side"]), base64.b64decode(attributes["data-looks"]))
-        if "data-sure" in attributes:
-            self.cards[-1]["sure"].append((attributes["data-sure"], attributes["style"]))
+            self.cards[-1]["attention"] = (int(attributes["data-side"]), base64.b64decode(attributes["data-attention"]))
+        if "data-probability" in attributes:
+            self.cards[-1]["probability"].append((attributes["data-probability"], attributes["style"]))
 
     def handle_data(self, data):
         if self.cards and self.inside in ("caption", "token"):
@@ -62,36 +62,36 @@ class Cards(HTMLParser):
             self.inside = ""
 
 
-def test_words_are_the_caption_and_the_less_sure_the_stronger_their_ground(tmp_path):
+def test_tokens_make_up_the_caption_and_show_their_probability(tmp_path):
     (card,) = Cards(page_of(tmp_path, [record_of()])).cards
     assert card["caption"] == "a red dog"
-    assert [sure for sure, _ in card["sure"]] == ["100 %", "67 %", "34 %", "1 %"]
-    doubts = [int(re.search(r"--doubt:(\d+)%", style).group(1)) for _, style in card["sure"]]
-    assert doubts == [0, 33, 66, 99]
+    assert [text for text, _ in card["probability"]] == ["100%", "67%", "34%", "1%"]
+    uncertainty = [int(re.search(r"--uncertainty:(\d+)%", style).group(1)) for _, style in card["probability"]]
+    assert uncertainty == [0, 33, 66, 99]
 
 
-def test_a_map_holds_a_byte_for_each_place_of_each_word(tmp_path):
+def test_an_attention_map_has_a_byte_per_cell_and_token(tmp_path):
     weights = [[0.1, 0.0, 0.05], [0.2, 0.4, 0.1], [0.0, 0.02, 0.0]]
     record = record_of(words=(" a", " b"))
     record["tokens"][1]["attention"] = weights
-    record["tokens"][0]["attention"] = [[0.0] * 3] * 3  # all of it went to the class token
-    side, content = Cards(page_of(tmp_path, [record])).cards[0]["looks"]
+    record["tokens"][0]["attention"] = [[0.0] * 3] * 3  # all attention on the class token
+    side, content = Cards(page_of(tmp_path, [record])).cards[0]["attention"]
     assert (side, len(content)) == (3, 2 * 9)
     assert list(content[:9]) == [0] * 9
     assert list(content[9:]) == [64, 0, 32, 128, 255, 64, 0, 13, 0]
 
 
-def test_maps_are_kept_for_the_first_the_worst_and_the_best_only(tmp_path):
-    number, third = 3 * NUM_LOOKS, NUM_LOOKS // 3
-    records = [record_of(str(place), cider=place * 37 % number) for place in range(number)]
+def test_attention_maps_are_kept_for_the_first_worst_and_best_images(tmp_path):
+    number, third = 3 * NUM_ATTENTION_MAPS, NUM_ATTENTION_MAPS // 3
+    records = [record_of(str(index), cider=index * 37 % number) for index in range(number)]
     cards = Cards(page_of(tmp_path, records, (8, 8))).cards
-    with_map = {place for place, card in enumerate(cards) if card["looks"]}
-    worst = {place for place in range(number) if records[place]["cider"] < third}
-    best = {place for place in range(number) if records[place]["cider"] >= number - third}
+    with_map = {index for index, card in enumerate(cards) if card["attention"]}
+    worst = {index for index in range(number) if records[index]["cider"] < third}
+    best = {index for index in range(number) if records[index]["cider"] >= number - third}
     assert with_map == set(range(third)) | worst | best
-    assert all(card["sure"] for card in cards)
-    few = Cards(page_of(tmp_path, records[:NUM_LOOKS], (8, 8))).cards
-    assert all(card["looks"] for card in few)
+    assert all(card["probability"] for card in cards)
+    few = Cards(page_of(tmp_path, records[:NUM_ATTENTION_MAPS], (8, 8))).cards
+    assert all(card["attention"] for card in few)
 
 
 def test_hostile_tokens_add_no_element(tmp_path):
@@ -99,16 +99,16 @@ def test_hostile_tokens_add_no_element(tmp_path):
     assert hostile["elements"] == Cards(page_of(tmp_path, [record_of(words=("a", "b"))])).cards[0]["elements"]
 
 
-def test_captions_without_what_is_told_of_words(tmp_path):
+def test_captions_without_tokens_or_attention(tmp_path):
     records = [record_of(tokens=[]), record_of("2")]
     for token in records[1]["tokens"]:
         del token["attention"]  # the LSTM captioner without attention
-    bare, sure = Cards(page_of(tmp_path, records)).cards
-    assert (bare["caption"], bare["sure"], bare["looks"]) == ("a red dog", [], None)
-    assert (sure["caption"], len(sure["sure"]), sure["looks"]) == ("a red dog", 4, None)
+    bare, with_tokens = Cards(page_of(tmp_path, records)).cards
+    assert (bare["caption"], bare["probability"], bare["attention"]) == ("a red dog", [], None)
+    assert (with_tokens["caption"], len(with_tokens["probability"]), with_tokens["attention"]) == ("a red dog", 4, None)
 
 
-def test_the_page_that_caption_py_writes_tells_of_each_word(tmp_path):
+def test_the_page_that_caption_py_writes_shows_each_token(tmp_path):
     build("vit_gpt2").save(tmp_path / "model")
     for place, image in enumerate(IMAGES[:2]):
         image.save(tmp_path / f"{place}.png")
@@ -116,10 +116,12 @@ def test_the_page_that_caption_py_writes_tells_of_each_word(tmp_path):
     caption.main([*images, "--model_name_or_path", str(tmp_path / "model"), "--output", str(tmp_path / "page.html")])
     cards = Cards(tmp_path / "page.html").cards
     assert len(cards) == 2
-    assert all(len(card["sure"]) == len(card["caption"].split()) > 0 and card["looks"][0] == 2 for card in cards)
+    assert all(
+        len(card["probability"]) == len(card["caption"].split()) > 0 and card["attention"][0] == 2 for card in cards
+    )
 
 
-def test_no_more_words_are_looked_at_than_the_page_shows(tmp_path, monkeypatch):
+def test_caption_py_inspects_no_more_captions_than_the_page_shows(tmp_path, monkeypatch):
     build("vit_gpt2").save(tmp_path / "model")
     for place, image in enumerate(IMAGES[:3]):
         image.save(tmp_path / f"{place}.png")
@@ -127,14 +129,8 @@ def test_no_more_words_are_looked_at_than_the_page_shows(tmp_path, monkeypatch):
     inspected, generate = [], Captioner.generate
     monkeypatch.setattr(Captioner, "generate", lambda *given: inspected.append(given[-1]) or generate(*given))
     images = [str(tmp_path / f"{place}.png") for place in range(3)]
-    options = [
-        "--model_name_or_path",
-        str(tmp_path / "model"),
-        "--output",
-        str(tmp_path / "page.html"),
-        "--batch_size",
-        "1",
-    ]
+    options = ["--model_name_or_path", str(tmp_path / "model"), "--output", str(tmp_path / "page.html")]
+    options += ["--batch_size", "1"]
     caption.main([*images, *options])
     assert inspected == [True, False, False] and len(Cards(tmp_path / "page.html").cards) == 1
 
@@ -144,32 +140,32 @@ def test_no_more_words_are_looked_at_than_the_page_shows(tmp_path, monkeypatch):
 
 @pytest.fixture
 def open_page(browser):
-    """Open a page in a context of its own; closed when the test ends, which finds no word on the console."""
-    contexts, words = [], []
+    """Open a page in a browser context of its own; at the end the console must be empty and nothing requested."""
+    contexts, messages = [], []
 
     def open_in(path: Path, **options):
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
-        page.on("console", lambda message: words.append(message.text))
-        page.on("pageerror", lambda error: words.append(str(error)))
-        page.on("request", lambda request: words.append(request.url) if request.url.startswith("http") else None)
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: messages.append(request.url) if request.url.startswith("http") else None)
         page.goto(path.as_uri())
         return page
 
     yield open_in
     for context in contexts:
         context.close()
-    assert not words
+    assert not messages
 
 
 def brightness_of_corners(locator) -> list[int]:
-    """How bright a part of the page is, upper left, upper right, lower left, lower right; away from what is told there."""
+    """Brightness near the corners of an element: upper left, upper right, lower left, lower right; beside its text."""
     image = Image.open(io.BytesIO(locator.screenshot())).convert("L")
     places = [(x * image.width // 8, y * image.height // 8) for y in (1, 6) for x in (1, 7)]
     return [image.getpixel(place) for place in places]
 
 
-def test_pointing_at_a_word_darkens_what_was_not_looked_at(tmp_path, open_page):
+def test_hovering_over_a_token_darkens_what_it_does_not_attend_to(tmp_path, open_page):
     page = open_page(page_of(tmp_path, [record_of(), record_of("2")]), viewport={"width": 900, "height": 900})
     image, tokens = page.locator(".image").first, page.locator("article .token")
     for place in range(4):
@@ -177,16 +173,14 @@ def test_pointing_at_a_word_darkens_what_was_not_looked_at(tmp_path, open_page):
         corners = brightness_of_corners(image)
         assert max(range(4), key=corners.__getitem__) == place
         assert corners[place] > 150 > 120 > sorted(corners)[2]
-        assert page.locator(".told").first.inner_text().split() == [
-            WORDS[place].strip(),
-            *[["100", "67", "34", "1"][place], "%"],
-        ]
+        probability = ["100%", "67%", "34%", "1%"][place]
+        assert page.locator(".token-info").first.inner_text().split() == [WORDS[place].strip(), probability]
     assert brightness_of_corners(page.locator(".image").nth(1)) == [255] * 4
     page.locator("h1").hover()
     assert brightness_of_corners(image) == [255] * 4
 
 
-def test_where_a_model_sees_the_middle_alone_the_margin_stays_dark(tmp_path, open_page):
+def test_what_is_cropped_away_stays_dark(tmp_path, open_page):
     record = record_of(words=(" a",), center_crop=1.0)
     record["tokens"][0]["attention"] = [[0.25, 0.25], [0.25, 0.25]]
     page = open_page(page_of(tmp_path, [record], (200, 100)))
@@ -196,26 +190,26 @@ def test_where_a_model_sees_the_middle_alone_the_margin_stays_dark(tmp_path, ope
     assert [brightness > 150 for brightness in row] == [False, False, True, True, True, False, False]
 
 
-def test_words_are_walked_by_keyboard(tmp_path, open_page):
+def test_the_keyboard_moves_between_images_and_tokens(tmp_path, open_page):
     page = open_page(page_of(tmp_path, [record_of(), record_of("2")]))
-    told = page.locator(".told")
-    seen = []
+    info = page.locator(".token-info")
+    shown = []
     for key in ("j", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft", "ArrowLeft"):
         page.keyboard.press(key)
-        seen.append(told.first.inner_text().split(" ")[0])
-    assert seen == ["", "a", "red", "d", "red", "a", "a"]
+        shown.append(info.first.inner_text().split(" ")[0])
+    assert shown == ["", "a", "red", "d", "red", "a", "a"]
     page.keyboard.press("j")
-    page.keyboard.press("Tab")  # one stop an image
-    assert [told.nth(0).inner_text(), told.nth(1).inner_text().split()[0]] == ["", "a"]
+    page.keyboard.press("Tab")  # one tab stop per image
+    assert [info.nth(0).inner_text(), info.nth(1).inner_text().split()[0]] == ["", "a"]
     page.keyboard.press("Shift+Tab")
-    assert told.nth(1).inner_text() == "" and told.nth(0).inner_text().split()[0] == "a"
+    assert info.nth(1).inner_text() == "" and info.nth(0).inner_text().split()[0] == "a"
 
 
-def test_on_a_telephone_words_are_tapped_and_nothing_sticks_out(tmp_path, open_page):
+def test_on_a_phone_tokens_are_tapped_and_nothing_overflows(tmp_path, open_page):
     records = [record_of(), record_of("2", words=("x" * 80, " b"))]
     page = open_page(page_of(tmp_path, records), viewport={"width": 340, "height": 700}, has_touch=True, is_mobile=True)
     page.locator("article .token").nth(1).tap()
-    assert page.locator(".told").first.inner_text().split() == ["red", "67", "%"]
+    assert page.locator(".token-info").first.inner_text().split() == ["red", "67%"]
     assert page.evaluate("document.documentElement.scrollWidth") <= 340
     texts = page.locator("article .text")
     assert all(texts.nth(place).evaluate("text => text.scrollWidth <= text.clientWidth") for place in range(2))
@@ -223,8 +217,8 @@ def test_on_a_telephone_words_are_tapped_and_nothing_sticks_out(tmp_path, open_p
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_word_can_be_read_by_day_and_by_night(tmp_path, open_page, scheme):
-    """WCAG 2.2, 1.4.3: text of this size stands out 4.5 to 1 from what lies behind it."""
+def test_text_has_enough_contrast_in_light_and_dark_mode(tmp_path, open_page, scheme):
+    """WCAG 2.2, 1.4.3: text of this size has a contrast of at least 4.5 to 1."""
     page = open_page(page_of(tmp_path, [record_of()]), color_scheme=scheme)
     contrasts = page.evaluate(
         """() => {

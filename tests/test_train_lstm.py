@@ -82,7 +82,7 @@ def test_a_run_leaves_what_the_contract_says(trained, small_scenes):
         == results["shuffled"].keys()
         == {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"}
     )
-    assert results["train"]["epochs"] == 3 and results["train"]["images_per_second"] > 0
+    assert results["train"]["epochs"] == 3 and results["train"]["captions_per_second"] > 0
     lines = [json.loads(line) for line in (trained / "captions.jsonl").read_text().splitlines()]
     test = load_captions(small_scenes)["test"]
     assert [(line["image_id"], line["references"]) for line in lines] == list(

@@ -1,6 +1,5 @@
 """Validation of a captioner: loss of the references, and scores of the captions that it generates."""
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,9 +13,7 @@ from tqdm.auto import tqdm
 
 from metrics import CaptionScorer
 from modeling.captioner import Captioner
-from reporting.results import METRIC_TITLES
-
-logger = logging.getLogger(__name__)
+from reporting.live import log_scores
 
 
 class Evaluator:
@@ -96,21 +93,16 @@ def caption_images(
 
 
 def score_and_show(captions: Sequence[str], rows: Dataset, scorer: CaptionScorer) -> dict[str, float]:
-    """Score captions, log the scores beside the shuffled baseline's, and three images' captions.
+    """Score one caption per row, log the scores beside those of the shuffled baseline, and log three images' captions.
 
     Args:
-        rows: `image_id` and `captions` of each image.
-        scorer: Of the rows' captions.
+        rows: Rows with `image_id` and `captions`.
+        scorer: The scorer of the rows' captions.
 
     Returns:
-        The scores, those of the same captions assigned to other images as "shuffled_" and the score's name, and "unique_words".
+        The scores, those of the shuffled baseline under "shuffled_" and the metric's name, and "unique_words".
     """
     scores, shuffled = scorer.score(captions), scorer.score(scorer.shuffle(captions))
-    lines = [" " * 12 + "".join(f"{title:>9}" for title in METRIC_TITLES.values())]
-    for name, row in (("this model", scores), ("shuffled", shuffled)):
-        lines.append(f"{name:12}" + "".join(f"{row[metric]:9.3f}" for metric in METRIC_TITLES))
-    for place in sorted({0, len(rows) // 2, len(rows) - 1}):  # always the same, so that one sees them change
-        lines += [f"{rows[place]['image_id']}: {captions[place]}", f"    reference: {rows[place]['captions'][0]}"]
-    logger.info("\n".join(lines))
+    log_scores(scores, shuffled, captions, rows)
     shuffled = {f"shuffled_{metric}": score for metric, score in shuffled.items()}
     return {**scores, **shuffled, "unique_words": scorer.unique_words(captions)}

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, get_scheduler
 from metrics import CaptionScorer
 from modeling.captioner import Captioner
 from reporting.curves import draw_curves
-from reporting.live import EpochProgressBar, print_losses
+from reporting.live import EpochProgressBar, log_losses
 from reporting.page import NUM_IMAGES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.results import write_history
@@ -87,7 +87,8 @@ class TrainingRun:
     """
 
     def __init__(self, args: TrainingArguments, options: dict[str, Any], script: str, unit: str = "captions"):
-        self.args, self.options, self.script, self.unit = args, options, script, unit
+        self.args, self.script, self.unit = args, script, unit
+        self.options = {name: value for name, value in options.items() if name != "hub_token"}
         self.stop_signal = StopSignal()
         self.accelerator = start_accelerator(args)
         self.step_size = (
@@ -310,7 +311,7 @@ class TrainingRun:
         num_epochs = math.ceil(self.num_steps / self.steps_per_epoch)
         silent = args.disable_tqdm or not self.accelerator.is_local_main_process
         done = min(state.epoch_steps * self.step_size, self.num_items)
-        return EpochProgressBar(state.epoch + 1, num_epochs, self.num_items, done, silent, unit=self.unit)
+        return EpochProgressBar(state.epoch + 1, num_epochs, self.num_items, done, self.unit, silent)
 
     def _is_finished(self) -> bool:
         return self.state.step >= self.num_steps or self._stops_early()
@@ -356,7 +357,7 @@ class TrainingRun:
         What a killed run logged may reach further than its checkpoint, or, held back in a buffer, not so far: TensorBoard drops
         what else is in the folder.
         """
-        known = {name: value for name, value in self.options.items() if value is not None and name != "hub_token"}
+        known = {name: value for name, value in self.options.items() if value is not None}
         self.accelerator.init_trackers("logs", known, init_kwargs={"tensorboard": {"purge_step": 0}})
         for row in self.state.log_history:
             self._track(row)
@@ -370,7 +371,7 @@ class TrainingRun:
         history = self.state.log_history
         history.append(row)
         self._track(row)
-        print_losses(row)
+        log_losses(row)
         if self.accelerator.is_main_process:
             write_history(self.args.output_dir, history)
             draw_curves(self.args.output_dir, history)

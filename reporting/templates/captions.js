@@ -1,11 +1,10 @@
-
 "use strict";
-// Order, filter, keyboard, and where the model looked. Without script the page still shows every image, in the order of the data.
+// Order, filter, keyboard and attention maps. Without JavaScript the page still shows every image, in the order of the data set.
 const list = document.getElementById("cards");
 const cards = [...list.children];
 const order = document.getElementById("order");
 const filter = document.getElementById("filter");
-// The shuffled caption belongs to another image: its words find nothing here.
+// Not the shuffled caption, which belongs to another image.
 const textOf = (card) => [...card.querySelectorAll(".caption, .references, .id")].map((part) => part.textContent).join(" ");
 const words = new Map(cards.map((card) => [card, textOf(card).toLowerCase()]));
 
@@ -30,55 +29,55 @@ function arrange() {
 
 function move(step) {
   const visible = [...list.children].filter((card) => !card.hidden);
-  const here = visible.findIndex((card) => card.contains(document.activeElement));
-  const next = here < 0 ? 0 : Math.min(Math.max(here + step, 0), visible.length - 1);
+  const current = visible.findIndex((card) => card.contains(document.activeElement));
+  const next = current < 0 ? 0 : Math.min(Math.max(current + step, 0), visible.length - 1);
   if (visible.length) visible[next].firstElementChild.focus();
 }
 
-// Darken a word's image where the model did not look, and tell how sure it was; null brings the image back.
-function look(card, token) {
-  const [canvas, told] = [card.querySelector("canvas"), card.querySelector(".told")];
-  told.textContent = token ? `${token.textContent.trim()}  ${token.dataset.sure}` : "";
+// Darken the image where the model does not attend at a token, and show its probability; null restores the image.
+function showAttention(card, token) {
+  const [canvas, info] = [card.querySelector("canvas"), card.querySelector(".token-info")];
+  info.textContent = token ? `${token.textContent.trim()}  ${token.dataset.probability}` : "";
   if (!canvas) return;
   canvas.hidden = !token;
   if (!token) return;
   const side = Number(canvas.dataset.side);
-  const places = side * side;
-  const start = [...card.querySelectorAll("article .token")].indexOf(token) * places;
-  const bytes = atob(canvas.dataset.looks);
+  const numCells = side * side;
+  const start = [...card.querySelectorAll("article .token")].indexOf(token) * numCells;
+  const bytes = atob(canvas.dataset.attention);
   const image = new ImageData(side, side);
-  for (let place = 0; place < places; place++) {
-    image.data.set([8, 8, 20, 0.78 * (255 - bytes.charCodeAt(start + place))], 4 * place);
+  for (let cell = 0; cell < numCells; cell++) {
+    image.data.set([8, 8, 20, 0.78 * (255 - bytes.charCodeAt(start + cell))], 4 * cell);
   }
   const small = new OffscreenCanvas(side, side);
   small.getContext("2d").putImageData(image, 0, 0);
   const context = canvas.getContext("2d");
   context.clearRect(0, 0, canvas.width, canvas.height);
-  context.imageSmoothingQuality = "high"; // a few places, softly drawn over the whole image
+  context.imageSmoothingQuality = "high"; // a few cells, interpolated over the whole image
   context.drawImage(small, 0, 0, canvas.width, canvas.height);
 }
 
 for (const card of cards) {
   const tokens = [...card.querySelectorAll(".token")];
-  // One stop of the tab key an image; from there arrows walk on.
+  // One tab stop per image; arrow keys move between its tokens.
   tokens.forEach((token, index) => token.setAttribute("tabindex", index ? -1 : 0));
   const focused = () => tokens.find((token) => token === document.activeElement) ?? null;
   for (const token of tokens) {
-    token.addEventListener("mouseenter", () => look(card, token));
-    token.addEventListener("mouseleave", () => look(card, focused()));
-    token.addEventListener("focus", () => look(card, token));
-    token.addEventListener("blur", () => look(card, null));
+    token.addEventListener("mouseenter", () => showAttention(card, token));
+    token.addEventListener("mouseleave", () => showAttention(card, focused()));
+    token.addEventListener("focus", () => showAttention(card, token));
+    token.addEventListener("blur", () => showAttention(card, null));
     token.addEventListener("click", () => token.focus());
   }
 }
 
-// The next word of the image one stands on; false where there is none.
-function walk(step) {
+// Focus the next token of the focused image; false if it has none.
+function moveToken(step) {
   const card = document.activeElement.closest("#cards > li");
   const tokens = card ? [...card.querySelectorAll(".token")] : [];
   if (!tokens.length) return false;
-  const here = tokens.indexOf(document.activeElement);
-  tokens[Math.min(Math.max(here + step, 0), tokens.length - 1)].focus();
+  const current = tokens.indexOf(document.activeElement);
+  tokens[Math.min(Math.max(current + step, 0), tokens.length - 1)].focus();
   return true;
 }
 
@@ -95,14 +94,14 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
     filter.focus();
   } else if (event.key in moves) {
-    // Arrows scroll the page as ever until an image has been stepped onto with j or k.
+    // Arrow keys scroll the page as usual until an image is focused with j or k.
     if (event.key.startsWith("Arrow") && !list.contains(document.activeElement)) return;
     event.preventDefault();
-    if (/Left|Right/.test(event.key) && walk(moves[event.key])) return;
+    if (/Left|Right/.test(event.key) && moveToken(moves[event.key])) return;
     move(moves[event.key]);
   }
 });
 order.addEventListener("change", arrange);
 filter.addEventListener("input", arrange);
-for (const part of document.querySelectorAll(".controls, .by-hand")) part.hidden = false; // what needs this script
+for (const part of document.querySelectorAll(".controls, .needs-script")) part.hidden = false;
 arrange();
