@@ -1,4 +1,4 @@
-"""What a model must beat to be said to look: its own captions dealt to other images, and one caption for all."""
+"""Baselines without the image: the same captions assigned to other images, and the best single caption for all images."""
 
 import numpy as np
 
@@ -9,10 +9,11 @@ NUM_FINALISTS = 5
 
 
 def derangement(num_images: int) -> np.ndarray:
-    """Say whose caption each image gets when captions are dealt out blindly: the same for the same number of images.
+    """Draw the random permutation without fixed points that the shuffled baseline uses, int64 (num_images,).
 
-    All images lie on one random cycle and each takes the caption of the one before it, so that none keeps its own. One
-    image alone has nobody to take a caption from and keeps its own: whoever deals must look after that case.
+    All images lie on one random cycle, and each gets the caption of the image before it, so that none keeps its own. The
+    permutation depends on the number of images alone. A single image has no other caption to get and keeps its own: the
+    caller handles that case.
     """
     cycle = np.random.default_rng(num_images).permutation(num_images)
     source = np.empty(num_images, dtype=np.int64)
@@ -21,7 +22,7 @@ def derangement(num_images: int) -> np.ndarray:
 
 
 def best_constant(candidates: list[str], index: NgramIndex, table: ReferenceTable) -> str:
-    """Choose, among tokenized captions, the one with the highest CIDEr-D when every image gets it.
+    """Choose, among tokenized captions, the one with the highest mean CIDEr-D when every image gets it.
 
     All candidates are ranked by their similarity to the mean of the references, which is CIDEr-D without its clipping; the
     first five are then scored in full.

@@ -58,7 +58,7 @@ class ReferenceTable:
         return key[start], np.append(start, len(by_key)), max_count, counts.caption[by_key], weight[by_key], norm
 
     def match(self, counts: list[NgramCounts]) -> tuple[np.ndarray, np.ndarray]:
-        """Meet one prediction per image with its references.
+        """Match one prediction per image against its references.
 
         Args:
             counts: N-grams of the predictions, per order.

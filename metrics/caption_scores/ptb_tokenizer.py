@@ -2,11 +2,13 @@
 
 It is a lexer: at every place the rule with the longest match, what the rule looks ahead at included, makes the next token; of
 two as long the first wins. The rules were worked out from what the program makes of strings sent through it. Two differences
-are meant: a line break of any kind is a blank (pycocoevalcap shifts every caption after a carriage return by one line), and a
-caption is read by itself (there, the first word of the next caption decides over a last word like "B.").
+are deliberate: a line break of any kind is a blank (pycocoevalcap shifts every caption after a carriage return by one line), and
+`tokenize` reads a caption alone, so that no score depends on the order of the images (`tokenize_in_order` does as coco-caption:
+the first word of the next caption decides whether a last "B." keeps its period).
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 
@@ -42,14 +44,20 @@ APOSTROPHE = r"(?:['’\x92]|&apos;)"
 QUOTE = r"(?:['’‘`\x91\x92]|&apos;)"
 ELISION = rf"(?:[dDlLoO]{QUOTE}{ALPHANUMERIC})?"
 IN_URL, ENDS_URL = r"[^\s\"<>|()]", r"[^\s\"<>|.!?(){},-]"
+IN_HOST, IN_BARE_HOST = r"[^\s\"<>|.!?(){},]", r"[^\s\"$'()!,-_`{|}]"  # ,-_ is a range: digits and capitals, too
 IN_EMAIL = r"[^\s\"<>|(){}]"
+WORDS = rf"{WORD}(?:[.!?]{WORD})*"  # also run together across the end of a sentence
+JOINED = rf"{ELISION}{ALPHANUMERIC}+(?:[-_‐‑֊]{ELISION}{ALPHANUMERIC}+)*"
+HYPHENATED = rf"{ASCII}[A-Za-z0-9.,\xad]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9\xad]+))+"  # mid-a.m.
+COMPANY = r"[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+"
+MARKUP = r"(?:</?[A-Za-z][\w:.-]*(?: +[A-Za-z][\w:.-]*(?:=\"[^\"]*\")?)* */?>|<[!?][A-Za-z-][^>]*>)"
 EYE = r"[-^x=~<>']"
 
 # Abbreviations keep their period. The first may end a sentence.
 CLOSING = (
-    "al ala apr ariz assn assoc attys aug bhd bldg blvd bros calif co colo conn corp cos ct dak dec esq est etc ext feb fla "
-    "fri ga inc ind intl jan jr jul jun kan kans ky ltd mar md mich minn mo mon mont neb nev nov oct okla penn plc profs rd "
-    "rt sep sept seq sq sr supts sys tel tenn thu thurs tue tues univ va vt wed wis wisc wyo"
+    "al ala apr ariz assn assoc attys aug bhd bldg blvd bros calif co colo conn corp cos ct dak dec ed[.]d esq est etc ext feb "
+    "fla fri ga inc ind intl jan jr jul jun kan kans ky ltd mar md mich minn mo mon mont neb nev nov oct okla penn ph[.]d plc "
+    "profs rd rt sep sept seq sq sr supts sys tel tenn thu thurs tue tues univ va vt wed wis wisc wyo"
 ).replace(" ", "|")
 STATES = "A(?ai:rk|z)|D(?ai:el)|I(?ai:ll)|L(?ai:a)|M(?ai:ass|iss)|O(?ai:re)|P(?ai:a)|T(?ai:ex)|W(?ai:ash)"  # words, in lower case
 TITLES = (
@@ -57,12 +65,18 @@ TITLES = (
     "invt jos lieut lt maj messrs mlle mme mr mrs ms msgr mt natl pfc ph pres prof pvt rep reps rev sen sens sfc sgt spc st "
     "ste supt treas vs wm"
 ).replace(" ", "|")
+NATIONS = r"(?ai:(?:canada|eu|japan|korean|non|sino)-u\.s|u\.s\.-(?:u\.k|u\.s\.s\.r))"
 NUMBERED = "art|ca|figs?|nos?|op|pp|prop"  # words, unless a number follows
 # before these the period behind a single letter ends a sentence: "wears a letter B. She ..."
 STARTERS = (
-    "About According Additionally After An A As At But Earlier Here Her However He If In It Last Many More Now Once One "
-    "Other Our She Since So Some Such That Their There Then These The They This We What When While Yet You"
-).replace(" ", "|")
+    (
+        "A(?ai:bout|ccording|dditionally|fter|n|s|t)? B(?ai:ut) E(?ai:arlier) H(?ai:e|er|ere|owever) I(?ai:f|n|t) L(?ai:ast) "
+        "M(?ai:any|ore|[rs][.]) N(?ai:ow) O(?ai:nce|ne|ther|ur) S(?ai:he|ince|o|ome|uch) "
+        "T(?ai:hat|he|heir|hen|here|hese|hey|his) W(?ai:e|hat|hen|hile) Y(?ai:et|ou)"
+    )
+    .replace(".", r"\.")
+    .replace(" ", "|")
+)
 FILE_TYPES = (
     "bat bmp c cgi class cpp dll docx doc exe gif gz h html htm jar java jpeg jpg mov mp3 pdf php pl png ppt ps py sql tar "
     "txt wav x xml zip"
@@ -73,22 +87,22 @@ AS_WRITTEN, RESPELLED = False, True
 RULES = [
     # words that fall into two: can|not, gon|na, do|n't, he|'s, 't|was
     (r"(?ai:(can)not|(gon|wan)na|(got)ta|(lem|gim)me)", AS_WRITTEN),
-    (rf"({LETTER}+)(?<![nN])[nN]{QUOTE}[tT]", AS_WRITTEN),
+    (rf"([A-Za-z\xad]*[A-MO-Za-mo-z]\xad*)[nN]{QUOTE}[tT]", AS_WRITTEN),
     (rf"({WORD}(?:[.!?]{WORD})*){APOSTROPHE}(?ai:[msd]|re|ve|ll)", AS_WRITTEN),
     (r"('[tT])(?ai:is|was)", AS_WRITTEN),
     (rf"(?ai:n{QUOTE}t|(?:'|&apos;)(?:[msd]|re|ve|ll))(?![A-Za-z])", RESPELLED),
     (r"[’\x92](?ai:[msd]|re|ve|ll)", RESPELLED),
     # abbreviations
     (rf"((?:(?ai:{CLOSING})|{STATES}|[Pp]?[Pp](?:te|ty)[sS]?)\.)(?:-\S?|[^\s-])", AS_WRITTEN),
-    (rf"(?:Ph\.D|(?ai:{CLOSING}|{TITLES})|{STATES}|[Mm][ft][gG]|[Pp]?[Pp][tT][ey][sS]?)\.", AS_WRITTEN),
-    (rf"((?ai:{NUMBERED})\.)\s*{DIGIT}", AS_WRITTEN),
-    (r"[A-Za-z](?:\.[A-Za-z])*\.", AS_WRITTEN),
-    (rf"([A-Za-z])\.\s+(?:(?:{STARTERS})(?!\S)|</?[A-Za-z])", AS_WRITTEN),
-    (rf"((?:{LETTER}|{DIGIT})(?:[-_.!?]?(?:{LETTER}|{DIGIT}))*\.)[,;:]", AS_WRITTEN),
-    # words, also run together across the end of a sentence
-    (rf"{WORD}(?:[.!?]{WORD})*", AS_WRITTEN),
+    (rf"(?:(?ai:{CLOSING}|{TITLES})|{STATES}|[Mm][ft][gG]|[Pp]?[Pp][tT][ey][sS]?)\.", AS_WRITTEN),
+    (rf"((?ai:{NUMBERED})\.)\s?{DIGIT}", AS_WRITTEN),
+    (rf"[A-Za-z](?:\.[A-Za-z])*\.|{NATIONS}\.", AS_WRITTEN),
+    (rf"{NATIONS}(?=\s|$)", AS_WRITTEN),
+    (rf"([A-Za-z])\.\s+(?:{STARTERS}|{MARKUP})(?!\S)", AS_WRITTEN),
+    (rf"((?:{WORDS}|{JOINED}|{HYPHENATED}|{COMPANY})\.)[,;:]", AS_WRITTEN),
+    (WORDS, AS_WRITTEN),
     # words with an apostrophe inside or at an end
-    (rf"{APOSTROPHE}n{APOSTROPHE}|{APOSTROPHE}(?:n|[0-9]{{2}})(?!\S)|[’\x92]n", AS_WRITTEN),
+    (rf"{APOSTROPHE}[nN]{APOSTROPHE}|{APOSTROPHE}(?:[nN]|[0-9]{{2}})(?!\S)|[’\x92][nN]", AS_WRITTEN),
     (rf"{APOSTROPHE}(?:till?|(?ai:em)|cause|[2-9]0s)", AS_WRITTEN),
     (rf"[dDjJlL]{APOSTROPHE}|[yY]{APOSTROPHE}(?={LETTER})|(?ai:ol|somethin|dunkin){APOSTROPHE}", AS_WRITTEN),
     (rf"[A-HJ-XZn]{QUOTE}{LETTER}{{2,}}", AS_WRITTEN),
@@ -96,40 +110,43 @@ RULES = [
     (rf"(?ai:c{APOSTROPHE}(?:est|mon)|s{APOSTROPHE}mores|[eo]{APOSTROPHE}er)", AS_WRITTEN),
     (rf"(?ai:ev{APOSTROPHE}ry|li{APOSTROPHE}l|nat{APOSTROPHE}l|nor{APOSTROPHE}easter|cont{APOSTROPHE}d\.)", AS_WRITTEN),
     # numbers, and what hyphens, slashes and underscores join
-    (rf"[-+]?(?:{DIGIT}+(?:[.,:٫٬]{DIGIT}+)*|(?:[.,:٫٬]{DIGIT}+)+)", AS_WRITTEN),
-    (rf"{ELISION}{ALPHANUMERIC}+(?:[-_‐‑֊]{ELISION}{ALPHANUMERIC}+)*", AS_WRITTEN),
-    (rf"{ASCII}[A-Za-z0-9.,]*(?:-{ASCII}+)+|anti-", AS_WRITTEN),
+    (r"[-+]?(?:[0-9٣\xad]+(?:[.,:٫٬][0-9٣\xad]+)*|(?:[.,:٫٬][0-9٣\xad]+)+)", AS_WRITTEN),
+    (JOINED, AS_WRITTEN),
+    (rf"{HYPHENATED}|anti-", AS_WRITTEN),
     (rf"{ASCII}+(?:-[A-Za-z]+){{0,2}}(?:\\?/{ASCII}+(?:-[A-Za-z]+){{0,2}}){{1,2}}", AS_WRITTEN),
     (rf"(?:{DIGIT}{{1,4}}[- \xa0])?{DIGIT}{{1,4}}\\?/{DIGIT}{{1,4}}", AS_WRITTEN),
+    (rf"{DIGIT}{{1,2}}[-/]{DIGIT}{{1,2}}[-/]{DIGIT}{{2,4}}", AS_WRITTEN),
     # telephone numbers
-    (rf"\({DIGIT}{{2,3}}\){BLANK}?{DIGIT}{{3,4}}[-/ \xa0]?{DIGIT}{{3,5}}", RESPELLED),
+    (rf"\({DIGIT}{{2,3}}\){BLANK}?{DIGIT}{{3,4}}[- \xa0]?{DIGIT}{{3,5}}", RESPELLED),
     (
-        rf"(?:\+\+?)?(?:{DIGIT}{{2,4}}[- \xa0])?{DIGIT}{{2,4}}[-/ \xa0]{DIGIT}{{3,4}}[-/ \xa0]?{DIGIT}{{3,5}}",
+        rf"(?:\+\+?)?(?:{DIGIT}{{2,4}}[- \xa0])?{DIGIT}{{2,4}}[- \xa0]{DIGIT}{{3,4}}[- \xa0]?{DIGIT}{{3,5}}",
         AS_WRITTEN,
     ),
     (rf"(?:(?:\+\+?)?{DIGIT}{{2,4}}\.)?{DIGIT}{{2,4}}\.{DIGIT}{{3,4}}\.{DIGIT}{{3,5}}", AS_WRITTEN),
     # names with signs in them, addresses, markup
-    (r"[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+|[A-Z]+\$|[cC]\+\+|[cCfF]#", AS_WRITTEN),
+    (rf"{COMPANY}|[A-Z]+\$|[cC]\+\+|[cCfF]#", AS_WRITTEN),
     (rf"(?:{ASCII}+\.)+(?ai:{FILE_TYPES})(?=[\s.,!?]|$)", AS_WRITTEN),
     (rf"(?ai:https?://){IN_URL}+{ENDS_URL}", AS_WRITTEN),
     (
-        rf"(?:(?ai:www\.)(?:{ENDS_URL}+\.)*[^\s\"<>|.!?(){{}},/:;]+|(?:[A-Za-z][^\W_]*\.)+(?:com|net|org|edu))(?:/{IN_URL}+{ENDS_URL})?",
+        rf"(?:(?ai:www\.)(?:{IN_HOST}+\.)+[A-Za-z]{{2,4}}|(?:{IN_BARE_HOST}+\.)+(?ai:com|net|org|edu))(?:/{IN_URL}+{ENDS_URL})?",
         AS_WRITTEN,
     ),
     (rf"(?:<|&lt;)?{ASCII}{IN_EMAIL}*@(?:[^\s\"<>|(){{}}.]+\.)*[^\s\"<>|(){{}}.]+(?:>|&gt;)?", AS_WRITTEN),
     (r"@[a-zA-Z_][a-zA-Z_0-9]*", AS_WRITTEN),
     (rf"#{LETTER}+", AS_WRITTEN),
-    (r"</?[A-Za-z][\w:.-]*(?: +[A-Za-z][\w:.-]*(?:=\"[^\"]*\")?)* */?>|<[!?][A-Za-z-][^>]*>", AS_WRITTEN),
+    (MARKUP, AS_WRITTEN),
     # faces
     (r"([<>]?[:;=][-o*']?[DPpd|@{\[\]O\\]|:3)(?![A-Za-z0-9])", AS_WRITTEN),
     (r"([<>]?[:;=][-o*']?[()])(?![A-Za-z0-9])", RESPELLED),
     (rf"{EYE}_{EYE}|[oO][.'][oO]", AS_WRITTEN),
     (rf"\({EYE}(?:[_.]|(?<!-)-)?{EYE}\)", RESPELLED),
+    # brackets in captions that are tokenized already
+    (r"-(?ai:[lr][rcs]b)-", AS_WRITTEN),
     # entities, runs of marks, and single characters
     (r"(?ai:&(?:amp|lt|gt|quot|nbsp|apos|mdash|ndash);)", RESPELLED),
     (rf"&#\d+;|(?:{LETTER}|{DIGIT})*(?:&[aeiouAEIOU](?ai:acute|grave|uml);(?:{LETTER}|{DIGIT})*)+", AS_WRITTEN),
-    (r"[!?]+|\*+|\\\*|#+|_+|-{5,}|@+|<<?|>>?|[²³¹⁰⁴-⁹]+|[₀-₉]+|[‚„‟]{1,2}", AS_WRITTEN),
-    (r"-{1,4}|\.{3,5}|``?|''?|[‘‛‹’›“«”»\x91-\x94]{1,2}", RESPELLED),
+    (r"[!?]+|\*+|\\\*|#+|_+|-{5,}|@+|<<?|>>?|[²³¹⁰⁴-⁹]+|[₀-₉]+", AS_WRITTEN),
+    (r"-{1,4}|\.{3,5}|''?|[`‘‛‹’›“«”»‚„‟\x91-\x94]{1,2}", RESPELLED),
     (r"[!-/:-@\[-`{-~§–—―…€¤₠£¢¼½¾⅓⅔\x80\x85\x96\x97]", RESPELLED),
 ]
 RULES = [(re.compile(pattern), spelling) for pattern, spelling in RULES]
@@ -138,6 +155,9 @@ RULES = [(re.compile(pattern), spelling) for pattern, spelling in RULES]
 # (One class of characters in front lets the search run over most captions without a stop.)
 SPANS_BLANK = re.compile(r"[<\d).](?:(?<=<)|(?<!<)\s+[\d(]|(?<=\b[A-Za-z]\.)\s)")
 
+# What a following caption may change: a single letter, or "No.", at the end.
+ENDS_OPEN = re.compile(rf"(?:(?<![^\W_])[A-Za-z]|(?<![^\W_])(?ai:{NUMBERED}))\.\s*$")
+
 # Nearly all words: letters that no rule splits, hyphens and a genitive, at most one mark behind, and no abbreviation.
 SIMPLE_WORD = re.compile(
     rf"(?!(?ai:(?:cannot|gonna|wanna|gotta|lemme|gimme)[.,!?]?|(?:{CLOSING}|{TITLES}|{STATES}|[a-z]|m[ft]g|p?pt[ey]s?)\.)$)"
@@ -145,9 +165,10 @@ SIMPLE_WORD = re.compile(
 )
 
 
-def _lex(text: str) -> list[str]:
+def _lex(text: str, following: str = "") -> list[str]:
+    """Split a text into tokens; `following` is not split, but rules may look ahead into it."""
     tokens, start = [], 0
-    reduced = reduce_characters(text)
+    reduced = reduce_characters(f"{text}\n{following}" if following else text)
     while start < len(text):
         longest, end, spelling = start, start + 1, None
         for rule, rule_spelling in RULES:
@@ -185,3 +206,17 @@ def tokenize(caption: str) -> list[str]:
         return _lex(" ".join(caption.splitlines()))
     # words come again and again, and what one becomes does not depend on its neighbors
     return list(chain.from_iterable(map(_lex_word, caption.split())))
+
+
+def tokenize_in_order(captions: Sequence[str]) -> list[list[str]]:
+    """Split captions as coco-caption does, bit for bit: each may be read with the beginning of the next one.
+
+    There "letter B." ends in the word "b" if the next caption begins with "A", "The" or another word that begins sentences, and
+    in "b." otherwise, so that a score depends on the order of the images.
+    """
+    tokens, following = [], ""
+    for caption in reversed(captions):
+        line = " ".join(caption.splitlines())
+        tokens.append(_lex(line, following) if ENDS_OPEN.search(line) else tokenize(caption))
+        following = f"{line}\n{following}" if not line.strip() else line
+    return tokens[::-1]

@@ -55,7 +55,7 @@ class CaptionScorer:
 
     Args:
         references: For each image a list of at least one caption.
-        training_captions: What the model was trained on, all in one list: tells which captions are new, and holds the
+        training_captions: What the model was trained on, all in one list: decides which captions are novel, and holds the
             candidates for the best constant caption.
 
     Raises:
@@ -83,7 +83,7 @@ class CaptionScorer:
         return self._mean(self._measure(tokenize_predictions(predictions, len(self.references))))
 
     def unique_words(self, predictions: Sequence[str]) -> int:
-        """How many different words the captions have, all together."""
+        """Number of unique words in all captions together."""
         captions = tokenize_predictions(predictions, len(self.references))
         return len({word for caption in captions for word in caption.split()})
 
@@ -98,11 +98,12 @@ class CaptionScorer:
         num_resamples: int = 1000,
         seed: int = 0,
     ) -> dict:
-        """Say how good captions are, how sure that is, what looking away would give, and what the captions are like.
+        """Score captions with 95 % intervals, the shuffled and the constant baseline, and diagnostics.
 
-        The 95 % intervals are percentiles over resamples of the images, document frequencies left as they are. A model
-        sees the images if the interval of the mean gain (an image's CIDEr-D less that of the caption dealt to it, both
-        from the same resample) lies above zero. With one image nothing can be dealt: its shuffled caption is empty.
+        The intervals are percentiles over bootstrap resamples of the images, with unchanged document frequencies. Captions
+        beat the shuffled baseline (the same captions assigned to other images) if the interval of the mean gain lies above
+        zero: an image's CIDEr-D minus that of the caption assigned to it, both from the same resample. A single image gets
+        the empty caption in the shuffled baseline.
 
         Args:
             predictions: One caption per image.
@@ -112,7 +113,7 @@ class CaptionScorer:
 
         Returns:
             "metrics", "shuffled" and "constant" (with its "caption"): the six scores; "intervals": [low, high] of each score;
-            "diagnostics": shares as fractions, lengths in tokens, None for what cannot be known; "beats_shuffled"; "warning":
+            "diagnostics": rates as fractions, lengths in tokens, None for what cannot be known; "beats_shuffled"; "warning":
             a sentence or None; "per_image": {"cider", "shuffled_caption"} of each image. All plain enough for JSON.
 
         Raises:
@@ -122,8 +123,7 @@ class CaptionScorer:
         if ended is not None and len(ended) != num_images:
             raise ValueError(f"{len(ended)} values of `ended` for {num_images} images: give one per caption, or None")
         captions = tokenize_predictions(predictions, num_images)
-        dealt = self.shuffle(captions)
-        measured, shuffled = self._measure(captions), self._measure(dealt)
+        measured, shuffled = self._measure(captions), self._measure(self.shuffle(captions))
         intervals, gain = self._bootstrap(measured, measured[:, -1] - shuffled[:, -1], num_resamples, seed)
         metrics, shuffled_metrics = self._mean(measured), self._mean(shuffled)
         return {
@@ -142,23 +142,23 @@ class CaptionScorer:
 
     def _warn(self, cider: float, shuffled_cider: float, gain: list[float]) -> str | None:
         if len(self.references) == 1:
-            return "There is only one image, so nothing tells whether its caption depends on it: score more images."
+            return "One image has no shuffled baseline: score more images to learn whether the captions depend on the image."
         if gain[0] > 0:
             return None
         return (
-            f"The captions fit their own images no better than other images (CIDEr {cider:.3f}, dealt to other images "
-            f"{shuffled_cider:.3f}, 95 % interval of the difference {gain[0]:.3f} to {gain[1]:.3f}): as far as {len(self.references)} "
-            "images can tell, this model does not look at the images."
+            f"The captions do not beat the shuffled baseline (CIDEr {cider:.3f}, assigned to other images {shuffled_cider:.3f}, 95 % "
+            f"interval of the difference {gain[0]:.3f} to {gain[1]:.3f}): {len(self.references)} images give no evidence that the model "
+            "uses the image."
         )
 
     @staticmethod
     def shuffle(predictions: Sequence[str]) -> list[str]:
-        """Give each image another image's caption, always the same one; an image alone gets the empty caption."""
+        """Assign to each image another image's caption, always the same one; a single image gets the empty caption."""
         return [predictions[source] for source in derangement(len(predictions))] if len(predictions) > 1 else [""]
 
     @cached_property
     def _constant(self) -> dict:
-        """The best constant caption, out of the training captions or, without them, the references, and its scores."""
+        """The best constant caption among the training captions or, without them, the references, and its scores."""
         candidates = self._tokenized_training_captions or [
             caption for captions in self.references for caption in captions
         ]
@@ -220,9 +220,9 @@ class CiderD:
     Vedantam et al. 2015 (the score), Rennie et al. 2017 (the use as a reward).
 
     Args:
-        references: For each image of the reference set, as a rule the training split, a list of captions.
-        count_end: Whether a caption's end is a word of its n-grams, as in the rewards of Rennie et al.: else nothing is lost by
-            breaking off at "a dog on a".
+        references: For each image of the reference set, usually the training split, a list of captions.
+        count_end: Whether the end of a caption counts as a word of its n-grams, as in the rewards of Rennie et al. Without
+            it, a caption that stops at "a dog on a" loses nothing.
     """
 
     def __init__(self, references: Sequence[Sequence[str]], count_end: bool = False) -> None:
@@ -242,12 +242,12 @@ class CiderD:
     def reward(
         self, predictions: Sequence[str], ended: Sequence[bool], images: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """CIDEr-D, BLEU-4 and ROUGE-L of each caption by itself, each float64 (len(predictions),).
+        """CIDEr-D, BLEU-4 and ROUGE-L of each caption alone, each float64 (len(predictions),).
 
         Args:
             predictions: Captions; an image may have several.
-            ended: Whether each came to its end. Where the end counts, one that did not has none.
-            images: Of each caption, the place of its image in the reference set.
+            ended: Whether generation ended each with EOS. With `count_end`, the end counts for these alone.
+            images: For each caption, the position of its image in the reference set.
         """
         captions = [
             caption + self.end * end
@@ -261,10 +261,10 @@ class CiderD:
         return cider, bleu_4, np.array([rouge_l(*pair) for pair in zip(captions, references, strict=True)])
 
     def _match(self, captions: list[str], references: list[list[str]]) -> tuple:
-        """CIDEr-D and BLEU's matches of the captions, their n-grams, and the table of the references they met."""
+        """CIDEr-D and BLEU's matches of the captions, their n-gram counts, and the table of their references."""
         num_predictions = len(captions)
         captions = captions + [caption for of_image in references for caption in of_image]
-        # counted together, so that a new n-gram bears the same number in a prediction and in its references
+        # counted together, so that a new n-gram has the same number in a prediction and in its references
         counts = self.index.count(captions)
         table = ReferenceTable(
             references, [order.rows(num_predictions, len(captions)) for order in counts], self.frequencies
