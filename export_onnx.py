@@ -24,7 +24,6 @@ from transformers import DynamicCache, EncoderDecoderCache, VisionEncoderDecoder
 
 from modeling import InceptionLSTMForConditionalGeneration
 from modeling.captioner import Captioner
-from modeling.modeling_inception_lstm import STATE_NAME
 from system.errors import one_line_errors
 from system.files import atomic_folder
 
@@ -43,7 +42,7 @@ class LSTMEncoder(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         states = self.model.encoder(pixel_values).last_hidden_state  # (batch, positions, encoder size)
         embedding = self.model.image_projection(states.mean(1))  # (batch, image embedding)
-        return [embedding, *(self.model.attention.grid(states) if self.model.attention else ())]
+        return [embedding, *(self.model.attention.project_keys_values(states) if self.model.attention else ())]
 
     def names(self) -> list[str]:
         return ["embedding", "keys", "values"] if self.model.attention else ["embedding"]
@@ -62,7 +61,7 @@ class LSTMStep(nn.Module):
         embedding, *grid = image
         token = self.model.token_embedding(input_ids)  # (batch, 1, image embedding)
         inputs = torch.where(position == 0, embedding.unsqueeze(1), token)  # (batch, 1, image embedding)
-        outputs, _, memory = self.model.read(inputs, tuple(grid) or None, tuple(state))  # (batch, 1, hidden)
+        outputs, _, memory = self.model.decode(inputs, tuple(grid) or None, tuple(state))  # (batch, 1, hidden)
         return [self.model.lm_head(outputs)[:, -1], *memory]
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -81,7 +80,7 @@ class TransformerEncoder(nn.Module):
         # The decoder reads one token to fill its cache; what of it the keys and values do not need falls out of the export.
         token = torch.zeros(pixel_values.shape[0], 1, dtype=torch.int64)
         outputs = self.model(pixel_values=pixel_values, decoder_input_ids=token, use_cache=True)
-        layers = outputs[STATE_NAME].cross_attention_cache.layers
+        layers = outputs.cache.cross_attention_cache.layers
         return [tensor for layer in layers for tensor in (layer.keys, layer.values)]  # (batch, heads, positions, size)
 
     def names(self) -> list[str]:
@@ -110,9 +109,9 @@ class TransformerStep(nn.Module):
             attention_mask=torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None],
             encoder_hidden_states=image[0][:, 0],  # only for its length: keys and values are there already
             use_cache=True,
-            **{STATE_NAME: cache},
+            cache=cache,
         )
-        layers = outputs[STATE_NAME].self_attention_cache.layers
+        layers = outputs.cache.self_attention_cache.layers
         return [outputs.logits[:, -1], *(tensor for layer in layers for tensor in (layer.keys, layer.values))]
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -28,8 +28,7 @@ from benchmarks.machine import (
     synchronize,
     write_result,
 )
-from modeling.caption_loss import caption_loss
-from modeling.vit_gpt2 import hidden_states_as_logits
+from modeling.caption_loss import caption_loss, hidden_states_before_head
 
 SHAPE = {"lstm": (64, 70), "vit_gpt2": (8, 128)}  # captions and tokens of a batch
 HIDDEN = 768  # of GPT-2 small, whose vocabulary the loss is weighed over
@@ -98,9 +97,9 @@ def step_loss(system: str, model, states: torch.Tensor, labels: torch.Tensor) ->
     if system == "lstm":
         return model(encoder_outputs=(states,), labels=labels).loss
     ids = model.prepare_decoder_input_ids_from_labels(labels)
-    with hidden_states_as_logits(model.decoder) as head:
-        hidden = model.decoder(input_ids=ids, encoder_hidden_states=states, use_cache=False).logits
-    return caption_loss(hidden, labels, head.weight, head.bias)
+    decoder = model.decoder
+    hidden, head = hidden_states_before_head(decoder, decoder, input_ids=ids, encoder_hidden_states=states)
+    return caption_loss(hidden, labels, head)
 
 
 def lstm_products(config) -> Iterator[tuple[int, int, int, int, int]]:
@@ -134,17 +133,18 @@ def gpt2_products(config) -> Iterator[tuple[int, int, int, int, int]]:
     yield 1, 1, tokens, size, config.vocab_size
 
 
-def loss_inputs(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, labels and weight of ViT-GPT2's loss, 8 captions of 128 tokens."""
+def loss_inputs(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:
+    """Hidden states, labels and head of ViT-GPT2's loss, 8 captions of 128 tokens."""
     torch.manual_seed(0)
     hidden = torch.randn(*SHAPE["vit_gpt2"], HIDDEN, device=device, requires_grad=True)
-    weight = (0.02 * torch.randn(VOCABULARY["vit_gpt2"], HIDDEN, device=device)).requires_grad_()
-    return hidden, torch.randint(VOCABULARY["vit_gpt2"], SHAPE["vit_gpt2"], device=device), weight
+    head = nn.Linear(HIDDEN, VOCABULARY["vit_gpt2"], bias=False, device=device)
+    nn.init.normal_(head.weight, std=0.02)
+    return hidden, torch.randint(VOCABULARY["vit_gpt2"], SHAPE["vit_gpt2"], device=device), head
 
 
-def plain_loss(hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def plain_loss(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Linear) -> torch.Tensor:
     """The scores of all tokens at once, as float32, then their cross entropy."""
-    logits = nn.functional.linear(hidden, weight)
+    logits = head(hidden)
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
@@ -156,11 +156,11 @@ def compare_loss(args) -> dict:
     gradients = {}
 
     def seconds(name: str) -> float:
-        hidden, labels, weight = loss_inputs(args.device)
+        hidden, labels, head = loss_inputs(args.device)
         start = time.perf_counter()
-        LOSSES[name](hidden, labels, weight).backward()
+        LOSSES[name](hidden, labels, head).backward()
         synchronize(args.device)
-        gradients[name] = torch.cat([hidden.grad.flatten(), weight.grad.flatten()])
+        gradients[name] = torch.cat([hidden.grad.flatten(), head.weight.grad.flatten()])
         return time.perf_counter() - start
 
     seconds("plain"), seconds("ours")
@@ -190,11 +190,11 @@ def peak_memory(what: str) -> float:
 
 def weigh(what: str) -> None:
     """Do it, and print that number."""
-    hidden, labels, weight = loss_inputs()
+    hidden, labels, head = loss_inputs()
     if what == "nothing":  # what both hold at the end: weights, states and their gradients
-        hidden.grad, weight.grad = torch.ones_like(hidden), torch.ones_like(weight)
+        hidden.grad, head.weight.grad = torch.ones_like(hidden), torch.ones_like(head.weight)
     else:
-        LOSSES[what](hidden, labels, weight).backward()
+        LOSSES[what](hidden, labels, head).backward()
     # Of this program alone, in kB; what getrusage tells begins with the most its parent ever held.
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     print(int(status["VmHWM"].split()[0]) / 1024)

@@ -1,4 +1,4 @@
-"""The loss both captioners are trained on, without ever holding the scores of a whole batch over the vocabulary."""
+"""Cross entropy of captions, in chunks: the logits of a whole batch over the vocabulary are never in memory at once."""
 
 import math
 
@@ -6,73 +6,142 @@ import torch
 from torch import nn
 
 FLOAT16_TOKENS = 1024  # of up to 64 nats each
-MAX_LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32; with fewer tokens at a time the matrix products get slow
+MAX_LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32; smaller chunks make slow matrix products
 
 
-def tokens_at_once(num_tokens: int, vocab_size: int) -> int:
-    """Tokens whose scores are held together: all chunks are of one size, since a small one costs as much as a large one."""
+def chunk_size(num_tokens: int, vocab_size: int) -> int:
+    """Tokens whose logits are computed together; chunks have equal sizes, since a small one takes as long as a large one."""
     num_chunks = math.ceil(num_tokens * vocab_size / MAX_LOGITS_PER_CHUNK)
     return max(1, math.ceil(num_tokens / max(1, num_chunks)))
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for it, so that it is faster than float32."""
+    """Whether a device has bfloat16 instructions, so that it is faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def hidden_states_before_head(forward: nn.Module, model: nn.Module, **inputs) -> tuple[torch.Tensor, nn.Module]:
+    """Run a captioner up to its head, the last linear layer; no logits are computed.
+
+    For what computes them itself, chunk by chunk. The last of a decoder's `hidden_states` would not do: decoders of the BERT
+    kind have layers between it and the head.
+
+    Args:
+        forward: The model, or what Accelerate has wrapped it in.
+        model: The model itself.
+        inputs: Arguments of its forward, without labels.
+
+    Returns:
+        hidden: Inputs of the head, (batch, length, hidden size).
+        head: The model's output embeddings.
+    """
+    head = model.get_output_embeddings()
+    captured = []
+
+    def capture_input(module: nn.Module, args: tuple) -> tuple:
+        captured.append(args[0])
+        return (args[0][:, :0],)  # no tokens, hence no logits
+
+    hook = head.register_forward_pre_hook(capture_input)
+    try:
+        forward(**inputs, use_cache=False)  # with a cache, transformers lets packed captions attend to each other
+    finally:
+        hook.remove()
+    return captured.pop(), head
+
+
+def can_read_weight(head: nn.Module) -> bool:
+    """Whether a head is a linear layer and nothing more, so that a loss may use its weight without calling it.
+
+    Not where it is wrapped (LoRA), quantized, offloaded or has hooks of others; FSDP2's hooks only gather the weight.
+    """
+    if type(head).forward is not nn.Linear.forward or "forward" in vars(
+        head
+    ):  # accelerate replaces an instance's forward
+        return False
+    is_fsdp_module = hasattr(head, "unshard")
+    if is_fsdp_module:
+        return not hasattr(head.weight, "full_tensor")  # a DTensor while it is sharded
+    return not head._forward_hooks and not head._forward_pre_hooks
+
+
 def caption_loss(
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    head: nn.Module,
     num_items_in_batch: torch.Tensor | int | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Cross entropy of the next token, in nats a token.
+    """Cross entropy of the next token, in nats per token.
 
-    The vocabulary is scored for a few tokens at a time, only where something is to be learned, and what remains of the scores
-    is their gradient (torch's `linear_cross_entropy`); loss and gradients are those of the plain way.
+    Logits are computed chunk by chunk, only where there is a label, and their gradient replaces them at once (torch's
+    `linear_cross_entropy`); loss and gradients equal those of the plain computation.
 
     Args:
-        hidden: float (batch, length, hidden size), what the last linear layer reads.
-        labels: int64 (batch, length), -100 where nothing is to be learned.
-        weight, bias: Of the last linear layer, (vocabulary, hidden size) and (vocabulary,).
-        num_items_in_batch: Divisor of the summed loss: the labels of a whole step, so that accumulated batches weigh as
-            many tokens as they have; the batch's own count where None.
-        label_smoothing: Share of each label spread over the vocabulary (Szegedy et al., 2016,
+        hidden: Inputs of the head, float (batch, length, hidden size).
+        labels: int64 (batch, length), -100 where there is no target.
+        head: Output embeddings: usually a linear layer of weight (vocabulary, hidden size). Any other module from hidden
+            states to logits is called, see `can_read_weight`.
+        num_items_in_batch: Divisor of the summed loss: the number of labels of the whole step, so that each token of
+            accumulated batches has the same weight; the batch's own number where None.
+        label_smoothing: Probability that is spread evenly over the vocabulary (Szegedy et al., 2016,
             https://arxiv.org/abs/1512.00567, section 7).
     """
-    learned = labels != -100
+    has_label = labels != -100
     if num_items_in_batch is None:
-        num_items_in_batch = learned.sum()
-    hidden, labels = hidden[learned], labels[learned]  # (tokens, hidden size), (tokens,)
-    if torch.is_autocast_enabled(hidden.device.type):  # torch's op does not look
+        num_items_in_batch = has_label.sum()
+    hidden, labels = hidden[has_label], labels[has_label]  # (tokens, hidden size), (tokens,)
+    if can_read_weight(head):
+        nats = _fused_cross_entropy(hidden, labels, head.weight, head.bias, label_smoothing)
+    else:
+        nats = _called_cross_entropy(hidden, labels, head, label_smoothing)
+    return nats / num_items_in_batch
+
+
+def _called_cross_entropy(
+    hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module, label_smoothing: float
+) -> torch.Tensor:
+    """Sum of the cross entropy, through the head's own forward."""
+    logits = head(hidden)  # (tokens, vocabulary)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+
+
+def _fused_cross_entropy(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    label_smoothing: float,
+) -> torch.Tensor:
+    """Sum of the cross entropy, from weight (vocabulary, hidden size) and bias (vocabulary,) of a linear head."""
+    if torch.is_autocast_enabled(hidden.device.type):  # which torch's op ignores
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    # On a processor torch's op computes all its products in float32, unless told that this one is fast in bfloat16.
+    # On a CPU torch's op computes in float32 unless it is told that bfloat16 is fast there.
     fast = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and computes_in_bfloat16(hidden.device)
     options = nn.LinearCrossEntropyOptions(
-        batch_chunk_size=tokens_at_once(len(hidden), len(weight)),
+        batch_chunk_size=chunk_size(len(hidden), len(weight)),
         chunking_method=None,
         acc_policy="compact" if fast else "auto",
     )
-    # The sum has the operands' numbers, and float16 ends at 65,504 nats.
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    # The op's sum has the operands' dtype, and float16 ends at 65,504 nats.
+    sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
     size = FLOAT16_TOKENS if hidden.dtype == torch.float16 else max(1, len(hidden))
     nats = sum(
         nn.functional.linear_cross_entropy(
-            *(part, weight, said), linear_bias=bias, reduction="sum", options=options
-        ).to(wide)
-        for part, said in zip(hidden.split(size), labels.split(size), strict=True)
+            *(hidden_part, weight, labels_part), linear_bias=bias, reduction="sum", options=options
+        ).to(sum_dtype)
+        for hidden_part, labels_part in zip(hidden.split(size), labels.split(size), strict=True)
     )
     if label_smoothing:
-        # (1 - s) (logsumexp - score of the label) + s (logsumexp - mean score), the vocabulary's mean score being linear too.
-        label_score = (hidden * weight[labels]).sum(dtype=wide)
-        mean_score = hidden.sum(0, dtype=wide) @ weight.mean(0, dtype=wide)
+        # (1 - s) (logsumexp - label's logit) + s (logsumexp - mean logit); the mean over the vocabulary is linear as well.
+        label_logits = (hidden * weight[labels]).sum(dtype=sum_dtype)
+        mean_logits = hidden.sum(0, dtype=sum_dtype) @ weight.mean(0, dtype=sum_dtype)
         if bias is not None:
-            label_score = label_score + bias[labels].sum(dtype=wide)
-            mean_score = mean_score + len(hidden) * bias.mean(dtype=wide)
-        nats = nats + label_smoothing * (label_score - mean_score)
-    return nats / num_items_in_batch
+            label_logits = label_logits + bias[labels].sum(dtype=sum_dtype)
+            mean_logits = mean_logits + len(hidden) * bias.mean(dtype=sum_dtype)
+        nats = nats + label_smoothing * (label_logits - mean_logits)
+    return nats

@@ -21,7 +21,6 @@ from system.errors import UserError
 
 from . import captioning_pipeline
 from .caption_loss import computes_in_bfloat16
-from .modeling_inception_lstm import STATE_NAME
 from .processing import center_crop, load_processor
 from .vit_gpt2 import BeamCache
 
@@ -198,7 +197,7 @@ class Captioner:
             states = given["encoder_outputs"][0].to(self.model.dtype)
             given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
         if isinstance(getattr(self.model, "decoder", None), GPT2LMHeadModel):
-            given[STATE_NAME] = BeamCache()
+            given["cache"] = BeamCache()
         sequences = self.model.generate(**given, **generation)  # (batch x returned, start tokens and caption)
         token_ids = sequences[:, len(self.start_token_ids) :]
         ended = (token_ids == self.tokenizer.eos_token_id).any(dim=1).tolist()

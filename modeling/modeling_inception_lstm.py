@@ -1,7 +1,7 @@
-"""The LSTM captioner: a frozen timm encoder, one trained projection of its last layer, and an LSTM that writes the caption.
+"""The LSTM captioner: a timm image encoder, a linear projection of its features, and an LSTM that generates the caption.
 
 Show and Tell (Vinyals et al., 2015, https://arxiv.org/abs/1411.4555, section 3.1) with Inception-ResNet-v2 as encoder: the
-image's embedding is the first input of the LSTM, in the slot of the start token, and the words follow.
+image embedding takes the start token's place in the inputs of the LSTM, and the token embeddings follow.
 
 Config, encoder, state and model share this file because the file itself travels to the Hub with every saved model, and the
 loss's with it.
@@ -18,24 +18,21 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .caption_loss import caption_loss
 
-# What `generate()` and outputs call the state between two words; transformers 5.24 renamed it.
-STATE_NAME = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
-
 
 class InceptionLSTMConfig(PreTrainedConfig):
-    """Sizes of the captioner; the defaults are those of the source report.
+    """Configuration of the LSTM captioner; the defaults are those of the course report this project reimplements.
 
     Args:
         encoder_name: timm architecture. Never a path or a repository: weights are loaded after construction.
-        freeze_encoder: Whether the encoder below the trained projection stays as it is, BatchNorm statistics included.
-        vocab_size: Tokens of the tokenizer, special ones included.
-        image_embed_dim: Length of the image's embedding, and so of each token's, which take turns as LSTM input.
-        hidden_size: Width of each LSTM layer.
-        num_hidden_layers: LSTM layers.
-        dropout: Share of the LSTM's inputs, of the values between its layers and of its outputs zeroed in training.
-        attention: Whether each word looks at the places of the encoder's grid, in place of the encoder's summary alone.
-        num_attention_heads: Places it looks at in different ways at once.
-        attention_dropout: Share of the grid's keys and values zeroed in training.
+        freeze_encoder: Whether the encoder's weights and BatchNorm statistics stay fixed.
+        vocab_size: Vocabulary size, special tokens included.
+        image_embed_dim: Dimension of the image embedding and of the token embeddings, the inputs of the LSTM.
+        hidden_size: Hidden size of each LSTM layer.
+        num_hidden_layers: Number of LSTM layers.
+        dropout: Dropout rate of the LSTM's inputs, between its layers and of its outputs.
+        attention: Whether each token attends to the encoder's feature map; otherwise the LSTM gets its pooled features alone.
+        num_attention_heads: Number of attention heads.
+        attention_dropout: Dropout rate of the keys and values of the feature map.
     """
 
     model_type = "inception_lstm"
@@ -75,11 +72,11 @@ class InceptionLSTMConfig(PreTrainedConfig):
 
 
 class TimmEncoder(nn.Module):
-    """A timm model without its classifier, in the form `generate()` expects of an encoder.
+    """A timm model without its classifier, with the output that `generate()` expects of an encoder.
 
     Args:
-        architecture: timm's name.
-        grid: Whether to give one state for each place of the image, in place of their one summary.
+        architecture: timm architecture.
+        grid: Whether to return the feature map, one state per position, in place of the pooled features.
     """
 
     main_input_name = "pixel_values"
@@ -88,12 +85,12 @@ class TimmEncoder(nn.Module):
         super().__init__()
         self.grid = grid
         self.backbone = self.create_backbone(architecture, pretrained=False)
-        # timm has initialized its layers its own way; transformers' `post_init` would do it again, and otherwise.
+        # timm has initialized its layers; transformers' `post_init` would initialize them again, in another way.
         for module in self.modules():
             module._is_hf_initialized = True
 
     def create_backbone(self, name: str, pretrained: bool) -> nn.Module:
-        """The timm model, all of whose buffers are saved: `from_pretrained` leaves the others without a value."""
+        """The timm model with all its buffers made persistent: `from_pretrained` leaves the others uninitialized."""
         pooling = {"global_pool": ""} if self.grid else {}
         backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **pooling)
         for module in backbone.modules():
@@ -102,20 +99,20 @@ class TimmEncoder(nn.Module):
         return backbone
 
     def extra_repr(self) -> str:
-        return f"grid={self.grid}"  # part of what tells one encoder's kept features from another's
+        return f"grid={self.grid}"  # part of the encoder's fingerprint, which its cached features are stored under
 
     @property
     def output_size(self) -> int:
-        """Length of one state, 1,536 for Inception-ResNet-v2."""
+        """Dimension of one state, 1,536 for Inception-ResNet-v2."""
         return getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
-        # Convolutions are faster on pixels whose channels lie side by side, and hand that order on.
+        # Convolutions are faster in channels-last memory order, and keep it.
         pixel_values = pixel_values.to(next(self.backbone.parameters()).dtype, memory_format=torch.channels_last)
         features = self.backbone(pixel_values)
-        if features.ndim == 2:  # one summary: (batch, encoder size)
+        if features.ndim == 2:  # pooled: (batch, encoder size)
             features = features.unsqueeze(1)
-        elif features.ndim == 4:  # a grid, the sizes first or last: (batch, encoder size, height, width)
+        elif features.ndim == 4:  # a feature map, (batch, encoder size, height, width) or channels last
             channels_first = getattr(self.backbone, "output_fmt", "NCHW") == "NCHW"
             features = features.flatten(2).transpose(1, 2) if channels_first else features.flatten(1, 2)
         return BaseModelOutput(last_hidden_state=features)  # (batch, positions, encoder size)
@@ -123,15 +120,16 @@ class TimmEncoder(nn.Module):
 
 @dataclass
 class LSTMState:
-    """What the LSTM remembers between two words, in the place of a transformer's keys and values.
+    """State of the LSTM between two decoding steps: what `generate()` keeps as the `cache`.
 
-    hidden, cell: (layers, batch, hidden size); num_tokens: decoder positions read so far; grid: what attention looks at.
+    hidden, cell: (layers, batch, hidden size); num_tokens: decoder positions decoded so far; keys_values: of the feature map,
+    each (batch, positions, hidden size), or None without attention.
     """
 
     hidden: torch.Tensor
     cell: torch.Tensor
     num_tokens: int
-    grid: tuple[torch.Tensor, torch.Tensor] | None = None
+    keys_values: tuple[torch.Tensor, torch.Tensor] | None = None
 
     is_compileable = False
 
@@ -139,18 +137,18 @@ class LSTMState:
         return self.num_tokens
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keep the states of the beams that go on, in their new order. All beams of an image look at the same grid."""
+        """Select the states of the beams that survive, in their new order. All beams of an image share its keys and values."""
         beam_idx = beam_idx.to(self.hidden.device)
         self.hidden = self.hidden.index_select(1, beam_idx)
         self.cell = self.cell.index_select(1, beam_idx)
 
 
 class GridAttention(nn.Module):
-    """What the LSTM's output at each word sees of the image.
+    """Attention of the LSTM's outputs to the encoder's feature map.
 
     Attention after the recurrence (Luong et al., 2015, https://arxiv.org/abs/1508.04025, section 3.1, "general" score): the
-    state of the LSTM does not depend on it, so that all words of a caption are computed at once. It has heads, as in Vaswani
-    et al., 2017 (https://arxiv.org/abs/1706.03762, section 3.2.2).
+    state of the LSTM does not depend on it, so that all tokens of a caption are computed in parallel. Its heads are those of
+    Vaswani et al., 2017 (https://arxiv.org/abs/1706.03762, section 3.2.2).
     """
 
     def __init__(self, encoder_size: int, hidden_size: int, num_heads: int = 1, dropout: float = 0.0):
@@ -161,35 +159,37 @@ class GridAttention(nn.Module):
         self.output = nn.Linear(2 * hidden_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
-    def grid(self, states: torch.Tensor, image_index: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of every place, each (batch, positions, hidden), from states (images, positions, encoder size)."""
-        # Where several captions share an image, they miss the same of it.
+    def project_keys_values(
+        self, states: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each (batch, positions, hidden), of encoder states (images, positions, encoder size)."""
+        # Captions that share an image share its dropout mask.
         keys, values = self.dropout(self.key(states)), self.dropout(self.value(states))  # (images, positions, hidden)
         if image_index is not None:
             keys, values = keys[image_index], values[image_index]  # (batch, positions, hidden)
         return keys, values
 
-    def forward(self, hidden: torch.Tensor, grid: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Outputs of the LSTM and what they see, (batch, length, hidden) in and out."""
-        query, keys, values = map(self._heads, (hidden, *grid))
-        seen = nn.functional.scaled_dot_product_attention(query, keys, values)  # (batch, heads, length, head size)
-        return torch.tanh(self.output(torch.cat([hidden, seen.transpose(1, 2).flatten(2)], dim=-1)))
+    def forward(self, query: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Attend with the outputs of the LSTM, (batch, length, hidden), and merge both; same shape."""
+        queries, keys, values = map(self._split_heads, (query, *keys_values))
+        context = nn.functional.scaled_dot_product_attention(queries, keys, values)  # (batch, heads, length, head size)
+        return torch.tanh(self.output(torch.cat([query, context.transpose(1, 2).flatten(2)], dim=-1)))
 
-    def weights(self, hidden: torch.Tensor, grid: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """How much each word looks at each place, (batch, heads, length, positions): what the fused kernel above keeps to itself."""
-        query, keys = self._heads(hidden), self._heads(grid[0])
-        scores = query @ keys.transpose(2, 3) / query.shape[-1] ** 0.5  # (batch, heads, length, positions)
+    def attention_weights(self, query: torch.Tensor, keys_values: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Attention weights, (batch, heads, length, positions), which the fused kernel of `forward` does not return."""
+        queries, keys = self._split_heads(query), self._split_heads(keys_values[0])
+        scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5  # (batch, heads, length, positions)
         return scores.softmax(dim=-1)
 
-    def _heads(self, states: torch.Tensor) -> torch.Tensor:
-        """(batch, places, hidden) as (batch, heads, places, head size)."""
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, length, hidden) as (batch, heads, length, head size)."""
         return states.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Image in, caption out; trained with teacher forcing.
+    """Generates the caption of an image; trained with teacher forcing.
 
-    `__init__` builds random weights and never downloads; `load_pretrained_encoder` brings a trained encoder in.
+    `__init__` builds random weights and never downloads; `load_pretrained_encoder` loads a trained encoder.
     """
 
     config_class = InceptionLSTMConfig
@@ -221,7 +221,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.encoder.requires_grad_(False)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """He for linear layers, normal for embeddings (the report), torch's own uniform for the LSTM."""
+        """He for linear layers, normal for embeddings, torch's own uniform for the LSTM, as the course report has it."""
         if isinstance(module, nn.Linear):
             nn.init.kaiming_normal_(module.weight)
             nn.init.zeros_(module.bias)
@@ -238,7 +238,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self
 
     def load_pretrained_encoder(self, name: str) -> None:
-        """Bring in a trained encoder's weights, classifier excepted.
+        """Load a trained encoder's weights, without its classifier.
 
         Args:
             name: timm name ("inception_resnet_v2.tf_in1k"), Hub id ("timm/inception_resnet_v2.tf_in1k"), or a local folder
@@ -258,7 +258,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `generate()` would hand us a cache of keys and values; forward makes an LSTMState instead
+        return False  # `generate()` would pass a cache of keys and values; forward makes an LSTMState instead
 
     def forward(
         self,
@@ -272,101 +272,109 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         label_smoothing: float = 0.0,
         output_attentions: bool | None = None,
-        past_key_values: LSTMState | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
-        """Score each next token of the captions, and their loss where `labels` are given.
+        """Predict each next token of the captions; the loss where `labels` are given.
 
         Args:
             pixel_values: float (batch, 3, height, width), normalized as the processor does it.
-            decoder_input_ids: int64 (batch, length). The first is the start token, whose slot the image takes; made from
-                `labels` where absent. With `cache`, only the tokens not yet read.
-            encoder_outputs: In place of `pixel_values`, what the encoder gave: (batch, positions, encoder size); one position
+            decoder_input_ids: int64 (batch, length). The first is the start token, whose place the image embedding takes; made
+                from `labels` where absent. With `cache`, only the tokens not yet decoded.
+            encoder_outputs: In place of `pixel_values`, the encoder's output: (batch, positions, encoder size); one position
                 without attention.
-            cache: State of the LSTM after the tokens read before.
+            cache: State of the LSTM after the tokens decoded before.
             labels: int64 (batch, length), caption and EOS, -100 where a caption has ended.
-            image_index: int64 (batch,). Which of the images each caption is about, where several captions share one; in their
-                order where absent.
-            use_cache: Whether to give the state back; False where `labels` are given.
+            image_index: int64 (batch,). Index of each caption's image, where captions share images; their order where absent.
+            use_cache: Whether to return the state; by default where there are no `labels`.
             num_items_in_batch, label_smoothing: See `caption_loss`.
-            output_attentions: Whether to tell where a model with attention looked.
-            past_key_values: The name of `cache` before transformers 5.24.
+            output_attentions: Whether to return the attention weights.
 
         Returns:
-            `loss` (nats a token) where `labels` are given, else `logits` (batch, length, vocabulary): the scores of a batch of
-            captions are never held all at once. The state, under `STATE_NAME`, where `use_cache` says so. Where asked for,
-            `cross_attentions` of one layer: (batch, heads, length, positions).
+            `loss` (nats per token) where `labels` are given, else `logits` (batch, length, vocabulary): those of a whole batch
+            of captions are never in memory at once. `cache`: the state, where `use_cache`. `cross_attentions`, where
+            `output_attentions`: of the one layer, (batch, heads, length, positions).
         """
         if decoder_input_ids is None:
             decoder_input_ids = self.shift_right(labels)
         inputs = self.token_embedding(decoder_input_ids)  # (batch, length, image embedding)
-        cache = past_key_values if cache is None else cache
         if cache is None:
             if encoder_outputs is None:
                 encoder_outputs = self.encoder(pixel_values)
-            inputs, grid = self.show(encoder_outputs[0].to(inputs.dtype), inputs, image_index)
-            memory, num_tokens = None, 0
+            inputs, keys_values = self.prepend_image(encoder_outputs[0].to(inputs.dtype), inputs, image_index)
+            lstm_state, num_tokens = None, 0
         else:
-            grid, num_tokens, memory = cache.grid, cache.num_tokens, (cache.hidden, cache.cell)
+            keys_values, num_tokens, lstm_state = cache.keys_values, cache.num_tokens, (cache.hidden, cache.cell)
 
-        outputs, looking, memory = self.read(inputs, grid, memory)
+        outputs, query, lstm_state = self.decode(inputs, keys_values, lstm_state)
         cross_attentions = None
         if self.attention and output_attentions:
-            cross_attentions = (self.attention.weights(looking, grid),)
+            cross_attentions = (self.attention.attention_weights(query, keys_values),)
         loss, logits = None, None
         if labels is None:
             logits = self.lm_head(outputs)  # (batch, length, vocabulary)
         else:
-            head = self.lm_head
-            loss = caption_loss(outputs, labels, head.weight, head.bias, num_items_in_batch, label_smoothing)
+            loss = caption_loss(outputs, labels, self.lm_head, num_items_in_batch, label_smoothing)
 
         use_cache = labels is None if use_cache is None else use_cache
-        state = LSTMState(*memory, num_tokens + decoder_input_ids.shape[1], grid) if use_cache else None
+        cache = LSTMState(*lstm_state, num_tokens + decoder_input_ids.shape[1], keys_values) if use_cache else None
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            **{STATE_NAME: state},
+            cache=cache,
             cross_attentions=cross_attentions,
             encoder_last_hidden_state=encoder_outputs[0] if encoder_outputs is not None else None,
         )
 
-    def show(self, states: torch.Tensor, inputs: torch.Tensor, image_index: torch.Tensor | None = None) -> tuple:
-        """Put the image, states (images, positions, encoder size), into the start token's slot of the LSTM's inputs.
+    def prepend_image(
+        self, states: torch.Tensor, inputs: torch.Tensor, image_index: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Put the image embedding in the start token's place.
+
+        Args:
+            states: Encoder states, (images, positions, encoder size).
+            inputs: Token embeddings, (batch, length, image embedding).
+            image_index: See `forward`.
 
         Returns:
-            inputs: (batch, length, image embedding)
-            grid: What attention looks at; None without it.
+            inputs: (batch, length, image embedding).
+            keys_values: Of the feature map, see `GridAttention`; None without attention.
         """
         image = self.image_projection(states.mean(1))  # (images, image embedding)
         image = image if image_index is None else image[image_index]  # (batch, image embedding)
         inputs = torch.cat([image.unsqueeze(1), inputs[:, 1:]], dim=1)  # (batch, length, image embedding)
-        return inputs, self.attention.grid(states, image_index) if self.attention else None
+        return inputs, self.attention.project_keys_values(states, image_index) if self.attention else None
 
-    def read(self, inputs: torch.Tensor, grid: tuple | None, memory: tuple[torch.Tensor, ...] | None = None) -> tuple:
-        """Read the image and words, inputs (batch, length, image embedding).
+    def decode(
+        self,
+        inputs: torch.Tensor,
+        keys_values: tuple[torch.Tensor, torch.Tensor] | None,
+        lstm_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Run the LSTM, and attention where there is one.
 
         Args:
-            grid: What attention looks at; None without it.
-            memory: Hidden states and cells, each (layers, batch, hidden), after what was read before.
+            inputs: Embeddings of image and tokens, (batch, length, image embedding).
+            keys_values: Of the feature map; None without attention.
+            lstm_state: Hidden and cell state, each (layers, batch, hidden), after the tokens decoded before.
 
         Returns:
-            outputs: (batch, length, hidden), what `lm_head` reads.
-            looking: (batch, length, hidden), what attention looked with.
-            memory: As above, after these inputs.
+            outputs: Inputs of `lm_head`, (batch, length, hidden).
+            query: Outputs of the LSTM, (batch, length, hidden), with which attention queries the feature map.
+            lstm_state: As above, after these inputs.
         """
-        looking, memory = self.lstm(self.dropout(inputs), memory)
-        outputs = self.attention(looking, grid) if self.attention else looking
-        return self.dropout(outputs), looking, memory
+        query, lstm_state = self.lstm(self.dropout(inputs), lstm_state)
+        outputs = self.attention(query, keys_values) if self.attention else query
+        return self.dropout(outputs), query, lstm_state
 
     def shift_right(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels (batch, length) as decoder inputs: the start token, then every label but the last."""
+        """Decoder inputs from labels (batch, length): the start token, then every label but the last."""
         start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
         shifted = torch.cat([start, labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
 
 def timm_source(name: str) -> str:
-    """The name as `timm.create_model` wants it: a folder and a Hub id bear a scheme there, a timm name does not."""
+    """The name as `timm.create_model` takes it: folders and Hub ids have a scheme there, timm names have none."""
     if os.path.isdir(name):
         return f"local-dir:{name}"
     return f"hf-hub:{name}" if "/" in name and ":" not in name else name

@@ -1,10 +1,9 @@
-"""ViT-GPT2: a Vision Transformer reads the image, GPT-2 writes the caption and attends to it at every word.
+"""ViT-GPT2: a Vision Transformer encodes the image, GPT-2 generates the caption and attends to the image at every token.
 
 The model is transformers' own `VisionEncoderDecoderModel`, not a subclass: it loads everywhere without remote code.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -29,6 +28,8 @@ from transformers import (
 
 from system.errors import UserError
 
+from .caption_loss import caption_loss, hidden_states_before_head
+
 
 def build_vit_gpt2(
     encoder: str | PreTrainedConfig,
@@ -39,21 +40,21 @@ def build_vit_gpt2(
     dropout: float | None = None,
     token_ids: Sequence[int] | None = None,
 ) -> VisionEncoderDecoderModel:
-    """Put an image encoder and a language model together.
+    """Combine an image encoder and a language model.
 
     Args:
-        encoder: Of the ViT kind. A Hub id or local folder brings its trained weights, a config random ones; of a model with
-            two towers, such as CLIP, the one for images is taken.
-        decoder: Of the GPT-2 kind, likewise; of a captioner that `train_vit_gpt2.py` has saved, the decoder is taken. Cross
-            attention is added and fresh; a decoder that brings trained cross attention keeps it.
-        tokenizer: The decoder's; BOS starts a caption, EOS ends it.
-        prompt: Text every caption starts with; it is kept in the generation config, so that `generate()` starts from it.
-        freeze_encoder: Whether the encoder stays as it is.
-        dropout: Of the decoder; its own where None.
-        token_ids: Where the tokenizer has been trimmed, the number that each of its tokens has in `decoder`, rising.
+        encoder: A model of the ViT kind: Hub id or local folder for pretrained weights, config for random ones. Of a model
+            with two towers, such as CLIP, the vision tower is used.
+        decoder: A model of the GPT-2 kind, given as the encoder is; of a captioner saved by `train_vit_gpt2.py`, its decoder.
+            Cross attention is added with random weights unless the decoder has it.
+        tokenizer: The decoder's tokenizer; BOS starts a caption, EOS ends it.
+        prompt: Text every caption starts with; saved in the generation config, so that `generate()` starts from it.
+        freeze_encoder: Whether the encoder's weights stay fixed.
+        dropout: Dropout rate of the decoder; its own where None.
+        token_ids: Where the tokenizer has been trimmed, the id of each of its tokens in `decoder`, ascending.
 
     Raises:
-        ValueError: The tokenizer has more tokens than the decoder, or the decoder is no language model.
+        UserError: The tokenizer has more tokens than the decoder, or the decoder is no language model.
     """
     decoder_model = _build_decoder(decoder, dropout)
     num_tokens = token_ids[-1] + 1 if token_ids else len(tokenizer)
@@ -84,7 +85,7 @@ def build_vit_gpt2(
 def encoder_config(
     image_size: int, patch_size: int, hidden_size: int, num_hidden_layers: int, num_attention_heads: int
 ) -> ViTConfig:
-    """A ViT of these sizes, as wide in its feed-forward layers as they all are: four times."""
+    """A ViT of these sizes; its feed-forward layers are four times as wide, as in every ViT."""
     return ViTConfig(
         image_size=image_size,
         patch_size=patch_size,
@@ -96,7 +97,7 @@ def encoder_config(
 
 
 def decoder_config(vocab_size: int, hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> GPT2Config:
-    """A GPT-2 of these sizes; its special tokens come with the tokenizer."""
+    """A GPT-2 of these sizes, without special tokens: `build_vit_gpt2` takes them from the tokenizer."""
     return GPT2Config(
         vocab_size=vocab_size,
         n_embd=hidden_size,
@@ -108,42 +109,47 @@ def decoder_config(vocab_size: int, hidden_size: int, num_hidden_layers: int, nu
 
 
 def brings_cross_attention(decoder: str) -> bool:
-    """Whether a decoder, see `build_vit_gpt2`, has trained cross attention, so that none is added fresh."""
+    """Whether a decoder, see `build_vit_gpt2`, comes with trained cross attention."""
     source = AutoConfig.from_pretrained(decoder)
     return getattr(getattr(source, "decoder", source), "add_cross_attention", False)
 
 
 def vit_image_processor(encoder: str | ViTConfig):
-    """What a trained encoder was trained on; for a config, images squeezed to its size and scaled to -1 .. 1."""
+    """The image processor of a pretrained encoder; for a config, one that resizes to its size and scales to [-1, 1]."""
     if isinstance(encoder, str):
         return AutoImageProcessor.from_pretrained(encoder)
     return ViTImageProcessor(size={"height": encoder.image_size, "width": encoder.image_size})
 
 
 def freeze(encoder: nn.Module) -> None:
-    """Keep an encoder as it is: no gradients, and in eval whenever it runs, though a trainer puts the model in train."""
+    """Freeze an encoder: no gradients, and in eval mode whenever it runs, although training puts the model in train mode."""
     encoder.requires_grad_(False)
     encoder.register_forward_pre_hook(_stay_in_eval)
 
 
-@contextmanager
-def hidden_states_as_logits(decoder: PreTrainedModel) -> Iterator[nn.Linear]:
-    """Let the decoder give what its last linear layer reads, in the place of `logits`; that layer is what this gives.
+def vit_gpt2_loss(
+    forward: nn.Module,
+    model: VisionEncoderDecoderModel,
+    batch: dict,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Cross entropy of a batch of captions, in nats per token.
 
-    For a loss that scores the vocabulary itself, a few tokens at a time: `caption_loss`.
+    Args:
+        forward, model: See `hidden_states_before_head`.
+        batch: `labels`, int64 (batch, length), and the model's inputs.
+        num_items_in_batch, label_smoothing: See `caption_loss`.
     """
-    head = decoder.get_output_embeddings()
-    decoder.set_output_embeddings(nn.Identity())
-    try:
-        yield head
-    finally:
-        decoder.set_output_embeddings(head)
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    hidden, head = hidden_states_before_head(forward, model, **inputs)
+    return caption_loss(hidden, batch["labels"], head, num_items_in_batch, label_smoothing)
 
 
 class BeamCache(EncoderDecoderCache):
-    """Keys and values in which beams change places for the words alone: all beams of an image attend to the same states.
+    """A cache whose cross attention is not reordered with the beams: all beams of an image attend to the same states.
 
-    transformers' own copies those of the image too at every word, which takes longer than all the rest.
+    transformers' own copies the image's keys and values at every token, which takes longer than all the rest.
     """
 
     def __init__(self):
@@ -160,7 +166,7 @@ def _stay_in_eval(module: nn.Module, args: tuple) -> None:
 def _build_encoder(encoder: str | PreTrainedConfig) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(encoder) if isinstance(encoder, str) else encoder
     config = getattr(config, "vision_config", config)
-    # A pooler would get no gradient; models that know the option have one, the others (DINOv2, CLIP) have not.
+    # No captioner reads the pooler. Models without the option have none.
     options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit", "beit", "data2vec-vision") else {}
     if isinstance(encoder, str):
         return AutoModel.from_pretrained(encoder, config=config, **options)
@@ -187,7 +193,7 @@ def _build_decoder(decoder: str | PreTrainedConfig, dropout: float | None) -> Pr
 
 @torch.no_grad()
 def _keep_tokens(decoder: PreTrainedModel, token_ids: Sequence[int]) -> None:
-    """Leave of embeddings and head the rows of these tokens, numbered anew in this order."""
+    """Keep only these tokens' rows of embeddings and head, in this order."""
     layers = (decoder.get_input_embeddings(), decoder.get_output_embeddings())
     for rows in {rows for layer in layers for rows in layer.parameters()}:  # once where the two are tied
         rows[: len(token_ids)] = rows[token_ids]

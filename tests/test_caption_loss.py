@@ -1,4 +1,4 @@
-"""Laws of the loss: what is computed a few tokens at a time is the plain cross entropy, gradients and all."""
+"""Laws of the loss: computed in chunks, it is the plain cross entropy, gradients included."""
 
 import pytest
 import torch
@@ -8,11 +8,17 @@ from modeling import caption_loss as module
 from modeling.caption_loss import caption_loss
 
 
-def plain_loss(hidden, labels, weight, bias, num_items_in_batch, label_smoothing):
-    """All scores at once, as torch's own cross entropy takes them."""
-    logits = nn.functional.linear(hidden, weight, bias).flatten(0, 1)
+def plain_loss(hidden, labels, head, num_items_in_batch, label_smoothing):
+    """All logits at once, as torch's own cross entropy takes them."""
+    logits = nn.functional.linear(hidden, head.weight, head.bias).flatten(0, 1)
     options = {"reduction": "sum", "ignore_index": -100, "label_smoothing": label_smoothing}
     return nn.functional.cross_entropy(logits, labels.flatten(), **options) / num_items_in_batch
+
+
+def head_of(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    head = nn.Linear(*weight.shape[::-1], bias=bias is not None)
+    head.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+    return head
 
 
 @pytest.fixture
@@ -20,8 +26,12 @@ def batch():
     torch.manual_seed(0)
     hidden, labels = torch.randn(3, 7, 16), torch.randint(0, 50, (3, 7))
     labels[0, :2] = labels[1, 4:] = labels[2, 6:] = -100
-    weight, bias = torch.randn(50, 16), torch.randn(50)
-    return hidden, labels, weight, bias
+    return hidden.requires_grad_(), labels, head_of(torch.randn(50, 16), torch.randn(50))
+
+
+def loss_and_gradients(loss_of, hidden, labels, head, *options) -> list[torch.Tensor]:
+    loss = loss_of(hidden, labels, head, *options)
+    return [loss.detach(), *torch.autograd.grad(2 * loss, [hidden, *head.parameters()])]
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -29,26 +39,24 @@ def batch():
 @pytest.mark.parametrize("divisor", [None, 37])
 def test_loss_and_gradients_are_the_plain_ones(batch, monkeypatch, has_bias, label_smoothing, divisor):
     monkeypatch.setattr(module, "MAX_LOGITS_PER_CHUNK", 250)  # five tokens at a time
-    hidden, labels, weight, bias = batch
-    results = []
-    for loss_of in (caption_loss, plain_loss):
-        parts = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        parts += [bias.clone().requires_grad_()] if has_bias else []
-        num_items = divisor or (None if loss_of is caption_loss else (labels != -100).sum())
-        loss = loss_of(parts[0], labels, parts[1], parts[2] if has_bias else None, num_items, label_smoothing)
-        (2 * loss).backward()
-        results.append([loss.detach(), *(part.grad for part in parts)])
+    hidden, labels, head = batch
+    head = head if has_bias else head_of(head.weight)
+    num_labels = divisor or (labels != -100).sum()
+    results = [
+        loss_and_gradients(caption_loss, hidden, labels, head, divisor, label_smoothing),
+        loss_and_gradients(plain_loss, hidden, labels, head, num_labels, label_smoothing),
+    ]
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_scores_of_a_batch_are_never_held_at_once(monkeypatch):
-    """No operation, also none inside torch's own, takes more memory than the hidden states, where all scores are 25 times as many."""
+def test_logits_of_a_batch_are_never_in_memory_at_once(monkeypatch):
+    """No operation, also none inside torch's own, takes more memory than the hidden states; all logits are 25 times as many."""
     monkeypatch.setattr(module, "MAX_LOGITS_PER_CHUNK", 2000)
     hidden, labels = torch.randn(40, 30, 4, requires_grad=True), torch.randint(0, 100, (40, 30))
-    weight = torch.randn(100, 4, requires_grad=True)
+    head = nn.Linear(4, 100, bias=False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        caption_loss(hidden, labels, weight).backward()
+        caption_loss(hidden, labels, head).backward()
     taken = [event.self_cpu_memory_usage for event in profile.events()]
     assert 0 < max(taken) <= 4 * hidden.numel()
 
@@ -56,23 +64,19 @@ def test_scores_of_a_batch_are_never_held_at_once(monkeypatch):
 def test_in_float16_many_tokens_are_no_more_than_it_can_hold():
     """Their sum is more than its largest number, 65,504."""
     hidden, labels = torch.full((1, 3000, 4), 10.0, requires_grad=True), torch.zeros(1, 3000, dtype=torch.int64)
-    weight = torch.tensor([[0.0] * 4, [1.0] * 4])  # 40 nats for each
+    head = head_of(torch.tensor([[0.0] * 4, [1.0] * 4]))  # 40 nats for each
     with torch.autocast("cpu", dtype=torch.float16):
-        losses = [caption_loss(hidden, labels, weight, label_smoothing=smoothing) for smoothing in (0.0, 0.5)]
+        losses = [caption_loss(hidden, labels, head, label_smoothing=smoothing) for smoothing in (0.0, 0.5)]
     losses[0].backward()
     assert losses[0].item() == pytest.approx(40, rel=1e-3) and losses[1].item() == pytest.approx(30, rel=1e-3)
     torch.testing.assert_close(hidden.grad, torch.full_like(hidden, 1 / 3000), rtol=2e-3, atol=0)
 
 
 def test_in_bfloat16_it_stays_near(batch):
-    hidden, labels, weight, bias = batch
     results = []
     for enabled in (False, True):
-        parts = [part.clone().requires_grad_() for part in (hidden, weight, bias)]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            loss = caption_loss(parts[0], labels, parts[1], parts[2])
-        loss.backward()
-        results.append([loss.detach(), *(part.grad for part in parts)])
+            results.append(loss_and_gradients(caption_loss, *batch))
     for exact, rounded in zip(*results, strict=True):
         assert 0 < (rounded - exact).norm() <= 0.02 * exact.norm()
 
@@ -80,17 +84,16 @@ def test_in_bfloat16_it_stays_near(batch):
 @pytest.mark.parametrize(
     ("instructions", "dtype"), [({"avx512_bf16": True}, "c10::BFloat16"), ({}, "float")], ids=["bfloat16", "none"]
 )
-def test_in_bfloat16_its_products_are_of_what_the_processor_is_fast_in(batch, monkeypatch, instructions, dtype):
+def test_in_bfloat16_products_have_the_dtype_that_the_cpu_is_fast_in(batch, monkeypatch, instructions, dtype):
     """torch's op, left to choose, computes them in float32: four times as slow on a processor that has bfloat16."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-    hidden, labels, weight, bias = (part.requires_grad_(part.is_floating_point()) for part in batch)
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with (
         torch.profiler.profile(activities=cpu, record_shapes=True) as profile,
         torch.autocast("cpu", dtype=torch.bfloat16),
     ):
-        caption_loss(hidden, labels, weight, bias).backward()
+        caption_loss(*batch).backward()
     events = profile.profiler.kineto_results.events()
     products = [event.dtypes()[:3] for event in events if event.name() in ("aten::mm", "aten::addmm", "aten::addmm_")]
-    assert len(products) == 3  # the scores, and what they hand back to states and weight
+    assert len(products) == 3  # the logits, and the gradients of hidden states and weight
     assert {name for dtypes in products for name in dtypes} == {dtype}

@@ -263,8 +263,8 @@ def test_the_weights_told_are_the_weights_used(captioner, pixels):
     model = captioner.model
     attention = model.attention
     hidden = torch.randn(3, 5, 32)
-    grid = attention.grid(model.encoder(pixels)[0])
-    weights = attention.weights(hidden, grid)  # (3, 2 heads, 5, 4 places)
+    grid = attention.project_keys_values(model.encoder(pixels)[0])
+    weights = attention.attention_weights(hidden, grid)  # (3, 2 heads, 5, 4 places)
     seen = torch.cat([weights[:, head] @ grid[1].chunk(2, dim=2)[head] for head in range(2)], dim=2)
     outputs = torch.tanh(attention.output(torch.cat([hidden, seen], dim=2)))
     torch.testing.assert_close(attention(hidden, grid), outputs)

@@ -81,7 +81,7 @@ def test_shapes_and_sizes_are_the_reports():
 
 def test_three_images_are_memorised_and_come_back(processor):
     model = make_model(vocab_size=9, freeze_encoder=False)
-    captions = ["a red image", "green", "an image a blue image"]
+    captions = ["a red image", "green", "image a blue image"]
     images = [Image.new("RGB", (64, 64), color) for color in ("red", "green", "blue")]
     pixel_values = processor(images=images, return_tensors="pt").pixel_values
     tokens = processor.tokenizer(captions, padding=True, return_tensors="pt")
@@ -214,14 +214,14 @@ def test_attention_dropout_hides_keys_and_values_in_training_alone():
     torch.manual_seed(0)
     states = torch.randn(2, 60, model.encoder.output_size)
     whole = model.attention.key(states), model.attention.value(states)
-    seen = model.attention.grid(states, torch.tensor([0, 1, 1]))
-    for numbers, left in zip(whole, seen, strict=True):
+    dropped = model.attention.project_keys_values(states, torch.tensor([0, 1, 1]))
+    for numbers, left in zip(whole, dropped, strict=True):
         assert torch.equal(left[1], left[2])
         gone = left[:2] == 0
         assert gone.float().mean().item() == pytest.approx(0.25, abs=0.02)
         torch.testing.assert_close(left[:2][~gone], (numbers / 0.75)[~gone])
-    assert not torch.equal(seen[0][:2] == 0, seen[1][:2] == 0)
-    for numbers, left in zip(whole, model.eval().attention.grid(states), strict=True):
+    assert not torch.equal(dropped[0][:2] == 0, dropped[1][:2] == 0)
+    for numbers, left in zip(whole, model.eval().attention.project_keys_values(states), strict=True):
         assert torch.equal(numbers, left)
 
 

@@ -15,7 +15,6 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 import train_vit_gpt2
 from data_scripts.caption_table import FEATURES
 from modeling.captioner import generate_captions, load_captioner
-from modeling.modeling_inception_lstm import STATE_NAME
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
 from train_vit_gpt2 import history_rows
 
@@ -126,7 +125,7 @@ def test_gold_captions_never_reach_generate_and_the_prompt_does(train, monkeypat
     given, plain_generate = [], VisionEncoderDecoderModel.generate
 
     def watched(model, *args, **kwargs):
-        given.append((args, set(kwargs), kwargs[STATE_NAME].get_seq_length()))
+        given.append((args, set(kwargs), kwargs["cache"].get_seq_length()))
         sequences = plain_generate(model, *args, **kwargs)
         starts.append(sequences[:, 1:-1].tolist())
         return sequences
@@ -134,7 +133,7 @@ def test_gold_captions_never_reach_generate_and_the_prompt_does(train, monkeypat
     starts = []
     monkeypatch.setattr(VisionEncoderDecoderModel, "generate", watched)
     folder = train("watched", prompt="red green", max_length=2)
-    assert given and all(call == ((), {"encoder_outputs", STATE_NAME}, 0) for call in given)  # a cache, empty
+    assert given and all(call == ((), {"encoder_outputs", "cache"}, 0) for call in given)  # a cache, empty
     _, processor = load_captioner(str(folder))
     prompt_ids = processor.tokenizer("red green", add_special_tokens=False).input_ids
     assert all(row[: len(prompt_ids)] == prompt_ids for rows in starts for row in rows)
