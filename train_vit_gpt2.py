@@ -147,7 +147,7 @@ def train(data_args, model_args: ModelArguments, decoding_args: DecodingArgument
         )
         wrapped = run.prepare(
             captioner,
-            build_adamw(model, args),
+            build_adamw(model, args, decay_vectors=False),
             train_pairs,
             sampler,
             CaptionCollator(processor, share_images="pack"),
