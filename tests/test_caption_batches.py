@@ -2,7 +2,6 @@
 
 import os
 from functools import partial
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,13 +15,21 @@ from torchvision.transforms import functional
 from transformers import CLIPImageProcessor, ViTConfig, ViTModel
 
 from data_scripts import load_captions
-from data_scripts.augmentations import MAX_AUGMENTATIONS, PART, augment_caption, augment_image
+from data_scripts.augmentations import CROP_SIZE, MAX_AUGMENTATIONS, augment_caption, augment_image
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor
+from system.errors import UserError
 from training.arguments import DataArguments
 from training.batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset
-from training.features import cache_features, compiled_for_batches, encode_splits, encoder_fingerprint
+from training.features import (
+    Features,
+    cache_features,
+    compiled_for_batches,
+    encode_splits,
+    encoder_fingerprint,
+    features_folder,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +57,17 @@ class CountingEncoder:
         return self.encoder(pixel_values).last_hidden_state
 
 
-def features_of(rows: datasets.Dataset, *args, **options) -> datasets.Dataset:
-    """The features of one split, in one view."""
+def features_of(rows: datasets.Dataset, *args, **options) -> Features:
+    """The features of one split that is not augmented."""
     return cache_features(DatasetDict(test=rows), *args, **options)["test"][0]
+
+
+def states_of(features: Features) -> np.ndarray:
+    return np.stack(features[np.arange(len(features))]["encoder_features"])
+
+
+def pairs_of(sampler: CaptionSampler) -> list[int]:
+    return [pair for pair, _ in sampler]
 
 
 def test_each_caption_meets_its_own_image(rows, processor):
@@ -90,7 +105,7 @@ def test_an_epoch_holds_every_pair_once_in_an_order_of_its_own(group_by_length):
         sampler = CaptionSampler(lengths, 16, group_by_length, seed=3)
         sampler.set_epoch(epoch)
         orders.append(list(sampler))
-        assert sorted(orders[-1]) == list(range(1003))
+        assert sorted(orders[-1]) == [(pair, 0) for pair in range(1003)]
     assert orders[0] == orders[2] != orders[1]
     assert orders[0] != list(CaptionSampler(lengths, 16, group_by_length, seed=4))
 
@@ -99,7 +114,7 @@ def test_grouping_saves_the_padding():
     lengths = np.random.default_rng(0).integers(5, 60, 3200)
 
     def padding(group_by_length: bool) -> float:
-        order = list(CaptionSampler(lengths, 16, group_by_length))
+        order = pairs_of(CaptionSampler(lengths, 16, group_by_length))
         batches = lengths[order].reshape(-1, 16)
         return 1 - batches.sum() / (16 * batches.max(axis=1)).sum()
 
@@ -121,7 +136,7 @@ def test_evaluation_reads_every_pair_once_and_next_to_no_padding(processor, shar
     assert told == pairs.lengths.sum() and told / sum(batch.numel() for batch in labels) > 0.95
 
 
-def test_in_evaluation_the_captions_of_a_image_stay_together(rows, processor):
+def test_in_evaluation_the_captions_of_an_image_stay_together(rows, processor):
     pairs = CaptionPairs(rows, processor.tokenizer)
     images = pairs.row_of_pair[pairs.by_length().indices]
     assert (np.diff(images) != 0).sum() == len(rows) - 1
@@ -131,15 +146,15 @@ def test_in_evaluation_the_captions_of_a_image_stay_together(rows, processor):
 
 def test_batches_of_grouped_pairs_come_in_no_order_of_length():
     lengths = np.random.default_rng(0).integers(5, 60, 3200)
-    means = lengths[list(CaptionSampler(lengths, 16))].reshape(-1, 16).mean(axis=1)
+    means = lengths[pairs_of(CaptionSampler(lengths, 16))].reshape(-1, 16).mean(axis=1)
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
 
 
-def test_grouped_by_image_the_captions_of_a_image_stand_together_beside_those_of_as_many_tokens():
+def test_grouped_by_image_the_captions_of_an_image_stand_together_beside_those_of_as_many_tokens():
     random = np.random.default_rng(0)
     images = np.repeat(np.arange(640), 5)
     lengths = random.integers(5, 30, len(images))
-    order = list(CaptionSampler(lengths, 60, images=images, group_by_image=True))
+    order = pairs_of(CaptionSampler(lengths, 60, images=images, group_by_image=True))
     assert sorted(order) == list(range(len(images)))
     turns = images[order]
     assert (np.diff(turns) != 0).sum() == 639  # each image once
@@ -151,7 +166,7 @@ def test_grouped_by_image_the_captions_of_a_image_stand_together_beside_those_of
 
 def test_views_are_those_of_ten_crops(rows):
     image = rows[0]["image"]
-    sizes = [round(PART * side) for side in (image.height, image.width)]
+    sizes = [round(CROP_SIZE * side) for side in (image.height, image.width)]
     corners = functional.five_crop(image, sizes)[:4]
     views = [image, functional.hflip(image), *(view for crop in corners for view in (crop, functional.hflip(crop)))]
     assert len(views) == MAX_AUGMENTATIONS
@@ -166,7 +181,7 @@ def test_a_mirrored_caption_swaps_left_and_right():
 
 
 @pytest.mark.parametrize("group_by_image", [False, True])
-def test_a_image_is_seen_in_each_view_in_turn_and_with_the_captions_of_that_view(rows, processor, group_by_image):
+def test_an_image_is_seen_in_each_view_in_turn_and_with_the_captions_of_that_view(rows, processor, group_by_image):
     captions = [text for texts in rows["captions"] for text in texts]
     assert any("left" in caption for caption in captions) and any("right" in caption for caption in captions)
     pairs = CaptionPairs(rows, processor.tokenizer, features=[None] * 3)
@@ -177,18 +192,17 @@ def test_a_image_is_seen_in_each_view_in_turn_and_with_the_captions_of_that_view
         sampler.set_epoch(epoch)
         plain.set_epoch(epoch)
         order = list(sampler)
-        assert [index % len(pairs) for index in order] == list(plain)
-        view_of_row = {}
-        for index, item in zip(order, pairs.__getitems__(order), strict=True):
-            view, pair = divmod(index, len(pairs))
+        assert pairs_of(sampler) == pairs_of(plain)
+        augmentation_of_row = {}
+        for (pair, view), item in zip(order, pairs.__getitems__(order), strict=True):
             row = pairs.row_of_pair[pair]
-            assert view_of_row.setdefault(row, view) == view
+            assert augmentation_of_row.setdefault(row, view) == view
             assert item["index"] == row
             assert np.array_equal(item["image"], augment_image(rows[int(row)]["image"], view))
             told = processor.tokenizer.decode(item["labels"], skip_special_tokens=True)
             assert told == augment_caption(captions[pair], view)
         seen += order
-    assert sorted(seen) == list(range(3 * len(pairs)))
+    assert sorted(seen) == [(pair, augmentation) for pair in range(len(pairs)) for augmentation in range(3)]
 
 
 def test_features_of_a_view_are_those_of_the_image_seen_so(rows, processor):
@@ -201,8 +215,9 @@ def test_features_of_a_view_are_those_of_the_image_seen_so(rows, processor):
     plain, mirrored = kept["train"]
     by_hand = images.map(lambda row: {"image": ImageOps.mirror(row["image"])})
     expected = features_of(by_hand, encoder, processor.image_processor, "by hand")
-    assert mirrored["encoder_features"] == expected["encoder_features"] != plain["encoder_features"]
-    assert list(kept["validation"][0]["encoder_features"]) == plain["encoder_features"][:5]
+    assert np.array_equal(states_of(mirrored), states_of(expected))
+    assert not np.array_equal(states_of(mirrored), states_of(plain))
+    assert np.array_equal(states_of(kept["validation"][0]), states_of(plain)[:5])
 
 
 def test_packed_captions_are_whole_and_told_apart_by_their_positions(rows, processor):
@@ -234,7 +249,7 @@ def test_features_are_the_encoders_own_in_half_precision_and_computed_once(rows,
         expected = encoder.encoder(pixels).last_hidden_state
     batch = CaptionCollator(processor)(ImageDataset(rows, features).__getitems__(range(len(rows))))
     torch.testing.assert_close(batch["encoder_outputs"].last_hidden_state, expected, atol=1e-3, rtol=1e-3)
-    assert features.features["encoder_features"].dtype == "float16"
+    assert states_of(features).dtype == "float16"
     seen = encoder.num_images
     again = features_of(rows, encoder, processor.image_processor, fingerprint)
     assert encoder.num_images == seen and len(again) == len(rows)
@@ -242,8 +257,8 @@ def test_features_are_the_encoders_own_in_half_precision_and_computed_once(rows,
 
 def test_features_in_8_bits_are_half_as_large_and_nearly_the_same(rows, processor):
     encoder = CountingEncoder()
-    kept = {int8: features_of(rows, encoder, processor.image_processor, "eight", int8) for int8 in (False, True)}
-    assert kept[True].features["encoder_features"].dtype == "int8"
+    kept = {int8: features_of(rows, encoder, processor.image_processor, "eight", int8=int8) for int8 in (False, True)}
+    assert states_of(kept[True]).dtype == "int8"
     told = [
         CaptionCollator(processor)(ImageDataset(rows, features).__getitems__(range(len(rows))))["encoder_outputs"][0]
         for features in kept.values()
@@ -251,7 +266,8 @@ def test_features_in_8_bits_are_half_as_large_and_nearly_the_same(rows, processo
     largest = told[0].abs().amax(dim=-1, keepdim=True)
     # A step is a 127th of it, half of one is lost; float16's own loss is less.
     assert ((told[1] - told[0]).abs() <= largest / 235).all() and not torch.equal(*told)
-    sizes = [sum(os.path.getsize(file["filename"]) for file in features.cache_files) for features in kept.values()]
+    folders = [features_folder("eight", int8) for int8 in (False, True)]
+    sizes = [sum(path.stat().st_size for path in folder.iterdir()) for folder in folders]
     assert sizes[1] < 0.6 * sizes[0]
 
 
@@ -276,7 +292,7 @@ def test_a_compiled_encoder_sees_whole_batches_and_says_the_same(compiles, monke
     pixels = torch.randn(6, 3, 64, 64)
     with torch.inference_mode():
         if not compiles:
-            with pytest.raises(OSError, match=r"--compile_encoder true: .*no C\+\+ compiler"):
+            with pytest.raises(UserError, match="--compile_encoder"):
                 encode(pixels[:4])
             return
         for batch in (pixels[:4], pixels[2:], pixels[:2], pixels[:1]):
@@ -292,21 +308,21 @@ def test_a_run_that_finds_the_features_has_the_random_numbers_of_one_that_makes_
 
 
 def test_images_that_come_twice_are_one_file_and_mix_up_no_other(rows, processor, monkeypatch):
-    monkeypatch.setattr("training.features.SHARD_SIZE", 8)
+    monkeypatch.setattr("training.features.IMAGES_PER_FILE", 8)
     encoder = CountingEncoder()
-    plain = features_of(rows, encoder, processor.image_processor, "plain")["encoder_features"]
+    plain = states_of(features_of(rows, encoder, processor.image_processor, "plain"))
     places = [*range(8), *range(8), *range(8, 24)]
-    doubled = features_of(rows.select(places), encoder, processor.image_processor, "doubled")["encoder_features"]
-    assert list(doubled) == [plain[place] for place in places]
+    doubled = states_of(features_of(rows.select(places), encoder, processor.image_processor, "doubled"))
+    assert np.array_equal(doubled, plain[places])
 
 
 def test_processes_that_decode_change_no_feature(rows, processor, monkeypatch):
-    monkeypatch.setattr("training.features.SHARD_SIZE", 10)
+    monkeypatch.setattr("training.features.IMAGES_PER_FILE", 10)
     encoder = CountingEncoder()
     options = {"image_processor": processor.image_processor, "batch_size": 4}
     alone = features_of(rows, encoder, fingerprint="alone", **options)
     shared = features_of(rows, encoder, fingerprint="shared", num_workers=2, **options)
-    assert alone["encoder_features"] == shared["encoder_features"]
+    assert np.array_equal(states_of(alone), states_of(shared))
 
 
 def test_changed_images_crop_or_weights_never_meet_old_features(rows, processor):
@@ -318,7 +334,7 @@ def test_changed_images_crop_or_weights_never_meet_old_features(rows, processor)
     backwards = features_of(reordered, encoder, processor.image_processor, fingerprint)
     assert encoder.num_images > seen
     forwards = features_of(rows, encoder, processor.image_processor, fingerprint)
-    assert backwards[0]["encoder_features"] == forwards[len(rows) - 1]["encoder_features"]
+    assert np.array_equal(states_of(backwards)[0], states_of(forwards)[-1])
 
     other_crop = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56})
     assert encoder_fingerprint(encoder.encoder, other_crop) != fingerprint
@@ -345,7 +361,7 @@ def test_what_another_machine_has_kept_for_itself_is_missed_in_one_sentence(rows
     monkeypatch.setattr(PartialState(), "process_index", 1)
     monkeypatch.setattr(PartialState(), "num_processes", 2)
     monkeypatch.setattr(PartialState, "wait_for_everyone", lambda self: None)
-    with pytest.raises(OSError, match="lacks images that another process has encoded: set HF_DATASETS_CACHE"):
+    with pytest.raises(UserError, match="HF_DATASETS_CACHE"):
         features_of(rows, CountingEncoder(), processor.image_processor, "elsewhere")
 
 
@@ -359,10 +375,10 @@ def test_it_is_said_where_features_are_read_and_why_they_are_not_kept(rows, proc
         return caplog.text
 
     assert "Encoding" in told() and "read from" not in caplog.text
-    assert f"What the encoder says of {len(rows)} images is read from" in told() and "Encoding" not in caplog.text
+    assert f"{len(rows)} images are read from" in told() and "Encoding" not in caplog.text
     assert "--cache_features false" in told(cache_features=False)
     encoder.requires_grad_(True)
-    assert "it learns" in told()
+    assert "trainable" in told()
 
 
 def test_the_disk_space_of_all_splits_and_views_is_told_before_the_first_is_made(rows, processor, caplog, monkeypatch):
@@ -370,27 +386,28 @@ def test_the_disk_space_of_all_splits_and_views_is_told_before_the_first_is_made
     encoder = TimmEncoder("test_vit").eval().requires_grad_(False)
     splits = DatasetDict(train=rows, validation=rows.select(range(8)))
     monkeypatch.setattr("training.features._write_files", lambda *args, **options: None)
-    with pytest.raises(OSError):  # nothing has been written
+    with pytest.raises(UserError):  # nothing has been written
         encode_splits(splits, encoder, processor.image_processor, DataArguments(), num_augmentations=3)
     number, size = 3 * len(rows) + 8, encoder.output_size
     assert [record.getMessage().split(" in ")[0] for record in caplog.records] == [
-        f"Encoding {number} images once: 1 x {size} numbers each, {number * size * 2 / 1e6:.0f} MB"
+        f"Encoding {number} images once: 1 x {size} features each, {number * size * 2 / 1e6:.0f} MB"
     ]
 
 
 def test_what_a_killed_run_was_writing_is_cleared_away_once_nobody_can_be_at_it(rows, processor):
     encoder = CountingEncoder()
-    folder = Path(features_of(rows, encoder, processor.image_processor, "cleared").cache_files[0]["filename"]).parent
+    features_of(rows, encoder, processor.image_processor, "cleared")
+    folder = features_folder("cleared")
     old, young = folder / "tmp_old", folder / "tmp_young"
     for path in (old, young):
         path.write_bytes(b"half a file")
     os.utime(old, (0, 0))
     features_of(rows.select(range(4)), encoder, processor.image_processor, "cleared")
-    assert not old.exists() and young.exists() and len(list(folder.glob("*.arrow"))) == 2
+    assert not old.exists() and young.exists() and len(list(folder.glob("*.npy"))) == 2
 
 
 def test_a_kill_costs_only_the_files_not_yet_whole(rows, processor, monkeypatch):
-    monkeypatch.setattr("training.features.SHARD_SIZE", 8)
+    monkeypatch.setattr("training.features.IMAGES_PER_FILE", 8)
     encoder = CountingEncoder()
 
     def killed_at_the_third_file(pixel_values):
@@ -403,3 +420,35 @@ def test_a_kill_costs_only_the_files_not_yet_whole(rows, processor, monkeypatch)
     encoder.num_images = 0
     assert len(features_of(rows, encoder, processor.image_processor, "killed", batch_size=8)) == len(rows)
     assert encoder.num_images == 9  # the third file, and the one that tells the shape
+
+
+def test_an_item_is_a_pair_and_an_augmentation_and_none_lies_beyond_the_end(rows, processor):
+    pairs = CaptionPairs(rows, processor.tokenizer, features=[None] * 2)
+    assert pairs[3]["labels"] == pairs[3, 0]["labels"] == pairs.token_ids[3]
+    assert pairs[3, 1]["labels"] == pairs.mirrored_ids[3]
+    for beyond in (len(pairs), -1, (len(pairs), 1)):
+        with pytest.raises(IndexError):
+            pairs[beyond]
+
+
+def test_special_tokens_spelled_out_in_a_caption_are_text(rows, processor):
+    tokenizer = processor.tokenizer
+    captions = [[f"a sign that reads {tokenizer.eos_token}"]]
+    pairs = CaptionPairs(Dataset.from_dict({"image": [None], "captions": captions}), tokenizer)
+    assert pairs.token_ids[0].count(tokenizer.eos_token_id) == 1
+
+
+def test_captions_that_are_truncated_are_counted(rows, processor):
+    lengths = CaptionPairs(rows, processor.tokenizer).lengths
+    assert CaptionPairs(rows, processor.tokenizer, max_length=9).num_truncated == (lengths > 9).sum() > 0
+
+
+def test_any_setting_of_an_encoder_is_part_of_its_fingerprint(processor):
+    """Not only those that somebody has thought of: one more patch dropped or another activation changes what is computed."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "image_size": 8, "patch_size": 4}
+    digests = set()
+    for settings in ({}, {"hidden_act": "relu"}, {"layer_norm_eps": 1e-3}, {"qkv_bias": True, "my_scale": 2.0}):
+        torch.manual_seed(1)
+        config = ViTConfig(num_attention_heads=1, **sizes, **settings)
+        digests.add(encoder_fingerprint(ViTModel(config, add_pooling_layer=False), processor.image_processor))
+    assert len(digests) == 4

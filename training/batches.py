@@ -1,5 +1,6 @@
 """From rows of images to batches: (image, caption) pairs by index, their order, and the collator."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -14,6 +15,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from data_scripts.augmentations import augment_caption, augment_image, augmentation_in_epoch
 from training.features import Features
+
+logger = logging.getLogger(__name__)
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -132,6 +135,10 @@ class CaptionPairs(torch.utils.data.Dataset):
         self.token_ids = tokenize(0)
         self.mirrored_ids = tokenize(1) if len(features) > 1 else []
         self.lengths = np.array([len(ids) for ids in self.token_ids])
+        if self.num_truncated:
+            logger.warning(
+                f"{self.num_truncated:,} of {len(self):,} captions have more than {max_length} tokens, EOS included: truncated."
+            )
 
     def __len__(self) -> int:
         return len(self.token_ids)
