@@ -1,20 +1,22 @@
 """Options of the scripts: dataclasses, a recipe (YAML) over their defaults, the command line over the recipe.
 
-Only light imports: `--help` and a wrong option answer before torch is loaded.
+Only light imports: `--help` and a wrong option answer before torch or transformers is loaded, by argparse alone.
 
-Besides "help", the metadata of an option may hold its bounds: "min" and "max" (inclusive), "above" and "below" (exclusive); and
-"needs", the values that other options must have for this one to have an effect.
+Besides "help", the metadata of an option may hold its bounds: "min" and "max" (inclusive), "above" and "below" (exclusive);
+"needs", the values that other options must have for this one to have an effect; and "positional", argparse's `nargs` of what is
+given without a name.
 """
 
+import argparse
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-import numpy as np
 
 from data_scripts.augmentations import MAX_AUGMENTATIONS
 from system.errors import UserError
@@ -141,17 +143,42 @@ class DecodingArguments:
 
     def settings(self) -> dict[str, Any]:
         """What `Captioner.set_decoding` takes."""
-        return {option.name: getattr(self, option.name) for option in fields(DecodingArguments)}
+        return dataclasses.asdict(self)
 
     def within(self, lengths: Sequence[int], max_tokens: int | None = None) -> dict[str, Any]:
         """The settings of a model that is trained on captions of these lengths, by a decoder with room for `max_tokens`.
 
         Max length is the 99th percentile of the captions' lengths where it is not given, and min length at least.
         """
+        import numpy as np  # a quarter of what `--help` takes
+
         longest = self.max_length or max(math.ceil(np.percentile(lengths, 99)), self.min_length or 0)
         limits = {"max_length": longest, "min_length": self.min_length}
         limits = {name: value and min(value, max_tokens or value) for name, value in limits.items()}
         return self.settings() | limits
+
+
+@dataclass
+class GenerationArguments(DecodingArguments):
+    """How a trained captioner generates captions."""
+
+    top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Probability mass of nucleus sampling, in place of beam search; 1 samples from the whole vocabulary.",
+            "above": 0,
+            "max": 1,
+        },
+    )
+    num_return_sequences: int | None = field(
+        default=None,
+        metadata={"help": "Number of captions per image: the best beams, or samples. 1 if not given.", "min": 1},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.top_p is not None and (self.num_beams or 1) > 1:
+            raise UserError(f"--top_p {self.top_p} and --num_beams {self.num_beams}: give one of them")
 
 
 @dataclass
@@ -287,10 +314,12 @@ def parse_recipe(kinds: Sequence[type], argv: Sequence[str] | None = None, descr
 
     Ends the program with one sentence and exit code 2 where a file or an option is wrong.
     """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser([_without_bounds(kind) for kind in kinds], description=description)
-    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _build_parser(kinds, description)
+    # As with HfArgumentParser, `--max-length` is `--max_length`.
+    argv = [
+        re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+        for word in (sys.argv[1:] if argv is None else argv)
+    ]
     if argv and argv[0].endswith((".yaml", ".yml")):
         parser.set_defaults(**_read_recipe(argv.pop(0), kinds, parser))
     namespace, unknown = parser.parse_known_args(argv)
@@ -310,16 +339,43 @@ def _options(kinds: Sequence[type]) -> dict[str, dataclasses.Field]:
     return {option.name: option for kind in kinds for option in fields(kind)}
 
 
-def _without_bounds(kind: type) -> type:
-    """The dataclass as HfArgumentParser reads it, which hands all metadata on to argparse."""
-    types = get_type_hints(kind)
-    options = []
-    for option in fields(kind):
-        # As a string, or HfArgumentParser adds a second option, `--no_NAME`.
-        default = "true" if option.default is True else option.default
-        metadata = {"help": option.metadata["help"].replace("%", "%%")}
-        options.append((option.name, types[option.name], field(default=default, metadata=metadata)))
-    return dataclasses.make_dataclass(kind.__name__, options)
+def _build_parser(kinds: Sequence[type], description: str | None) -> argparse.ArgumentParser:
+    """A parser of all options; `--flag` alone is `--flag true`, as with transformers' HfArgumentParser."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for kind in kinds:
+        types = get_type_hints(kind)
+        for option in fields(kind):
+            name = option.name if "positional" in option.metadata else f"--{option.name}"
+            parser.add_argument(name, **_settings(option, types[option.name]))
+    return parser
+
+
+def _settings(option: dataclasses.Field, kind: Any) -> dict[str, Any]:
+    """What argparse is told of an option of type `kind`: bool, int, float, str, Literal, a list of them, or None as well."""
+    kind = next((part for part in get_args(kind) if part is not NoneType), kind) if NoneType in get_args(kind) else kind
+    help_text = option.metadata["help"].replace("%", "%%")
+    if option.default not in (None, dataclasses.MISSING):
+        help_text += f" (default: {str(option.default).lower() if kind is bool else option.default})"
+    settings = {"help": help_text}
+    if "positional" in option.metadata:
+        settings["nargs"] = option.metadata["positional"]
+    else:
+        settings |= {"required": option.default is dataclasses.MISSING, "default": option.default}
+        settings["metavar"] = option.name.rpartition("_")[2].upper()
+    if kind is bool:
+        return settings | {"type": _boolean, "nargs": "?", "const": True, "metavar": "{true,false}"}
+    if get_origin(kind) is Literal:
+        del settings["metavar"]
+        return settings | {"choices": get_args(kind)}
+    return settings | {"type": get_args(kind)[0] if get_origin(kind) is list else kind}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "t", "y", "1"):
+        return True
+    if text.lower() in ("false", "no", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"true or false is expected, not {text}")
 
 
 def _problem(option: dataclasses.Field, values: dict[str, Any]) -> str | None:
