@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+import yaml
+from huggingface_hub import HfApi, ModelCard, parse_eval_result_entries
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ import train_vit_gpt2
 from data_scripts import load_captions
 from modeling.captioner import Captioner
 from reporting import push
+from reporting.results import write_results
 from system.files import write_file
 from system.retries import error_summary
 from training import checkpoints
@@ -294,6 +296,19 @@ def test_the_card_on_the_hub_is_valid_and_names_no_path_of_this_machine(runs, hu
         assert str(folder.parent) not in text and str(folder.parents[3]) not in text
         assert re.search(r"from_pretrained\(\"me/", text) and "12 images, 60 captions" in text
         assert [score.metric_name for score in card.data.eval_results][-1] == "CIDEr"
+
+
+@pytest.mark.parametrize(("dataset", "pushed"), [("me/flowers", True), ("flowers", False)])
+def test_scores_on_a_data_set_of_the_hub_are_pushed_in_its_own_format(dataset, pushed, hub, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    write_results(tmp_path, {"dataset": dataset, "split": "test", "metrics": {"bleu_4": 0.25, "cider": 0.75}})
+    push.push_to_hub(tmp_path, "me/captioner")
+    files = hub.repositories["model", "me/captioner"].files("main")
+    assert (push.EVAL_RESULTS in files) == pushed and not (tmp_path / push.EVAL_RESULTS).exists()
+    if pushed:
+        entries = parse_eval_result_entries(yaml.safe_load(files[push.EVAL_RESULTS].content))
+        found = [(entry.dataset_id, entry.task_id, entry.value) for entry in entries]
+        assert found == [("me/flowers", "bleu_4", 0.25), ("me/flowers", "cider", 0.75)]
 
 
 def test_a_failed_upload_of_one_file_is_summarized_by_its_cause():
