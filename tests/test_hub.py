@@ -214,27 +214,27 @@ def test_the_last_checkpoint_replaces_the_previous_one_and_comes_with_the_best_m
     options += ["--hub_revision", "trial", "--save_total_limit", "1"]
     train("lstm", tmp_path / "run", small_scenes, "--num_train_epochs", "1", *options)
     files = hub.repositories["model", "me/run"].files("trial")
-    assert "last-checkpoint/progress.json" in files and not hub.repositories["model", "me/run"].files("main")
+    assert "last-checkpoint/trainer_state.json" in files and not hub.repositories["model", "me/run"].files("main")
     elsewhere, written = tmp_path / "elsewhere", []
     monkeypatch.setattr(
         checkpoints, "write_file", lambda path, content: written.append(path.name) or write_file(path, content)
     )
     for _ in range(2):  # as after a kill before the first checkpoint
-        found = checkpoint_to_resume("me/run@trial", str(elsewhere), "progress.json", push.download_checkpoint)
+        found = checkpoint_to_resume("me/run@trial", str(elsewhere), "train_lstm", push.download_checkpoint)
         copy_best_model(found, str(elsewhere))
         Captioner.load(elsewhere)
     assert (
         written[-1] == "config.json" and "model.safetensors" in written
     )  # last, so that after a kill it is downloaded again
-    (tmp_path / "run" / "checkpoint-2" / "progress.json").rename(tmp_path / "run" / "checkpoint-2" / "renamed.json")
-    args = train_lstm.LoopArguments(
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").rename(tmp_path / "run" / "checkpoint-2" / "renamed.json")
+    args = train_lstm.TrainingArguments(
         output_dir=str(tmp_path / "run"), hub_model_id="me/run", hub_revision="trial", hub_strategy="checkpoint"
     )
     pushing = push.CheckpointPush(args, active=True)
     pushing.send(2)
     pushing.finish()
     files = hub.repositories["model", "me/run"].files("trial")
-    assert "last-checkpoint/renamed.json" in files and "last-checkpoint/progress.json" not in files
+    assert "last-checkpoint/renamed.json" in files and "last-checkpoint/trainer_state.json" not in files
     checkpoint = push.download_checkpoint("me/run@trial")
     assert (checkpoint / "renamed.json").exists() and checkpoint.name == "last-checkpoint"
 
@@ -244,7 +244,7 @@ def test_a_checkpoint_is_skipped_while_another_is_being_pushed(hub, tmp_path, ca
     """Training does not wait: what it deletes meanwhile is pushed nevertheless."""
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-1" / "state.txt").write_text("first")
-    args = train_lstm.LoopArguments(output_dir=str(tmp_path / "run"), hub_model_id="me/run", hub_strategy="checkpoint")
+    args = train_lstm.TrainingArguments(output_dir=str(tmp_path / "run"), hub_model_id="me/run", hub_strategy="checkpoint")
     pushing = push.CheckpointPush(args, active=True)
     with hub.lock:  # a slow Hub
         pushing.send(1)

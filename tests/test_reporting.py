@@ -153,7 +153,7 @@ def test_captions_written_by_an_editor_are_read(tmp_path):
     [
         ('{"image_id": "2", ', "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[1, 2]", "an object"),
+        ("[1, 2]", "not a JSON object"),
         ('{"image_id": "2", "references": []}', '"caption" is missing'),
         ('{"image_id": 2, "caption": "a", "references": []}', '"image_id" must be a string'),
         ('{"image_id": "2", "caption": null, "references": []}', '"caption" must be a string'),
