@@ -12,24 +12,28 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from reporting.curves import COLORS, draw_line, finish_axis, new_figure, points, save_figure, time_key
-from reporting.results import METRIC_TITLES, read_history, read_results
+from reporting.results import METRIC_TITLES, TRUTH_TITLES, read_history, read_results
 from system.errors import one_line_errors
 
 Runs = dict[str, dict]  # output directory -> its results
 
 
 def comparison_table(runs: Runs) -> str:
-    """A Markdown table, one line per run: the six scores, CIDEr's interval, the shuffled baseline's CIDEr, training time.
+    """A Markdown table, one line per run: scores, CIDEr's interval, shuffled CIDEr, training time.
 
-    A sentence below it says so if the runs were scored on different images.
+    The rate of true captions has a column if any run has one. A sentence follows if runs were scored on different
+    images.
     """
-    titles = ["Run", *METRIC_TITLES.values(), "95% interval", "Shuffled CIDEr", "Epochs", "Seconds"]
+    has_truth = any(results.get("true_captions") for results in runs.values())
+    truth_title = [TRUTH_TITLES["all"]] if has_truth else []
+    titles = ["Run", *truth_title, *METRIC_TITLES.values(), "95% interval", "Shuffled CIDEr", "Epochs", "Seconds"]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
     for name, results in runs.items():
         interval = (results.get("intervals") or {}).get("cider")
         train = results.get("train") or {}
         cells = [
             name.replace("|", "\\|"),
+            *([_number((results.get("true_captions") or {}).get("all"))] if has_truth else []),
             *(_number(results["metrics"].get(metric)) for metric in METRIC_TITLES),
             f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "—",
             _number((results.get("shuffled") or {}).get("cider")),

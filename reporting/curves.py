@@ -40,8 +40,8 @@ def draw_curves(output_dir: str | os.PathLike, history: Sequence[dict]) -> Path:
     """Draw curves.png: training and validation loss, and the scores of each evaluation with the shuffled baseline.
 
     Args:
-        history: Rows such as {"step", "epoch", "train_loss", "eval_loss", "cider", "shuffled_cider", "bleu_4", "rouge_l"} in
-            the order of training; any key may be missing, None or NaN in any row.
+        history: Rows such as {"step", "epoch", "train_loss", "eval_loss", "cider", "shuffled_cider", "bleu_4",
+            "rouge_l"} in the order of training; any key may be missing, None or NaN in any row.
 
     Returns:
         The path of the image.

@@ -67,8 +67,8 @@ def log_scores(
     Args:
         scores, shuffled: The metrics of `METRIC_TITLES`, of the captions and of the shuffled baseline.
         captions: One caption for each row.
-        rows: Rows with `image_id` and `captions`. The first, middle and last are shown in every evaluation, so that their
-            captions can be followed over the run.
+        rows: Rows with `image_id` and `captions`. The first, middle and last are shown in every evaluation, so that
+            their captions can be followed over the run.
     """
     lines = [" " * 12 + "".join(f"{title:>9}" for title in METRIC_TITLES.values())]
     for name, values in (("this model", scores), ("shuffled", shuffled)):

@@ -15,20 +15,21 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reporting.page import TEMPLATES, known_facts, score_rows
-from reporting.results import METRIC_TITLES
+from reporting.results import METRIC_TITLES, TRUTH_TITLES, is_hub_id
 from reporting.samples import read_samples
 from system.files import write_file
 
 Kind = Literal["inception-lstm", "vit-gpt2"]
 DESCRIPTIONS = {
     "inception-lstm": (
-        "An LSTM captioner: a convolutional encoder encodes the image, and an LSTM generates the caption token by token from "
-        "the encoder's pooled features (with `attention: true` it also attends to the encoder's grid of features at each "
-        "token)."
+        "An LSTM captioner: a convolutional encoder encodes the image, and an LSTM generates the caption token by "
+        "token from the encoder's pooled features (with `attention: true` it also attends to the encoder's grid of "
+        "features at each token)."
     ),
     "vit-gpt2": (
-        "ViT-GPT2: a Vision Transformer encodes the image, and GPT-2 generates the caption while attending to the encoder's "
-        "features. It is a plain `VisionEncoderDecoderModel` and loads without remote code; only the pipeline below needs it."
+        "ViT-GPT2: a Vision Transformer encodes the image, and GPT-2 generates the caption while attending to the "
+        "encoder's features. It is a plain `VisionEncoderDecoderModel` and loads without remote code; only the "
+        "pipeline below needs it."
     ),
 }
 # The LSTM captioner is a class of its own and travels with its code; ViT-GPT2 is a class of transformers.
@@ -61,8 +62,8 @@ def write_model_card(
     A curves.png in the output directory is shown on the card, and so are the images in samples/.
 
     Args:
-        model_name: Argument of `from_pretrained`: a Hub id or a folder. As everywhere on the card, only the last name of a
-            path outside the working directory is shown.
+        model_name: Argument of `from_pretrained`: a Hub id or a folder. As everywhere on the card, only the last name
+            of a path outside the working directory is shown.
         results: What `write_results` writes; missing keys are left out of the card.
         command: Command line that trained the model.
         options: Every option of the run, as resolved; tokens are left out.
@@ -77,6 +78,7 @@ def write_model_card(
     model_name = without_path(model_name)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"line": markdown_line, "number": _number}
+    rates = results.get("true_captions")
     card = environment.get_template("model_card.md.jinja").render(
         card_data=card_metadata(kind, model_name, results, started_from, license).to_yaml(),
         title=markdown_line(Path(model_name).name or model_name),
@@ -85,6 +87,7 @@ def write_model_card(
         one_line_usage=one_line_usage(model_name),
         scored_on=_scored_on(results),
         rows=score_rows(results),
+        true_captions={title: rates[key] for key, title in TRUTH_TITLES.items()} if rates else {},
         constant_caption=(results.get("constant") or {}).get("caption"),
         has_curves=(Path(output_dir) / "curves.png").exists(),
         samples=read_samples(output_dir),
@@ -96,6 +99,7 @@ def write_model_card(
         dataset=results.get("dataset") or "an unnamed data set",
         command=shlex.join(map(without_path, shlex.split(command))),
         options=_yaml(options),
+        started_from=started_from,
         training_data=training_data or {},
         license=license,
         versions=_versions(),
@@ -147,19 +151,27 @@ def card_metadata(
 ) -> ModelCardData:
     """The card's metadata for the Hub: tags, license, base models, and the scores as a model-index."""
     dataset = results.get("dataset") or "unnamed"
-    scores = [
+    dataset_type = dataset if is_hub_id(dataset) else re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-")
+    # The Hub's names of the metrics: bleu, rouge, cider.
+    scores = {
+        (name.split("_")[0], title): results["metrics"][name]
+        for name, title in METRIC_TITLES.items()
+        if name in results.get("metrics", {})
+    }
+    if rates := results.get("true_captions"):
+        scores["true_captions", TRUTH_TITLES["all"]] = rates["all"]
+    eval_results = [
         EvalResult(
             task_type="image-to-text",
             task_name="Image captioning",
-            dataset_type=re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-") or "unnamed",
+            dataset_type=dataset_type or "unnamed",
             dataset_name=dataset,
             dataset_split=results.get("split"),
-            metric_type=name.split("_")[0],  # the Hub's own names: bleu, rouge, cider
+            metric_type=metric_type,
             metric_name=title,
-            metric_value=round(float(results["metrics"][name]), 4),  # YAML has no NumPy numbers
+            metric_value=round(float(score), 4),  # YAML has no NumPy numbers
         )
-        for name, title in METRIC_TITLES.items()
-        if name in results.get("metrics", {})
+        for (metric_type, title), score in scores.items()
     ]
     return ModelCardData(
         license=license,
@@ -169,7 +181,7 @@ def card_metadata(
         base_model=[name for name in started_from if not os.path.isdir(name)] or None,
         metrics=["bleu", "rouge", "cider"],
         model_name=Path(model_name).name or model_name,
-        eval_results=scores or None,
+        eval_results=eval_results or None,
     )
 
 

@@ -5,13 +5,14 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from reporting.results import METRIC_TITLES
+from reporting.results import METRIC_TITLES, TRUTH_TITLES
 from system.files import write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -31,10 +32,11 @@ def write_page(
 
     Args:
         images: One for each record, in the same order; only the first `num_images` are read.
-        records: {"image_id", "caption", "references"}, and optionally "shuffled_caption", "cider" (of this image), and
-            "tokens" of the caption: {"text", "probability"} and optionally "attention", a grid of weights over the whole
-            image or, if "center_crop" is a number, over the centered square whose side is that fraction of the short side.
-            Attention maps are kept for `NUM_ATTENTION_MAPS` images; of more, for the first, worst and best, a third each.
+        records: {"image_id", "caption", "references"}, and optionally "shuffled_caption", "cider" (of this image),
+            "truth" as in `report_captions`, and "tokens" of the caption: {"text", "probability"} and optionally
+            "attention", a grid of weights over the whole image or, if "center_crop" is a number, over the centered
+            square whose side is that fraction of the short side. Attention maps are kept for `NUM_ATTENTION_MAPS`
+            images; if there are more, for the first, worst and best, a third each.
         results: What `write_results` writes; missing keys are not shown.
         num_images: Maximum number of images on the page.
 
@@ -70,6 +72,8 @@ def write_page(
         num_attention_maps=sum(card["attention"] is not None for card in cards),
         results=results,
         rows=score_rows(results),
+        aspects={key: title for key, title in TRUTH_TITLES.items() if key != "all"},
+        has_truth=any(record.get("truth") for record in shown),
         sortable=all(record.get("cider") is not None for record in shown),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -128,7 +132,7 @@ def known_facts(values: dict | None) -> dict[str, str]:
 
 
 def _cards(records: list[dict], images: Iterable[Image.Image]) -> list[dict]:
-    """What the template needs for each record: the record, its image and its attention maps."""
+    """What the template needs for each record: its image, the parts of its caption, its attention maps and itself."""
     with_attention = _with_attention(records)
     cards = [
         {
@@ -136,6 +140,8 @@ def _cards(records: list[dict], images: Iterable[Image.Image]) -> list[dict]:
             "ratio": round(image.width / image.height, 4),
             "grid_box": _grid_box(image, record.get("center_crop")),
             "attention": _attention_maps(record.get("tokens") or []) if index in with_attention else None,
+            "parts": _caption_parts(record),
+            "verdict": _verdict(record.get("truth")),
             "record": record,
         }
         for index, (record, image) in enumerate(zip(records, images, strict=False))
@@ -150,9 +156,49 @@ def _with_attention(records: list[dict]) -> set[int]:
     indices = range(len(records))
     if len(records) <= NUM_ATTENTION_MAPS:
         return set(indices)
-    by_cider = sorted(indices, key=lambda index: records[index].get("cider") or 0.0)
+    by_quality = sorted(indices, key=lambda index: (_is_true(records[index]), records[index].get("cider") or 0.0))
     third = NUM_ATTENTION_MAPS // 3
-    return {*indices[:third], *by_cider[:third], *by_cider[-third:]}
+    return {*indices[:third], *by_quality[:third], *by_quality[-third:]}
+
+
+def _is_true(record: dict) -> bool:
+    return bool((record.get("truth") or {"all": True})["all"])
+
+
+def _verdict(truth: dict | None) -> str | None:
+    """What is false in a caption, in words: the underlines of its false words are not for everybody."""
+    if truth is None or truth["all"]:
+        return None if truth is None else "True"
+    aspects = [title.lower() for key, title in TRUTH_TITLES.items() if key != "all" and not truth[key]]
+    return f"False: {', '.join(aspects)}" if aspects else "False"
+
+
+def _caption_parts(record: dict) -> list[dict]:
+    """A caption cut into its tokens or, without tokens, at its false words.
+
+    Returns:
+        For each part its "text", whether a space comes before it ("space"), whether it has a false word ("false"), and
+        the "probability" of a token, else None.
+    """
+    caption, spans = record["caption"], (record.get("truth") or {}).get("false_words", ())
+    if not record.get("tokens"):
+        cuts = sorted({0, len(caption), *(cut for span in spans for cut in span)})
+        parts = [(start, end, caption[start:end], False, None) for start, end in pairwise(cuts)]
+    else:
+        parts, end = [], 0
+        for index, token in enumerate(record["tokens"]):
+            text = token["text"].lstrip()
+            start = caption.find(text.rstrip(), end)  # -1 in a caption that is not made up of its tokens
+            end = end if start < 0 else start + len(text.rstrip())
+            parts.append((start, end, text, index > 0 and token["text"][:1].isspace(), token["probability"]))
+    return [
+        {"text": text, "space": space, "false": _overlaps(start, end, spans), "probability": probability}
+        for start, end, text, space, probability in parts
+    ]
+
+
+def _overlaps(start: int, end: int, spans: Iterable[tuple[int, int]]) -> bool:
+    return start >= 0 and any(start < span_end and span_start < end for span_start, span_end in spans)
 
 
 def _attention_maps(tokens: list[dict]) -> dict | None:

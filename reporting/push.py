@@ -2,8 +2,8 @@
 
     python -m reporting.push outputs/lstm me/captioner --private --tag v1
 
-The repository is created if it does not exist. Checkpoints and logs are not pushed, nor are images that may not be published
-(see `--publish_images` of the training scripts).
+The repository is created if it does not exist. Checkpoints and logs are not pushed, nor are images that may not be
+published (see `--publish_images` of the training scripts).
 """
 
 import argparse
@@ -16,12 +16,13 @@ import tempfile
 from concurrent.futures import Future
 from pathlib import Path
 
+import yaml
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import httpx
 from transformers.trainer_utils import HubStrategy
 
 from reporting.model_card import name_on_card
-from reporting.results import read_results
+from reporting.results import METRIC_TITLES, is_hub_id, read_results
 from system.errors import UserError, one_line_errors
 from system.files import write_file
 from system.retries import error_summary, retried
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Checkpoints have optimizer states, logs have paths, and names that begin with a dot are temporary.
 NOT_PUSHED = re.compile(r"checkpoint-.*|logs|runs|\..*")
+EVAL_RESULTS = ".eval_results/showtell.yaml"  # read by the Hub for the data set's leaderboard
 LAST_CHECKPOINT = "last-checkpoint"  # as transformers' Trainer names it
 # What the client raises: network and HTTP errors, invalid names and metadata, and what it wraps a failed file into.
 HUB_ERRORS = (OSError, httpx.HTTPError, ValueError, RuntimeError)
@@ -110,6 +112,8 @@ def upload(
     card = Path(stage) / "README.md"
     if card.exists():
         write_file(card, name_on_card(card.read_text(encoding="utf-8"), repo_id).encode())
+    if entries := _eval_results(Path(stage)):
+        write_file(Path(stage) / EVAL_RESULTS, entries)
     commit = retried(api.upload_folder)(
         repo_id=repo_id,
         folder_path=stage,
@@ -122,14 +126,38 @@ def upload(
     return str(commit)
 
 
+def _eval_results(folder: Path) -> bytes | None:
+    """The scores in the Hub's `.eval_results` format; None unless the data set is one of the Hub."""
+    try:
+        results = read_results(folder)
+        from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+    except (UserError, ImportError):  # no results.json yet; huggingface_hub before the format
+        return None
+    dataset = results.get("dataset") or ""
+    if not is_hub_id(dataset):
+        return None
+    entries = [
+        EvalResultEntry(
+            dataset_id=dataset,
+            task_id=name,
+            value=round(float(results["metrics"][name]), 4),
+            notes=f"{title}, {results.get('split') or 'unnamed'} split",
+        )
+        for name, title in METRIC_TITLES.items()
+        if name in results["metrics"]
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True).encode()
+
+
 class CheckpointPush:
     """Pushes checkpoints to the Hub in the background during training, one at a time.
 
     Args:
         args: Options under their names in `transformers.TrainingArguments`: `output_dir`, `hub_model_id`,
-            `hub_private_repo`, `hub_revision`, and `hub_strategy`, which decides what each checkpoint pushes: "every_save" the
-            output directory (the best model so far), "checkpoint" that and the checkpoint as `last-checkpoint`,
-            "all_checkpoints" that and the checkpoint under its own name, "end" nothing before the end of the run.
+            `hub_private_repo`, `hub_revision`, and `hub_strategy`, which decides what each checkpoint pushes:
+            "every_save" the output directory (the best model so far), "checkpoint" that and the checkpoint as
+            `last-checkpoint`, "all_checkpoints" that and the checkpoint under its own name, "end" nothing before the
+            end of the run.
         active: Whether this process pushes.
         token: As in `push_to_hub`.
 
@@ -187,8 +215,8 @@ def download_checkpoint(name: str) -> Path:
     """Download the newest checkpoint of a Hub repository, for `--resume_from_checkpoint OWNER/NAME[@REVISION]`.
 
     The files beside it, which are the best model so far, come with it. Nothing is executed: weights are safetensors,
-    optimizer and random states are read by `torch.load(weights_only=True)`, the rest is JSON. The LSTM captioner's code is
-    among the files, for those who load the model with remote code.
+    optimizer and random states are read by `torch.load(weights_only=True)`, the rest is JSON. The LSTM captioner's code
+    is among the files, for those who load the model with remote code.
 
     Raises:
         UserError: The repository does not exist, cannot be read, or has no checkpoint.
@@ -205,8 +233,8 @@ def download_checkpoint(name: str) -> Path:
         folder = Path(retried(snapshot_download)(repo_id, revision=revision or None, allow_patterns=patterns))
     except HUB_ERRORS as error:
         raise UserError(
-            f"--resume_from_checkpoint {name}: no such checkpoint folder, and on the Hub: {error_summary(error, repo_id)}; "
-            "give a checkpoint folder, `last`, or a repository"
+            f"--resume_from_checkpoint {name}: no such checkpoint folder, and on the Hub: "
+            f"{error_summary(error, repo_id)}; give a checkpoint folder, `last`, or a repository"
         ) from error
     return folder / newest
 

@@ -11,7 +11,14 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 from reporting.page import write_page
-from reporting.results import METRIC_TITLES, TRUTH_TITLES, true_caption_rates, write_captions, write_results
+from reporting.results import (
+    METRIC_TITLES,
+    TRUTH_TITLES,
+    is_hub_id,
+    true_caption_rates,
+    write_captions,
+    write_results,
+)
 from reporting.samples import write_samples
 
 # Options whose value is an access token, abbreviated as argparse allows or not.
@@ -40,10 +47,12 @@ def report_captions(
         scorer: A `metrics.CaptionScorer` of the rows' captions.
         decoding: The generation config used.
         train: Cost of the training run that ends here: "epochs", "seconds", and "captions_per_second" or, if images are
-            counted, "images_per_second". If None, samples/ are left alone: they belong to the card, which is about training.
+            counted, "images_per_second". If None, samples/ are left alone: they belong to the card, which is about
+            training.
         publish_images: Whether the images may be published: a dozen on the card, and all of the page when it is pushed.
-        truth: If the truth about the images is known (drawn scenes): for each row whether the caption is true as a whole and
-            by aspect, under the keys of `TRUTH_TITLES`, and the "false_words", character spans [start, end) of the caption.
+        truth: If the truth about the images is known (drawn scenes): for each row whether the caption is true as a
+            whole and by aspect, under the keys of `TRUTH_TITLES`, and the "false_words", character spans [start, end)
+            of the caption.
 
     Returns:
         The content of results.json.
@@ -78,11 +87,11 @@ def report_captions(
 
 def dataset_title(name: str) -> str:
     """The name of a data set to show: a Hub id as it is, of a path the last name."""
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name) else Path(name).name
+    return name if is_hub_id(name) and not os.path.exists(name) else Path(name).name
 
 
 def decoding_settings(config: GenerationConfig) -> dict[str, Any]:
-    """The settings of a generation config that affect captions: beams, sampling, and all others that are not the default."""
+    """The settings of a generation config that affect captions: beams, sampling, and all that are not the default."""
     settings = {"num_beams": config.num_beams or 1, "do_sample": bool(config.do_sample)} | config.to_diff_dict()
     hidden = ("_from_model_config", "transformers_version", "output_attentions", "output_hidden_states")
     if config.sequence_bias:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,11 @@ def read_history(output_dir: str | os.PathLike) -> list[dict]:
     if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
         raise UserError(f"{path} does not have a history: a list of objects is expected")
     return history
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form OWNER/NAME of the Hub."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII) is not None
 
 
 def true_caption_rates(truth: Sequence[dict]) -> dict[str, float]:

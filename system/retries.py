@@ -27,8 +27,9 @@ def is_transient(error: BaseException) -> bool:
 def retried(function: Function) -> Function:
     """Return the function with up to four retries of transient errors.
 
-    huggingface_hub retries the single requests of an upload itself, but neither the commit nor the creation of a repository. A
-    commit that was made although its response was lost is not made twice: the client skips files that exist already.
+    huggingface_hub retries the single requests of an upload itself, but neither the commit nor the creation of a
+    repository. A commit that was made although its response was lost is not made twice: the client skips files that
+    exist already.
     """
     return retry(
         retry=retry_if_exception(is_transient),

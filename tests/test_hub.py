@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+import yaml
+from huggingface_hub import HfApi, ModelCard, parse_eval_result_entries
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ import train_vit_gpt2
 from data_scripts import load_captions
 from modeling.captioner import Captioner
 from reporting import push
+from reporting.results import write_results
 from system.files import write_file
 from system.retries import error_summary
 from training import checkpoints
@@ -212,27 +214,27 @@ def test_the_last_checkpoint_replaces_the_previous_one_and_comes_with_the_best_m
     options += ["--hub_revision", "trial", "--save_total_limit", "1"]
     train("lstm", tmp_path / "run", small_scenes, "--num_train_epochs", "1", *options)
     files = hub.repositories["model", "me/run"].files("trial")
-    assert "last-checkpoint/progress.json" in files and not hub.repositories["model", "me/run"].files("main")
+    assert "last-checkpoint/trainer_state.json" in files and not hub.repositories["model", "me/run"].files("main")
     elsewhere, written = tmp_path / "elsewhere", []
     monkeypatch.setattr(
         checkpoints, "write_file", lambda path, content: written.append(path.name) or write_file(path, content)
     )
     for _ in range(2):  # as after a kill before the first checkpoint
-        found = checkpoint_to_resume("me/run@trial", str(elsewhere), "progress.json", push.download_checkpoint)
+        found = checkpoint_to_resume("me/run@trial", str(elsewhere), "train_lstm", push.download_checkpoint)
         copy_best_model(found, str(elsewhere))
         Captioner.load(elsewhere)
     assert (
         written[-1] == "config.json" and "model.safetensors" in written
     )  # last, so that after a kill it is downloaded again
-    (tmp_path / "run" / "checkpoint-2" / "progress.json").rename(tmp_path / "run" / "checkpoint-2" / "renamed.json")
-    args = train_lstm.LoopArguments(
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").rename(tmp_path / "run" / "checkpoint-2" / "renamed.json")
+    args = train_lstm.TrainingArguments(
         output_dir=str(tmp_path / "run"), hub_model_id="me/run", hub_revision="trial", hub_strategy="checkpoint"
     )
     pushing = push.CheckpointPush(args, active=True)
     pushing.send(2)
     pushing.finish()
     files = hub.repositories["model", "me/run"].files("trial")
-    assert "last-checkpoint/renamed.json" in files and "last-checkpoint/progress.json" not in files
+    assert "last-checkpoint/renamed.json" in files and "last-checkpoint/trainer_state.json" not in files
     checkpoint = push.download_checkpoint("me/run@trial")
     assert (checkpoint / "renamed.json").exists() and checkpoint.name == "last-checkpoint"
 
@@ -242,7 +244,7 @@ def test_a_checkpoint_is_skipped_while_another_is_being_pushed(hub, tmp_path, ca
     """Training does not wait: what it deletes meanwhile is pushed nevertheless."""
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-1" / "state.txt").write_text("first")
-    args = train_lstm.LoopArguments(output_dir=str(tmp_path / "run"), hub_model_id="me/run", hub_strategy="checkpoint")
+    args = train_lstm.TrainingArguments(output_dir=str(tmp_path / "run"), hub_model_id="me/run", hub_strategy="checkpoint")
     pushing = push.CheckpointPush(args, active=True)
     with hub.lock:  # a slow Hub
         pushing.send(1)
@@ -294,6 +296,19 @@ def test_the_card_on_the_hub_is_valid_and_names_no_path_of_this_machine(runs, hu
         assert str(folder.parent) not in text and str(folder.parents[3]) not in text
         assert re.search(r"from_pretrained\(\"me/", text) and "12 images, 60 captions" in text
         assert [score.metric_name for score in card.data.eval_results][-1] == "CIDEr"
+
+
+@pytest.mark.parametrize(("dataset", "pushed"), [("me/flowers", True), ("flowers", False)])
+def test_scores_on_a_data_set_of_the_hub_are_pushed_in_its_own_format(dataset, pushed, hub, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    write_results(tmp_path, {"dataset": dataset, "split": "test", "metrics": {"bleu_4": 0.25, "cider": 0.75}})
+    push.push_to_hub(tmp_path, "me/captioner")
+    files = hub.repositories["model", "me/captioner"].files("main")
+    assert (push.EVAL_RESULTS in files) == pushed and not (tmp_path / push.EVAL_RESULTS).exists()
+    if pushed:
+        entries = parse_eval_result_entries(yaml.safe_load(files[push.EVAL_RESULTS].content))
+        found = [(entry.dataset_id, entry.task_id, entry.value) for entry in entries]
+        assert found == [("me/flowers", "bleu_4", 0.25), ("me/flowers", "cider", 0.75)]
 
 
 def test_a_failed_upload_of_one_file_is_summarized_by_its_cause():

@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 from datasets import Dataset
-from training.scoring import score_and_show
+from training.evaluation import score_and_show
 
 import train_lstm
 import train_vit_gpt2

@@ -135,6 +135,28 @@ def test_caption_py_inspects_no_more_captions_than_the_page_shows(tmp_path, monk
     assert inspected == [True, False, False] and len(Cards(tmp_path / "page.html").cards) == 1
 
 
+TRUTH = {"all": False, "number": True, "shape": False, "color": False, "size": True, "relation": True}
+
+
+def test_false_words_are_marked_and_named_with_tokens_and_without(tmp_path):
+    # "a red dog" of the tokens " a", " red", " d", "og": "red" and both tokens of "dog" are false.
+    false = record_of(truth=TRUTH | {"false_words": [[2, 5], [6, 9]]})
+    true = record_of("2", truth=dict.fromkeys(TRUTH, True) | {"false_words": []})
+    records = [false, false | {"image_id": "3", "tokens": []}, true, record_of("4")]
+    page = page_of(tmp_path, records).read_text(encoding="utf-8")
+    captions = re.findall(r'<p class="caption".*?</p>', page, flags=re.DOTALL)
+    marked = [re.findall(r"<mark[^>]*>(.*?)</mark>", caption) for caption in captions]
+    assert marked == [["red", "d", "og"], ["red", "dog"], [], []]
+    assert [re.sub(r"<.*?>", "", caption) for caption in captions] == ["a red dog"] * 4
+    assert re.findall(r'<p class="truth.*?">(.*?)</p>', page) == [*["False: shape, color"] * 2, "True"]
+
+
+def test_captions_that_are_not_made_up_of_their_tokens_are_shown_all_the_same(tmp_path):
+    record = record_of(caption="a thing else", truth=TRUTH | {"false_words": [[0, 7]]})
+    (card,) = Cards(page_of(tmp_path, [record])).cards
+    assert card["caption"] == "a red dog" and card["elements"].count("mark") == 1  # "a", which both have
+
+
 # In a browser
 
 
@@ -205,6 +227,21 @@ def test_the_keyboard_moves_between_images_and_tokens(tmp_path, open_page):
     assert info.nth(1).inner_text() == "" and info.nth(0).inner_text().split()[0] == "a"
 
 
+def test_false_captions_are_filtered_and_come_first(tmp_path, open_page):
+    truths = [dict.fromkeys(TRUTH, True), TRUTH, dict.fromkeys(TRUTH, True), TRUTH]
+    records = [record_of(str(index), truth=truth | {"false_words": [[2, 5]]}) for index, truth in enumerate(truths)]
+    page = open_page(page_of(tmp_path, records))
+    ids = page.locator("#cards > li:visible .id")
+    page.select_option("#order", "false")
+    assert ids.all_inner_texts() == ["1", "3", "0", "2"]
+    page.check("#false-only")
+    assert ids.all_inner_texts() == ["1", "3"] and page.locator("#count").inner_text() == "2 of 4"
+    page.locator("#cards > li:visible mark").first.hover()
+    assert page.locator("#cards > li:visible .token-info").first.inner_text().split() == ["red", "67%,", "false"]
+    without = open_page(page_of(tmp_path, [record_of()]))
+    assert not without.locator("#false-only").count() and not without.locator("#order [value=false]").count()
+
+
 def test_on_a_phone_tokens_are_tapped_and_nothing_overflows(tmp_path, open_page):
     records = [record_of(), record_of("2", words=("x" * 80, " b"))]
     page = open_page(page_of(tmp_path, records), viewport={"width": 340, "height": 700}, has_touch=True, is_mobile=True)
@@ -219,7 +256,8 @@ def test_on_a_phone_tokens_are_tapped_and_nothing_overflows(tmp_path, open_page)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_enough_contrast_in_light_and_dark_mode(tmp_path, open_page, scheme):
     """WCAG 2.2, 1.4.3: text of this size has a contrast of at least 4.5 to 1."""
-    page = open_page(page_of(tmp_path, [record_of()]), color_scheme=scheme)
+    record = record_of(truth=TRUTH | {"false_words": [[2, 5]]}, shuffled_caption="a cat")
+    page = open_page(page_of(tmp_path, [record]), color_scheme=scheme)
     contrasts = page.evaluate(
         """() => {
           const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
@@ -229,7 +267,7 @@ def test_text_has_enough_contrast_in_light_and_dark_mode(tmp_path, open_page, sc
               .map((value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
             return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
           };
-          return [...document.querySelectorAll(".token, .shuffled, .references li, .legend, .foot, .id")].map((part) => {
+          return [...document.querySelectorAll(".token, .truth, .shuffled, .references li, .legend, .foot, .id")].map((part) => {
             const style = getComputedStyle(part);
             const card = getComputedStyle(part.closest("article") ?? document.body).backgroundColor;
             const behind = paint(card, style.backgroundColor);

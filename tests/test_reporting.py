@@ -14,22 +14,27 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import yaml
-from datasets import Dataset
+from datasets import Dataset, Value
 from huggingface_hub import ModelCard
 from matplotlib.axes import Axes
 from PIL import Image
+from transformers import GenerationConfig
 
 from data_scripts.captions_file import read_captions
+from metrics import CaptionScorer
 from reporting import compare, sheet
 from reporting.compare import comparison_table, main
 from reporting.curves import draw_curves, draw_line, finish_axis, new_figure, points
 from reporting.model_card import markdown_line, usage, write_model_card
 from reporting.page import IMAGE_SIZE, image_data_uri, write_page
 from reporting.push import push_to_hub
+from reporting.report import command_line, dataset_title, report_captions
 from reporting.results import (
     METRIC_TITLES,
+    TRUTH_TITLES,
     read_history,
     read_results,
     write_captions,
@@ -37,7 +42,8 @@ from reporting.results import (
     write_history,
     write_results,
 )
-from reporting.samples import write_samples
+from reporting.samples import read_samples, write_samples
+from system.errors import UserError
 
 HOSTILE = (
     "<script>document.title = 'hacked'</script>",
@@ -47,6 +53,7 @@ HOSTILE = (
     "a | b\n\n# not a heading\n---\n`code` [link](javascript:alert(1))",
     "line\u2028separator, half a pair \ud83d, quotes \"'`, 犬が走る",
 )
+REPORT_FEATURES = {"image": datasets.Image(), "image_id": Value("string"), "captions": [Value("string")]}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -146,7 +153,7 @@ def test_captions_written_by_an_editor_are_read(tmp_path):
     [
         ('{"image_id": "2", ', "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[1, 2]", "an object"),
+        ("[1, 2]", "not a JSON object"),
         ('{"image_id": "2", "references": []}', '"caption" is missing'),
         ('{"image_id": 2, "caption": "a", "references": []}', '"image_id" must be a string'),
         ('{"image_id": "2", "caption": null, "references": []}', '"caption" must be a string'),
@@ -338,6 +345,52 @@ def test_in_a_browser_images_are_sorted_filtered_and_walked(tmp_path):
     }
 
 
+# True captions, where the truth about the images is known
+
+
+def truth_of(false_aspects: str = "", false_words: tuple[tuple[int, int], ...] = ()) -> dict:
+    return {key: key not in false_aspects.split() for key in TRUTH_TITLES} | {"false_words": false_words}
+
+
+def test_true_captions_are_counted_printed_and_shown_on_page_and_card(tmp_path, capsys):
+    rows = [
+        {"image": image, "image_id": str(index), "captions": ["a red ring"]}
+        for index, image in enumerate(some_images(4))
+    ]
+    rows = Dataset.from_list(rows, features=datasets.Features(REPORT_FEATURES))
+    captions = [
+        {"caption": text, "ended": True} for text in ("a red ring", "a blue ring", "a blue cross", "a red ring")
+    ]
+    truth = [truth_of(), truth_of("all color", ((2, 6),)), truth_of("all color shape", ((2, 6), (7, 12))), truth_of()]
+    arguments = {
+        "rows": rows,
+        "dataset": "scenes",
+        "split": "test",
+        "captions": captions,
+        "decoding": GenerationConfig(),
+    }
+    arguments["scorer"] = CaptionScorer(rows["captions"])
+    rates = {"all": 0.5, "number": 1.0, "shape": 0.75, "color": 0.5, "size": 1.0, "relation": 1.0}
+
+    results = report_captions(tmp_path, **arguments, truth=truth)
+    assert results["true_captions"] == read_results(tmp_path)["true_captions"] == rates
+    assert re.search(r"True +0\.500 .*shape 0\.750, color 0\.500", capsys.readouterr().out)
+    text = "".join(Structure((tmp_path / "captions.html").read_text(encoding="utf-8")).text)
+    assert all(f"{100 * rate:.1f}%" in text for rate in rates.values())
+    card = card_of(tmp_path, true_captions=rates)
+    assert "| 0.500 | 1.000 | 0.750 | 0.500 | 1.000 | 1.000 |" in card.read_text(encoding="utf-8")
+    assert "drawn scenes only" in card.read_text(encoding="utf-8")
+    assert {score.metric_type: score.metric_value for score in ModelCard.load(card).data.eval_results}[
+        "true_captions"
+    ] == 0.5
+    assert "True captions" in comparison_table({"drawn": results, "other": some_results()})
+
+    results = report_captions(tmp_path, **arguments)
+    assert "true_captions" not in results and "True" not in capsys.readouterr().out
+    assert "drawn scenes only" not in card_of(tmp_path).read_text(encoding="utf-8")
+    assert "True captions" not in comparison_table({"other": results})
+
+
 # README.md, the model card
 
 
@@ -362,6 +415,12 @@ def test_the_hub_reads_scores_and_license_from_the_card(tmp_path):
     assert {(score.dataset_name, score.dataset_split) for score in data.eval_results} == {("scenes", "test")}
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "image-to-text")
     assert data.base_model == ["timm/inception_resnet_v2.tf_in1k"]
+
+
+def test_scores_that_are_numpy_numbers_reach_the_card(tmp_path):
+    metrics = {name: np.float32(0.25) for name in METRIC_TITLES}
+    data = ModelCard.load(card_of(tmp_path, metrics=metrics)).data
+    assert [score.metric_value for score in data.eval_results] == [0.25] * len(METRIC_TITLES)
 
 
 def test_hostile_names_break_neither_metadata_nor_tables(tmp_path):
@@ -547,6 +606,29 @@ def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 2
     assert run.stderr.startswith("error: ") and "results.json" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_samples_that_were_edited_are_one_sentence(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for text in ("[", "{}", '[{"file": "../../secret.png", "caption": "a"}]', '[{"file": "01.jpg"}]'):
+        (tmp_path / "samples" / "samples.json").write_text(text)
+        with pytest.raises(UserError, match=r"samples\.json"):
+            read_samples(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["--hub_token", "--hub_tok", "--hub_t", "--wandb_token"])
+def test_the_command_on_the_card_has_no_token(option, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["/opt/train.py", option, "secret", f"{option}=secret", "--tokenizer_name", "gpt2"]
+    )
+    assert command_line() == f"accelerate launch train.py {option} ... {option}=... --tokenizer_name gpt2"
+
+
+def test_a_data_set_is_named_as_on_the_hub_or_by_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "data" / "flowers").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    names = {"scenes": "scenes", "me/flowers": "me/flowers", "data/flowers": "flowers", str(tmp_path / "data"): "data"}
+    assert {name: dataset_title(name) for name in names} == names
 
 
 def test_a_failed_push_is_logged_and_raises_nothing(tmp_path, monkeypatch, caplog):

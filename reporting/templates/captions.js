@@ -4,6 +4,7 @@ const list = document.getElementById("cards");
 const cards = [...list.children];
 const order = document.getElementById("order");
 const filter = document.getElementById("filter");
+const falseOnly = document.getElementById("false-only"); // null unless the truth about the images is known
 // Not the shuffled caption, which belongs to another image.
 const textOf = (card) => [...card.querySelectorAll(".caption, .references, .id")].map((part) => part.textContent).join(" ");
 const words = new Map(cards.map((card) => [card, textOf(card).toLowerCase()]));
@@ -13,6 +14,7 @@ const orders = {
   data: () => cards,
   worst: () => [...cards].sort(byCider(1)),
   best: () => [...cards].sort(byCider(-1)),
+  false: () => [...cards].sort((one, other) => Number(one.dataset.true) - Number(other.dataset.true)),
 };
 
 function arrange() {
@@ -20,7 +22,8 @@ function arrange() {
   const wanted = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
   let shown = 0;
   for (const card of cards) {
-    card.hidden = !wanted.every((word) => words.get(card).includes(word));
+    const excluded = falseOnly?.checked && card.dataset.true === "1";
+    card.hidden = excluded || !wanted.every((word) => words.get(card).includes(word));
     shown += card.hidden ? 0 : 1;
   }
   document.getElementById("count").textContent = `${shown} of ${cards.length}`;
@@ -37,7 +40,7 @@ function move(step) {
 // Darken the image where the model does not attend at a token, and show its probability; null restores the image.
 function showAttention(card, token) {
   const [canvas, info] = [card.querySelector("canvas"), card.querySelector(".token-info")];
-  info.textContent = token ? `${token.textContent.trim()}  ${token.dataset.probability}` : "";
+  info.textContent = token ? `${token.textContent.trim()}  ${token.dataset.probability}${token.matches("mark") ? ", false" : ""}` : "";
   if (!canvas) return;
   canvas.hidden = !token;
   if (!token) return;
@@ -103,5 +106,6 @@ document.addEventListener("keydown", (event) => {
 });
 order.addEventListener("change", arrange);
 filter.addEventListener("input", arrange);
+falseOnly?.addEventListener("change", arrange);
 for (const part of document.querySelectorAll(".controls, .needs-script")) part.hidden = false;
 arrange();
