@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessor, GenerationConfig, PreTrainedTokeniz
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
-from modeling.captioner import generate_captions, load_captioner, save_captioner
+from modeling.captioner import Captioner
 from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor, timm_image_processor
 from training.unfreezing import unfreeze_last_blocks
@@ -92,8 +92,8 @@ def test_three_images_are_memorised_and_come_back(processor):
         model(pixel_values=pixel_values, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    made = generate_captions(model.eval(), processor, {"pixel_values": pixel_values}, max_length=12)
-    assert made == [{"caption": caption, "ended": True} for caption in captions]
+    generated = Captioner(model.eval(), processor).generate({"pixel_values": pixel_values}, max_length=12)
+    assert generated == [{"caption": caption, "ended": True} for caption in captions]
 
 
 @WITH_AND_WITHOUT_ATTENTION
@@ -347,7 +347,7 @@ def test_a_saved_folder_captions_the_same_in_a_fresh_process(processor, tmp_path
     model = make_model(vocab_size=9).eval()
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.generation_config.update(max_length=9, num_beams=2)
-    save_captioner(model, processor, tmp_path / "saved")
+    Captioner(model, processor).save(tmp_path / "saved")
     environment = {**os.environ, "PYTHONPATH": "" if remote else str(ROOT), "HF_HOME": str(tmp_path / "home")}
     arguments = [str(tmp_path / "saved"), auto] + ([] if remote else ["modeling"])
     elsewhere = subprocess.run(
@@ -378,9 +378,9 @@ def test_no_buffer_is_lost_in_saving(name, tmp_path):
 
 
 def test_a_captioner_loads_without_remote_code_here(processor, tmp_path):
-    save_captioner(make_model(vocab_size=9), processor, tmp_path)
-    model, loaded = load_captioner(tmp_path)
-    assert type(model) is InceptionLSTMForConditionalGeneration and not model.training
+    Captioner(make_model(vocab_size=9), processor).save(tmp_path)
+    loaded = Captioner.load(tmp_path)
+    assert type(loaded.model) is InceptionLSTMForConditionalGeneration and not loaded.model.training
     assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

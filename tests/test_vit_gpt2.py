@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from modeling.captioner import generate_captions, load_captioner, save_captioner, start_token_ids
+from modeling.captioner import Captioner
 from modeling.processing import build_processor
 from modeling.vit_gpt2 import (
     build_vit_gpt2,
@@ -77,7 +77,7 @@ def rows():
 
 
 def batch_of(rows, processor, model, picked=(0, 1, 2), **options) -> dict:
-    pairs = CaptionPairs(rows, processor.tokenizer, start_ids=start_token_ids(model), **options)
+    pairs = CaptionPairs(rows, processor.tokenizer, start_ids=Captioner(model, processor).start_token_ids, **options)
     batch = CaptionCollator(processor)(pairs.__getitems__(list(picked)))
     batch.pop("index")
     return batch
@@ -144,7 +144,7 @@ def test_pretrained_weights_survive_construction(tmp_path, tokenizer, has_cross_
 
 def test_a_captioners_decoder_is_taken_with_its_cross_attention(build, tokenizer, tmp_path):
     captioner, processor = build(prompt="")
-    save_captioner(captioner, processor, tmp_path)
+    Captioner(captioner, processor).save(tmp_path)
     kept = list(range(0, len(tokenizer), 3))
     encoder = encoder_config(32, 8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = build_vit_gpt2(encoder, str(tmp_path), processor.tokenizer, dropout=0.25)
@@ -162,13 +162,15 @@ def test_a_captioners_decoder_is_taken_with_its_cross_attention(build, tokenizer
 def test_caption_is_start_prompt_text_and_end(build, rows):
     model, processor = build()
     tokenizer = processor.tokenizer
-    pairs = CaptionPairs(rows, tokenizer, start_ids=start_token_ids(model))
+    pairs = CaptionPairs(rows, tokenizer, start_ids=Captioner(model, processor).start_token_ids)
     item = pairs.tokens(1)
     assert tokenizer.decode(item["decoder_input_ids"]) == f"{END}{PROMPT} {CAPTIONS['green']}"
     num_prompt = len(tokenizer(PROMPT).input_ids)
     assert item["labels"][:num_prompt] == [-100] * num_prompt
     assert tokenizer.decode(item["labels"][num_prompt:]) == f" {CAPTIONS['green']}{END}"
-    whole = CaptionPairs(rows, tokenizer, start_ids=start_token_ids(model), loss_on_prompt=True).tokens(1)
+    whole = CaptionPairs(
+        rows, tokenizer, start_ids=Captioner(model, processor).start_token_ids, loss_on_prompt=True
+    ).tokens(1)
     assert tokenizer.decode(whole["labels"]) == f"{PROMPT} {CAPTIONS['green']}{END}"
     plain = CaptionPairs(rows, tokenizer).tokens(1)
     assert tokenizer.decode(plain["decoder_input_ids"] + plain["labels"][-1:]) == f"{END}{CAPTIONS['green']}{END}"
@@ -176,7 +178,7 @@ def test_caption_is_start_prompt_text_and_end(build, rows):
 
 def test_end_survives_truncation_and_is_a_target(build, rows):
     model, processor = build()
-    pairs = CaptionPairs(rows, processor.tokenizer, max_length=5, start_ids=start_token_ids(model))
+    pairs = CaptionPairs(rows, processor.tokenizer, max_length=5, start_ids=Captioner(model, processor).start_token_ids)
     assert pairs.lengths.tolist() == [5, 5, 5]
     assert all(pairs.tokens(index)["labels"][-1] == processor.tokenizer.eos_token_id for index in range(3))
     batch = batch_of(rows, processor, model)  # of unequal lengths, the end's id being the pad's too
@@ -197,7 +199,7 @@ def test_captions_packed_into_one_row_have_the_loss_and_gradients_of_captions_ap
     model, processor = build(prompt=prompt)
     model.eval()
     several = rows.map(lambda row: {"captions": [*row["captions"], "all of one color .", "red"]})
-    pairs = CaptionPairs(several, processor.tokenizer, start_ids=start_token_ids(model))
+    pairs = CaptionPairs(several, processor.tokenizer, start_ids=Captioner(model, processor).start_token_ids)
     items = pairs.__getitems__([0, 1, 2, 3, 6, 8])  # three captions, one and two
     results = []
     for share_images in ("pack", None):
@@ -256,10 +258,11 @@ def test_memorised_images_come_back_without_the_prompt(build, rows, prompt):
         (nats(model, batch).sum() / 30).backward()
         optimizer.step()
     model.eval()
-    made = generate_captions(model, processor, {"pixel_values": batch["pixel_values"]})
-    assert made == [{"caption": text, "ended": True} for text in CAPTIONS.values()]
+    captioner = Captioner(model, processor)
+    generated = captioner.generate({"pixel_values": batch["pixel_values"]})
+    assert generated == [{"caption": text, "ended": True} for text in CAPTIONS.values()]
     states = BaseModelOutput(last_hidden_state=model.encoder(batch["pixel_values"]).last_hidden_state)
-    assert generate_captions(model, processor, {"encoder_outputs": states}) == made
+    assert captioner.generate({"encoder_outputs": states}) == generated
 
 
 FRESH_PROCESS = """
@@ -276,7 +279,7 @@ print(json.dumps(ids))
 
 def test_fresh_process_starts_from_the_prompt_and_captions_the_same(build, tmp_path, rows):
     model, processor = build(width=48)
-    save_captioner(model, processor, tmp_path / "saved")
+    Captioner(model, processor).save(tmp_path / "saved")
     (tmp_path / "elsewhere").mkdir()
     made = subprocess.run(
         [sys.executable, "-c", FRESH_PROCESS, str(tmp_path / "saved")],
@@ -314,13 +317,13 @@ def test_checkpoint_of_the_time_before_processors(tmp_path, tokenizer, has_gener
         (tmp_path / "generation_config.json").unlink()
     assert not (tmp_path / "processor_config.json").exists()
 
-    loaded, processor = load_captioner(str(tmp_path))
-    pixels = processor(images=Image.new("RGB", (40, 30), (30, 50, 220)), return_tensors="pt")["pixel_values"]
+    loaded = Captioner.load(str(tmp_path))
+    pixels = loaded.processor(images=Image.new("RGB", (40, 30), (30, 50, 220)), return_tensors="pt")["pixel_values"]
     options = {"max_length": 20, "min_new_tokens": 15, "no_repeat_ngram_size": 1}  # random weights say one thing only
-    (made,) = generate_captions(loaded, processor, {"pixel_values": pixels}, **options)
+    (generated,) = loaded.generate({"pixel_values": pixels}, **options)
     ids = model.generate(pixel_values=pixels, **options)[0]
-    assert made["caption"] == tokenizer.decode(ids, skip_special_tokens=True).strip() != ""
-    assert start_token_ids(loaded) == [0]
+    assert generated["caption"] == tokenizer.decode(ids, skip_special_tokens=True).strip() != ""
+    assert loaded.start_token_ids == [0]
 
 
 def test_tokenizer_larger_than_the_decoder_is_refused(tokenizer):
