@@ -27,39 +27,63 @@ SCRIPTS = {
         *("--image_embed_dim", "32", "--hidden_size", "32", "--num_hidden_layers", "1", "--vocab_size", "120"),
     ],
     "train_vit_gpt2": [
-        *(
-            "--pretrained_encoder",
-            "false",
-            "--pretrained_decoder",
-            "false",
-            "--image_size",
-            "32",
-            "--vocab_size",
-            "120",
-        ),
+        *("--pretrained_encoder", "false", "--pretrained_decoder", "false", "--image_size", "32"),
         *("--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--prompt", "an image:"),
-        *("--use_cpu", "true", "--disable_tqdm", "true"),
+        *("--vocab_size", "120"),
     ],
+    "train_scst": ["--num_samples", "2", "--max_length", "12"],  # and --model_name_or_path, see `start_options`
 }
-# 120 captions in steps of 24, three epochs, a checkpoint inside each epoch and one at its end: all that a run has to remember.
+# 120 captions in steps of 24, or 24 images in steps of 5: five steps an epoch, three epochs, a checkpoint inside each epoch and one at
+# its end: all that a run has to remember.
 OPTIONS = [
-    *("--num_train_epochs", "3", "--per_device_train_batch_size", "24", "--learning_rate", "1e-2", "--dropout", "0.3"),
+    *("--num_train_epochs", "3", "--learning_rate", "1e-2", "--dropout", "0.3", "--num_augmentations", "2"),
     *("--lr_scheduler_type", "cosine", "--warmup_steps", "3", "--save_steps", "3", "--save_total_limit", "2"),
     *("--early_stopping_patience", "5", "--report_to", "tensorboard"),
 ]
+# What the weights that are evaluated are made of, where they are not those that are trained; and a part of the encoder that learns.
+OWN_OPTIONS = {
+    "train_lstm": [
+        *("--per_device_train_batch_size", "24", "--ema_decay", "0.9", "--eval_steps", "4", "--logging_steps", "2"),
+        *("--freeze_encoder", "false", "--encoder_learning_rate", "1e-3"),  # its BatchNorm statistics follow the batches
+    ],
+    "train_vit_gpt2": ["--per_device_train_batch_size", "24", "--ema_decay", "0.9"],
+    "train_scst": ["--per_device_train_batch_size", "5", "--init_weight_share", "0.3", "--xe_weight", "0.2"],
+}
 # Modules that the scripts, or the libraries they use, import when they need them.
 IMPORTED_LATE = [
-    *("torch.utils.tensorboard", "matplotlib.backends.backend_agg", "torch._dynamo", "evaluate"),
+    *("torch.utils.tensorboard", "matplotlib.backends.backend_agg", "torch._dynamo", "training.run", "training.lora"),
+    *("training.self_critical", "training.tokenizers", "training.unfreezing", "modeling.inception_lstm"),
     *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("vit", "gpt2", "vision_encoder_decoder")),
 ]
 # What is counted, and how often it happens in such a run at least.
-MOMENTS = {"step": 15, "stepped": 15, "evaluation": 3, "torch.save": 9, "sync": 20, "rename": 6, "encoder": 12}
+MOMENTS = {"step": 15, "stepped": 15, "evaluation": 3, "torch.save": 16, "sync": 100, "rename": 100, "encoder": 4}
+
+
+def start_options(script: str, dataset: str, folder: Path) -> list[str]:
+    """The captioner that `train_scst.py` starts from, made when it is asked for; nothing for the others."""
+    if script != "train_scst":
+        return []
+    if not folder.exists():
+        import torch
+
+        from data_scripts import load_captions
+        from data_scripts.train_tokenizer import train_tokenizer
+        from modeling.inception_lstm import build_inception_lstm
+
+        captions = [text for texts in load_captions(dataset)["train"]["captions"] for text in texts]
+        torch.manual_seed(0)
+        sizes = {"image_embed_dim": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+        captioner = build_inception_lstm(
+            "test_efficientnet", train_tokenizer(captions, 120), pretrained_encoder=False, image_size=64, **sizes
+        )
+        captioner.save(folder)
+    return ["--model_name_or_path", str(folder)]
 
 
 def start_server() -> multiprocessing.context.BaseContext:
     """Processes that begin with everything imported, by a fork of one that has run nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*SCRIPTS, "train_scst", *IMPORTED_LATE])
+    context.set_forkserver_preload([*SCRIPTS, *IMPORTED_LATE])
     return context
 
 
@@ -139,8 +163,7 @@ def _run(
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = Path(cache)
     # They are drawn from history.json alone, and would take half the time.
-    for module in ("training.loop", "train_vit_gpt2"):
-        sys.modules[module].draw_curves = lambda *_: None
+    sys.modules["training.run"].draw_curves = lambda *_: None
     if max_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     if sharded:
@@ -172,8 +195,8 @@ def arm(kind: str, count: float, by: int) -> None:
     import torch
     import transformers
 
-    import modeling.captioner
     import modeling.modeling_inception_lstm
+    import training.run
 
     if kind == "seconds":
         timer = threading.Timer(count, os.kill, (os.getpid(), by))
@@ -183,7 +206,7 @@ def arm(kind: str, count: float, by: int) -> None:
     places = {
         "step": [(torch.optim.AdamW, "step")],
         "stepped": [(torch.optim.AdamW, "step")],
-        "evaluation": [(modeling.captioner, "generate_captions")],
+        "evaluation": [(training.run.TrainingRun, "_evaluate")],
         "torch.save": [(torch, "save")],
         "sync": [(os, "fsync")],
         "rename": [(os, "replace"), (shutil, "rmtree")],
@@ -222,9 +245,8 @@ def what_is_left(folder: Path) -> dict:
             name = f"{checkpoint.name}/{path.name}"
             if path.suffix == ".safetensors":
                 left[name] = load_file(path)
-            elif path.suffix in (".bin", ".pt", ".pth", ".pkl"):
-                with torch.serialization.safe_globals(_numpy_types()):
-                    left[name] = torch.load(path, weights_only=True)
+            elif path.suffix == ".pt":
+                left[name] = torch.load(path, weights_only=True)
             elif path.suffix == ".json" and path.name != "checksums.json":
                 left[name] = json.loads(path.read_text())
     left["history"] = json.loads((folder / "history.json").read_text())
@@ -237,13 +259,7 @@ def what_is_left(folder: Path) -> dict:
     return _without_times(left)
 
 
-def _numpy_types() -> list:
-    import numpy as np
-
-    return [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]
-
-
-TIMES = ("seconds", "runtime", "per_second", "_seconds", "path", "total_flos")
+TIMES = ("seconds", "per_second")
 
 
 def _without_times(value: Any) -> Any:
@@ -298,8 +314,8 @@ class Comparison:
     def __init__(self, context, script: str, dataset: str, folder: Path):
         self.context, self.script, self.folder = context, script, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.arguments = [*SCRIPTS[script], *OPTIONS, "--dataset_name", dataset, "--num_augmentations", "2"]
-        self.arguments += ["--ema_decay", "0.9"] if script == "train_lstm" else []
+        self.arguments = [*SCRIPTS[script], *OPTIONS, *OWN_OPTIONS[script], "--dataset_name", dataset]
+        self.arguments += start_options(script, dataset, folder / "start")
         first = context.Process(target=time.sleep, args=(0,))  # the server imports everything before it
         first.start()
         first.join()
