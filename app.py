@@ -2,79 +2,111 @@
 
     python app.py outputs/demo/lstm outputs/demo/vit_gpt2
 
-Without a model it takes those of `make demo`. It listens on this machine alone, and fetches nothing.
+Without a model it takes those of `make demo`. It listens on this machine alone and fetches nothing, unless options or Gradio's
+own environment variables (GRADIO_SERVER_NAME, GRADIO_SERVER_PORT, GRADIO_SHARE) say otherwise.
 """
 
-import argparse
 import json
 import math
-import sys
+import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
-import transformers
-from markupsafe import Markup
+from typing import TYPE_CHECKING
 
 from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
-from modeling.captioner import Captioner
-from reporting.page import image_data_uri
 from system.errors import UserError, one_line_errors
+from training.arguments import parse_recipe
 
-try:
+if TYPE_CHECKING:
     import gradio as gr
-    from limits import RateLimitItemPerMinute
-    from limits.storage import MemoryStorage
-    from limits.strategies import MovingWindowRateLimiter
-    from starlette.middleware import Middleware
-    from starlette.responses import JSONResponse, PlainTextResponse
-except ImportError:
-    print("error: the app needs Gradio and limits: pip install --editable '.[app]'", file=sys.stderr)
-    raise SystemExit(2) from None
+
+    from modeling.captioner import Captioner
+
+# What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
 
 DEMO_MODELS = ("outputs/demo/lstm", "outputs/demo/vit_gpt2")
-WAYS = ("the model's own way", "greedy", "beam search", "sampling")  # its own are the settings it was saved with
+DECODING_METHODS = (
+    "model default",
+    "greedy",
+    "beam search",
+    "sampling",
+)  # the default is what the model was saved with
 MAX_IMAGES = 32  # at once
 MAX_WAITING = 16  # requests in the queue; one is served at a time, the others wait or are turned away
-# In any minute, of each address: uploads, captionings and all else that is sent; and what is fetched, a page being some 100 files.
-SENT, FETCHED = RateLimitItemPerMinute(60, namespace="sent"), RateLimitItemPerMinute(3000, namespace="fetched")
+# Of each address: uploads, captionings and all else that is sent; and what is fetched, a page being some 100 files.
+SENT, FETCHED = "60 per minute", "3000 per minute"
 CSS = """
-.told { display: flex; flex-wrap: wrap; gap: .9rem 1.5rem; padding: .9rem 0; border-top: 1px solid var(--border-color-primary); }
-.told img { width: 11rem; height: 8.25rem; object-fit: contain; border-radius: 6px; background: var(--background-fill-secondary); }
-.told dl { flex: 1 1 18rem; display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .6rem 1.5rem; margin: 0; }
-.told dl { align-content: start; overflow-wrap: anywhere; }
-.told dt { opacity: .7; font-size: .85rem; }
-.told dd { margin: 0; min-height: 1.6em; font-size: 1.05rem; font-weight: 600; line-height: 1.35; }
-.told.now { flex-direction: column; border: 0; padding-top: 0; }
-.told.now img { width: 100%; height: min(24rem, 80vw); }
-.told.now dl { flex: none; }
-.told.now dd { font-size: 1.3rem; min-height: 3.6rem; }
+.captions { display: flex; flex-wrap: wrap; gap: .9rem 1.5rem; padding: .9rem 0; border-top: 1px solid var(--border-color-primary); }
+.captions img { width: 11rem; height: 8.25rem; object-fit: contain; border-radius: 6px; background: var(--background-fill-secondary); }
+.captions dl { flex: 1 1 18rem; display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .6rem 1.5rem; margin: 0; }
+.captions dl { align-content: start; overflow-wrap: anywhere; }
+.captions dt { opacity: .7; font-size: .85rem; }
+.captions dd { margin: 0; min-height: 1.6em; font-size: 1.05rem; font-weight: 600; line-height: 1.35; }
+.captions.current { flex-direction: column; border: 0; padding-top: 0; }
+.captions.current img { width: 100%; height: min(24rem, 80vw); }
+.captions.current dl { flex: none; }
+.captions.current dd { font-size: 1.3rem; min-height: 3.6rem; }
 """
 
 
+@dataclass
+class AppArguments:
+    models: list[str] = field(metadata={"help": "Folders or Hub ids of captioners of either kind.", "positional": "*"})
+    port: int | None = field(
+        default=None, metadata={"help": "Port; the first free one from 7860 on if not given.", "min": 1, "max": 65535}
+    )
+    host: str | None = field(
+        default=None,
+        metadata={"help": "Address to listen on; 127.0.0.1 if not given, 0.0.0.0 lets other machines connect."},
+    )
+    share: bool | None = field(
+        default=None, metadata={"help": "Also open a public address through Gradio's servers; not if not given."}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "Device: cpu, cuda, mps; cuda if not given and available, else cpu."}
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
-    # ---- Arguments --------------------------------------------------------------------------------------------------
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="folders or Hub ids of captioners of either kind")
-    parser.add_argument("--port", type=int, help="the first free one from 7860 on if not given")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
-    parser.add_argument("--share", action="store_true", help="open a public address through Gradio's servers as well")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
-    args = parser.parse_args(argv)
-    if args.port is not None and not 0 < args.port < 2**16:
-        parser.error(f"--port {args.port}: it must be from 1 to {2**16 - 1}")
-    transformers.logging.disable_progress_bar()
+    (args,) = parse_recipe((AppArguments,), argv, __doc__)
     with one_line_errors():
-        # ---- Models -------------------------------------------------------------------------------------------------
-        captioners = {name: Captioner.load(name).to(args.device) for name in args.models or demo_models()}
-        # ---- App ----------------------------------------------------------------------------------------------------
-        launch(build_app(captioners), server_name=args.host, server_port=args.port, share=args.share)
+        check_environment()
+        names = args.models or demo_models()
+        import torch
+        import transformers
+
+        from modeling.captioner import Captioner
+
+        transformers.logging.disable_progress_bar()
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        captioners = {name: Captioner.load(name).to(device) for name in names}
+        try:
+            launch(build_app(captioners), server_name=args.host, server_port=args.port, share=args.share)
+        except OSError as error:
+            if "port" not in str(error):  # Gradio's sentence where none is free
+                raise
+            raise UserError(f"port {args.port or 'of any number'} cannot be used: {error}") from error
+
+
+def check_environment() -> None:
+    """See to it that Gradio is installed, and that it can read its settings.
+
+    Raises:
+        UserError: It is not, or cannot.
+    """
+    if missing := [name for name in ("gradio", "limits") if find_spec(name) is None]:
+        raise UserError(f"the app needs {' and '.join(missing)}: pip install --editable '.[app]'")
+    port = os.environ.get("GRADIO_SERVER_PORT", "7860")
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"GRADIO_SERVER_PORT is {port!r} in the environment: it must be a number from 1 to 65535")
 
 
 def demo_models() -> list[str]:
-    """What `make demo` has left here."""
+    """The captioners that `make demo` has left here."""
     found = [folder for folder in DEMO_MODELS if Path(folder, "config.json").is_file()]
     if not found:
         raise UserError(
@@ -84,35 +116,34 @@ def demo_models() -> list[str]:
     return found
 
 
-class OfflineBlocks(gr.Blocks):
-    """Blocks that fetch nothing: Gradio itself would download a file that a request names by its address."""
-
-    async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
-        if names_address(inputs):
-            raise gr.Error("Images are taken as files, not by address.")
-        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
-
-
 class RequestRate:
-    """ASGI middleware that turns an address away that sends or fetches more than `SENT` or `FETCHED`, until it may again."""
+    """ASGI middleware that refuses requests of an address that sends or fetches more than `SENT` or `FETCHED`."""
 
     def __init__(self, app):
+        from limits.storage import MemoryStorage
+        from limits.strategies import MovingWindowRateLimiter
+
         self.app = app
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
 
     async def __call__(self, scope, receive, send):
+        from limits import parse
+        from starlette.responses import JSONResponse, PlainTextResponse
+
         answer = self.app
         if scope["type"] == "http":
-            rate = FETCHED if scope["method"] in ("GET", "HEAD", "OPTIONS") else SENT
+            direction = "fetched" if scope["method"] in ("GET", "HEAD", "OPTIONS") else "sent"
+            rate = parse(FETCHED if direction == "fetched" else SENT)
             address = scope["client"][0]
-            if not self.limiter.hit(rate, address):
-                seconds = max(1, math.ceil(self.limiter.get_window_stats(rate, address).reset_time - time.time()))
-                told = f"Too many requests from your address, {rate.amount} a minute at most: try again in {seconds} seconds."
+            if not self.limiter.hit(rate, direction, address):
+                reset_time = self.limiter.get_window_stats(rate, direction, address).reset_time
+                seconds = max(1, math.ceil(reset_time - time.time()))
+                refusal = f"Too many requests from your address, {rate.amount} a minute at most: try again in {seconds} seconds."
                 headers = {"Retry-After": str(seconds)}
                 if scope["path"].endswith("/upload"):  # of which Gradio's page shows the whole answer, else the detail
-                    answer = PlainTextResponse(told, 429, headers)
+                    answer = PlainTextResponse(refusal, 429, headers)
                 else:
-                    answer = JSONResponse({"detail": told}, 429, headers)
+                    answer = JSONResponse({"detail": refusal}, 429, headers)
         await answer(scope, receive, send)
 
 
@@ -123,16 +154,26 @@ def names_address(value) -> bool:
     return isinstance(value, list | tuple) and any(map(names_address, value))
 
 
-def build_app(captioners: dict[str, Captioner]) -> gr.Blocks:
+def build_app(captioners: "dict[str, Captioner]") -> "gr.Blocks":
     """The page: images in, captions of each captioner out.
 
     Args:
         captioners: By the name to show.
     """
+    import gradio as gr
+
+    class OfflineBlocks(gr.Blocks):
+        """Blocks that fetch nothing: Gradio itself would download a file that a request names by its address."""
+
+        async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
+            if names_address(inputs):
+                raise gr.Error("Images are taken as files, not by address.")
+            return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+
     with OfflineBlocks(title="showtell", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(
-            f"# showtell\nDrop, choose, paste or photograph images, up to {MAX_IMAGES} at once, and read what "
-            f"{' and '.join(f'`{name}`' for name in captioners)} {'tell' if len(captioners) > 1 else 'tells'} of them."
+            f"# showtell\nDrop, choose, paste or photograph images, up to {MAX_IMAGES} at once, and compare the captions that "
+            f"{' and '.join(f'`{name}`' for name in captioners)} {'generate' if len(captioners) > 1 else 'generates'}."
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
@@ -145,18 +186,18 @@ def build_app(captioners: dict[str, Captioner]) -> gr.Blocks:
                     columns=3,
                     height=300,
                 )
-                folder = gr.UploadButton("Take a folder", file_count="directory", size="sm")
-                way = gr.Radio(WAYS, value=WAYS[0], label="Words are chosen by")
+                folder = gr.UploadButton("Upload a folder", file_count="directory", size="sm")
+                method = gr.Radio(DECODING_METHODS, value=DECODING_METHODS[0], label="Decoding")
                 beams = gr.Slider(2, 10, value=4, step=1, label="Beams", visible=False)
                 temperature = gr.Slider(0.1, 2, value=1, step=0.1, label="Temperature", visible=False)
                 button = gr.Button("Caption", variant="primary", elem_id="caption")
             with gr.Column(scale=3, min_width=320):
-                now = gr.HTML("<p>Captions appear here as they are written.</p>", elem_id="now")
+                current = gr.HTML("<p>Captions appear here as they are generated.</p>", elem_id="current")
                 download = gr.DownloadButton("Download captions.jsonl", visible=False, size="sm", elem_id="download")
                 done = gr.HTML(elem_id="done")
-        way.change(
-            lambda way: [gr.update(visible=way == "beam search"), gr.update(visible=way == "sampling")],
-            way,
+        method.change(
+            lambda method: [gr.update(visible=method == "beam search"), gr.update(visible=method == "sampling")],
+            method,
             [beams, temperature],
         )
         folder.upload(usable_images, folder, images)
@@ -164,64 +205,85 @@ def build_app(captioners: dict[str, Captioner]) -> gr.Blocks:
         def caption(paths, *settings):
             yield from caption_files(captioners, [path for path, _ in paths or []], decoding(*settings))
 
-        button.click(caption, [images, way, beams, temperature], [now, done, download])
+        button.click(caption, [images, method, beams, temperature], [current, done, download])
     return app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
-def launch(app: gr.Blocks, **options):
+def launch(app: "gr.Blocks", **options):
     """Serve the app; fonts are the reader's own, so that nothing comes from another server."""
+    import gradio as gr
+    from starlette.middleware import Middleware
+
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Default(**fonts)
     limits = {"max_file_size": MAX_IMAGE_BYTES, "app_kwargs": {"middleware": [Middleware(RequestRate)]}}
     return app.launch(theme=theme, css=CSS, footer_links=[], **limits, **options)
 
 
-def decoding(way: str, num_beams: int, temperature: float) -> dict:
-    """What `generate()` is told."""
-    if way == WAYS[0]:
+def decoding(method: str, num_beams: int, temperature: float) -> dict:
+    """Arguments of `generate()`."""
+    if method == "model default":
         return {}
-    if way == "sampling":  # of all words: transformers' own habit is the likeliest fifty
+    if method == "sampling":  # from the whole vocabulary: transformers' default is the likeliest fifty
         return {"do_sample": True, "num_beams": 1, "temperature": float(temperature), "top_k": 0}
-    return {"do_sample": False, "num_beams": int(num_beams) if way == "beam search" else 1}
+    return {"do_sample": False, "num_beams": int(num_beams) if method == "beam search" else 1}
 
 
 def usable_images(paths: list[str]) -> list[str]:
-    """The images among uploaded files, as many as are captioned at once; what is left out is said on the page."""
-    good = []
+    """The images among uploaded files, as many as are captioned at once; the page says what is left out."""
+    import gradio as gr
+    from markupsafe import Markup
+
+    usable = []
     for path in paths:
-        if len(good) == MAX_IMAGES:
+        if len(usable) == MAX_IMAGES:
             gr.Warning(f"Only the first {MAX_IMAGES} images are taken.")
             break
         try:
-            decode_image(Path(path).read_bytes())
+            read_image(path)
         except BadImage as error:
             gr.Warning(str(Markup.escape(f"{Path(path).name}: {error}")))
         else:
-            good.append(path)
-    return good
+            usable.append(path)
+    return usable
 
 
-def caption_files(captioners: dict[str, Captioner], paths: list[str], generation: dict) -> Iterator[tuple]:
+def read_image(path: str):
+    """An uploaded image as RGB.
+
+    Raises:
+        BadImage: It cannot be used.
+    """
+    from modeling.captioning_pipeline import to_rgb
+
+    return decode_image(Path(path).read_bytes(), to_rgb=to_rgb)
+
+
+def caption_files(captioners: "dict[str, Captioner]", paths: list[str], generation: dict) -> Iterator[tuple]:
     """Caption images one after the other, with each captioner in turn.
 
-    Yields at each new word what the page shows: the image of the moment, those before it, the file to download.
+    Yields at each new word what the page shows: the current image, those before it, the file to download.
     """
+    import gradio as gr
+
+    from reporting.page import image_data_uri
+
     paths = usable_images(paths)
     if not paths:
         raise gr.Error("There is no image to caption: drop one, paste one, or take a photograph.")
     lines, before, shown = [], "", ""
     for path in paths:
-        image = decode_image(Path(path).read_bytes())
+        image = read_image(path)
         source = image_data_uri(image)
         before, captions = shown + before, dict.fromkeys(captioners, "")
         for name, captioner in captioners.items():
             pixels = captioner.processor(images=[image], return_tensors="pt")["pixel_values"]
             inputs = {"pixel_values": pixels.to(captioner.model.device)}
             for captions[name] in captioner.stream(inputs, **generation):
-                yield image_card(source, path, captions, "told now"), before, gr.skip()
+                yield image_card(source, path, captions, "captions current"), before, gr.skip()
             lines.append({"image_id": Path(path).name, "model": name, "caption": captions[name]})
-        shown = image_card(source, path, captions, "told")
-    with tempfile.TemporaryDirectory() as folder:  # Gradio keeps a copy, and forgets it when it forgets the uploads
+        shown = image_card(source, path, captions, "captions")
+    with tempfile.TemporaryDirectory() as folder:  # Gradio keeps a copy, and deletes it when it deletes the uploads
         file = Path(folder) / "captions.jsonl"
         file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         yield gr.skip(), before, gr.update(value=str(file), visible=True)
@@ -229,6 +291,8 @@ def caption_files(captioners: dict[str, Captioner], paths: list[str], generation
 
 def image_card(source: str, path: str, captions: dict[str, str], kind: str) -> str:
     """An image, as the address of its data, with its captions as HTML; names and captions are text, whatever they hold."""
+    from markupsafe import Markup
+
     entries = Markup().join(
         Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, caption) for name, caption in captions.items()
     )

@@ -1,60 +1,99 @@
-"""Tell what is in images: files, folders or URLs in, captions out.
+"""Caption images: files, folders or URLs in, captions out.
 
     python caption.py --model_name_or_path outputs/demo/lstm image.jpg folder/ https://example.org/image.jpg
     python caption.py --model_name_or_path outputs/demo/lstm folder/ --output captions.jsonl
 
-The output is text (`name<TAB>caption`), .jsonl or .html, as the file's name says; text on the screen if none is named. A
-image that cannot be read is named on stderr and left out.
+The output is text (`name<TAB>caption`), .jsonl or .html, by the suffix of --output; text on the screen if it is not given. Images
+that cannot be read, and files of a folder that are no images, are counted and named on stderr.
 """
 
-import argparse
+import gc
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import transformers
-from accelerate.utils import set_seed
 from PIL import Image
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
-from modeling.captioner import Captioner
-from modeling.processing import resized_side
-from reporting.page import IMAGE_SIZE, write_page
-from system.downloads import download
+from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image, is_image_file
 from system.errors import UserError, one_line_errors, printable
 from system.files import write_file
-from training.arguments import value_problem
+from training.arguments import GenerationArguments, parse_recipe
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+if TYPE_CHECKING:
+    import torch
+
+    from modeling.captioner import Captioner
+
+# What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
+
+OUTPUT_SUFFIXES = (".txt", ".jsonl", ".html")
 NUM_IMAGES_ON_PAGE = 200
+NUM_NAMED = 5  # of the files of a folder that are passed over
 MAX_IMAGE_SECONDS = 60.0  # that one may take to come from the network
 
 
-class ImageSources(torch.utils.data.Dataset):
+@dataclass
+class CaptionArguments:
+    images: list[str] = field(
+        metadata={"help": "Image files, folders (with all below them) and http(s) URLs.", "positional": "+"}
+    )
+    model_name_or_path: str = field(
+        metadata={"help": "Folder, training checkpoint or Hub id of a captioner of either kind."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "File to write: .txt, .jsonl or .html; text on the screen if not given."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Images per batch.", "min": 1})
+    num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of processes that decode images; if not given up to 8 on a GPU, and 0, the main process, on a CPU.",
+            "min": 0,
+        },
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "Device: cpu, cuda, mps; cuda if not given and available, else cpu."}
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={
+            "help": "Data type of weights and activations; auto is bfloat16, which changes a word now and then, where the device "
+            "has instructions for it."
+        },
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of sampling.", "min": 0, "below": 2**32})
+
+    def __post_init__(self):
+        if self.output and Path(self.output).suffix not in OUTPUT_SUFFIXES:
+            raise UserError(f"--output {self.output}: the name must end in {', '.join(OUTPUT_SUFFIXES)}")
+
+
+class ImageSources:
     """Images by name: {"name", "image"}, or {"name", "problem"} where one cannot be used.
 
     Args:
-        names: Files and http(s) addresses.
-        least_side: See `decode_image`.
+        names: Files and http(s) URLs.
+        min_side: See `decode_image`.
     """
 
-    def __init__(self, names: list[str], least_side: int):
+    def __init__(self, names: list[str], min_side: int):
         self.names = names
-        self.least_side = least_side
+        self.min_side = min_side
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
+        from modeling.captioning_pipeline import to_rgb
+
         name = self.names[index]
         try:
-            return {"name": name, "image": decode_image(read_image(name), self.least_side)}
+            return {"name": name, "image": decode_image(read_image(name), self.min_side, to_rgb)}
         except BadImage as error:
             return {"name": name, "problem": str(error)}
         except (OSError, ValueError) as error:
@@ -66,18 +105,20 @@ class ImageCollator:
 
     Args:
         processor: The captioner's.
-        keep_images: Whether the items keep their images, no larger than a page shows them.
+        keep_images: Whether the items keep their images, in the size of a page.
     """
 
     def __init__(self, processor, keep_images: bool = False):
         self.processor = processor
         self.keep_images = keep_images
 
-    def __call__(self, items: list[dict]) -> tuple[list[dict], torch.Tensor | None]:
+    def __call__(self, items: list[dict]) -> "tuple[list[dict], torch.Tensor | None]":
         images = [item["image"] for item in items if "image" in item]
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
         for item in items:
             if "image" in item and self.keep_images:
+                from reporting.page import IMAGE_SIZE
+
                 item["image"].thumbnail((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
             else:
                 item.pop("image", None)
@@ -85,69 +126,46 @@ class ImageCollator:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # ---- Arguments --------------------------------------------------------------------------------------------------
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", help="files, folders (with all below them) and http(s) addresses")
-    parser.add_argument("--model_name_or_path", required=True, help="folder or Hub id of a captioner of either kind")
-    parser.add_argument("--output", help="file to write, .txt, .jsonl or .html; text on the screen if not given")
-    parser.add_argument("--batch_size", type=int, default=32, help="images captioned at once")
-    parser.add_argument("--num_beams", type=int, help="beams; 1 is greedy; what the model was saved with if not given")
-    parser.add_argument(
-        "--top_p",
-        type=float,
-        help="sample each word from the likeliest that hold so much of the probability, in place of beams",
-    )
-    parser.add_argument("--seed", type=int, default=42, help="of what is sampled")
-    parser.add_argument("--max_length", type=int, help="longest caption, in tokens; the model's own if not given")
-    parser.add_argument("--min_length", type=int, help="shortest caption, in tokens; likewise")
-    parser.add_argument(
-        "--length_penalty",
-        type=float,
-        help="of beams: the power of its length a caption's score is divided by; likewise",
-    )
-    parser.add_argument(
-        "--no_repeat_ngram_size", type=int, help="no run of so many tokens twice; 0 allows all; likewise"
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=int,
-        help="processes that read and decode images; if not given up to 8 on a GPU, and none on a CPU, which the model needs",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16"],
-        default="auto",
-        help="numbers to compute in; auto is bfloat16, which changes a word now and then, where the device is fast in it",
-    )
-    args = parser.parse_args(argv)
-    if args.output and Path(args.output).suffix not in (".txt", ".jsonl", ".html"):
-        parser.error(f"--output {args.output}: the name must end in .txt, .jsonl or .html")
-    for name, value in vars(args).items():
-        if problem := value_problem(name, value):
-            parser.error(f"--{name} {value}: {problem}")
-    if args.top_p and args.num_beams and args.num_beams > 1:
-        parser.error(f"--top_p {args.top_p} and --num_beams {args.num_beams}: give one of them")
-    transformers.logging.disable_progress_bar()
-
+    args, generation_args = parse_recipe((CaptionArguments, GenerationArguments), argv, __doc__)
     with one_line_errors():
         names = [name for source in args.images for name in list_images(source)]
-        # ---- Model --------------------------------------------------------------------------------------------------
-        captioner = Captioner.load(args.model_name_or_path).to(args.device, args.dtype)
-        captioner.set_decoding(
-            args.max_length,
-            args.min_length,
-            args.top_p,
-            num_beams=args.num_beams,
-            length_penalty=args.length_penalty,
-            no_repeat_ngram_size=args.no_repeat_ngram_size,
-        )
-    set_seed(args.seed)
+        captioner = load_captioner(args, generation_args)
+        num_captioned = caption_names(captioner, names, args)
+    if num_captioned < len(names):
+        print(f"{num_captioned} of {len(names)} images captioned", file=sys.stderr)
+    if not num_captioned:
+        raise SystemExit(2)
 
-    # ---- Captions ---------------------------------------------------------------------------------------------------
-    inspect = bool(args.output and args.output.endswith(".html"))  # the page tells of each word how sure the model was
+
+def load_captioner(args: CaptionArguments, generation_args: GenerationArguments) -> "Captioner":
+    """The captioner, on its device and with the decoding settings of the command line."""
+    gc.disable()  # or it goes through all that is imported again and again: a tenth of the time to the first caption
+    try:
+        import torch
+        import transformers
+
+        from modeling.captioner import Captioner
+
+        transformers.logging.disable_progress_bar()
+        torch.manual_seed(args.seed)
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        captioner = Captioner.load(args.model_name_or_path).to(device, args.dtype)
+    finally:
+        gc.enable()
+    captioner.set_decoding(**generation_args.settings())
+    return captioner
+
+
+def caption_names(captioner: "Captioner", names: list[str], args: CaptionArguments) -> int:
+    """Caption files and URLs, write what was asked for, and return how many were captioned."""
+    from torch.utils.data import DataLoader
+    from tqdm.auto import tqdm
+
+    from modeling.processing import resized_side
+
+    inspect = bool(args.output and args.output.endswith(".html"))  # the page shows the probability of each word
     if args.num_workers is None:
-        args.num_workers = 0 if args.device == "cpu" else min(8, os.cpu_count())
+        args.num_workers = 0 if captioner.model.device.type == "cpu" else min(8, os.cpu_count())
     loader = DataLoader(
         ImageSources(names, 2 * resized_side(captioner.image_processor)),
         args.batch_size,
@@ -155,41 +173,57 @@ def main(argv: list[str] | None = None) -> None:
         collate_fn=ImageCollator(captioner.processor, keep_images=inspect),
     )
     num_inspected = NUM_IMAGES_ON_PAGE if inspect else 0
-    items = caption_items(captioner, tqdm(loader, unit="batch", disable=None), num_inspected)
-    with one_line_errors():
-        num_captioned = write_items(items, args.output)
-    if num_captioned < len(names):
-        print(f"{num_captioned} of {len(names)} images captioned", file=sys.stderr)
-    if not num_captioned:
-        raise SystemExit(2)
+    return write_items(caption_items(captioner, tqdm(loader, unit="batch", disable=None), num_inspected), args.output)
 
 
 def list_images(source: str) -> list[str]:
-    """The images that one argument names, a folder's in the order of their names."""
+    """The images that one argument names, a folder's in the order of their names; a folder's other files are counted and named.
+
+    Raises:
+        UserError: A folder has no images.
+    """
     if not os.path.isdir(source):
         return [source]
-    found = sorted(str(path) for path in Path(source).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise UserError(f"{source} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
+    files = sorted(path for path in Path(source).rglob("*") if path.is_file())
+    images = [str(path) for path in files if is_image_file(path)]
+    others = sorted({str(path) for path in files} - set(images))
+    if others:
+        named = ", ".join(printable(os.path.relpath(name, source)) for name in others[:NUM_NAMED])
+        more = f" and {len(others) - NUM_NAMED:,} more" if len(others) > NUM_NAMED else ""
+        told = f"{len(others):,} of {len(files):,} files are no images that can be read here: {named}{more}"
+        if missing := missing_plug_ins(others):
+            told += f" ({'; '.join(missing)})"
+        print(f"{printable(source)}: {told}", file=sys.stderr)
+    if not images:
+        raise UserError(f"{printable(source)} has no images")
+    return images
+
+
+def missing_plug_ins(names: list[str]) -> list[str]:
+    """What to install so that Pillow reads more of these files."""
+    plug_ins = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+    suffixes = {Path(name).suffix.lower() for name in names} & plug_ins.keys()
+    return sorted(f"{suffix} needs `pip install {plug_ins[suffix]}`" for suffix in suffixes)
 
 
 def read_image(name: str) -> bytes:
-    """An image's bytes, from a file or from the network, up to a limit."""
+    """The bytes of an image, from a file or from the network, up to a limit."""
     if "://" not in name:
         return Path(name).read_bytes()
+    from system.downloads import download
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image"
         download(name, path, MAX_IMAGE_BYTES, MAX_IMAGE_SECONDS)
         return path.read_bytes()
 
 
-def caption_items(captioner: Captioner, batches, num_inspected: int = 0) -> Iterator[dict]:
-    """The items with what `Captioner.generate` tells of each, as they come; those that have a problem are named on stderr and dropped.
+def caption_items(captioner: "Captioner", batches, num_inspected: int = 0) -> Iterator[dict]:
+    """The items with their captions, as they come; those that have a problem are named on stderr and dropped.
 
     Args:
         batches: What `ImageCollator` makes.
-        num_inspected: So many of the first captions, rounded up to whole batches, get what `Captioner.inspect` tells.
+        num_inspected: Number of first captions, rounded up to whole batches, that are inspected, see `Captioner.inspect`.
     """
     num_captioned = 0
     for items, pixels in batches:
@@ -206,25 +240,31 @@ def caption_items(captioner: Captioner, batches, num_inspected: int = 0) -> Iter
 
 
 def write_items(items: Iterator[dict], output: str | None) -> int:
-    """Write the captions as the output's name says, whole or not at all, and count them."""
+    """Write the captions in the format of the output's suffix, whole or not at all, and count the images."""
     count = 0
     lines, images, records = [], [], []
     for count, item in enumerate(items, start=1):
+        captions = [item["caption"], *item.get("others", [])]
         if output is None:
-            print(f"{printable(item['name'])}\t{item['caption']}", flush=True)
+            for caption in captions:
+                print(f"{printable(item['name'])}\t{caption}", flush=True)
         elif output.endswith(".txt"):
-            lines.append(f"{item['name']}\t{item['caption']}\n")
+            lines += [f"{item['name']}\t{caption}\n" for caption in captions]
         elif output.endswith(".jsonl"):
-            lines.append(json.dumps({"image_id": item["name"], "caption": item["caption"]}, ensure_ascii=False) + "\n")
+            others = {"others": item["others"]} if "others" in item else {}
+            line = {"image_id": item["name"], "caption": item["caption"], **others}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         elif count <= NUM_IMAGES_ON_PAGE:
             images.append(item.pop("image"))
             records.append({"image_id": item.pop("name"), "references": [], **item})
     if output and count and output.endswith(".html"):
+        from reporting.page import write_page
+
         if count > NUM_IMAGES_ON_PAGE:
-            told = (
-                f"{output} shows the first {NUM_IMAGES_ON_PAGE} of {count:,} images; --output captions.jsonl holds all"
+            print(
+                f"{output} shows the first {NUM_IMAGES_ON_PAGE} of {count:,} images; --output captions.jsonl has all",
+                file=sys.stderr,
             )
-            print(told, file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             write_file(output, write_page(folder, images, records, {}).read_bytes())
     elif output and count:

@@ -2,8 +2,12 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from PIL import Image as PillowImage
@@ -15,6 +19,8 @@ MAX_PIXELS = 64 * 10**6  # below this Pillow, too, sees no decompression bomb wh
 MAX_ASPECT_RATIO = 100  # resized by its short side, a longer image would fill the memory
 # The readers that need neither another program nor a network; PostScript, say, would start Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# What captioning takes besides: not every Pillow, nor every machine that decodes a dataset, reads these.
+MORE_FORMATS = ("AVIF", "JPEG2000", "ICO", "ICNS", "TGA", "QOI", "HEIF", "JXL")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa")
 
 
@@ -74,13 +80,44 @@ class BadImage(ValueError):
     """An image that cannot be used; the message says why."""
 
 
-def decode_image(content: bytes, least_side: int | None = None) -> PillowImage.Image:
+@cache
+def captioned_formats() -> tuple[str, ...]:
+    """The formats that Pillow reads here, with its plug-ins for HEIC and JPEG XL where they are installed."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    with suppress(ImportError):
+        import pillow_jxl  # noqa: F401 (registers itself)
+    PillowImage.init()
+    return tuple(name for name in IMAGE_FORMATS + MORE_FORMATS if name in PillowImage.OPEN)
+
+
+def is_image_file(path: str | os.PathLike) -> bool:
+    """Whether a file is an image that can be captioned, or would be if it were whole: by its suffix, else by its first bytes."""
+    formats = captioned_formats()
+    if PillowImage.registered_extensions().get(Path(path).suffix.lower()) in formats:
+        return True
+    try:
+        with PillowImage.open(path, formats=formats):
+            return True
+    except Exception:  # on other files Pillow's readers raise almost anything
+        return False
+
+
+def decode_image(
+    content: bytes,
+    least_side: int | None = None,
+    to_rgb: Callable[[PillowImage.Image], PillowImage.Image] | None = None,
+) -> PillowImage.Image:
     """An image as the caption table decodes it for the training: RGB, turned as its EXIF data says.
 
     Args:
         content: Of the file.
         least_side: Where a JPEG's sides stay above this many pixels, it is decoded at a half, a quarter or an eighth of its
             size, which takes a fraction of the time; None decodes at its own size.
+        to_rgb: Converts an image of any mode, upright; `captioned_formats` are then taken. None takes only what `datasets`
+            decodes alike everywhere.
 
     Raises:
         BadImage: It cannot be used.
@@ -90,18 +127,20 @@ def decode_image(content: bytes, least_side: int | None = None) -> PillowImage.I
     if len(content) > MAX_IMAGE_BYTES:
         raise BadImage(f"image file larger than {MAX_IMAGE_BYTES // 2**20} MiB")
     try:
-        with PillowImage.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+        with PillowImage.open(io.BytesIO(content), formats=captioned_formats() if to_rgb else IMAGE_FORMATS) as image:
             width, height = image.size
             # Size and mode stand in the header: a bomb is refused before it is unpacked.
             if width * height > MAX_PIXELS:
                 raise BadImage(f"image of more than {MAX_PIXELS:,} pixels")
             if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
                 raise BadImage(f"image more than {MAX_ASPECT_RATIO} times as long as it is wide")
-            if image.mode not in EIGHT_BIT_MODES:
+            if image.mode not in EIGHT_BIT_MODES and to_rgb is None:
                 raise BadImage("image has more than 8 bits a channel, which Pillow would clip to white")
             if least_side:
                 image.draft(None, (least_side, least_side))
             image.load()
+            if to_rgb:
+                return to_rgb(image)
             ImageOps.exif_transpose(image, in_place=True)
             return image if image.mode == "RGB" else image.convert("RGB")
     except PillowImage.DecompressionBombError as error:

@@ -24,10 +24,6 @@ from .caption_loss import computes_in_bfloat16
 from .processing import center_crop, load_processor
 from .vit_gpt2 import BeamCache
 
-# What config.json says of the pipeline beside it; transformers then runs that for `pipeline("image-to-text")`.
-CUSTOM_PIPELINES = {
-    "image-to-text": {"impl": "captioning_pipeline.ImageToTextPipeline", "pt": ["AutoModelForImageTextToText"]}
-}
 POOLER = "encoder.pooler."  # weights that no captioner reads
 
 
@@ -94,9 +90,8 @@ class Captioner:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
             self.model.save_pretrained(beside, state_dict=_complete_state_dict(self.model))
             config = Path(beside) / "config.json"
-            config.write_text(
-                json.dumps(json.loads(config.read_text()) | {"custom_pipelines": CUSTOM_PIPELINES}, indent=2)
-            )
+            pipelines = {"custom_pipelines": captioning_pipeline.CUSTOM_PIPELINES}
+            config.write_text(json.dumps(json.loads(config.read_text()) | pipelines, indent=2))
             shutil.copy(captioning_pipeline.__file__, beside)
             self.processor.save_pretrained(beside)
             for path in Path(beside).iterdir():
@@ -149,9 +144,15 @@ class Captioner:
         }
         decoding = self.model.generation_config
         settings = {name: value for name, value in settings.items() if value is not None}
-        if (settings.get("num_beams", decoding.num_beams) or 1) == 1:
+        num_beams = settings.get("num_beams", decoding.num_beams) or 1
+        if num_beams == 1:
             settings["length_penalty"] = None  # of beams: transformers warns of it without them, and does not save it
         decoding.update(**settings)
+        if not decoding.do_sample and (decoding.num_return_sequences or 1) > num_beams:
+            raise UserError(
+                f"--num_return_sequences {decoding.num_return_sequences}: {num_beams} beams have no more than {num_beams} captions: "
+                "give a higher --num_beams, or sample with --top_p"
+            )
         if decoding.max_length is not None and (decoding.min_length or 0) > decoding.max_length:
             raise UserError(
                 f"min_length {decoding.min_length - num_start} exceeds max_length {decoding.max_length - num_start}: "

@@ -1,26 +1,37 @@
-"""The pipeline from images to captions, which transformers 5 has no more, for both captioners and for old ViT-GPT2 checkpoints.
+"""The pipeline from images to captions, removed in transformers 5, for both captioners and for old ViT-GPT2 checkpoints.
 
     pipeline("image-to-text", model="OWNER/NAME", trust_remote_code=True)("image.jpg")
 
 This file travels with every saved model, whose config.json names it, so that the line above runs where `modeling` is not. A
-checkpoint without it goes by a name of ours, known once `modeling` is imported, since transformers takes "image-to-text" of such
-for "image-text-to-text":
+checkpoint without it goes by a name of ours, registered once `modeling` is imported, since transformers takes "image-to-text" of
+such for "image-text-to-text":
 
     import modeling
     pipeline("image-captioning", model="nlpconnect/vit-gpt2-image-captioning")("image.jpg")
 """
 
+import base64
+import os
+import shutil
+from io import BytesIO
 from typing import Any
 
+import httpx
+import numpy as np
+from PIL import Image, ImageOps
 from transformers import Pipeline
-from transformers.image_utils import load_image
+
+# What config.json says of this file; transformers then runs it for `pipeline("image-to-text")`.
+CUSTOM_PIPELINES = {
+    "image-to-text": {"impl": "captioning_pipeline.ImageToTextPipeline", "pt": ["AutoModelForImageTextToText"]}
+}
 
 
 class ImageToTextPipeline(Pipeline):
-    """Images (PIL, file names, addresses; one or a list) to [{"generated_text": caption}] each.
+    """Images (PIL, file names, URLs, base64; one or a list) to [{"generated_text": caption}] each.
 
-    Options of `generate()` are given with the call or once for all: `captioner("a.jpg", num_beams=4)`; `batch_size` is every
-    pipeline's.
+    Options of `generate()` are given with the call or once for all: `captioner("a.jpg", num_beams=4)`, or as a dict,
+    `generate_kwargs={"num_beams": 4}`; `batch_size` is every pipeline's.
     """
 
     _load_processor = False
@@ -28,11 +39,16 @@ class ImageToTextPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = True
 
-    def _sanitize_parameters(self, timeout: float | None = None, **generation: Any) -> tuple[dict, dict, dict]:
-        return {"timeout": timeout}, generation, {}
+    def _sanitize_parameters(
+        self, timeout: float | None = None, generate_kwargs: dict[str, Any] | None = None, **generation: Any
+    ) -> tuple[dict, dict, dict]:
+        generate_kwargs = generate_kwargs or {}
+        if twice := sorted(generate_kwargs.keys() & generation.keys()):
+            raise ValueError(f"{', '.join(twice)}: give it in generate_kwargs or by itself, not both")
+        return {"timeout": timeout}, {**generate_kwargs, **generation}, {}
 
     def preprocess(self, image: Any, timeout: float | None = None) -> dict:
-        loaded = load_image(image, timeout=timeout)  # upright, RGB
+        loaded = to_rgb(open_image(image, timeout))
         pixels = self.image_processor(images=loaded, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels.to(self.dtype)}  # (1, 3, height, width)
 
@@ -42,8 +58,47 @@ class ImageToTextPipeline(Pipeline):
         sequences = self.model.generate(**inputs, **generation)  # (batch x returned, start and caption)
         num_images = len(inputs["pixel_values"])
         # (batch, returned, caption): one row an image, as the pipeline takes batches apart
-        return {"words": sequences[:, num_start:].reshape(num_images, -1, sequences.shape[1] - num_start)}
+        return {"token_ids": sequences[:, num_start:].reshape(num_images, -1, sequences.shape[1] - num_start)}
 
     def postprocess(self, outputs: dict) -> list[dict[str, str]]:
-        texts = self.tokenizer.batch_decode(outputs["words"].flatten(0, -2), skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(outputs["token_ids"].flatten(0, -2), skip_special_tokens=True)
         return [{"generated_text": text.strip()} for text in texts]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save model, tokenizer, image processor and this file, under the name of the line above."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.model.config.custom_pipelines = CUSTOM_PIPELINES
+        self.model.config.save_pretrained(save_directory)
+        shutil.copy(__file__, save_directory)
+
+
+def open_image(image: Any, timeout: float | None = None) -> Image.Image:
+    """An image as it is stored, where transformers' `load_image` converts it to RGB; its sources are the same.
+
+    Raises:
+        ValueError: It is neither a URL, nor a file, nor base64.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, os.PathLike) or os.path.isfile(image):
+        return Image.open(image)
+    if image.startswith(("http://", "https://")):
+        return Image.open(BytesIO(httpx.get(image, timeout=timeout, follow_redirects=True).content))
+    try:
+        return Image.open(BytesIO(base64.decodebytes(image.split(",")[-1].encode())))
+    except Exception as error:
+        raise ValueError(f"{image[:200]} is no image: it is neither a URL, nor a file, nor base64") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as 8-bit RGB, with its EXIF orientation applied.
+
+    Gray values of more than 8 bits, which Pillow clips to white, are scaled: 16 bits by their range, integers of 32 bits and
+    floats by the larger of 16 bits, or 1.0, and their maximum.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        low, high = min(values.min(), 0.0), max(values.max(), 1.0 if image.mode == "F" else 65535.0)
+        image = Image.fromarray(((values - low) / (high - low) * 255).round().astype(np.uint8))
+    return image.convert("RGB")

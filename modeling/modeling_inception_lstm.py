@@ -3,20 +3,20 @@
 Show and Tell (Vinyals et al., 2015, https://arxiv.org/abs/1411.4555, section 3.1) with Inception-ResNet-v2 as encoder: the
 image embedding takes the start token's place in the inputs of the LSTM, and the token embeddings follow.
 
-Config, encoder, state and model share this file because the file itself travels to the Hub with every saved model, and the
-loss's with it.
+Config, encoder, state and model share this file because the file itself travels to the Hub with every saved model, and those of
+the loss and the pipeline with it.
 """
 
 import os
 from dataclasses import dataclass
 
-import timm
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .caption_loss import caption_loss
+from .captioning_pipeline import CUSTOM_PIPELINES
 
 
 class InceptionLSTMConfig(PreTrainedConfig):
@@ -66,6 +66,7 @@ class InceptionLSTMConfig(PreTrainedConfig):
         self.attention_dropout = attention_dropout
         # transformers registers one auto class a model by itself; `AutoModel` has to be named here.
         kwargs.setdefault("auto_map", {"AutoModel": "modeling_inception_lstm.InceptionLSTMForConditionalGeneration"})
+        kwargs.setdefault("custom_pipelines", CUSTOM_PIPELINES)  # its file is saved with this one, which imports it
         kwargs["is_encoder_decoder"] = True  # generate() then runs the encoder once and keeps its output
         kwargs.setdefault("decoder_start_token_id", bos_token_id)
         super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
@@ -91,6 +92,8 @@ class TimmEncoder(nn.Module):
 
     def create_backbone(self, name: str, pretrained: bool) -> nn.Module:
         """The timm model with all its buffers made persistent: `from_pretrained` leaves the others uninitialized."""
+        import timm  # half a second, which ViT-GPT2 needs not spend
+
         pooling = {"global_pool": ""} if self.grid else {}
         backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **pooling)
         for module in backbone.modules():

@@ -1,8 +1,7 @@
-"""One processor a model: an image processor and a tokenizer, saved beside the weights, back through `AutoProcessor`."""
+"""The processor of a captioner: image processor and tokenizer in one, saved beside the weights, loaded by `AutoProcessor`."""
 
 import math
 
-import timm
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
@@ -19,9 +18,12 @@ def timm_image_processor(backbone, image_size: int | None = None, center_crop: b
     Args:
         backbone: A timm model; its own data configuration is read.
         image_size: Side of the square given to the model, in pixels; the model's own where None.
-        center_crop: Whether the model sees an image's middle, as it was trained to; else all of it, squeezed into the square.
+        center_crop: Whether to center-crop, as in the model's training; otherwise the whole image is resized, ignoring its
+            aspect ratio.
     """
-    data = timm.data.resolve_model_data_config(backbone)
+    from timm.data import resolve_model_data_config  # half a second, which ViT-GPT2 needs not spend
+
+    data = resolve_model_data_config(backbone)
     crop_size = image_size or data["input_size"][-1]
     square = {"height": crop_size, "width": crop_size}
     return CLIPImageProcessor(
@@ -35,7 +37,7 @@ def timm_image_processor(backbone, image_size: int | None = None, center_crop: b
 
 
 def center_crop(image_processor) -> float | None:
-    """Side of the square in an image's middle that a model sees, in shares of its short side; None where it sees all of it."""
+    """Side of the center crop as a fraction of the image's short side; None where the whole image is resized."""
     short_side = (image_processor.size or {}).get("shortest_edge")
     if not getattr(image_processor, "do_center_crop", False) or not short_side:
         return None
@@ -43,23 +45,27 @@ def center_crop(image_processor) -> float | None:
 
 
 def resized_side(image_processor) -> int:
-    """To how many pixels images are resized: their short side, or the longer of two that are given."""
+    """Pixels that images are resized to: of their short side, or the longer one of two that are given."""
     return max(dict(image_processor.size).values())
 
 
 def build_processor(image_processor, tokenizer) -> VisionTextDualEncoderProcessor:
-    """Both in one; called with `images=` it gives pixels, with `text=` token ids, and it decodes."""
+    """Both in one; called with `images=` it returns pixels, with `text=` token ids, and it decodes.
+
+    Images of any mode are converted to RGB, where ViT's image processor by itself would refuse RGBA, L, P and CMYK.
+    """
+    image_processor.do_convert_rgb = True
     return VisionTextDualEncoderProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
 
 def load_processor(name_or_path: str):
     """The processor saved with a captioner.
 
-    Checkpoints of the time before processors (ViT-GPT2) have a preprocessor and a tokenizer only: those are put together.
+    Checkpoints older than processors (ViT-GPT2) have an image processor and a tokenizer only, which are put together.
     """
     processor = AutoProcessor.from_pretrained(name_or_path)
     if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
-        return processor
+        return build_processor(processor.image_processor, processor.tokenizer)
     return build_processor(
         AutoImageProcessor.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path)
     )

@@ -1,16 +1,20 @@
 """Laws of the app: what is clicked in a browser, and what is refused."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 import time
 from itertools import pairwise
 
 import pytest
 import requests
 import torch
-from limits import RateLimitItemPerMinute, RateLimitItemPerSecond
 from PIL import Image
 
+import app
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import Captioner
@@ -18,8 +22,6 @@ from modeling.processing import build_processor, timm_image_processor
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
 
 gr = pytest.importorskip("gradio", reason="needs Gradio (pip install 'gradio>=6')")
-
-import app  # noqa: E402 (without Gradio it ends with a sentence)
 
 HOSTILE = "<img src=x onerror=document.title=1>.png"
 
@@ -87,21 +89,21 @@ def test_from_image_to_caption_with_a_click(browser, serve, captioners, images):
     # What has stood under the image of the moment, as it stood there.
     page.evaluate(
         """() => { window.seen = []; new MutationObserver(() => {
-          const now = [...document.querySelectorAll("#now dd")].map((word) => word.textContent);
-          if (now.length) window.seen.push([document.querySelector("#now img").alt, ...now]);
-        }).observe(document.querySelector("#now"), {subtree: true, childList: true, characterData: true}); }"""
+          const now = [...document.querySelectorAll("#current dd")].map((word) => word.textContent);
+          if (now.length) window.seen.push([document.querySelector("#current img").alt, ...now]);
+        }).observe(document.querySelector("#current"), {subtree: true, childList: true, characterData: true}); }"""
     )
     page.click("#caption")
     page.wait_for_selector("#download", state="visible", timeout=60_000)
-    names = [page.locator("#now img").get_attribute("alt"), page.locator("#done img").get_attribute("alt")]
+    names = [page.locator("#current img").get_attribute("alt"), page.locator("#done img").get_attribute("alt")]
     wanted = [captions_of(captioners, images / name) for name in (HOSTILE, "red.png")]
     told = [
         dict(zip(captioners, page.locator(f"{place} dd").all_text_contents(), strict=True))
-        for place in ("#now", "#done")
+        for place in ("#current", "#done")
     ]
     assert told == wanted
     assert names[1] == "red.png" and "<" not in names[0]  # Gradio keeps no such name
-    assert page.locator("#now dt").all_inner_texts() == list(captioners)
+    assert page.locator("#current dt").all_inner_texts() == list(captioners)
     seen = page.evaluate("window.seen")
     for column in (1, 2):
         growing = list(dict.fromkeys(row[column] for row in seen if row[0] == "red.png"))
@@ -123,7 +125,7 @@ def test_an_address_that_sends_too_much_waits_and_others_do_not(serve, captioner
         # uvicorn believes a proxy on its own machine, and nobody else, whom a request comes from.
         return requests.post(url + "gradio_api/queue/join", json={}, headers={"X-Forwarded-For": address})
 
-    monkeypatch.setattr(app, "SENT", RateLimitItemPerMinute(3))
+    monkeypatch.setattr(app, "SENT", "3 per minute")
     assert [send().status_code for _ in range(3)] == [422] * 3  # let through, and found empty
     refused = send()
     seconds = int(refused.headers["Retry-After"])
@@ -136,12 +138,12 @@ def test_an_address_that_sends_too_much_waits_and_others_do_not(serve, captioner
     assert send("192.0.2.7").status_code == 422
     assert requests.get(url).status_code == 200  # who may not send may still read
 
-    monkeypatch.setattr(app, "SENT", RateLimitItemPerSecond(1, 2))  # one in two seconds
+    monkeypatch.setattr(app, "SENT", "1 per 2 seconds")  # one in two seconds
     assert [send().status_code for _ in range(2)] == [422, 429]
     time.sleep(int(send().headers["Retry-After"]))
     assert send().status_code == 422
 
-    monkeypatch.setattr(app, "FETCHED", RateLimitItemPerMinute(2))
+    monkeypatch.setattr(app, "FETCHED", "2 per minute")
     assert [requests.get(url + "config").status_code for _ in range(3)] == [200, 200, 429]
 
 
@@ -149,7 +151,7 @@ def test_the_page_says_when_to_try_again(browser, serve, captioners, images, mon
     from playwright.sync_api import expect
 
     page = browser.new_page()
-    monkeypatch.setattr(app, "SENT", RateLimitItemPerMinute(1))
+    monkeypatch.setattr(app, "SENT", "1 per minute")
     page.goto(serve(captioners))
     choose = "input[type=file]:not([webkitdirectory])"
     page.wait_for_selector(choose, state="attached")
@@ -165,7 +167,7 @@ def test_the_page_says_when_to_try_again(browser, serve, captioners, images, mon
 
 
 def test_names_and_captions_are_text_in_the_page():
-    card = app.image_card("data:image/png;base64,", f"/x/{HOSTILE}", {"<i>": "</dd><script>"}, "told")
+    card = app.image_card("data:image/png;base64,", f"/x/{HOSTILE}", {"<i>": "</dd><script>"}, "captions")
     assert "<script" not in card and "<i>" not in card and card.count("<img") == 1
 
 
@@ -209,19 +211,19 @@ def test_no_image_is_one_sentence(captioners):
 
 
 @pytest.mark.parametrize(
-    ("way", "wanted"),
+    ("method", "wanted"),
     [
-        ("the model's own way", {}),
+        ("model default", {}),
         ("greedy", {"do_sample": False, "num_beams": 1}),
         ("beam search", {"do_sample": False, "num_beams": 5}),
         ("sampling", {"do_sample": True, "num_beams": 1, "temperature": 0.7, "top_k": 0}),
     ],
 )
-def test_what_is_chosen_is_what_generate_is_told(way, wanted):
-    assert app.decoding(way, 5, 0.7) == wanted
+def test_what_is_chosen_is_what_generate_is_given(method, wanted):
+    assert app.decoding(method, 5, 0.7) == wanted
 
 
-def test_the_app_starts_on_the_demos_models_and_listens_here_alone(captioners, tmp_path, monkeypatch, capsys):
+def test_the_app_starts_on_the_demos_models_and_leaves_the_address_to_gradio(captioners, tmp_path, monkeypatch, capsys):
     launched = {}
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.update(options, queue=self.max_size()))
     monkeypatch.setattr(gr.Blocks, "max_size", lambda self: self._queue.max_size, raising=False)
@@ -233,5 +235,24 @@ def test_the_app_starts_on_the_demos_models_and_listens_here_alone(captioners, t
     captioners["one"].save(app.DEMO_MODELS[0])
     assert app.demo_models() == [app.DEMO_MODELS[0]]
     app.main([])
-    assert (launched["server_name"], launched["share"]) == ("127.0.0.1", False)
+    assert (launched["server_name"], launched["server_port"], launched["share"]) == (None, None, None)
     assert launched["max_file_size"] == app.MAX_IMAGE_BYTES and launched["queue"] == app.MAX_WAITING
+
+
+def test_the_environments_address_is_obeyed_and_a_wrong_one_refused(captioners, tmp_path, monkeypatch, capsys):
+    captioners["one"].save(tmp_path / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"GRADIO_SERVER_NAME": "localhost", "GRADIO_SERVER_PORT": str(port)}
+    command = [sys.executable, app.__file__, str(tmp_path / "model")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert f"http://localhost:{port}" in next(line for line in server.stdout if "http" in line)
+            assert requests.get(f"http://localhost:{port}/config").status_code == 200
+        finally:
+            server.terminate()
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "abc")
+    with pytest.raises(SystemExit) as stopped:
+        app.main([str(tmp_path / "model")])
+    assert stopped.value.code == 2 and "GRADIO_SERVER_PORT" in capsys.readouterr().err
