@@ -7,7 +7,6 @@ import sqlite3
 
 import pytest
 from datasets import Dataset
-from training.evaluation import score_and_show
 
 import train_lstm
 import train_vit_gpt2
@@ -15,6 +14,7 @@ from metrics import CaptionScorer
 from reporting.live import EpochProgressBar
 from reporting.results import METRIC_TITLES
 from training import launch
+from training.evaluation import score_and_show
 from training.launch import check_trackers
 
 COMMON = [
