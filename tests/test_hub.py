@@ -226,7 +226,9 @@ def test_the_last_checkpoint_replaces_the_previous_one_and_comes_with_the_best_m
     assert (
         written[-1] == "config.json" and "model.safetensors" in written
     )  # last, so that after a kill it is downloaded again
-    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").rename(tmp_path / "run" / "checkpoint-2" / "renamed.json")
+    (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").rename(
+        tmp_path / "run" / "checkpoint-2" / "renamed.json"
+    )
     args = train_lstm.TrainingArguments(
         output_dir=str(tmp_path / "run"), hub_model_id="me/run", hub_revision="trial", hub_strategy="checkpoint"
     )
@@ -244,7 +246,9 @@ def test_a_checkpoint_is_skipped_while_another_is_being_pushed(hub, tmp_path, ca
     """Training does not wait: what it deletes meanwhile is pushed nevertheless."""
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-1" / "state.txt").write_text("first")
-    args = train_lstm.TrainingArguments(output_dir=str(tmp_path / "run"), hub_model_id="me/run", hub_strategy="checkpoint")
+    args = train_lstm.TrainingArguments(
+        output_dir=str(tmp_path / "run"), hub_model_id="me/run", hub_strategy="checkpoint"
+    )
     pushing = push.CheckpointPush(args, active=True)
     with hub.lock:  # a slow Hub
         pushing.send(1)

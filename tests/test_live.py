@@ -7,7 +7,6 @@ import sqlite3
 
 import pytest
 from datasets import Dataset
-from training.evaluation import score_and_show
 
 import train_lstm
 import train_vit_gpt2
@@ -15,6 +14,7 @@ from metrics import CaptionScorer
 from reporting.live import EpochProgressBar
 from reporting.results import METRIC_TITLES
 from training import launch
+from training.evaluation import score_and_show
 from training.launch import check_trackers
 
 COMMON = [
@@ -95,8 +95,8 @@ def test_a_run_shows_its_progress_and_logs_to_its_trackers(script, small_scenes,
     history = [row for row in json.loads((folder / "history.json").read_text()) if "cider" in row]
     assert len(history) == 2
     tables = [message for message in caplog.messages if "BLEU-1" in message]
-    told = [table.splitlines()[1].split()[-1] for table in tables]
-    assert told == [f"{row['cider']:.3f}" for row in history]
+    logged_cider = [table.splitlines()[1].split()[-1] for table in tables]
+    assert logged_cider == [f"{row['cider']:.3f}" for row in history]
     lines = [message for message in caplog.messages if message.startswith("epoch ")]
     for row in history:
         assert any(f"training loss {row['train_loss']:.4g}" in line for line in lines)

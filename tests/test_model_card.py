@@ -38,7 +38,7 @@ def test_the_card_names_the_reward(tmp_path, options, reward):
 
 
 @pytest.mark.parametrize(
-    ("started_from", "told", "on_the_hub"),
+    ("started_from", "expected", "on_the_hub"),
     [
         (["me/start"], "Initialized from [me/start](https://huggingface.co/me/start).", ["me/start"]),
         (
@@ -50,20 +50,20 @@ def test_the_card_names_the_reward(tmp_path, options, reward):
         ([], "Trained from random weights.", None),
     ],
 )
-def test_the_card_names_pretrained_weights_and_links_those_of_the_hub(tmp_path, started_from, told, on_the_hub):
+def test_the_card_names_pretrained_weights_and_links_those_of_the_hub(tmp_path, started_from, expected, on_the_hub):
     (tmp_path / "a_folder").mkdir()
     names = [str(tmp_path / name) if name == "a_folder" else name for name in started_from]
     asked = {"kind": "vit-gpt2", "model_name": "me/captioner", "results": RESULTS, "command": "train", "options": {}}
     path = write_model_card(tmp_path, **asked, started_from=names)
-    assert told in path.read_text(encoding="utf-8") and str(tmp_path) not in path.read_text(encoding="utf-8")
+    assert expected in path.read_text(encoding="utf-8") and str(tmp_path) not in path.read_text(encoding="utf-8")
     assert ModelCard.load(path).data.base_model == on_the_hub
 
 
-@pytest.mark.parametrize(("number", "told"), [(1.0, "1 reference each"), (4.98, "4.98 references each")])
-def test_references_are_counted_in_english(tmp_path, number, told):
+@pytest.mark.parametrize(("number", "expected"), [(1.0, "1 reference each"), (4.98, "4.98 references each")])
+def test_references_are_counted_in_english(tmp_path, number, expected):
     results = RESULTS | {"num_images": 3, "references_per_image": number}
     asked = {"kind": "vit-gpt2", "model_name": "me/captioner", "results": results, "command": "train", "options": {}}
-    assert f"3 images with {told}:" in write_model_card(tmp_path, **asked).read_text(encoding="utf-8")
+    assert f"3 images with {expected}:" in write_model_card(tmp_path, **asked).read_text(encoding="utf-8")
 
 
 def make_images(number: int, **info: object) -> Dataset:
@@ -72,7 +72,7 @@ def make_images(number: int, **info: object) -> Dataset:
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "expected"),
     [
         ("/home/ann/weights/lite2", "lite2"),
         ("/home/ann/weights/lite2/", "lite2"),
@@ -89,8 +89,8 @@ def make_images(number: int, **info: object) -> Dataset:
         ("1e-3", "1e-3"),
     ],
 )
-def test_paths_from_outside_are_shortened_to_their_last_name(word, told):
-    assert without_path(word) == told
+def test_paths_from_outside_are_shortened_to_their_last_name(word, expected):
+    assert without_path(word) == expected
 
 
 def test_no_path_and_no_token_is_on_the_card(tmp_path, monkeypatch):

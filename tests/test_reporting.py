@@ -295,33 +295,33 @@ def test_in_a_browser_our_script_runs_and_no_other(tmp_path):
     # An event handler that got past the escaping, and a script that did: the content policy stops both.
     page = page_of(tmp_path, HOSTILE, dataset=HOSTILE[1])
     smuggled = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\">"
-    seen = in_browser(page.replace("</main>", smuggled + "</main>"), tmp_path)
-    assert "<title>hacked" not in seen
-    assert f"{len(HOSTILE)} of {len(HOSTILE)}" in seen
+    parsed = in_browser(page.replace("</main>", smuggled + "</main>"), tmp_path)
+    assert "<title>hacked" not in parsed
+    assert f"{len(HOSTILE)} of {len(HOSTILE)}" in parsed
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_a_browser_images_are_sorted_filtered_and_walked(tmp_path):
     page = page_of(tmp_path, ("a red cat", "a blue dog", "a green cat"))  # CIDEr 0, 2, 4
     steps = """
-    const seen = {};
+    const found = {};
     const shown = () => [...document.querySelectorAll("#cards > li")].filter((card) => !card.hidden)
       .map((card) => card.querySelector(".caption").textContent);
     const here = () => document.activeElement.querySelector(".caption")?.textContent ?? document.activeElement.id;
     const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
     const type = (text) => { filter.value = text; filter.dispatchEvent(new Event("input")); };
     const sort = (way) => { order.value = way; order.dispatchEvent(new Event("change")); };
-    sort("best"); seen.best = shown();
-    sort("worst"); seen.worst = shown();
-    sort("best"); press("j"); seen.first = here(); press("ArrowRight"); seen.second = here();
-    press("j"); press("j"); seen.last = here(); press("k"); seen.back = here();
-    press("k"); press("k"); seen.stays = here();
-    press("/"); seen.slash = here(); press("j"); seen.typing = here();
-    type("CAT again"); seen.cats = shown(); seen.count = document.getElementById("count").textContent;
-    press("Escape"); seen.all = shown().length;
-    type("shuffled"); seen.shuffled = shown();
-    type("zebra"); seen.nothing = !document.getElementById("nothing").hidden;
-    document.title = JSON.stringify(seen);
+    sort("best"); found.best = shown();
+    sort("worst"); found.worst = shown();
+    sort("best"); press("j"); found.first = here(); press("ArrowRight"); found.second = here();
+    press("j"); press("j"); found.last = here(); press("k"); found.back = here();
+    press("k"); press("k"); found.stays = here();
+    press("/"); found.slash = here(); press("j"); found.typing = here();
+    type("CAT again"); found.cats = shown(); found.count = document.getElementById("count").textContent;
+    press("Escape"); found.all = shown().length;
+    type("shuffled"); found.shuffled = shown();
+    type("zebra"); found.nothing = !document.getElementById("nothing").hidden;
+    document.title = JSON.stringify(found);
     """
     own = re.search(r"script-src '(sha256-[^']+)'", page).group(0)
     page = page.replace(own, "script-src 'unsafe-inline'").replace("</body>", f"<script>{steps}</script></body>")
