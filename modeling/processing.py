@@ -7,27 +7,36 @@ from transformers import (
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
-    CLIPImageProcessor,
     VisionTextDualEncoderProcessor,
 )
 from transformers.image_utils import PILImageResampling
 
+from .image_processing_timm import TimmImageProcessor
 
-def timm_image_processor(backbone, image_size: int | None = None, center_crop: bool = True) -> CLIPImageProcessor:
-    """The images a timm model was trained on, as an image processor that saves: resize, center crop, normalize.
+
+def timm_image_processor(
+    backbone, image_size: int | None = None, center_crop: bool = True, use_test_size: bool = False
+) -> TimmImageProcessor:
+    """The transform a timm model was evaluated with, as an image processor that saves.
 
     Args:
         backbone: A timm model; its own data configuration is read.
-        image_size: Side of the square given to the model, in pixels; the model's own where None.
-        center_crop: Whether the model sees an image's middle, as it was trained to; else all of it, squeezed into the square.
+        image_size: Side of the model's square input, in pixels; its own height and width where None.
+        center_crop: Whether to crop as the model was trained to; otherwise resize the whole image, ignoring its aspect ratio.
+        use_test_size: Whether to take timm's input size and crop for testing, where a model has its own.
     """
-    data = timm.data.resolve_model_data_config(backbone)
-    crop_size = image_size or data["input_size"][-1]
-    square = {"height": crop_size, "width": crop_size}
-    return CLIPImageProcessor(
-        size={"shortest_edge": math.floor(crop_size / data["crop_pct"])} if center_crop else square,
+    data = timm.data.resolve_model_data_config(backbone, use_test_size=use_test_size)
+    height, width = (image_size, image_size) if image_size else data["input_size"][1:]
+    mode = data["crop_mode"] if center_crop else "squash"
+    crop_pct = data["crop_pct"] if center_crop else 1.0
+    size = {"height": math.floor(height / crop_pct), "width": math.floor(width / crop_pct)}
+    if mode == "center" and size["height"] == size["width"]:
+        size = {"shortest_edge": size["height"]}
+    return TimmImageProcessor(
+        crop_mode=mode,
+        size=size,
         do_center_crop=center_crop,
-        crop_size=square,
+        crop_size={"height": height, "width": width},
         resample=PILImageResampling[data["interpolation"].upper()],
         image_mean=list(data["mean"]),
         image_std=list(data["std"]),
@@ -35,7 +44,7 @@ def timm_image_processor(backbone, image_size: int | None = None, center_crop: b
 
 
 def center_crop(image_processor) -> float | None:
-    """Side of the square in an image's middle that a model sees, in shares of its short side; None where it sees all of it."""
+    """Side of the centered square that a model gets, as a fraction of an image's short side; None where it gets all of it."""
     short_side = (image_processor.size or {}).get("shortest_edge")
     if not getattr(image_processor, "do_center_crop", False) or not short_side:
         return None
@@ -43,7 +52,7 @@ def center_crop(image_processor) -> float | None:
 
 
 def resized_side(image_processor) -> int:
-    """To how many pixels images are resized: their short side, or the longer of two that are given."""
+    """Pixels that images are resized to: their short side, or the longer of height and width."""
     return max(dict(image_processor.size).values())
 
 
