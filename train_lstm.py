@@ -154,7 +154,7 @@ def train(data_args, model_args: ModelArguments, decoding_args: DecodingArgument
 def forward(model, batch: dict, num_tokens, label_smoothing: float = 0.0):
     """Summed cross entropy of a batch over the tokens of the whole step, so that accumulated batches are one big batch."""
     inputs = {name: value for name, value in batch.items() if name != "index"}
-    return model(**inputs, num_items_in_batch=num_tokens, label_smoothing=label_smoothing).loss
+    return model(**inputs, num_items_in_batch=num_tokens, label_smoothing=label_smoothing, skip_logits=True).loss
 
 
 def build_captioner(

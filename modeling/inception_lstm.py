@@ -9,7 +9,12 @@ from transformers import PreTrainedTokenizerBase
 from system.errors import UserError
 
 from .captioner import Captioner
-from .modeling_inception_lstm import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration, timm_source
+from .modeling_inception_lstm import (
+    InceptionLSTMConfig,
+    InceptionLSTMForConditionalGeneration,
+    timm_model_args,
+    timm_source,
+)
 from .processing import build_processor, timm_image_processor
 
 logger = logging.getLogger(__name__)
@@ -41,10 +46,12 @@ def build_inception_lstm(
         raise UserError(f"--num_attention_heads {num_heads} does not divide --hidden_size {hidden_size}")
     try:
         backbone = timm.create_model(timm_source(encoder), pretrained=False, num_classes=0)
+        encoder_args = timm_model_args(encoder)
     except RuntimeError as error:
         raise UserError(f"--encoder {encoder}: {error}; give a timm name, a Hub id or a local folder") from error
     config = InceptionLSTMConfig(
         encoder_name=backbone.pretrained_cfg["architecture"],
+        encoder_args=encoder_args,
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -7,10 +7,13 @@ Config, encoder, state and model share this file because the file itself travels
 the loss and the pipeline with it.
 """
 
+import json
 import os
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from timm.models import load_model_config_from_hf
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
@@ -24,6 +27,7 @@ class InceptionLSTMConfig(PreTrainedConfig):
 
     Args:
         encoder_name: timm architecture. Never a path or a repository: weights are loaded after construction.
+        encoder_args: Arguments of the architecture that differ from its defaults, see `timm_model_args`.
         freeze_encoder: Whether the encoder's weights and BatchNorm statistics stay fixed.
         vocab_size: Vocabulary size, special tokens included.
         image_embed_dim: Dimension of the image embedding and of the token embeddings, the inputs of the LSTM.
@@ -36,10 +40,15 @@ class InceptionLSTMConfig(PreTrainedConfig):
     """
 
     model_type = "inception_lstm"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "cache",
+        "encoder_last_hidden_state",
+    ]  # the Trainer's predictions are the logits
 
     def __init__(
         self,
         encoder_name: str = "inception_resnet_v2",
+        encoder_args: dict[str, Any] | None = None,
         freeze_encoder: bool = True,
         vocab_size: int = 8000,
         image_embed_dim: int = 1024,
@@ -55,6 +64,7 @@ class InceptionLSTMConfig(PreTrainedConfig):
         **kwargs,
     ):
         self.encoder_name = encoder_name
+        self.encoder_args = encoder_args or {}
         self.freeze_encoder = freeze_encoder
         self.vocab_size = vocab_size
         self.image_embed_dim = image_embed_dim
@@ -78,14 +88,18 @@ class TimmEncoder(nn.Module):
     Args:
         architecture: timm architecture.
         grid: Whether to return the feature map, one state per position, in place of the pooled features.
+        model_args: Arguments of the architecture that differ from its defaults.
     """
 
     main_input_name = "pixel_values"
 
-    def __init__(self, architecture: str, grid: bool = False):
+    def __init__(self, architecture: str, grid: bool = False, model_args: dict[str, Any] | None = None):
         super().__init__()
+        self.architecture = architecture
         self.grid = grid
+        self.model_args = model_args or {}
         self.backbone = self.create_backbone(architecture, pretrained=False)
+        self.is_built_on_meta = next(self.backbone.parameters()).is_meta
         # timm has initialized its layers; transformers' `post_init` would initialize them again, in another way.
         for module in self.modules():
             module._is_hf_initialized = True
@@ -95,11 +109,21 @@ class TimmEncoder(nn.Module):
         import timm  # half a second, which ViT-GPT2 needs not spend
 
         pooling = {"global_pool": ""} if self.grid else {}
-        backbone = timm.create_model(name, pretrained=pretrained, num_classes=0, **pooling)
+        backbone = timm.create_model(name, pretrained=pretrained, **{**self.model_args, "num_classes": 0, **pooling})
         for module in backbone.modules():
             for buffer_name, buffer in list(module.named_buffers(recurse=False)):
                 module.register_buffer(buffer_name, buffer)
         return backbone
+
+    @torch.no_grad()
+    def initialize_missing(self) -> None:
+        """Give what `from_pretrained` found in no checkpoint the values of a new timm model: weights, statistics, tables."""
+        tensors = {**dict(self.backbone.named_parameters()), **dict(self.backbone.named_buffers())}
+        missing = [name for name, value in tensors.items() if not getattr(value, "_is_hf_initialized", False)]
+        if missing:
+            new = self.create_backbone(self.architecture, pretrained=False).state_dict()
+            for name in missing:
+                tensors[name].copy_(new[name])
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}"  # part of the encoder's fingerprint, which its cached features are stored under
@@ -109,9 +133,26 @@ class TimmEncoder(nn.Module):
         """Dimension of one state, 1,536 for Inception-ResNet-v2."""
         return getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
-        # Convolutions are faster in channels-last memory order, and keep it.
-        pixel_values = pixel_values.to(next(self.backbone.parameters()).dtype, memory_format=torch.channels_last)
+    def memory_format(self, device: torch.device) -> torch.memory_format:
+        """Memory order of the pixels: channels last, in which convolutions are faster, and which they keep.
+
+        Not where a 1 x 1 convolution of the image itself (RepVGG, MobileOne) is trained on a CPU, which torch 2.14 cannot do
+        in this order.
+        """
+        if device.type == "cpu" and torch.is_grad_enabled():
+            for module in self.backbone.modules():
+                reads_image = isinstance(module, nn.Conv2d) and module.in_channels == 3
+                if reads_image and module.kernel_size == (1, 1) and module.weight.requires_grad:
+                    return torch.contiguous_format
+        return torch.channels_last
+
+    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> BaseModelOutput:
+        if pixel_values is None or pixel_values.ndim != 4:
+            raise ValueError(
+                "the encoder takes pixel_values of shape (batch, 3, height, width), as the processor makes them"
+            )
+        memory_format = self.memory_format(pixel_values.device)
+        pixel_values = pixel_values.to(next(self.backbone.parameters()).dtype).contiguous(memory_format=memory_format)
         features = self.backbone(pixel_values)
         if features.ndim == 2:  # pooled: (batch, encoder size)
             features = features.unsqueeze(1)
@@ -135,6 +176,7 @@ class LSTMState:
     keys_values: tuple[torch.Tensor, torch.Tensor] | None = None
 
     is_compileable = False
+    is_linear = (False,)  # as transformers asks of each layer of a cache: it knows how many tokens it has decoded
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.num_tokens
@@ -144,6 +186,9 @@ class LSTMState:
         beam_idx = beam_idx.to(self.hidden.device)
         self.hidden = self.hidden.index_select(1, beam_idx)
         self.cell = self.cell.index_select(1, beam_idx)
+
+
+torch.export.register_dataclass(LSTMState, serialized_type_name="showtell.LSTMState")
 
 
 class GridAttention(nn.Module):
@@ -199,10 +244,11 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _is_stateful = True  # transformers then refuses assisted decoding: an LSTM's state cannot be rolled back
 
     def __init__(self, config: InceptionLSTMConfig):
         super().__init__(config)
-        self.encoder = TimmEncoder(config.encoder_name, grid=config.attention)
+        self.encoder = TimmEncoder(config.encoder_name, config.attention, config.encoder_args)
         self.image_projection = nn.Linear(self.encoder.output_size, config.image_embed_dim)
         self.token_embedding = nn.Embedding(config.vocab_size, config.image_embed_dim)
         self.lstm = nn.LSTM(
@@ -227,11 +273,18 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """He for linear layers, normal for embeddings, torch's own uniform for the LSTM, as the course report has it."""
         if isinstance(module, nn.Linear):
             nn.init.kaiming_normal_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
         elif isinstance(module, nn.LSTM):
             module.reset_parameters()
+
+    def initialize_weights(self) -> None:
+        """As always; what a checkpoint lacks of the encoder is initialized as timm does it."""
+        if self.encoder.is_built_on_meta:  # by `from_pretrained`
+            self.encoder.initialize_missing()
+        super().initialize_weights()
 
     def train(self, mode: bool = True):
         """As always, but a frozen encoder stays in eval: `requires_grad_(False)` alone lets BatchNorm statistics drift."""
@@ -246,7 +299,13 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             name: timm name ("inception_resnet_v2.tf_in1k"), Hub id ("timm/inception_resnet_v2.tf_in1k"), or a local folder
                 with timm's `config.json` and `model.safetensors`.
+
+        Raises:
+            ValueError: Its model has other arguments than this one's encoder, see `timm_model_args`.
         """
+        model_args = timm_model_args(name)
+        if model_args != self.config.encoder_args:
+            raise ValueError(f"{name} has model_args {model_args}, the config encoder_args {self.config.encoder_args}")
         pretrained = self.encoder.create_backbone(timm_source(name), pretrained=True)
         self.encoder.backbone.load_state_dict(pretrained.state_dict())
 
@@ -256,8 +315,14 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.token_embedding
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.token_embedding = value
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -273,10 +338,12 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_index: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        label_smoothing: float = 0.0,
+        skip_logits: bool | None = None,
         output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
-    ) -> Seq2SeqLMOutput:
+    ) -> Seq2SeqLMOutput | tuple:
         """Predict each next token of the captions; the loss where `labels` are given.
 
         Args:
@@ -289,19 +356,46 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             labels: int64 (batch, length), caption and EOS, -100 where a caption has ended.
             image_index: int64 (batch,). Index of each caption's image, where captions share images; their order where absent.
             use_cache: Whether to return the state; by default where there are no `labels`.
-            num_items_in_batch, label_smoothing: See `caption_loss`.
-            output_attentions: Whether to return the attention weights.
+            num_items_in_batch, label_smoothing: See `caption_loss`. (The second is not in the signature: of every argument
+                there that has "label" in its name, transformers' Trainer expects a column.)
+            skip_logits: Whether to compute the loss alone, chunk by chunk, so that the logits of a whole batch of captions are
+                never in memory at once; by default in training where there are `labels`.
+            output_attentions, output_hidden_states: Whether to return the attention weights, or what is between the layers;
+                the config's where None.
+            return_dict: Whether to return a `Seq2SeqLMOutput`, or a tuple of what is not None; the config's where None.
 
         Returns:
-            `loss` (nats per token) where `labels` are given, else `logits` (batch, length, vocabulary): those of a whole batch
-            of captions are never in memory at once. `cache`: the state, where `use_cache`. `cross_attentions`, where
-            `output_attentions`: of the one layer, (batch, heads, length, positions).
+            loss: Nats per token, where `labels` are given.
+            logits: (batch, length, vocabulary), unless skipped.
+            cache: The state, where `use_cache`.
+            decoder_hidden_states: Inputs of the LSTM, its outputs and, with attention, those of the attention, each (batch,
+                length, size), where `output_hidden_states`.
+            cross_attentions: Of the one attention layer, (batch, heads, length, positions), where `output_attentions`.
+            encoder_last_hidden_state: (images, positions, encoder size), without `cache`.
+
+        Raises:
+            ValueError: Neither image nor state is given, or no tokens.
         """
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        use_cache = labels is None if use_cache is None else use_cache
+        skip_logits = self.training and labels is not None if skip_logits is None else skip_logits
         if decoder_input_ids is None:
-            decoder_input_ids = self.shift_right(labels)
+            if labels is None:
+                raise ValueError(
+                    "forward takes decoder_input_ids or labels besides the image; captions come from generate()"
+                )
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         inputs = self.token_embedding(decoder_input_ids)  # (batch, length, image embedding)
         if cache is None:
             if encoder_outputs is None:
+                if pixel_values is None:
+                    raise ValueError(
+                        "forward takes an image: pixel_values, encoder_outputs or the cache of a call before"
+                    )
                 encoder_outputs = self.encoder(pixel_values)
             inputs, keys_values = self.prepend_image(encoder_outputs[0].to(inputs.dtype), inputs, image_index)
             lstm_state, num_tokens = None, 0
@@ -309,24 +403,44 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             keys_values, num_tokens, lstm_state = cache.keys_values, cache.num_tokens, (cache.hidden, cache.cell)
 
         outputs, query, lstm_state = self.decode(inputs, keys_values, lstm_state)
-        cross_attentions = None
-        if self.attention and output_attentions:
-            cross_attentions = (self.attention.attention_weights(query, keys_values),)
         loss, logits = None, None
-        if labels is None:
-            logits = self.lm_head(outputs)  # (batch, length, vocabulary)
-        else:
+        if labels is not None:
+            label_smoothing = kwargs.get("label_smoothing", 0.0)
             loss = caption_loss(outputs, labels, self.lm_head, num_items_in_batch, label_smoothing)
-
-        use_cache = labels is None if use_cache is None else use_cache
-        cache = LSTMState(*lstm_state, num_tokens + decoder_input_ids.shape[1], keys_values) if use_cache else None
-        return Seq2SeqLMOutput(
+        if not skip_logits:
+            logits = self.lm_head(outputs)  # (batch, length, vocabulary)
+        cross_attentions, hidden_states = None, None
+        if output_attentions and self.attention:
+            cross_attentions = (self.attention.attention_weights(query, keys_values),)
+        if output_hidden_states:
+            hidden_states = (inputs, query, outputs) if self.attention else (inputs, query)
+        num_tokens += decoder_input_ids.shape[1]
+        output = Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            cache=cache,
+            cache=LSTMState(*lstm_state, num_tokens, keys_values) if use_cache else None,
+            decoder_hidden_states=hidden_states,
             cross_attentions=cross_attentions,
             encoder_last_hidden_state=encoder_outputs[0] if encoder_outputs is not None else None,
         )
+        return output if return_dict else output.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, cache: LSTMState | None = None, **kwargs
+    ) -> dict[str, Any]:
+        """Arguments of `forward` at a decoding step: of the tokens (batch, length), those that the cache has not decoded.
+
+        Raises:
+            ValueError: It has decoded them all.
+        """
+        if cache is not None:
+            input_ids = input_ids[:, cache.num_tokens :]  # (batch, tokens to decode)
+            if not input_ids.shape[1]:
+                raise ValueError(
+                    f"the cache has decoded all {cache.num_tokens} tokens given: it must not have the last one"
+                )
+        kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(input_ids, cache=cache, **kwargs)
 
     def prepend_image(
         self, states: torch.Tensor, inputs: torch.Tensor, image_index: torch.Tensor | None = None
@@ -369,7 +483,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         outputs = self.attention(query, keys_values) if self.attention else query
         return self.dropout(outputs), query, lstm_state
 
-    def shift_right(self, labels: torch.Tensor) -> torch.Tensor:
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Decoder inputs from labels (batch, length): the start token, then every label but the last."""
         start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
         shifted = torch.cat([start, labels[:, :-1]], dim=1)
@@ -381,6 +495,23 @@ def timm_source(name: str) -> str:
     if os.path.isdir(name):
         return f"local-dir:{name}"
     return f"hf-hub:{name}" if "/" in name and ":" not in name else name
+
+
+def timm_model_args(name: str) -> dict[str, Any]:
+    """Arguments that a timm folder or Hub repository gives its architecture beyond its defaults, such as an activation.
+
+    Args:
+        name: As in `load_pretrained_encoder`; a timm name has none.
+    """
+    source = timm_source(name)
+    if source.startswith("local-dir:"):
+        with open(os.path.join(name, "config.json"), encoding="utf-8") as file:
+            model_args = json.load(file).get("model_args")
+    elif source.startswith("hf-hub:"):
+        model_args = load_model_config_from_hf(source.removeprefix("hf-hub:"))[2]
+    else:
+        model_args = None
+    return {key: value for key, value in (model_args or {}).items() if key != "num_classes"}
 
 
 InceptionLSTMConfig.register_for_auto_class()

@@ -6,30 +6,38 @@ from transformers import (
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
-    CLIPImageProcessor,
     VisionTextDualEncoderProcessor,
 )
 from transformers.image_utils import PILImageResampling
 
+from .image_processing_timm import TimmImageProcessor
 
-def timm_image_processor(backbone, image_size: int | None = None, center_crop: bool = True) -> CLIPImageProcessor:
-    """The images a timm model was trained on, as an image processor that saves: resize, center crop, normalize.
+
+def timm_image_processor(
+    backbone, image_size: int | None = None, center_crop: bool = True, use_test_size: bool = False
+) -> TimmImageProcessor:
+    """The transform a timm model was evaluated with, as an image processor that saves.
 
     Args:
         backbone: A timm model; its own data configuration is read.
-        image_size: Side of the square given to the model, in pixels; the model's own where None.
-        center_crop: Whether to center-crop, as in the model's training; otherwise the whole image is resized, ignoring its
-            aspect ratio.
+        image_size: Side of the model's square input, in pixels; its own height and width where None.
+        center_crop: Whether to crop as the model was trained to; otherwise resize the whole image, ignoring its aspect ratio.
+        use_test_size: Whether to take timm's input size and crop for testing, where a model has its own.
     """
-    from timm.data import resolve_model_data_config  # half a second, which ViT-GPT2 needs not spend
+    from timm.data import resolve_model_data_config  # half a second, which ViT-GPT2 need not spend
 
-    data = resolve_model_data_config(backbone)
-    crop_size = image_size or data["input_size"][-1]
-    square = {"height": crop_size, "width": crop_size}
-    return CLIPImageProcessor(
-        size={"shortest_edge": math.floor(crop_size / data["crop_pct"])} if center_crop else square,
+    data = resolve_model_data_config(backbone, use_test_size=use_test_size)
+    height, width = (image_size, image_size) if image_size else data["input_size"][1:]
+    mode = data["crop_mode"] if center_crop else "squash"
+    crop_pct = data["crop_pct"] if center_crop else 1.0
+    size = {"height": math.floor(height / crop_pct), "width": math.floor(width / crop_pct)}
+    if mode == "center" and size["height"] == size["width"]:
+        size = {"shortest_edge": size["height"]}
+    return TimmImageProcessor(
+        crop_mode=mode,
+        size=size,
         do_center_crop=center_crop,
-        crop_size=square,
+        crop_size={"height": height, "width": width},
         resample=PILImageResampling[data["interpolation"].upper()],
         image_mean=list(data["mean"]),
         image_std=list(data["std"]),
