@@ -47,6 +47,32 @@ def small_scenes(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory) -> str:
+    """A folder with five images of one color in each split, two captions of unlike length each, in `small_captioners`' words."""
+    from datasets import Dataset, DatasetDict
+    from small_captioners import COLORS, IMAGES
+
+    from data_scripts.caption_table import FEATURES
+
+    captions = [[f"a {color} dog", f"the small cat sits on a {color} big dog and runs"] for color in COLORS]
+    table = Dataset.from_dict({"image": IMAGES, "image_id": list(COLORS), "captions": captions}, features=FEATURES)
+    folder = tmp_path_factory.mktemp("data") / "colors"
+    DatasetDict({"train": table, "validation": table, "test": table}).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def starts(tmp_path_factory) -> dict[str, str]:
+    """Folders of small captioners of random weights, to fine-tune, by kind."""
+    from small_captioners import build
+
+    folders = {kind: str(tmp_path_factory.mktemp("starts") / kind) for kind in ("lstm", "vit_gpt2")}
+    for kind, folder in folders.items():
+        build(kind, num_layers=1).save(folder)
+    return folders
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub on the loopback address; `huggingface_hub` of this process talks to it as the user "me", with an empty cache."""

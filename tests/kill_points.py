@@ -44,7 +44,12 @@ OPTIONS = [
 OWN_OPTIONS = {
     "train_lstm": [
         *("--per_device_train_batch_size", "24", "--ema_decay", "0.9", "--eval_steps", "4", "--logging_steps", "2"),
-        *("--freeze_encoder", "false", "--encoder_learning_rate", "1e-3"),  # its BatchNorm statistics follow the batches
+        *(
+            "--freeze_encoder",
+            "false",
+            "--encoder_learning_rate",
+            "1e-3",
+        ),  # its BatchNorm statistics follow the batches
     ],
     "train_vit_gpt2": ["--per_device_train_batch_size", "24", "--ema_decay", "0.9"],
     "train_scst": ["--per_device_train_batch_size", "5", "--init_weight_share", "0.3", "--xe_weight", "0.2"],

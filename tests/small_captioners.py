@@ -10,7 +10,7 @@ from modeling.captioner import Captioner
 from modeling.processing import build_processor
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config
 
-VOCABULARY = "<pad> <s> </s> <unk> a the red green blue small big dog cat runs sits on under it and"
+VOCABULARY = "<pad> <s> </s> <unk> a the red green blue white black small big dog cat runs sits on under it and"
 WORDS = VOCABULARY.split()
 COLORS = ("red", "green", "blue", "white", "black")
 IMAGES = [Image.new("RGB", (50, 40), color) for color in COLORS]
