@@ -18,7 +18,7 @@ from benchmarks import metrics as benchmark
 from metrics import METRIC_NAMES, CaptionScorer, CiderD, tokenize
 from metrics.__main__ import main
 from metrics.caption_scores.baselines import derangement
-from metrics.java_metrics import JavaMetricError, meteor
+from metrics.caption_scores.java_metrics import JavaMetricError, meteor
 
 REPOSITORY = Path(__file__).parents[1]
 PREDICTIONS, REFERENCES = benchmark.make_captions(40)
@@ -248,7 +248,7 @@ def test_the_best_constant_caption_beats_its_rivals():
     scorer = CaptionScorer(references)
     constant = scorer.report(rivals)["constant"]
     by_hand = {text: scorer.score([text] * 4)["cider"] for text in rivals}
-    assert constant["caption"] == max(by_hand, key=by_hand.get)
+    assert constant["caption"] == "a dog runs on grass"  # of captions as good, the first
     assert constant["cider"] == pytest.approx(max(by_hand.values()))
     trained = CaptionScorer(references, training_captions=["a dog", "zyx"]).report(rivals)["constant"]
     assert trained["caption"] == "a dog"

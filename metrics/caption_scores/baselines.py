@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from .ngrams import LOW, MAX_ORDER, NgramIndex, count_words
-from .overlap import CIDER_SIGMA, ReferenceTable
+from .ngrams import MAX_ORDER, Captions, NgramIndex, Ngrams
+from .overlap import CIDER_SIGMA, Pairs, ReferenceTable
 
 NUM_FINALISTS = 5
+BLOCK = 8192
 
 
 def derangement(num_images: int) -> np.ndarray:
@@ -21,37 +22,53 @@ def derangement(num_images: int) -> np.ndarray:
     return source
 
 
-def best_constant(candidates: list[str], index: NgramIndex, table: ReferenceTable) -> str:
-    """Choose, among tokenized captions, the one with the highest mean CIDEr-D when every image gets it.
+def best_constant(candidates: Captions, index: NgramIndex, table: ReferenceTable) -> int:
+    """Choose the caption with the highest mean CIDEr-D when every image gets it; give its place among the candidates.
 
     All candidates are ranked by their similarity to the mean of the references, which is CIDEr-D without its clipping; the
     first five are then scored in full.
     """
-    candidates = list(dict.fromkeys(candidates))
-    counts = index.count(candidates)
-    lengths = count_words(counts, len(candidates))
-    similarity = np.zeros(len(candidates))
-    for order in range(MAX_ORDER):
-        key, start, _, reference, reference_weight, reference_norm = table.orders[order]
-        # the mean reference: an image's references share one vote
-        norm = reference_norm * table.num_references[table.image]
-        share = np.divide(reference_weight, norm[reference], out=np.zeros(len(reference)), where=norm[reference] != 0)
-        ngram = np.repeat(key & LOW, np.diff(start))
-        size = 1 + max(counts[order].ngram.max(initial=0), ngram.max(initial=0))
-        mean_reference = np.bincount(ngram, share, minlength=size)
-        weight = table.frequencies.weigh(counts[order], order)
-        norm = np.sqrt(np.bincount(counts[order].caption, weight**2, minlength=len(candidates)))
-        dot = np.bincount(
-            counts[order].caption, weight * mean_reference[counts[order].ngram], minlength=len(candidates)
-        )
-        similarity += np.divide(dot, norm, out=np.zeros(len(norm)), where=norm != 0)
-    reference_lengths, how_many = np.unique(table.length, return_counts=True)
-    gaussian = np.exp(-((lengths[:, None] - reference_lengths) ** 2) / (2 * CIDER_SIGMA**2))
-    finalists = np.argsort(-similarity * (gaussian @ how_many), kind="stable")[:NUM_FINALISTS]
+    places: dict[bytes, int] = {}
+    for place, key in enumerate(candidates.keys()):
+        places.setdefault(key, place)
+    distinct = np.fromiter(places.values(), dtype=np.int64, count=len(places))
+    means = [_mean_reference(table, order) for order in range(MAX_ORDER)]
+    captions = index.words.split_words(candidates.take(distinct))
+    similarity = np.concatenate(
+        [_similarity(index.number(block), len(block.lengths), means, table) for _, block in captions.blocks(BLOCK)]
+    )
+    reference_lengths, how_many = np.unique(table.captions.lengths, return_counts=True)
+    gaussian = np.exp(-((captions.lengths[:, None] - reference_lengths) ** 2.0) / (2 * CIDER_SIGMA**2))
+    # rounded, so that of captions as good the first is chosen
+    rank = np.argsort(-np.round(similarity * (gaussian @ how_many), 9), kind="stable")
+    finalists = np.sort(distinct[rank[:NUM_FINALISTS]])
 
-    num_images = len(table.num_references)
+    images = np.arange(len(table.num_references))
     mean_cider = []
     for finalist in finalists:
-        _, cider = table.match(index.count([candidates[finalist]] * num_images))
-        mean_cider.append(cider.mean())
-    return candidates[finalists[np.argmax(mean_cider)]]
+        everywhere = index.words.split_words(candidates.take(np.full(len(images), finalist)))
+        counts = [ngrams.count() for ngrams in index.number(everywhere)]
+        mean_cider.append(table.match(counts, Pairs(table, images, everywhere.lengths))[1].mean())
+    return int(finalists[np.argmax(np.round(mean_cider, 12))])
+
+
+def _mean_reference(table: ReferenceTable, order: int) -> np.ndarray:
+    """The mean weight of every known n-gram in the references scaled to length one; an image's references share one vote."""
+    entries = table.orders[order]
+    norm = table.norms[order] * table.num_references[table.image]
+    weight = entries.count * table.frequencies.weigh(entries.ngram, order)
+    share = np.divide(weight, norm[entries.reference], out=np.zeros(len(weight)), where=norm[entries.reference] != 0)
+    # behind the known n-grams stand all others, which no reference has
+    return np.bincount(entries.ngram, share, minlength=len(table.frequencies.weights[order]))
+
+
+def _similarity(ngrams: list[Ngrams], num_captions: int, means: list[np.ndarray], table: ReferenceTable) -> np.ndarray:
+    similarity = np.zeros(num_captions)
+    for order, of_order in enumerate(ngrams):
+        counts = of_order.count()
+        weight = counts.count * table.frequencies.weigh(counts.ngram, order)
+        norm = np.sqrt(np.bincount(counts.caption, weight**2, minlength=num_captions))
+        mean = means[order][np.minimum(counts.ngram, len(means[order]) - 1)]
+        dot = np.bincount(counts.caption, weight * mean, minlength=num_captions)
+        similarity += np.divide(dot, norm, out=np.zeros(len(norm)), where=norm != 0)
+    return similarity

@@ -12,6 +12,7 @@ from .overlap import ReferenceTable
 from .ptb_characters import LETTERS
 from .ptb_tokenizer import tokenize
 from .scorer import CaptionScorer
+from .tokenizers import TOKENIZERS
 
 _DESCRIPTION = """\
 BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D of captions, equal to what coco-caption (pycocoevalcap) gives, without Java.

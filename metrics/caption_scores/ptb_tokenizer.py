@@ -10,7 +10,6 @@ the first word of the next caption decides whether a last "B." keeps its period)
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
 
 from .ptb_characters import reduce_characters
 
@@ -154,13 +153,17 @@ RULES = [(re.compile(pattern), spelling) for pattern, spelling in RULES]
 # Only here does a token, or what its rule looks ahead at, hold a blank: markup, fractions, telephone numbers, "No. 5", "B. She".
 # (One class of characters in front lets the search run over most captions without a stop.)
 SPANS_BLANK = re.compile(r"[<\d).](?:(?<=<)|(?<!<)\s+[\d(]|(?<=\b[A-Za-z]\.)\s)")
+# The same as flags of pieces between blanks: HOLDS_SPAN suffices, ENDS_SPAN needs a next piece that has BEGINS_SPAN.
+HOLDS_SPAN, ENDS_SPAN, BEGINS_SPAN = 1, 2, 4
+SINGLE_LETTER = re.compile(r"\b[A-Za-z]\.$")
 
 # What a following caption may change: a single letter, or "No.", at the end.
 ENDS_OPEN = re.compile(rf"(?:(?<![^\W_])[A-Za-z]|(?<![^\W_])(?ai:{NUMBERED}))\.\s*$")
 
+TWO_WORDS = ("cannot", "gonna", "wanna", "gotta", "lemme", "gimme")
 # Nearly all words: letters that no rule splits, hyphens and a genitive, at most one mark behind, and no abbreviation.
 SIMPLE_WORD = re.compile(
-    rf"(?!(?ai:(?:cannot|gonna|wanna|gotta|lemme|gimme)[.,!?]?|(?:{CLOSING}|{TITLES}|{STATES}|[a-z]|m[ft]g|p?pt[ey]s?)\.)$)"
+    rf"(?!(?ai:(?:{'|'.join(TWO_WORDS)})[.,!?]?|(?:{CLOSING}|{TITLES}|{STATES}|[a-z]|m[ft]g|p?pt[ey]s?)\.)$)"
     r"([A-Za-z]+(?:-[A-Za-z]+)*)('s)?[.,!?]?"
 )
 
@@ -192,9 +195,16 @@ def _spell(token: str, spelling: bool) -> str:
 
 
 @lru_cache(maxsize=1 << 17)
-def _lex_word(word: str) -> tuple[str, ...]:
-    simple = SIMPLE_WORD.fullmatch(word)
-    return tuple(part.lower() for part in simple.groups() if part) if simple else tuple(_lex(word))
+def split_piece(piece: str) -> tuple[tuple[str, ...], int]:
+    """Split text that stands between two blanks: its words, and flags that say whether one may reach into the next piece."""
+    if piece.isascii() and piece.isalpha() and (word := piece.lower()) not in TWO_WORDS:
+        return (word,), 0
+    if simple := SIMPLE_WORD.fullmatch(piece):
+        return tuple(part.lower() for part in simple.groups() if part), ENDS_SPAN * (piece[-1] == ".")
+    flags = HOLDS_SPAN * bool("<" in piece or SINGLE_LETTER.search(piece))
+    flags |= ENDS_SPAN * (piece[-1] in ")." or piece[-1].isdecimal())
+    flags |= BEGINS_SPAN * (piece[0] == "(" or piece[0].isdecimal())
+    return tuple(_lex(piece)), flags
 
 
 def tokenize(caption: str) -> list[str]:
@@ -204,8 +214,7 @@ def tokenize(caption: str) -> list[str]:
     """
     if SPANS_BLANK.search(caption):
         return _lex(" ".join(caption.splitlines()))
-    # words come again and again, and what one becomes does not depend on its neighbors
-    return list(chain.from_iterable(map(_lex_word, caption.split())))
+    return [word for piece in caption.split() for word in split_piece(piece)[0]]
 
 
 def tokenize_in_order(captions: Sequence[str]) -> list[list[str]]:

@@ -1,21 +1,24 @@
 """Score captions against the references of their images: CaptionScorer to evaluate, CiderD to reward in training."""
 
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
 from .baselines import best_constant, derangement
-from .ngrams import MAX_ORDER, NgramIndex, count_words
-from .overlap import DocumentFrequencies, ReferenceTable, bleu, rouge_l
-from .ptb_tokenizer import tokenize
+from .ngrams import MAX_ORDER, Captions, NgramIndex
+from .overlap import Pairs, ReferenceTable, bleu
+from .tokenizers import choose_tokenizer, describe_misfit, get_split
 
-END = " END"  # a word that no caption has: the tokenizer gives small letters
+END = " END"  # a word that no caption has: no tokenizer gives a blank
 METRIC_NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
+IMAGES_AT_ONCE = 2048
 
 
-def tokenize_predictions(predictions: Sequence[str], num_images: int) -> list[str]:
-    """Check that there is one string per image, and give the captions with a blank between tokens."""
+def check_predictions(predictions: Sequence[str], num_images: int) -> None:
+    """Raise a ValueError unless there is one string per image."""
     if isinstance(predictions, str) or len(predictions) != num_images:
         raise ValueError(
             f"{'one string' if isinstance(predictions, str) else len(predictions)} as predictions for {num_images} "
@@ -26,11 +29,10 @@ def tokenize_predictions(predictions: Sequence[str], num_images: int) -> list[st
             raise ValueError(
                 f"predictions[{position}] is {caption!r}, not a string: give the empty string where there is no caption"
             )
-    return [" ".join(tokenize(caption)) for caption in predictions]
 
 
-def tokenize_references(references: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Check that every image has a list of strings, and give the references with a blank between tokens."""
+def check_references(references: Sequence[Sequence[str]]) -> None:
+    """Raise a ValueError unless every image has a list of at least one string."""
     if isinstance(references, str) or not len(references):
         raise ValueError("references must be a list with, for each image, a list of at least one caption")
     for position, captions in enumerate(references):
@@ -45,7 +47,6 @@ def tokenize_references(references: Sequence[Sequence[str]]) -> list[list[str]]:
                 raise ValueError(
                     f"references[{position}] holds {caption!r}, not a string: drop it or write the caption"
                 )
-    return [[" ".join(tokenize(caption)) for caption in captions] for captions in references]
 
 
 class CaptionScorer:
@@ -57,19 +58,24 @@ class CaptionScorer:
         references: For each image a list of at least one caption.
         training_captions: What the model was trained on, all in one list: decides which captions are novel, and holds the
             candidates for the best constant caption.
+        tokenizer: A name of `TOKENIZERS`, or "auto" to choose by what the references are written in ("ptb", coco-caption's, for
+            English). The attribute `tokenizer` has the name chosen. A tokenizer that cannot split the references is warned of.
 
     Raises:
-        ValueError: References that are missing, empty or not strings, in one sentence that names the row.
+        ValueError: References that are missing, empty or not strings, in one sentence that names the row; a tokenizer that
+            does not exist or is not installed.
     """
 
-    def __init__(self, references: Sequence[Sequence[str]], training_captions: Sequence[str] | None = None) -> None:
-        self.references = tokenize_references(references)
+    def __init__(
+        self,
+        references: Sequence[Sequence[str]],
+        training_captions: Sequence[str] | None = None,
+        tokenizer: str = "auto",
+    ) -> None:
+        check_references(references)
         self.training_captions = training_captions
-        self.index = NgramIndex()
-        counts = self.index.learn([caption for captions in self.references for caption in captions])
-        image = np.repeat(np.arange(len(self.references)), [len(captions) for captions in self.references])
-        frequencies = DocumentFrequencies(counts, image, len(self.references))
-        self.table = ReferenceTable(self.references, counts, frequencies)
+        self.num_images = len(references)
+        self.index, self.table, self.tokenizer = learn_references(references, tokenizer)
 
     def score(self, predictions: Sequence[str]) -> dict[str, float]:
         """Score one caption per image.
@@ -80,16 +86,15 @@ class CaptionScorer:
         Raises:
             ValueError: Another number of predictions than of images, or one that is no string.
         """
-        return self._mean(self._measure(tokenize_predictions(predictions, len(self.references))))
+        return self._mean(self._measure(self._encode(predictions)))
 
     def unique_words(self, predictions: Sequence[str]) -> int:
         """Number of unique words in all captions together."""
-        captions = tokenize_predictions(predictions, len(self.references))
-        return len({word for caption in captions for word in caption.split()})
+        return len(np.unique(self.index.words.split_words(self._encode(predictions)).words))
 
     def per_image_cider(self, predictions: Sequence[str]) -> list[float]:
         """CIDEr-D of each caption, in the order of the images."""
-        return self._measure(tokenize_predictions(predictions, len(self.references)))[:, -1].tolist()
+        return self._measure(self._encode(predictions))[:, -1].tolist()
 
     def report(
         self,
@@ -113,17 +118,18 @@ class CaptionScorer:
 
         Returns:
             "metrics", "shuffled" and "constant" (with its "caption"): the six scores; "intervals": [low, high] of each score;
-            "diagnostics": rates as fractions, lengths in tokens, None for what cannot be known; "beats_shuffled"; "warning":
-            a sentence or None; "per_image": {"cider", "shuffled_caption"} of each image. All plain enough for JSON.
+            "diagnostics": rates as fractions, lengths in tokens, None for what cannot be known; "tokenizer"; "beats_shuffled";
+            "warning": a sentence or None; "per_image": {"cider", "shuffled_caption"} of each image. All plain enough for JSON.
 
         Raises:
             ValueError: As `score`, or another number of `ended` than of images.
         """
-        num_images = len(self.references)
+        num_images = self.num_images
         if ended is not None and len(ended) != num_images:
             raise ValueError(f"{len(ended)} values of `ended` for {num_images} images: give one per caption, or None")
-        captions = tokenize_predictions(predictions, num_images)
-        measured, shuffled = self._measure(captions), self._measure(self.shuffle(captions))
+        captions = self._encode(predictions)
+        shuffled_captions = captions.take(derangement(num_images)) if num_images > 1 else self._encode([""])
+        measured, shuffled = self._measure(captions), self._measure(shuffled_captions)
         intervals, gain = self._bootstrap(measured, measured[:, -1] - shuffled[:, -1], num_resamples, seed)
         metrics, shuffled_metrics = self._mean(measured), self._mean(shuffled)
         return {
@@ -132,6 +138,7 @@ class CaptionScorer:
             "shuffled": shuffled_metrics,
             "constant": dict(self._constant),
             "diagnostics": self._diagnose(captions, ended),
+            "tokenizer": self.tokenizer,
             "beats_shuffled": gain[0] > 0,
             "warning": self._warn(metrics["cider"], shuffled_metrics["cider"], gain),
             "per_image": [
@@ -141,13 +148,13 @@ class CaptionScorer:
         }
 
     def _warn(self, cider: float, shuffled_cider: float, gain: list[float]) -> str | None:
-        if len(self.references) == 1:
+        if self.num_images == 1:
             return "One image has no shuffled baseline: score more images to learn whether the captions depend on the image."
         if gain[0] > 0:
             return None
         return (
             f"The captions do not beat the shuffled baseline (CIDEr {cider:.3f}, assigned to other images {shuffled_cider:.3f}, 95 % "
-            f"interval of the difference {gain[0]:.3f} to {gain[1]:.3f}): {len(self.references)} images give no evidence that the model "
+            f"interval of the difference {gain[0]:.3f} to {gain[1]:.3f}): {self.num_images} images give no evidence that the model "
             "uses the image."
         )
 
@@ -159,15 +166,18 @@ class CaptionScorer:
     @cached_property
     def _constant(self) -> dict:
         """The best constant caption among the training captions or, without them, the references, and its scores."""
-        candidates = self._tokenized_training_captions or [
-            caption for captions in self.references for caption in captions
-        ]
+        candidates = self._training if self.training_captions else self.table.tokens
         caption = best_constant(candidates, self.index, self.table)
-        return {**self._mean(self._measure([caption] * len(self.references))), "caption": caption}
+        scores = self._mean(self._measure(candidates.take(np.full(self.num_images, caption))))
+        return {**scores, "caption": " ".join(self.index.words.texts(candidates.of(caption)))}
 
     @cached_property
-    def _tokenized_training_captions(self) -> list[str]:
-        return [" ".join(tokenize(caption)) for caption in self.training_captions or ()]
+    def _training(self) -> Captions:
+        return self.index.words.encode(self.training_captions or (), learn=True)
+
+    def _encode(self, predictions: Sequence[str]) -> Captions:
+        check_predictions(predictions, self.num_images)
+        return self.index.words.encode(predictions, learn=False)
 
     def _bootstrap(
         self, measured: np.ndarray, gain: np.ndarray, num_resamples: int, seed: int
@@ -186,26 +196,26 @@ class CaptionScorer:
         return dict(zip(METRIC_NAMES, low_high[:-1], strict=True)), low_high[-1]
 
     def _diagnose(self, captions: list[str], ended: Sequence[bool] | None) -> dict[str, float | int | None]:
-        words = [caption.split() for caption in captions]
-        trigrams = [list(zip(caption, caption[1:], caption[2:], strict=False)) for caption in words]
-        known = set(self._tokenized_training_captions)
+        words = self.index.words.split_words(captions)
+        trigrams = self.index.number(words)[2].count()
+        known = set(self._training.keys())
+        novel = [key not in known for key in captions.keys()]  # noqa: SIM118 (no dict)
         return {
             "ended": None if ended is None else float(np.mean([bool(end) for end in ended])),
-            "repeated_trigram": float(np.mean([len(set(of_caption)) < len(of_caption) for of_caption in trigrams])),
-            "mean_length": float(np.mean([len(caption) for caption in words])),
-            "mean_reference_length": float(self.table.length.mean()),
-            "unique_words": len({word for caption in words for word in caption}),
-            "novel": float(np.mean([caption not in known for caption in captions])) if known else None,
+            "repeated_trigram": len(np.unique(trigrams.caption[trigrams.count > 1])) / self.num_images,
+            "mean_length": float(words.lengths.mean()),
+            "mean_reference_length": float(self.table.captions.lengths.mean()),
+            "unique_words": len(np.unique(words.words)),
+            "novel": float(np.mean(novel)) if known else None,
         }
 
-    def _measure(self, captions: list[str]) -> np.ndarray:
+    def _measure(self, captions: Captions) -> np.ndarray:
         """What scores are sums of, (images, 12): BLEU's four matches, four guesses and two lengths, ROUGE-L, CIDEr-D."""
-        counts = self.index.count(captions)
-        lengths = count_words(counts, len(captions))
-        matches, cider = self.table.match(counts)
-        guesses = np.maximum(lengths[:, None] - np.arange(MAX_ORDER), 0)
-        rouge = [rouge_l(caption, references) for caption, references in zip(captions, self.references, strict=True)]
-        return np.column_stack([matches, guesses, lengths, self.table.closest_length(lengths), rouge, cider])
+        rows = [
+            measure(self.index, self.table, block, np.arange(first, first + len(block.lengths)))
+            for first, block in captions.blocks(IMAGES_AT_ONCE)
+        ]
+        return np.concatenate(rows)
 
     def _mean(self, measured: np.ndarray) -> dict[str, float]:
         total = measured.sum(axis=0)
@@ -223,21 +233,34 @@ class CiderD:
         references: For each image of the reference set, usually the training split, a list of captions.
         count_end: Whether the end of a caption counts as a word of its n-grams, as in the rewards of Rennie et al. Without
             it, a caption that stops at "a dog on a" loses nothing.
+        tokenizer: As of `CaptionScorer`.
     """
 
-    def __init__(self, references: Sequence[Sequence[str]], count_end: bool = False) -> None:
-        self.end = END if count_end else ""
-        self.references = [[caption + self.end for caption in captions] for captions in tokenize_references(references)]
-        image = np.repeat(np.arange(len(self.references)), [len(captions) for captions in self.references])
-        self.index = NgramIndex()
-        counts = self.index.learn([caption for captions in self.references for caption in captions])
-        self.frequencies = DocumentFrequencies(counts, image, len(self.references))
+    def __init__(self, references: Sequence[Sequence[str]], count_end: bool = False, tokenizer: str = "auto") -> None:
+        check_references(references)
+        self.count_end = count_end
+        self.index, self.table, self.tokenizer = learn_references(references, tokenizer, END if count_end else None)
 
     def score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
         """Score a batch of captions that ended, each against the references of its own image, float64 (len(predictions),)."""
-        tokenized = [[caption + self.end for caption in captions] for captions in tokenize_references(references)]
-        captions = [caption + self.end for caption in tokenize_predictions(predictions, len(tokenized))]
-        return self._match(captions, tokenized)[0]
+        check_references(references)
+        check_predictions(predictions, len(references))
+        # numbered together, so that a new n-gram has the same number in a prediction and in its references
+        num_references = np.array([len(captions) for captions in references])
+        together = [*predictions, *chain.from_iterable(references)]
+        tokens = self._encode(together, np.ones(len(together), dtype=bool))
+        captions = self.index.words.split_words(tokens)
+        ngrams = self.index.number(captions)
+        of_predictions, of_references = np.arange(len(predictions)), np.arange(len(predictions), len(together))
+        table = ReferenceTable(
+            tokens.take(of_references),
+            captions.take(of_references),
+            num_references,
+            [[of_order.rows(len(predictions), len(together)) for of_order in ngrams]],
+            self.table.frequencies,
+        )
+        counts = [of_order.rows(0, len(predictions)).count() for of_order in ngrams]
+        return table.match(counts, Pairs(table, of_predictions, captions.lengths[of_predictions]))[1]
 
     def reward(
         self, predictions: Sequence[str], ended: Sequence[bool], images: Sequence[int]
@@ -249,26 +272,62 @@ class CiderD:
             ended: Whether generation ended each with EOS. With `count_end`, the end counts for these alone.
             images: For each caption, the position of its image in the reference set.
         """
-        captions = [
-            caption + self.end * end
-            for caption, end in zip(tokenize_predictions(predictions, len(images)), ended, strict=True)
-        ]
-        references = [self.references[image] for image in images]
-        cider, matches, counts, table = self._match(captions, references)
-        lengths = count_words(counts, len(captions))
-        guesses = np.maximum(lengths[:, None] - np.arange(MAX_ORDER), 0)
-        bleu_4 = bleu(matches, guesses, lengths, table.closest_length(lengths))[:, -1]
-        return cider, bleu_4, np.array([rouge_l(*pair) for pair in zip(captions, references, strict=True)])
+        check_predictions(predictions, len(images))
+        captions = self._encode(predictions, np.asarray(ended, dtype=bool))
+        rows = measure(self.index, self.table, captions, np.asarray(images, dtype=np.int64))
+        return rows[:, -1], bleu(rows[:, :4], rows[:, 4:8], rows[:, 8], rows[:, 9])[:, -1], rows[:, -2]
 
-    def _match(self, captions: list[str], references: list[list[str]]) -> tuple:
-        """CIDEr-D and BLEU's matches of the captions, their n-gram counts, and the table of their references."""
-        num_predictions = len(captions)
-        captions = captions + [caption for of_image in references for caption in of_image]
-        # counted together, so that a new n-gram has the same number in a prediction and in its references
-        counts = self.index.count(captions)
-        table = ReferenceTable(
-            references, [order.rows(num_predictions, len(captions)) for order in counts], self.frequencies
-        )
-        counts = [order.rows(0, num_predictions) for order in counts]
-        matches, cider = table.match(counts)
-        return cider, matches, counts, table
+    def _encode(self, captions: Sequence[str], ended: np.ndarray) -> Captions:
+        encoded = self.index.words.encode(captions, learn=False)
+        return encoded.append_word(self.index.words.words[END], ended) if self.count_end else encoded
+
+
+def learn_references(
+    references: Sequence[Sequence[str]], tokenizer: str, end: str | None = None
+) -> tuple[NgramIndex, ReferenceTable, str]:
+    """Number the words and n-grams of all references, and lay them out.
+
+    Args:
+        references: For each image a list of captions.
+        tokenizer: A name of `TOKENIZERS`, or "auto".
+        end: A word to append to every caption.
+
+    Returns:
+        the index of the numbers, the table of the references, and the tokenizer's name.
+    """
+    captions = list(chain.from_iterable(references))
+    tokenizer = choose_tokenizer(captions) if tokenizer == "auto" else tokenizer
+    if misfit := describe_misfit(tokenizer, captions):
+        warnings.warn(misfit, stacklevel=3)
+    index = NgramIndex(get_split(tokenizer))
+    tokens = index.words.encode(captions, learn=True)
+    if end:
+        tokens = tokens.append_word(index.words.number(end), np.ones(len(captions), dtype=bool))
+    words = index.words.split_words(tokens)
+    index.reserve(len(words.words))
+    num_references = np.array([len(of_image) for of_image in references])
+    blocks = (
+        index.number(block, learn=True, first_caption=first)
+        for first, block in words.parts(np.cumsum(num_references)[IMAGES_AT_ONCE - 1 :: IMAGES_AT_ONCE])
+    )
+    return index, ReferenceTable(tokens, words, num_references, blocks), tokenizer
+
+
+def measure(index: NgramIndex, table: ReferenceTable, tokens: Captions, images: np.ndarray) -> np.ndarray:
+    """What the scores of captions are computed from, float64 (captions, 12).
+
+    Args:
+        index: The numbers of words and n-grams.
+        table: The references.
+        tokens: The captions, tokenized.
+        images: The image of each caption.
+
+    Returns:
+        BLEU's four matches, four guesses, and the words of caption and closest reference; ROUGE-L; CIDEr-D
+    """
+    captions = index.words.split_words(tokens)
+    pairs = Pairs(table, images, captions.lengths)
+    matches, cider = table.match([ngrams.count() for ngrams in index.number(captions)], pairs)
+    guesses = np.maximum(pairs.num_words[:, None] - np.arange(MAX_ORDER), 0)
+    rouge = table.rouge_l(tokens, pairs)
+    return np.column_stack([matches, guesses, pairs.num_words, pairs.closest_length(), rouge, cider])

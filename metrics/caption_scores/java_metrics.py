@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from metrics.caption_scores.scorer import tokenize_predictions, tokenize_references
+from .ptb_tokenizer import tokenize
+from .scorer import check_predictions, check_references
 
 # Runs in a process of its own, with the Java program as its child, so that both can be ended together.
 PROGRAM = """
@@ -74,8 +75,12 @@ def _check_installation(name: str) -> None:
 
 def _run(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], time_limit: float) -> float:
     _check_installation(name)
-    tokenized = tokenize_references(references)
-    captions = {"references": tokenized, "predictions": tokenize_predictions(predictions, len(tokenized))}
+    check_references(references)
+    check_predictions(predictions, len(references))
+    captions = {
+        "references": [[" ".join(tokenize(caption)) for caption in captions] for captions in references],
+        "predictions": [" ".join(tokenize(caption)) for caption in predictions],
+    }
     with tempfile.TemporaryDirectory() as folder:
         captions_file = Path(folder) / "captions.json"
         captions_file.write_text(json.dumps(captions), encoding="utf-8")
