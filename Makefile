@@ -15,14 +15,22 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test quality bench clean
 
-LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# Both captioners train at the same time, with half of the cores each.
+THREADS := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null | awk '{print ($$1 > 1) ? int($$1 / 2) : 1}')
+LAUNCH := $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(or $(THREADS),1)
+DEMO := outputs/demo
 
 demo: $(READY)
-	$(LAUNCH) train_lstm.py recipes/lstm_demo.yaml
-	$(LAUNCH) train_vit_gpt2.py recipes/vit_gpt2_demo.yaml --use_cpu true
-	$(BIN)/python -m reporting.compare outputs/demo/lstm outputs/demo/vit_gpt2 --output outputs/demo/compare.png
-	@echo "The pages: outputs/demo/lstm/captions.html and outputs/demo/vit_gpt2/captions.html"
-	@echo "Your own images, in a browser: $(BIN)/python app.py"
+	@mkdir -p $(DEMO)
+	@echo "Drawing scenes and training both captioners on them; the logs: $(DEMO)/lstm.log and $(DEMO)/vit_gpt2.log"
+	@$(LAUNCH) train_lstm.py recipes/lstm_demo.yaml --disable_tqdm true > $(DEMO)/lstm.log 2>&1 & lstm=$$!; \
+	 $(LAUNCH) train_vit_gpt2.py recipes/vit_gpt2_demo.yaml --disable_tqdm true > $(DEMO)/vit_gpt2.log 2>&1 & vit_gpt2=$$!; \
+	 trap 'kill $$lstm $$vit_gpt2 2>/dev/null' INT TERM; \
+	 wait $$lstm || { tail -n 20 $(DEMO)/lstm.log; kill $$vit_gpt2; exit 1; }; \
+	 wait $$vit_gpt2 || { tail -n 20 $(DEMO)/vit_gpt2.log; exit 1; }
+	@$(BIN)/python -m reporting.compare $(DEMO)/lstm $(DEMO)/vit_gpt2 --output $(DEMO)/compare.png --min_true_captions 0.95
+	@echo "The pages: $(DEMO)/lstm/captions.html and $(DEMO)/vit_gpt2/captions.html"
+	@echo "In a browser: $(BIN)/python app.py"
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

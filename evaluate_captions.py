@@ -227,6 +227,7 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
             scorer=scorer,
             decoding=captioner.model.generation_config,
             publish_images=args.dataset_name == "scenes" if args.publish_images is None else args.publish_images,
+            truth=scene_truths([made["caption"] for made in captions], rows["captions"]),
         )
         if generation_args.num_return_sequences:
             print(write_captions(args.output_dir, best_captions(rows, captions, scorer), "best_captions.jsonl"))

@@ -38,6 +38,15 @@ class ModelArguments:
     center_crop: bool = field(
         default=True, metadata={"help": "Center-crop; otherwise resize the whole image, ignoring its aspect ratio."}
     )
+    output_stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stride of the encoder's feature grid in pixels; 16 or 8 give a convolutional encoder a finer grid; its own, mostly "
+            "32, if not given.",
+            "min": 1,
+            "needs": {"attention": [True]},
+        },
+    )
     image_embed_dim: int = field(
         default=1024, metadata={"help": "Size of the image's and of each token's embedding.", "min": 1}
     )

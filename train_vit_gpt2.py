@@ -59,8 +59,23 @@ class ModelArguments:
         default=16,
         metadata={"help": "Side of a new ViT's patches in pixels.", "min": 1, "needs": {"pretrained_encoder": [False]}},
     )
+    convolutional_stem: bool = field(
+        default=False,
+        metadata={
+            "help": "Make a new ViT's patches with a small ResNet instead of one linear layer (hybrid ViT).",
+            "needs": {"pretrained_encoder": [False]},
+        },
+    )
     hidden_size: int = field(default=768, metadata={"help": "Hidden size of a new ViT and a new GPT-2.", "min": 1})
     num_hidden_layers: int = field(default=12, metadata={"help": "Number of layers of either.", "min": 1})
+    num_encoder_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of layers of a new ViT, where it differs from that of a new GPT-2.",
+            "min": 1,
+            "needs": {"pretrained_encoder": [False]},
+        },
+    )
     num_attention_heads: int = field(default=12, metadata={"help": "Number of attention heads of either.", "min": 1})
     vocab_size: int = field(
         default=8000,
@@ -216,7 +231,13 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: li
     if model_args.trim_vocabulary:
         tokenizer, token_ids = trimmed_to_captions(tokenizer, training_captions, prompt, data_args.num_augmentations)
     if not model_args.pretrained_encoder:
-        encoder = encoder_config(model_args.image_size, model_args.patch_size, **model_args.sizes)
+        layers = model_args.num_encoder_layers or model_args.num_hidden_layers
+        encoder = encoder_config(
+            model_args.image_size,
+            model_args.patch_size,
+            **model_args.sizes | {"num_hidden_layers": layers},
+            convolutional_stem=model_args.convolutional_stem,
+        )
     if not model_args.pretrained_decoder:
         decoder, token_ids = decoder_config(len(tokenizer), **model_args.sizes), None
     try:

@@ -1,4 +1,4 @@
-"""Draw scenes: one or two colored shapes on a small canvas, with five differently worded captions each.
+"""Draw scenes: one or two colored shapes on a small canvas, with differently worded captions.
 
     python -m data_scripts.scenes --output_dir data/scenes
 
@@ -20,9 +20,13 @@ from data_scripts.command_line import add_table_options, prepare
 from data_scripts.row_checks import SourceRow
 from system.errors import UserError, one_line_errors
 
-NUM_SCENES = {"train": 3000, "validation": 300, "test": 300}
+NUM_SCENES = {"train": 20_000, "validation": 300, "test": 500}
 IMAGE_SIZE = 64  # pixels
-NUM_CAPTIONS = 5
+NUM_CAPTIONS = {
+    "train": 1,
+    "validation": 5,
+    "test": 5,
+}  # training: more images are worth more than more captions of each
 SINGLE_SHARE = 0.2  # of the scenes; the others have two figures
 OVERSAMPLING = 4  # drawn so many times larger, then averaged: smooth edges
 
@@ -56,20 +60,22 @@ SINGLE_WORDINGS = (
     "{a} {place}",
     "there is {a} {place}",
     "{a} is {place}",
-    "the picture shows {a} {place}",
+    "the image shows {a} {place}",
     "{place} there is {a}",
     "only {a} can be seen {place}",
     "one shape {place} , {a}",
 )
+# The figure on the left or at the top is named first, unless the caption has begun with where the other one lies: each word follows
+# from the image and the words before it, never from which of two figures was chosen at random.
 PAIR_WORDINGS = (
     "{a} is {to} {b}",
     "there is {a} {to} {b}",
     "{a} {to} {b}",
-    "{b} is {from_} {a}",
-    "there is {b} {from_} {a}",
-    "the picture shows {a} {to} {b}",
+    "the image shows {a} {to} {b}",
     "{a} can be seen {to} {b}",
-    "{b} can be seen {from_} {a}",
+    "{to} {b} there is {a}",
+    "{from_} {a} there is {b}",
+    "{from_} {a} you see {b}",
     "{a} {here} and {b} {there}",
     "there is {a} {here} and {b} {there}",
 )
@@ -135,7 +141,7 @@ def deal_scenes(num_scenes: dict[str, int], seed: int) -> dict[str, list[Scene]]
     return dealt
 
 
-def tell_scene(scene: Scene, generator: random.Random, num_captions: int = NUM_CAPTIONS) -> list[str]:
+def tell_scene(scene: Scene, generator: random.Random, num_captions: int = 5) -> list[str]:
     """Return captions of a scene, each worded in another way."""
     wordings = SINGLE_WORDINGS if len(scene.figures) == 1 else PAIR_WORDINGS
     captions = []
@@ -214,14 +220,17 @@ def draw_scene(scene: Scene, seed: str, image_size: int = IMAGE_SIZE) -> bytes:
 
 
 def scene_rows(
-    num_scenes: dict[str, int] | None = None, image_size: int = IMAGE_SIZE, seed: int = 0
+    num_scenes: dict[str, int] | None = None,
+    image_size: int = IMAGE_SIZE,
+    seed: int = 0,
+    num_captions: dict[str, int] | None = None,
 ) -> list[SourceRow]:
     """Return the rows of the drawn dataset; the same numbers, size and seed give the same bytes and captions."""
     rows = []
     for split, scenes in deal_scenes(num_scenes or NUM_SCENES, seed).items():
         for number, scene in enumerate(scenes):
             name = f"{split}_{number}"
-            captions = tell_scene(scene, random.Random(f"tell {seed} {name}"))
+            captions = tell_scene(scene, random.Random(f"tell {seed} {name}"), (num_captions or NUM_CAPTIONS)[split])
             draw = partial(draw_scene, scene, f"draw {seed} {name}", image_size)
             rows.append(SourceRow(split, name, captions, name, draw))
     return rows

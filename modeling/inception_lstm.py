@@ -27,6 +27,7 @@ def build_inception_lstm(
     pretrained_encoder: bool = True,
     image_size: int | None = None,
     center_crop: bool = True,
+    output_stride: int | None = None,
     **sizes,
 ) -> Captioner:
     """A new captioner.
@@ -36,6 +37,8 @@ def build_inception_lstm(
         pretrained_encoder: Whether to load the encoder's weights.
         image_size: Side of the encoder's input in pixels; its own where None.
         center_crop: Whether the encoder gets the center of an image, or all of it, resized.
+        output_stride: Pixels from one position of the feature grid to the next; the encoder's own where None. Below that, its last
+            stages are dilated instead of strided, with the same weights.
         sizes: Of `InceptionLSTMConfig`.
 
     Raises:
@@ -46,7 +49,7 @@ def build_inception_lstm(
         raise UserError(f"--num_attention_heads {num_heads} does not divide --hidden_size {hidden_size}")
     try:
         backbone = timm.create_model(timm_source(encoder), pretrained=False, num_classes=0)
-        encoder_args = timm_model_args(encoder)
+        encoder_args = timm_model_args(encoder) | ({"output_stride": output_stride} if output_stride else {})
     except RuntimeError as error:
         raise UserError(f"--encoder {encoder}: {error}; give a timm name, a Hub id or a local folder") from error
     config = InceptionLSTMConfig(
@@ -60,7 +63,9 @@ def build_inception_lstm(
     )
     try:
         model = InceptionLSTMForConditionalGeneration(config)
-    except AssertionError as error:  # timm's, of models that cannot go without their pooling
+    except (AssertionError, NotImplementedError, TypeError) as error:  # timm's
+        if output_stride:
+            raise UserError(f"--output_stride {output_stride}: timm's {encoder} does not have it") from error
         if not config.attention:
             raise
         raise UserError(f"--attention true: timm's {encoder} gives no feature grid to attend to") from error

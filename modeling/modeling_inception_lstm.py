@@ -126,7 +126,7 @@ class TimmEncoder(nn.Module):
                 tensors[name].copy_(new[name])
 
     def extra_repr(self) -> str:
-        return f"grid={self.grid}"  # part of the encoder's fingerprint, which its cached features are stored under
+        return f"grid={self.grid}, {self.model_args}"  # part of the encoder's fingerprint, which its cached features are stored under
 
     @property
     def output_size(self) -> int:
@@ -304,7 +304,10 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: Its model has other arguments than this one's encoder, see `timm_model_args`.
         """
         model_args = timm_model_args(name)
-        if model_args != self.config.encoder_args:
+        own_args = {
+            key: value for key, value in self.config.encoder_args.items() if key != "output_stride"
+        }  # no weights
+        if model_args != own_args:
             raise ValueError(f"{name} has model_args {model_args}, the config encoder_args {self.config.encoder_args}")
         pretrained = self.encoder.create_backbone(timm_source(name), pretrained=True)
         self.encoder.backbone.load_state_dict(pretrained.state_dict())

@@ -3,6 +3,7 @@
 The model is transformers' own `VisionEncoderDecoderModel`, not a subclass: it loads everywhere without remote code.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    DPTConfig,
     DynamicCache,
     EncoderDecoderCache,
     GenerationConfig,
@@ -20,6 +22,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ResNetConfig,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
@@ -83,17 +86,51 @@ def build_vit_gpt2(
 
 
 def encoder_config(
-    image_size: int, patch_size: int, hidden_size: int, num_hidden_layers: int, num_attention_heads: int
-) -> ViTConfig:
-    """A ViT of these sizes; its feed-forward layers are four times as wide, as in every ViT."""
-    return ViTConfig(
-        image_size=image_size,
-        patch_size=patch_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        intermediate_size=4 * hidden_size,
+    image_size: int,
+    patch_size: int,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    convolutional_stem: bool = False,
+) -> ViTConfig | DPTConfig:
+    """A ViT of these sizes; its feed-forward layers are four times as wide, as in every ViT.
+
+    Args:
+        convolutional_stem: Whether a small ResNet makes the patches instead of one linear layer: the hybrid ViT of Dosovitskiy et
+            al., 2021 (https://arxiv.org/abs/2010.11929, section 3.1), which transformers has as DPT's encoder.
+
+    Raises:
+        UserError: The ResNet has no such stride.
+    """
+    sizes = {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "intermediate_size": 4 * hidden_size,
+        "initializer_range": hidden_size
+        ** -0.5,  # transformers' 0.02 is for wide models: in narrow ones attention starts flat
+    }
+    if not convolutional_stem:
+        return ViTConfig(**sizes)
+    if patch_size not in (8, 16, 32) or image_size % patch_size:
+        raise UserError(
+            f"--convolutional_stem true makes patches of 8, 16 or 32 pixels that divide --image_size {image_size}: --patch_size "
+            f"{patch_size} is none of them"
+        )
+    num_stages = int(math.log2(patch_size)) - 1  # stride 4 of the stem, 1 of the first stage, 2 of each other
+    names = ["stem", *(f"stage{stage + 1}" for stage in range(num_stages))]
+    width = hidden_size // 3
+    resnet = ResNetConfig(
+        embedding_size=width,
+        hidden_sizes=[width] * (num_stages - 1) + [4 * width],
+        depths=[1] * num_stages,
+        layer_type="basic",
+        out_features=names[-3:],  # DPT requires three, and its encoder reads the last
     )
+    side = image_size // patch_size
+    return DPTConfig(is_hybrid=True, backbone_config=resnet, backbone_featmap_shape=[1, 4 * width, side, side], **sizes)
 
 
 def decoder_config(vocab_size: int, hidden_size: int, num_hidden_layers: int, num_attention_heads: int) -> GPT2Config:
@@ -103,6 +140,7 @@ def decoder_config(vocab_size: int, hidden_size: int, num_hidden_layers: int, nu
         n_embd=hidden_size,
         n_layer=num_hidden_layers,
         n_head=num_attention_heads,
+        initializer_range=hidden_size**-0.5,  # as the encoder's
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -114,7 +152,7 @@ def brings_cross_attention(decoder: str) -> bool:
     return getattr(getattr(source, "decoder", source), "add_cross_attention", False)
 
 
-def vit_image_processor(encoder: str | ViTConfig):
+def vit_image_processor(encoder: str | ViTConfig | DPTConfig):
     """The image processor of a pretrained encoder; for a config, one that resizes to its size and scales to [-1, 1]."""
     if isinstance(encoder, str):
         return AutoImageProcessor.from_pretrained(encoder)
@@ -167,10 +205,33 @@ def _build_encoder(encoder: str | PreTrainedConfig) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(encoder) if isinstance(encoder, str) else encoder
     config = getattr(config, "vision_config", config)
     # No captioner reads the pooler. Models without the option have none.
-    options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit", "beit", "data2vec-vision") else {}
+    options = (
+        {"add_pooling_layer": False} if config.model_type in ("vit", "deit", "beit", "data2vec-vision", "dpt") else {}
+    )
     if isinstance(encoder, str):
         return AutoModel.from_pretrained(encoder, config=config, **options)
-    return AutoModel.from_config(config, **options)
+    model = AutoModel.from_config(config, **options)
+    if config.model_type in ("vit", "dpt"):
+        _initialize_positions(model.embeddings.position_embeddings, config.image_size // config.patch_size)
+    return model
+
+
+@torch.no_grad()
+def _initialize_positions(position_embeddings: nn.Parameter, side: int) -> None:
+    """Start the positions of a grid as sines and cosines of row and column: where things are is learned far sooner.
+
+    Args:
+        position_embeddings: (1, positions, size); the grid's `side` * `side` are the last.
+    """
+    num_waves = position_embeddings.shape[-1] // 4
+    # The slowest wave is longer than the grid, and the fastest tells neighbors apart, whatever the side.
+    positions = torch.arange(side) * 8 / side
+    angles = positions[:, None] * 100 ** -(torch.arange(num_waves) / num_waves)  # (side, waves)
+    rows, columns = angles[:, None].expand(side, side, -1), angles[None].expand(side, side, -1)
+    grid = torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=-1).flatten(
+        0, 1
+    )  # (side ** 2, 4 * waves)
+    position_embeddings[0, -len(grid) :, : grid.shape[1]] = grid
 
 
 def _build_decoder(decoder: str | PreTrainedConfig, dropout: float | None) -> PreTrainedModel:
@@ -188,7 +249,12 @@ def _build_decoder(decoder: str | PreTrainedConfig, dropout: float | None) -> Pr
         return VisionEncoderDecoderModel.from_pretrained(decoder, config=source).decoder
     if isinstance(decoder, str):
         return AutoModelForCausalLM.from_pretrained(decoder, config=config)
-    return AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
+    if (
+        config.model_type == "gpt2"
+    ):  # logits start as small as with transformers' initializer_range: the first loss is log(V)
+        nn.init.constant_(model.transformer.ln_f.weight, 0.02 * config.n_embd**0.5)
+    return model
 
 
 @torch.no_grad()

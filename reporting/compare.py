@@ -50,6 +50,13 @@ def comparison_table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
+def short_of_truth(runs: Runs, rate: float) -> str | None:
+    """A sentence that names the runs with a lower rate of true captions, or None where none has."""
+    rates = {name: (results.get("true_captions") or {}).get("all") for name, results in runs.items()}
+    short = [f"{name} ({_number(value)})" for name, value in rates.items() if value is None or value < rate]
+    return f"Fell short of {rate:g} true captions: {', '.join(short)}" if short else None
+
+
 def draw_comparison(path: Path, runs: Runs, histories: dict[str, list[dict]]) -> Path:
     """Draw each run's final CIDEr with interval and shuffled baseline, and CIDEr and validation loss during training.
 
@@ -84,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", default="compare.png", metavar="FILE", help="file of the plot (default: compare.png)"
     )
+    parser.add_argument(
+        "--min_true_captions",
+        type=float,
+        metavar="RATE",
+        help="rate of true captions below which a run of drawn scenes is reported as falling short, with exit code 1",
+    )
     arguments = parser.parse_args(argv)
     with one_line_errors():
         runs = {name: read_results(name) for name in arguments.runs}
@@ -91,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(comparison_table(runs))
         path = draw_comparison(Path(arguments.output), runs, histories)
     print(f"plot: {path}", file=sys.stderr)  # stdout has the table alone, for a file or a pipe
+    if arguments.min_true_captions is not None and (short := short_of_truth(runs, arguments.min_true_captions)):
+        print(short, file=sys.stderr)
+        raise SystemExit(1)
 
 
 def _draw_final_scores(axis: Axes, runs: Runs) -> None:

@@ -43,7 +43,8 @@ def small_scenes(tmp_path_factory) -> str:
     from data_scripts.scenes import scene_rows
 
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    write_caption_table(scene_rows({"train": 24, "validation": 10, "test": 9}), folder)
+    num_scenes = {"train": 24, "validation": 10, "test": 9}
+    write_caption_table(scene_rows(num_scenes, num_captions=dict.fromkeys(num_scenes, 5)), folder)
     return str(folder)
 
 

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, get_scheduler
 
+from data_scripts.scene_truth import scene_truths
 from metrics import CaptionScorer
 from modeling.captioner import Captioner
 from reporting.curves import draw_curves
@@ -441,6 +442,7 @@ class TrainingRun:
                 pushing=self.pushing if args.push_to_hub else None,
                 self_critical=self_critical,
                 token=args.hub_token,
+                truth=scene_truths([made["caption"] for made in captions], dataset[split]["captions"]),
             )
         accelerator.end_training()
 
