@@ -175,6 +175,7 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
     from datasets import DatasetDict
     from torch.utils.data import DataLoader
 
+    from data_scripts.scene_truth import scene_truths
     from metrics import CaptionScorer
     from modeling.captioner import Captioner
     from reporting.page import NUM_IMAGES

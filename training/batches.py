@@ -262,8 +262,9 @@ class CaptionCollator:
             rows = [{name: list(item[name]) for name in ("decoder_input_ids", "labels")} for item in items]
             if self.share_images == "pack" and len(images) < len(items):
                 rows = self.pack(rows, image_index)
-            # What a decoder reads where a caption has ended is right of all its tokens, and has no label: any token will do.
-            padding = {"decoder_input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
+            # What a decoder reads where a caption has ended is right of all its tokens, and has no label: any token will do, and of the
+            # pad token transformers warns.
+            padding = {"decoder_input_ids": self.processor.tokenizer.bos_token_id, "labels": -100}
             for name in rows[0]:
                 values = [torch.tensor(row[name]) for row in rows]
                 batch[name] = pad_sequence(values, batch_first=True, padding_value=padding.get(name, 0))
