@@ -33,7 +33,8 @@ def paragraphs(dataset: str | None, num_images: int) -> datasets.Dataset:
     captions = [[" ".join(random.choice(words, length, p=shares / shares.sum()))] for length in lengths]
     images = [{"bytes": noise(random), "path": None} for _ in range(num_images)]
     names = [str(number) for number in range(num_images)]
-    return datasets.Dataset.from_dict({"image": images, "image_id": names, "captions": captions}, features=FEATURES)
+    columns = {"image": images, "image_id": names, "captions": captions, "content_hash": names}
+    return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
 def noise(random: np.random.Generator) -> bytes:

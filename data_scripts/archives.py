@@ -2,9 +2,10 @@
 
 import os
 import tempfile
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -13,29 +14,36 @@ from system.downloads import download
 from system.errors import UserError
 
 GIGABYTE = 2**30
-MAX_FILE_BYTES = GIGABYTE  # of one file; the largest honest one, COCO's captions, has a seventh of it
+MAX_FILE_BYTES = GIGABYTE  # of one file; COCO's captions, the largest real one, have a seventh of it
 MAX_UNPACKED_GIGABYTES = 64.0  # of a whole zip; all of COCO has a third of it
 HOW_TO_RAISE_THE_LIMIT = "raise --max_unpacked_gigabytes if you trust it"
+
+
+class SeveralFiles(OSError):
+    """A name fits several files of a source, and which one is meant cannot be known."""
 
 
 class SourceFiles:
     """The files of a folder or a zip.
 
     A name can be read only if the listing has it, and the listing has no name that leads outside: that one rule
-    answers absolute names, `..` and links, whether they stand in an archive or in a caption table.
+    covers absolute names, `..` and links, in an archive as well as in a caption table.
 
     Args:
-        location: What to call the source in a sentence to the user.
-        readers: Reads a file's bytes, by relative name with forward slashes.
+        location: The source's name in messages.
+        readers: Functions that return a file's bytes, by relative name with forward slashes.
     """
 
     def __init__(self, location: str, readers: dict[str, Callable[[], bytes]]):
         self.location = location
         self.names = sorted(readers)
         self._readers = readers
+        self._names_by_key: dict[str, list[str]] = {}
         self._names_by_basename: dict[str, list[str]] = {}
         for name in self.names:
-            self._names_by_basename.setdefault(PurePosixPath(name).name, []).append(name)
+            key = name_key(name)
+            self._names_by_key.setdefault(key, []).append(name)
+            self._names_by_basename.setdefault(key.rpartition("/")[2], []).append(name)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one file.
@@ -48,12 +56,43 @@ class SourceFiles:
             raise FileNotFoundError(f"{self.location} has no file '{name}'")
         return self._readers[name]()
 
-    def find(self, name: str) -> str | None:
-        """Return the listed name that is `name`, or else ends with it in whatever folder."""
+    def find(self, name: str, anywhere: bool = False) -> list[str]:
+        """Return the listed names that `name` can mean: itself, else those that differ from it as `name_key` allows.
+
+        Args:
+            name: Relative name.
+            anywhere: Whether to search for it in all folders where it is not found; the outermost ones win.
+        """
         if name in self._readers:
-            return name
-        candidates = self._names_by_basename.get(PurePosixPath(name).name, [])
-        return next((candidate for candidate in candidates if candidate.endswith("/" + name)), None)
+            return [name]
+        key = name_key(name)
+        found = self._names_by_key.get(key, [])
+        if not found and anywhere and key:
+            inside = "/" + key
+            found = [
+                candidate
+                for candidate in self._names_by_basename.get(key.rpartition("/")[2], [])
+                if name_key(candidate).endswith(inside)
+            ]
+            exact = [candidate for candidate in found if candidate.endswith("/" + name)]
+            found = exact or found
+            depth = min((candidate.count("/") for candidate in found), default=0)
+            found = [candidate for candidate in found if candidate.count("/") == depth]
+        return found
+
+    def reader(self, name: str, found: Sequence[str]) -> Callable[[], bytes]:
+        """Return the function that reads the one file of `found`; it raises FileNotFoundError or SeveralFiles if there is not one."""
+
+        def several() -> bytes:
+            raise SeveralFiles(f"{self.location} has several files '{name}': {', '.join(found)}")
+
+        return several if len(found) > 1 else partial(self.read, found[0] if found else name)
+
+
+def name_key(name: str) -> str:
+    """What names have in common that differ in case, Unicode form, blanks at either end of a part, or the kind of slash."""
+    parts = unicodedata.normalize("NFC", name).replace("\\", "/").split("/")
+    return "/".join(part.strip().casefold() for part in parts if part != ".")
 
 
 @contextmanager
@@ -84,7 +123,7 @@ def _list_folder(root: Path) -> SourceFiles:
     for folder, _, file_names in os.walk(root):
         for file_name in file_names:
             path = Path(folder, file_name)
-            # A link may point anywhere on the machine; only what it reaches inside the folder is the source's own.
+            # A link may point anywhere on the machine; only its targets inside the folder belong to the source.
             if not path.is_symlink() or _is_inside(path, root):
                 readers[path.relative_to(root).as_posix()] = partial(read_file, path)
     return SourceFiles(str(root), readers)
@@ -93,7 +132,7 @@ def _list_folder(root: Path) -> SourceFiles:
 def _is_inside(path: Path, root: Path) -> bool:
     try:
         return path.resolve().is_relative_to(root)
-    except (OSError, RuntimeError):  # a link that leads to itself
+    except (OSError, RuntimeError):  # a link to itself
         return False
 
 
@@ -101,7 +140,7 @@ def read_file(path: Path) -> bytes:
     """Return the bytes of a regular file.
 
     Raises:
-        OSError: There is none, or it is too large; a pipe or a device would have no end.
+        OSError: There is none, or it is too large, or a pipe or a device.
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
@@ -123,11 +162,21 @@ def _open_zip(path: Path, location: str, max_unpacked_gigabytes: float) -> Itera
                 f"{location} unpacks to {unpacked:.1f} GiB, more than the {max_unpacked_gigabytes:g} GiB allowed: {HOW_TO_RAISE_THE_LIMIT}"
             )
         readers = {
-            member.filename: _member_reader(archive, member, location)
+            name: _member_reader(archive, member, location)
             for member in archive.infolist()
-            if not member.is_dir() and not _leads_outside(member.filename)
+            if not member.is_dir() and not _leads_outside(name := _member_name(member))
         }
         yield SourceFiles(location, readers)
+
+
+def _member_name(member: zipfile.ZipInfo) -> str:
+    """The member's name, also from archivers that store UTF-8 without saying so (macOS): zipfile reads that as code page 437."""
+    if member.flag_bits & 0x800:
+        return member.filename
+    try:
+        return member.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return member.filename
 
 
 def _leads_outside(name: str) -> bool:
@@ -140,8 +189,8 @@ def _member_reader(archive: zipfile.ZipFile, member: zipfile.ZipInfo, location: 
             raise OSError(f"'{member.filename}' in {location} is larger than {MAX_FILE_BYTES / GIGABYTE:g} GiB")
         try:
             with archive.open(member) as file:
-                # With the size given, a member that unpacks to more than it declares is cut there, then fails its
-                # checksum; a bare read() would first unpack all of it into memory.
+                # With the size given, a member that unpacks to more than it declares stops there and fails its checksum;
+                # a bare read() would first unpack all of it into memory.
                 return file.read(member.file_size)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise OSError(f"'{member.filename}' in {location} is damaged or locked ({error})") from error

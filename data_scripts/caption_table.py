@@ -1,19 +1,21 @@
 """The caption table: what every source of captioned images becomes.
 
-`write_caption_table` checks the rows of a source, leaves out what cannot be used and says so, cuts missing splits off
+`write_caption_table` checks the rows of a source, leaves out what cannot be used and says so, makes missing splits from
 the training images, and saves a `DatasetDict` whose rows are
 
     image: the image's own bytes, decoded to RGB on access
     image_id: its name, unique in the dataset
-    captions: one or more sentences or paragraphs
+    captions: one or more sentences or paragraphs, in Unicode's composed form (NFC)
+    content_hash: SHA-256 of the image's bytes, in hexadecimal
 """
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
@@ -24,7 +26,14 @@ from data_scripts.splits import DEFAULT_SHARE, SPLITS, cut_missing_splits
 from system.errors import UserError, printable
 from system.files import atomic_folder
 
-FEATURES = Features({"image": Image(mode="RGB"), "image_id": Value("string"), "captions": List(Value("string"))})
+FEATURES = Features(
+    {
+        "image": Image(mode="RGB"),
+        "image_id": Value("string"),
+        "captions": List(Value("string")),
+        "content_hash": Value("string"),
+    }
+)
 
 ROWS_PER_BATCH = 64
 NAMES_SHOWN = 10
@@ -32,11 +41,12 @@ NAMES_SHOWN = 10
 
 @dataclass
 class Summary:
-    """What became of a source's rows. `str()` of it is the closing summary of every command."""
+    """What became of a source's rows; as text, the closing summary of every command."""
 
     num_images: Counter = field(default_factory=Counter)
     num_captions: Counter = field(default_factory=Counter)
     skipped: dict[str, list[str]] = field(default_factory=dict)  # reason -> places
+    notes: dict[str, list[str]] = field(default_factory=dict)  # what was changed or is unused -> places
     repeated_images: list[list[tuple[str, str]]] = field(default_factory=list)  # groups of (split, image_id)
 
     def __str__(self) -> str:
@@ -47,6 +57,8 @@ class Summary:
         ]
         for reason, places in sorted(self.skipped.items()):
             lines += [f"skipped, {reason}: {len(places):,}", *_bounded(places)]
+        for note, places in sorted(self.notes.items()):
+            lines += [f"{note}: {len(places):,}", *_bounded(places)]
         across, within = [], []
         for group in self.repeated_images:
             names = " = ".join(f"{image_id} ({split})" for split, image_id in group)
@@ -63,28 +75,49 @@ def _bounded(names: list[str]) -> list[str]:
 
 
 def check_rows(rows: Sequence[SourceRow], strict: bool, summary: Summary) -> Iterator[list[CheckedRow]]:
-    """Check rows on all processors, in order, and give the usable ones in batches; the rest goes to the summary.
+    """Check rows on all processors, in order, and yield the usable ones in batches; the rest goes to the summary.
 
     Raises:
         UserError: With `strict`, at the first row that has anything to skip.
     """
-    image_ids: set[str] = set()
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(rows), unit="image", desc="Checking") as progress:
         for start in range(0, len(rows), ROWS_PER_BATCH):
             usable = []
             for checked in pool.map(check_row, rows[start : start + ROWS_PER_BATCH]):
-                if checked.usable and checked.row.image_id in image_ids:
-                    checked.problems.append("second image of that name")
-                    checked.usable = False
                 if checked.problems and strict:
                     raise UserError(f"{printable(checked.row.place)}: {checked.problems[0]} (--strict)")
                 for problem in checked.problems:
                     summary.skipped.setdefault(problem, []).append(printable(checked.row.place))
+                for note in checked.notes:
+                    summary.notes.setdefault(note, []).append(printable(checked.row.place))
                 if checked.usable:
-                    image_ids.add(checked.row.image_id)
                     usable.append(checked)
                 progress.update()
             yield usable
+
+
+def with_unique_ids(rows: Sequence[SourceRow], summary: Summary) -> list[SourceRow]:
+    """The rows with an ID each: one that several splits have is qualified by its split, and one repeated in a split is numbered."""
+    splits: dict[Any, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.read and isinstance(row.image_id, str):
+            splits[row.image_id].add(row.split)
+    taken: set[str] = set()
+    unique = []
+    for row in rows:
+        if row.read and row.image_id in splits:
+            base = image_id = row.image_id if len(splits[row.image_id]) == 1 else f"{row.split}/{row.image_id}"
+            copy = 1
+            while image_id in taken or (image_id != row.image_id and image_id in splits):
+                copy += 1
+                image_id = f"{base}#{copy}"
+            taken.add(image_id)
+            if image_id != row.image_id:
+                place = f"{printable(row.place)} is now {printable(image_id)}"
+                summary.notes.setdefault("image_id not unique, changed", []).append(place)
+                row = replace(row, image_id=image_id)
+        unique.append(row)
+    return unique
 
 
 def write_caption_table(
@@ -95,25 +128,25 @@ def write_caption_table(
     test_share: float = DEFAULT_SHARE,
     seed: int = 0,
 ) -> Summary:
-    """Check the rows of a source and save those that can be used as a `DatasetDict` in `output_dir`, whole or not at all.
+    """Check the rows of a source and save those that can be used as a `DatasetDict` in `output_dir`, completely or not at all.
 
     Args:
-        rows: One per image, in the order in which they are to be stored.
-        output_dir: Must not exist yet, or be empty.
-        strict: Take a row that cannot be used for an error, instead of skipping it.
-        validation_share, test_share: Of the training images, cut off where the source has no such split.
-        seed: Of the cut.
+        rows: One per image, in the order in which they are stored; and what their reader has to say beside them.
+        output_dir: New or empty folder.
+        strict: Whether a row that cannot be used is an error, instead of skipped.
+        validation_share, test_share: Fractions of the training images that become these splits where the source has none.
+        seed: Random seed of these splits.
 
     Raises:
-        UserError: A share is impossible, no row can be used, or with `strict`, one cannot.
-        FileExistsError: There is something in `output_dir`.
+        UserError: A fraction is impossible, no row can be used, or with `strict`, one cannot; or `output_dir` is not empty.
     """
     shares = {"validation": validation_share, "test": test_share}
     if min(shares.values()) < 0 or sum(shares.values()) >= 1:
         raise UserError("--validation_share and --test_share must be 0 or more, and less than 1 together")
-    if not rows:
-        raise UserError("the source has no image")
     summary = Summary()
+    if not any(row.read or row.problem for row in rows):
+        raise UserError("the source has no image")
+    rows = with_unique_ids(rows, summary)
     with atomic_folder(output_dir) as (folder, scratch):
         written = _write_arrow(rows, scratch / "rows.arrow", strict, summary)
         if not written:
@@ -140,6 +173,7 @@ def _write_arrow(rows: Sequence[SourceRow], path: Path, strict: bool, summary: S
                     "image": {"bytes": checked.image, "path": None},
                     "image_id": checked.row.image_id,
                     "captions": checked.captions,
+                    "content_hash": checked.content_hash,
                 }
                 for checked in batch
             ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def read_captions(path: str | os.PathLike, with_references: bool = True) -> list
         with_references: Whether "references" must be there; if not, all records have them or none has.
 
     Returns:
-        The records, `image_id` as text where it is a whole number.
+        The records, `image_id` as text where it is a whole number, texts in Unicode's composed form (NFC).
 
     Raises:
         UserError: The file cannot be read, has no records, or a record is not an object, lacks a key, has a value of the wrong
@@ -67,4 +68,6 @@ def _checked(record: dict[str, Any], keys: Sequence[str], place: str) -> dict[st
         references = record["references"]
         if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
             raise UserError(f'{place}: "references" must be a list of strings')
+        record = record | {"references": [unicodedata.normalize("NFC", text) for text in references]}
+    record = record | {"caption": unicodedata.normalize("NFC", record["caption"])}
     return {key: record[key] for key in keys}

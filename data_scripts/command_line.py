@@ -27,6 +27,17 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed of these splits (default: %(default)s)")
 
 
+def add_split_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--split_column", help="column that holds each row's split (default: split, where its values are splits)"
+    )
+    parser.add_argument(
+        "--splits",
+        metavar="train=NAME,validation=NAME,test=NAME",
+        help="the source's names of the splits, several joined by +; the others are not used (default: the usual names)",
+    )
+
+
 def add_archive_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_unpacked_gigabytes",

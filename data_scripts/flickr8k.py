@@ -1,19 +1,18 @@
-"""Prepare Flickr8k as it is distributed.
+"""Prepare Flickr8k as distributed.
 
     python -m data_scripts.flickr8k Flickr8k_Dataset.zip --text Flickr8k_text.zip --output_dir data/flickr8k
 
-Each of the two may be a zip, its URL or a folder. Without `--text`, SOURCE is a folder that holds both, packed or not.
-Images that stand in no split list are not used; without any list all are training images.
+Each of the two may be a zip, its URL or a folder. Without `--text`, SOURCE is a folder that holds both, zipped or not.
+Images in no split list are not used; without any list all are training images.
 """
 
 import argparse
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from data_scripts.archives import SourceFiles, open_files
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
-from data_scripts.row_checks import SourceRow
+from data_scripts.row_checks import SourceRow, note_row
 from data_scripts.text_files import read_text
 from system.errors import UserError, one_line_errors
 
@@ -25,13 +24,25 @@ SPLIT_LISTS = {
 }
 
 
+def find_text(text_files: SourceFiles, name: str) -> str | None:
+    """Return where in the source a text file is, in whatever folder.
+
+    Raises:
+        UserError: There are several.
+    """
+    found = text_files.find(name, anywhere=True)
+    if len(found) > 1:
+        raise UserError(f"{text_files.location} has several {name}: {', '.join(found)}; keep one")
+    return found[0] if found else None
+
+
 def read_captions(text_files: SourceFiles) -> dict[str, list[str]]:
     """Return the captions of each image by file name, from lines `name.jpg#number<tab>caption`.
 
     Raises:
         UserError: The file is missing, or a line is not of that form.
     """
-    name = text_files.find(TOKEN_FILE)
+    name = find_text(text_files, TOKEN_FILE)
     if name is None:
         raise UserError(f"{text_files.location} has no {TOKEN_FILE}")
     captions: dict[str, list[str]] = {}
@@ -54,9 +65,10 @@ def read_split_lists(text_files: SourceFiles) -> dict[str, list[str]]:
     """
     lists = {}
     for split, list_name in SPLIT_LISTS.items():
-        name = text_files.find(list_name)
+        name = find_text(text_files, list_name)
         if name is not None:
-            lists[split] = read_text(text_files, name).split()
+            # A line each: a file name may hold blanks.
+            lists[split] = [line.strip() for line in read_text(text_files, name).splitlines() if line.strip()]
     if lists and "train" not in lists:
         raise UserError(f"{text_files.location} has split lists, but no {SPLIT_LISTS['train']}")
     return lists
@@ -70,29 +82,31 @@ def flickr8k_rows(images: SourceFiles, text_files: SourceFiles) -> list[SourceRo
     """
     captions = read_captions(text_files)
     lists = read_split_lists(text_files) or {"train": list(captions)}
-    return [
+    listed = {file_name for file_names in lists.values() for file_name in file_names}
+    rows = [
         SourceRow(
             split=split,
             image_id=file_name,
             captions=captions.get(file_name, []),
             place=f"{SPLIT_LISTS[split]}, {file_name}",
-            read=partial(images.read, images.find(file_name) or file_name),
+            read=images.reader(file_name, images.find(file_name, anywhere=True)),
         )
         for split, file_names in lists.items()
-        for file_name in file_names
+        for file_name in dict.fromkeys(file_names)
     ]
+    return rows + [note_row(name, "image in no split list, not used") for name in captions if name not in listed]
 
 
 def find_parts(folder: Path) -> tuple[Path, Path]:
-    """Return where in a folder the images and the texts lie: in the distributed zips, or unpacked in the folder."""
+    """Return where the images and the texts of a folder are: in the distributed zips, or unpacked in the folder."""
     images, text = folder / "Flickr8k_Dataset.zip", folder / "Flickr8k_text.zip"
     return (images if images.is_file() else folder), (text if text.is_file() else folder)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="images: zip, http(s) URL of a zip, or folder")
-    parser.add_argument("--text", help=f"{TOKEN_FILE} and the split lists: zip, http(s) URL of a zip, or folder")
+    parser.add_argument("source", help="zip, http(s) URL of a zip, or folder with the images")
+    parser.add_argument("--text", help=f"zip, http(s) URL of a zip, or folder with {TOKEN_FILE} and the split lists")
     add_table_options(parser)
     add_archive_option(parser)
     arguments = parser.parse_args(argv)

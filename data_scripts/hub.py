@@ -2,13 +2,15 @@
 
     python -m data_scripts.hub OWNER/NAME --image_column image --caption_column caption --output_dir data/name
 
-The caption column holds a text or a list of texts; several columns may be named. Rows that share an `image_id`, where
-there is such a column, are captions of one image.
+The caption column holds a text or a list of texts; several columns may be named. The image column holds images, or their files'
+bytes. Rows with the same image are its captions; where there is a column `image_id`, if they share that, too.
 """
 
 import argparse
 
-from data_scripts.command_line import add_table_options, prepare
+from data_scripts.archives import open_files
+from data_scripts.command_line import add_split_options, add_table_options, prepare
+from data_scripts.image_folder import has_metadata, image_folder_rows
 from system.errors import one_line_errors
 
 
@@ -19,8 +21,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--caption_column", nargs="+", help="caption columns (default: captions, caption or text)")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     parser.add_argument("--config_name", help="configuration, of a dataset that has several")
+    add_split_options(parser)
     add_table_options(parser)
     arguments = parser.parse_args(argv)
+    columns = arguments.caption_column, arguments.split_column, arguments.splits
+    if has_metadata(arguments.source):
+        with one_line_errors(), open_files(arguments.source) as files:
+            prepare(image_folder_rows(files, *columns), arguments)
+        return
     with one_line_errors():
         from data_scripts.dataset_rows import (  # here, so that --help need not import datasets
             dataset_rows,
@@ -28,8 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
         dataset = open_dataset(arguments.source, arguments.revision, arguments.config_name)
-        rows = dataset_rows(dataset, arguments.image_column, arguments.caption_column, arguments.source)
-        prepare(rows, arguments)
+        prepare(dataset_rows(dataset, arguments.source, arguments.image_column, *columns), arguments)
 
 
 if __name__ == "__main__":

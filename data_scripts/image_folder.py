@@ -1,99 +1,160 @@
-"""Prepare a folder of images with a `metadata.csv` or `metadata.jsonl`, as the Hub has it.
+"""Prepare a folder of images with a `metadata.csv` or `metadata.jsonl`, in the Hub's layout.
 
     python -m data_scripts.image_folder images/ --output_dir data/mine
 
-The metadata have `file_name`, relative to their own folder, and the caption column: `caption`, `text`, or `captions`
-(a list; jsonl only). They lie in the folder itself, whose images are then all training images, or in the folders
-`train`, `validation` and `test`. Several lines with one file name are several captions of that image.
+The metadata have `file_name`, relative to their own folder, and a caption column: `caption`, `text`, or `captions`. A cell may
+hold a list of captions, and several rows may name one image. The metadata lie in the folder itself, in the folders `train`,
+`validation` and `test`, or both. A row's split is what its column `split` says, else the folder of the metadata or of its image.
 """
 
 import argparse
-from collections.abc import Iterator
-from functools import partial
-from pathlib import PurePosixPath
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_scripts.archives import SourceFiles, open_files
-from data_scripts.command_line import add_archive_option, add_table_options, prepare
-from data_scripts.row_checks import SourceRow
-from data_scripts.splits import SPLIT_NAMES
-from data_scripts.text_files import gather_captions, json_objects, read_csv, read_text
+from data_scripts.command_line import add_archive_option, add_split_options, add_table_options, prepare
+from data_scripts.row_checks import SourceRow, note_row
+from data_scripts.splits import SplitNames
+from data_scripts.text_files import ImageRef, Table, find_column, gather_images, read_table
 from system.errors import UserError, one_line_errors
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 CAPTION_COLUMNS = ("captions", "caption", "text")
 
 
-def find_metadata(files: SourceFiles) -> dict[str, str]:
-    """Return the metadata file of each split, the outermost in the source; without split folders all is training.
+def has_metadata(source: str | Path) -> bool:
+    """Whether a local folder, or a split's folder in it, holds metadata.
+
+    `datasets` reads such folders, too, but takes a word like "train" or "test" in an image's own name for its split, and then
+    loses all other images.
+    """
+    split_of = SplitNames()
+    folders = [Path(source)] if Path(source).is_dir() else []
+    folders += [path for folder in folders for path in folder.iterdir() if path.is_dir() and split_of(path.name)]
+    return any(path.name.casefold() in METADATA_NAMES for folder in folders for path in folder.iterdir())
+
+
+def find_metadata(files: SourceFiles, split_of: SplitNames) -> tuple[PurePosixPath, list[PurePosixPath], list[str]]:
+    """Return the outermost folder of the dataset, its metadata files and those of its split folders, and all others.
 
     Raises:
-        UserError: There is none, or there are two for one split.
+        UserError: There is none, or one folder has two.
     """
-    paths = [PurePosixPath(name) for name in files.names if PurePosixPath(name).name in METADATA_NAMES]
-    in_split_folders = [path for path in paths if path.parent.name in SPLIT_NAMES]
-    if in_split_folders:
-        root = min((path.parent.parent for path in in_split_folders), key=lambda folder: len(folder.parts))
-        found = [(SPLIT_NAMES[path.parent.name], path) for path in in_split_folders if path.parent.parent == root]
-    else:
-        found = [("train", path) for path in sorted(paths, key=lambda path: len(path.parts))]
-        found = [(split, path) for split, path in found if len(path.parts) == len(found[0][1].parts)]
-    if not found:
+    paths = [PurePosixPath(name) for name in files.names if PurePosixPath(name).name.casefold() in METADATA_NAMES]
+    roots = {path: path.parent.parent if split_of(path.parent.name) else path.parent for path in paths}
+    if not roots:
         raise UserError(f"{files.location} has no metadata.csv or metadata.jsonl")
-    metadata: dict[str, str] = {}
-    for split, path in found:
-        if split in metadata:
-            raise UserError(f"{metadata[split]} and {path} are both for {split}: keep one")
-        metadata[split] = str(path)
-    return metadata
+    depth = min(len(root.parts) for root in roots.values())
+    used = [path for path, root in roots.items() if len(root.parts) == depth]
+    folders: dict[PurePosixPath, PurePosixPath] = {}
+    for path in used:
+        other = folders.setdefault(path.parent, path)
+        if other != path:
+            raise UserError(f"{other} and {path} are both for the same images: keep one")
+    root = roots[used[0]] if len({roots[path] for path in used}) == 1 else roots[used[0]].parent
+    return root, used, [str(path) for path in paths if path not in used]
 
 
-def read_metadata(files: SourceFiles, name: str, caption_column: str | None) -> Iterator[tuple[str, Any, str]]:
-    """Give (file name, caption, place) for every caption of a metadata file.
+def read_metadata(
+    table: Table,
+    folder: PurePosixPath,
+    folder_split: str | None,
+    caption_columns: Sequence[str] | None,
+    split_column: str | None,
+    split_of: SplitNames,
+) -> Iterator[ImageRef]:
+    """Yield the rows of a metadata file.
 
     Raises:
-        UserError: The file is not what it should be, or has no caption column.
+        UserError: There is no caption column, or a row has no file name.
     """
-    lines = list(
-        read_csv(files, name, ["file_name"]) if name.endswith(".csv") else json_objects(read_text(files, name), name)
-    )
-    columns = [caption_column] if caption_column else CAPTION_COLUMNS
-    column = next((column for column in columns if any(column in row for _, row in lines)), None)
-    if column is None and lines:
-        raise UserError(f"{name} has no caption column {' or '.join(columns)}: name it with --caption_column")
-    for line, row in lines:
-        if not isinstance(row.get("file_name"), str):
-            raise UserError(f"{name}, line {line}: no 'file_name'")
-        captions = row.get(column)
-        for caption in captions if isinstance(captions, list) else [captions]:
-            yield row["file_name"], caption, f"{name}, line {line}, {row['file_name']}"
+    file_column = table.column("file_name")
+    if caption_columns:
+        columns = [table.column(name) for name in caption_columns]
+    else:
+        columns = [column for column in [find_column(table.columns, *CAPTION_COLUMNS)] if column]
+    if not columns and table.rows:
+        raise UserError(
+            f"{table.name} has no caption column {' or '.join(CAPTION_COLUMNS)}, only {table.columns}: name it with "
+            "--caption_column"
+        )
+    for line, cells in table.rows:
+        file_name = cells.get(file_column)
+        if not isinstance(file_name, str):
+            raise UserError(f"{table.name}, line {line}: no 'file_name'")
+        place = f"{table.name}, line {line}, {file_name}"
+        if split_column is not None:
+            split = split_of(cells.get(split_column))
+        else:
+            folders = PurePosixPath(file_name.replace("\\", "/")).parts[:-1]
+            split = folder_split or next(filter(None, map(split_of, folders)), split_of.default)
+        if split is None and split_column is not None:
+            place += f", split {cells.get(split_column)}"
+        captions: list[Any] = []
+        for column in columns:
+            cell = cells.get(column)
+            captions += cell if isinstance(cell, list) else [cell]
+        yield ImageRef(split, str(folder / file_name), captions, place)
 
 
-def image_folder_rows(files: SourceFiles, caption_column: str | None = None) -> list[SourceRow]:
-    """Return one row per image of the metadata. Its id is its path in the source.
+def find_split_column(tables: Sequence[Table], given: str | None, split_of: SplitNames) -> dict[str, str | None]:
+    """Return the split column of each table, by its name; a column `split` that nobody named counts if it holds splits.
+
+    Raises:
+        UserError: There is no column of the name given.
+    """
+    if given is not None:
+        return {table.name: table.column(given) for table in tables}
+    columns = {table.name: find_column(table.columns, "split") for table in tables}
+    values = [cells.get(columns[table.name]) for table in tables if columns[table.name] for _, cells in table.rows]
+    return columns if any(split_of(value) for value in values) else dict.fromkeys(columns)
+
+
+def image_folder_rows(
+    files: SourceFiles,
+    caption_columns: Sequence[str] | None = None,
+    split_column: str | None = None,
+    splits: str | None = None,
+) -> list[SourceRow]:
+    """Return one row per image of the metadata. Its ID is its path in the source.
+
+    Args:
+        files: Where metadata and images are.
+        caption_columns: Columns of captions; None for the first of the usual ones.
+        split_column: Column of each row's split; None for `split`, where there is one.
+        splits: Names of the splits, see `SplitNames`.
 
     Raises:
         UserError: The metadata are missing, or are not what they should be.
     """
-    rows = []
-    for split, metadata in find_metadata(files).items():
-        folder = PurePosixPath(metadata).parent
-        images = gather_captions(read_metadata(files, metadata, caption_column))
-        for file_name, (captions, place) in images.items():
-            name = str(folder / file_name)
-            rows.append(SourceRow(split, name, captions, place, partial(files.read, name)))
-    return rows
+    split_of = SplitNames(splits)
+    root, paths, others = find_metadata(files, split_of)
+    tables = [read_table(files, str(path)) for path in paths]
+    columns = find_split_column(tables, split_column, split_of)
+    refs: list[ImageRef] = []
+    for path, table in zip(paths, tables, strict=True):
+        folder_split = split_of(path.parent.name) if path.parent != root else None
+        refs += read_metadata(table, path.parent, folder_split, caption_columns, columns[table.name], split_of)
+    prefix = "" if str(root) == "." else f"{root}/"
+    return [
+        *gather_images(files, refs, prefix),
+        *(row for table in tables for row in table.problems),
+        *(note_row(name, "metadata file not used: others lie further out; see --splits") for name in others),
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder, zip, or http(s) URL of a zip")
-    parser.add_argument("--caption_column", help="default: captions, caption or text")
+    parser.add_argument("--caption_column", nargs="+", help="caption columns (default: captions, caption or text)")
+    add_split_options(parser)
     add_table_options(parser)
     add_archive_option(parser)
     arguments = parser.parse_args(argv)
     with one_line_errors(), open_files(arguments.source, arguments.max_unpacked_gigabytes) as files:
-        prepare(image_folder_rows(files, arguments.caption_column), arguments)
+        rows = image_folder_rows(files, arguments.caption_column, arguments.split_column, arguments.splits)
+        prepare(rows, arguments)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
-from datasets import DatasetDict, load_from_disk
+from datasets import DatasetDict, Features, load_from_disk
 from filelock import FileLock
 
-from data_scripts import dataset_rows, scenes
-from data_scripts.caption_table import FEATURES, write_caption_table
+from data_scripts import caption_table, dataset_rows, image_folder, row_checks, scenes
+from data_scripts.archives import open_files
+from data_scripts.caption_table import DEFAULT_SHARE, FEATURES, write_caption_table
 from data_scripts.row_checks import SourceRow
 from system.errors import UserError
+
+OLDER_FEATURES = Features({name: feature for name, feature in FEATURES.items() if name != "content_hash"})
 
 
 def load_captions(
@@ -20,6 +23,8 @@ def load_captions(
     caption_column: str | Sequence[str] | None = None,
     revision: str | None = None,
     splits: Sequence[str] = (),
+    split_column: str | None = None,
+    split_names: str | None = None,
 ) -> DatasetDict:
     """Load captioned images: "train", and "validation" and "test" where there are any.
 
@@ -27,28 +32,33 @@ def load_captions(
         source: "scenes" for the images drawn here; a folder that one of the commands of `data_scripts` has saved; or
             any other dataset on the Hub or on disk, which is then prepared as `data_scripts.hub` does it. What is
             drawn or prepared here is kept in the cache of `datasets`.
-        image_column, caption_column: Where the images and captions of any other dataset stand.
+        image_column, caption_column: Columns of the images and captions of any other dataset.
         revision: Branch, tag or commit on the Hub.
-        splits: Those that have to be there.
+        splits: Splits that have to be there.
+        split_column, split_names: How any other dataset says which row is in which split, see `dataset_rows`.
 
     Returns:
-        Rows of image (RGB image), image_id, captions (list of texts).
+        Rows of image (RGB image), image_id, captions (list of texts), content_hash (SHA-256 of the image's bytes).
 
     Raises:
         UserError: The dataset cannot be opened, or has no such columns or splits.
     """
-    dataset = _load_captions(source, image_column, caption_column, revision)
+    columns = [caption_column] if isinstance(caption_column, str) else caption_column
+    dataset = _load_captions(source, image_column, columns, revision, split_column, split_names)
     missing = [split for split in splits if split not in dataset]
     if missing:
-        raise UserError(f"{source} has no split {missing[0]!r}, only {', '.join(dataset)}: prepare it with one")
+        raise UserError(
+            f"{source} has no split {missing[0]!r}, only {', '.join(dataset)}: prepare it with one, by "
+            f"`python -m data_scripts.hub {source} --splits {missing[0]}=NAME`"
+        )
     return dataset
 
 
 def load_for_training(source: str, max_images: int | None = None) -> tuple[DatasetDict, list[str]]:
-    """What a run trains and is validated on, as `load_captions` gives it, and all training captions in one list.
+    """Load what a run is trained and validated on, as `load_captions` does, and all training captions in one list.
 
     Args:
-        max_images: Of the training images the first so many; None keeps all.
+        max_images: Number of training images, the first ones; None for all.
     """
     dataset = load_captions(source, splits=("train", "validation"))
     if max_images:
@@ -57,31 +67,56 @@ def load_for_training(source: str, max_images: int | None = None) -> tuple[Datas
 
 
 def _load_captions(
-    source: str, image_column: str, caption_column: str | Sequence[str] | None, revision: str | None
+    source: str,
+    image_column: str,
+    caption_columns: Sequence[str] | None,
+    revision: str | None,
+    split_column: str | None,
+    split_names: str | None,
 ) -> DatasetDict:
     if source == "scenes":
-        # The code is part of the key, so that what an older version drew is not taken for this one's.
-        return _cached(f"scenes-{_digest(Path(scenes.__file__).read_text())}", scenes.scene_rows)
+        return _cached("scenes", _code(scenes), scenes.scene_rows)
+    name = Path(source).name
+    options = (image_column, caption_columns, split_column, split_names)
+    if image_folder.has_metadata(source):
+        with open_files(source) as files:
+            listed = [
+                (name, Path(source, name).stat().st_mtime_ns, Path(source, name).stat().st_size) for name in files.names
+            ]
+            return _cached(
+                name,
+                (_code(image_folder), listed, options),
+                lambda: image_folder.image_folder_rows(files, caption_columns, split_column, split_names),
+            )
     dataset = dataset_rows.open_dataset(source, revision)
-    if (Path(source) / "dataset_dict.json").is_file() and all(part.features == FEATURES for part in dataset.values()):
+    kinds = [part.features for part in dataset.values()]
+    is_table = (Path(source) / "dataset_dict.json").is_file()
+    if is_table and all(kind == FEATURES for kind in kinds):
         return dataset
-    caption_columns = [caption_column] if isinstance(caption_column, str) else caption_column
+    # A table without hashes was saved by an earlier version: its splits are as they should be.
+    share = 0.0 if is_table and all(kind == OLDER_FEATURES for kind in kinds) else DEFAULT_SHARE
     fingerprints = [f"{split}={part._fingerprint}" for split, part in dataset.items()]
-    key = _digest(repr((fingerprints, image_column, caption_columns)))
     return _cached(
-        f"{Path(source).name}-{key}", lambda: dataset_rows.dataset_rows(dataset, image_column, caption_columns, source)
+        name,
+        (_code(dataset_rows), fingerprints, options),
+        lambda: dataset_rows.dataset_rows(dataset, source, image_column, caption_columns, split_column, split_names),
+        share,
     )
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _code(*readers) -> str:
+    """The text of what makes a table's rows: what an older version prepared is not taken for this one's."""
+    return "".join(Path(module.__file__).read_text() for module in (caption_table, row_checks, *readers))
 
 
-def _cached(name: str, make_rows: Callable[[], Sequence[SourceRow]]) -> DatasetDict:
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "showtell" / name
+def _cached(
+    name: str, key: object, make_rows: Callable[[], Sequence[SourceRow]], share: float = DEFAULT_SHARE
+) -> DatasetDict:
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "showtell" / f"{name}-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Under `accelerate launch` several processes come here at once; one prepares, the others wait.
+    # Under `accelerate launch` several processes get here at once; one prepares, the others wait.
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            print(f"Preparing {name}\n{write_caption_table(make_rows(), folder)}")
+            print(f"Preparing {folder.name}\n{write_caption_table(make_rows(), folder, False, share, share)}")
     return load_from_disk(folder)

@@ -7,60 +7,54 @@ The layout of the course report that this project reimplements: `train.csv`, `va
 """
 
 import argparse
-from collections import Counter
-from functools import partial
 from pathlib import PurePosixPath
 
 from data_scripts.archives import SourceFiles, open_files
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
-from data_scripts.row_checks import SourceRow
-from data_scripts.splits import SPLIT_NAMES
-from data_scripts.text_files import gather_captions, read_csv
+from data_scripts.row_checks import SourceRow, note_row
+from data_scripts.splits import SplitNames
+from data_scripts.text_files import ImageRef, gather_images, read_table
 from system.errors import UserError, one_line_errors
 
 
-def find_split_tables(files: SourceFiles) -> list[str]:
-    """Return the names of the splits' csvs, which lie together somewhere in the source, the outermost place first.
+def find_split_tables(files: SourceFiles, split_of: SplitNames) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+    """Return the splits' csvs, which lie together in the outermost folder that has one, and those in other folders.
 
     Raises:
         UserError: There is none.
     """
-    tables: dict[PurePosixPath, list[str]] = {}
-    for name in files.names:
-        path = PurePosixPath(name)
-        if path.suffix == ".csv" and path.stem in SPLIT_NAMES:
-            tables.setdefault(path.parent, []).append(name)
+    paths = [PurePosixPath(name) for name in files.names]
+    tables = [path for path in paths if path.suffix.lower() == ".csv" and split_of(path.stem)]
     if not tables:
         raise UserError(f"{files.location} has no train.csv, val.csv or test.csv")
-    return tables[min(tables, key=lambda folder: (len(folder.parts), str(folder)))]
+    folder = min((path.parent for path in tables), key=lambda folder: (len(folder.parts), str(folder)))
+    return [path for path in tables if path.parent == folder], [path for path in tables if path.parent != folder]
 
 
 def paragraph_rows(files: SourceFiles) -> list[SourceRow]:
-    """Return one row per image of the csvs. Its id is the file name, with the split's folder where two have it.
+    """Return one row per image of the csvs. Its ID is the file name.
 
     Raises:
         UserError: The csvs are missing, or are not what they should be.
     """
-    images = []
-    for table in find_split_tables(files):
-        folder = PurePosixPath(table).with_suffix("")
-        lines = (
-            (row["filename"] or "", row["caption"], f"{table}, line {line}, {row['filename']}")
-            for line, row in read_csv(files, table, columns=("filename", "caption"))
-        )
-        for file_name, (captions, place) in gather_captions(lines).items():
-            images.append((folder, file_name, captions, place))
-    times_named = Counter(file_name for _, file_name, _, _ in images)
-    return [
-        SourceRow(
-            split=SPLIT_NAMES[folder.name],
-            image_id=file_name if times_named[file_name] == 1 else f"{folder.name}/{file_name}",
-            captions=captions,
-            place=place,
-            read=partial(files.read, f"{folder}/{file_name}"),
-        )
-        for folder, file_name, captions, place in images
-    ]
+    split_of = SplitNames()
+    tables, others = find_split_tables(files, split_of)
+    rows = []
+    for path in tables:
+        table = read_table(files, str(path))
+        name_column, caption_column = table.column("filename"), table.column("caption")
+        folder = f"{path.with_suffix('')}/"
+        refs = [
+            ImageRef(
+                split=split_of(path.stem),
+                file_name=str(PurePosixPath(folder, cells[name_column] or "")),
+                captions=[cells[caption_column]],
+                place=f"{table.name}, line {line}, {cells[name_column]}",
+            )
+            for line, cells in table.rows
+        ]
+        rows += [*gather_images(files, refs, folder, short_ids=True), *table.problems]
+    return rows + [note_row(str(path), "csv not used: others lie further out") for path in others]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,8 +1,13 @@
-"""The one place that judges a row: a `SourceRow` of any source comes in, in any state, a `CheckedRow` goes out."""
+"""The one place that checks rows: a `SourceRow` of any source, in any state, becomes a `CheckedRow`."""
 
+import ast
 import hashlib
 import io
+import json
 import os
+import re
+import tokenize
+import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,54 +18,71 @@ from typing import Any
 from PIL import Image as PillowImage
 from PIL import ImageOps
 
+from data_scripts.archives import SeveralFiles
+
 MAX_CAPTION_CHARACTERS = 10_000  # the longest paragraph of Stanford's set has some 1,500
 MAX_IMAGE_BYTES = 20 * 2**20  # a hundred of them, as `datasets` writes at once, fit Arrow's 2 GiB
 MAX_PIXELS = 64 * 10**6  # below this Pillow, too, sees no decompression bomb when the image is read again
 MAX_ASPECT_RATIO = 100  # resized by its short side, a longer image would fill the memory
 # The readers that need neither another program nor a network; PostScript, say, would start Ghostscript.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# What captioning takes besides: not every Pillow, nor every machine that decodes a dataset, reads these.
-MORE_FORMATS = ("AVIF", "JPEG2000", "ICO", "ICNS", "TGA", "QOI", "HEIF", "JXL")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
+# What captioning takes besides: most Pillows that decode a dataset elsewhere have no plug-in for these, or they are easily mistaken.
+MORE_FORMATS = ("ICNS", "TGA", "QOI", "HEIF", "JXL")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa")
 
 
 class OutsideSource(OSError):
-    """A row names a file of this machine that is none of its source's."""
+    """A row names a file of this machine that does not belong to its source."""
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One image of a source, not yet looked at.
+    """One image of a source, unchecked; or what a reader could not use, for the summary.
 
     Args:
         split: "train", "validation" or "test".
         image_id: The image's name in the source.
         captions: What the source has for captions, text or not.
         place: Where a person finds the row, for messages: file, line, image.
-        read: Gives the image's bytes, or raises OSError.
+        read: Returns the image's bytes, or raises OSError. None if there is no image.
+        problem: Why nothing of the row can be used, as far as its reader knows; an error with `--strict`.
+        note: What the summary should say of this place otherwise.
     """
 
     split: str
     image_id: Any
     captions: Sequence[Any]
     place: str
-    read: Callable[[], bytes]
+    read: Callable[[], bytes] | None
+    problem: str = ""
+    note: str = ""
+
+
+def problem_row(place: str, problem: str) -> SourceRow:
+    """A row that its reader cannot use."""
+    return SourceRow("", None, (), place, None, problem=problem)
+
+
+def note_row(place: str, note: str) -> SourceRow:
+    """Something that the summary should count and name."""
+    return SourceRow("", None, (), place, None, note=note)
 
 
 @dataclass
 class CheckedRow:
-    """A row that has been looked at: `captions` that can be used, and why the rest, or the image, cannot."""
+    """A checked row: the `captions` that can be used, why the rest, or the image, cannot, and what was changed."""
 
     row: SourceRow
     image: bytes = b""
     content_hash: str = ""
     captions: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     usable: bool = False
 
 
 def caption_problem(caption: Any) -> str | None:
-    """Say why a caption cannot be trained on or scored, or None if it can."""
+    """Return why a caption cannot be trained on or scored, or None if it can."""
     if caption is None or caption != caption:  # a missing cell is None, or NaN, which is unlike itself
         return "empty caption"
     if not isinstance(caption, str):
@@ -78,6 +100,13 @@ def caption_problem(caption: Any) -> str | None:
 
 class BadImage(ValueError):
     """An image that cannot be used; the message says why."""
+
+
+@cache
+def table_formats() -> tuple[str, ...]:
+    """Those of `IMAGE_FORMATS` that this Pillow reads: AVIF came with Pillow 11.3, and a build can lack others."""
+    PillowImage.init()
+    return tuple(name for name in IMAGE_FORMATS if name in PillowImage.OPEN)
 
 
 @cache
@@ -107,15 +136,15 @@ def is_image_file(path: str | os.PathLike) -> bool:
 
 def decode_image(
     content: bytes,
-    least_side: int | None = None,
+    min_side: int | None = None,
     to_rgb: Callable[[PillowImage.Image], PillowImage.Image] | None = None,
 ) -> PillowImage.Image:
-    """An image as the caption table decodes it for the training: RGB, turned as its EXIF data says.
+    """Decode an image as the caption table does it for training: RGB, with EXIF orientation applied.
 
     Args:
-        content: Of the file.
-        least_side: Where a JPEG's sides stay above this many pixels, it is decoded at a half, a quarter or an eighth of its
-            size, which takes a fraction of the time; None decodes at its own size.
+        content: The file's bytes.
+        min_side: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, in a fraction of the time, as long as its sides stay above
+            this many pixels; None decodes at full size.
         to_rgb: Converts an image of any mode, upright; `captioned_formats` are then taken. None takes only what `datasets`
             decodes alike everywhere.
 
@@ -127,17 +156,17 @@ def decode_image(
     if len(content) > MAX_IMAGE_BYTES:
         raise BadImage(f"image file larger than {MAX_IMAGE_BYTES // 2**20} MiB")
     try:
-        with PillowImage.open(io.BytesIO(content), formats=captioned_formats() if to_rgb else IMAGE_FORMATS) as image:
+        with PillowImage.open(io.BytesIO(content), formats=captioned_formats() if to_rgb else table_formats()) as image:
             width, height = image.size
-            # Size and mode stand in the header: a bomb is refused before it is unpacked.
+            # Size and mode are in the header: a bomb is refused before it is unpacked.
             if width * height > MAX_PIXELS:
                 raise BadImage(f"image of more than {MAX_PIXELS:,} pixels")
             if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
                 raise BadImage(f"image more than {MAX_ASPECT_RATIO} times as long as it is wide")
             if image.mode not in EIGHT_BIT_MODES and to_rgb is None:
                 raise BadImage("image has more than 8 bits a channel, which Pillow would clip to white")
-            if least_side:
-                image.draft(None, (least_side, least_side))
+            if min_side:
+                image.draft(None, (min_side, min_side))
             image.load()
             if to_rgb:
                 return to_rgb(image)
@@ -148,18 +177,90 @@ def decode_image(
     except BadImage:
         raise
     except Exception as error:  # on broken bytes Pillow's readers raise almost anything
-        raise BadImage("image does not decode") from error
+        raise BadImage(f"image does not decode{_known_format(content)}") from error
+
+
+# First bytes, from an offset on, of what people take for images of a common kind.
+UNREADABLE_FORMATS = (
+    (4, rb"ftyp(hei[cxs]|hev[cx]|mif1|msf1)", "HEIC"),
+    (0, rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<svg", "SVG"),
+    (4, rb"ftypavi[fs]", "AVIF"),
+)
+
+
+def _known_format(content: bytes) -> str:
+    for offset, pattern, name in UNREADABLE_FORMATS:
+        if re.match(pattern, content[offset : offset + 1000], re.DOTALL):
+            return f": it is {name}, which Pillow does not read here; convert it to JPEG or PNG"
+    return ""
+
+
+def valid_id(value: Any) -> str | None:
+    """An image's ID as text, or None where a table has none: null, NaN, blank. 7.0, what pandas makes of 7 beside a gap, is "7"."""
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def listed_captions(cell: Any) -> list[Any]:
+    """The captions of a cell: its own text, or the items of a list, also of one that was written as text.
+
+    Lists are written as JSON writes them, as Python does, or as NumPy does, without commas.
+    """
+    if isinstance(cell, list | tuple):
+        return [caption for item in cell for caption in listed_captions(item)]
+    text = cell.strip() if isinstance(cell, str) else ""
+    if text[:1] + text[-1:] not in ("[]", "()"):
+        return [cell]
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        items = _python_strings(text)
+    if not isinstance(items, list):
+        return [cell]
+    items = [caption for item in items for caption in (item if isinstance(item, list) else [item])]
+    return items if all(item is None or isinstance(item, str) for item in items) else [cell]
+
+
+def _python_strings(text: str) -> list[str | None] | None:
+    """The items of a list of strings as Python or NumPy prints it; None if it is anything else."""
+    items, between = [], []
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.STRING:
+                items.append(ast.literal_eval(token.string))
+            elif token.string in ("None", "nan"):
+                items.append(None)
+            elif token.string.strip():
+                between.append(token.string)
+    except (tokenize.TokenError, SyntaxError, ValueError):
+        return None
+    return items if items and set(between[1:-1]) <= {","} and len(between) >= 2 else None
 
 
 def check_row(row: SourceRow) -> CheckedRow:
-    """Read and judge one row. Where the image or every caption is unusable, so is the row."""
+    """Read and check one row. Where the image or every caption is unusable, so is the row."""
     checked = CheckedRow(row)
-    for caption in row.captions:
-        problem = caption_problem(caption)
-        if problem:
-            checked.problems.append(problem)
-        else:
-            checked.captions.append(caption.strip())
+    if row.note:
+        checked.notes.append(row.note)
+    if row.problem:
+        checked.problems.append(row.problem)
+    if row.read is None:
+        return checked
+    for cell in row.captions:
+        captions = listed_captions(cell)
+        if isinstance(cell, str) and captions != [cell]:
+            checked.notes.append("cell read as a list of captions")
+        for caption in captions:
+            problem = caption_problem(caption)
+            if problem:
+                checked.problems.append(problem)
+                continue
+            composed = unicodedata.normalize("NFC", caption)
+            if composed != caption:
+                checked.notes.append("caption brought into Unicode's composed form (NFC)")
+            checked.captions.append(composed.strip())
     if not checked.captions:
         checked.problems.append("image without a usable caption")
         return checked
@@ -170,6 +271,9 @@ def check_row(row: SourceRow) -> CheckedRow:
         checked.image = row.read()
     except FileNotFoundError:
         checked.problems.append("no such image file")
+        return checked
+    except SeveralFiles:
+        checked.problems.append("several image files of that name")
         return checked
     except OutsideSource:
         checked.problems.append("image file outside the dataset's own folder")

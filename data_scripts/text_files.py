@@ -5,11 +5,90 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
-from data_scripts.archives import SourceFiles
+from data_scripts.archives import SourceFiles, name_key
+from data_scripts.row_checks import SourceRow, note_row, problem_row
 from system.errors import UserError
+
+IMAGE_SUFFIXES = frozenset(
+    (
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".heic",
+        ".heif",
+        ".jfif",
+        ".jp2",
+        ".jpeg",
+        ".jpg",
+        ".jxl",
+        ".png",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    )
+)
+TOO_MANY_CELLS = "more cells than columns: a caption that holds commas needs quotes"
+
+
+@dataclass
+class Table:
+    """A csv or jsonl file.
+
+    Args:
+        name: File name, for messages.
+        columns: Column names in order of appearance.
+        rows: (line, cells by column).
+        problems: Rows that cannot be read.
+    """
+
+    name: str
+    columns: list[str]
+    rows: list[tuple[int, dict[str, Any]]]
+    problems: list[SourceRow] = field(default_factory=list)
+
+    def column(self, name: str) -> str:
+        """Return the column's name as the file spells it.
+
+        Raises:
+            UserError: There is no such column.
+        """
+        found = find_column(self.columns, name)
+        if found is None:
+            raise UserError(
+                f"{self.name} has no column '{name}', only {self.columns}; "
+                "columns are separated by commas and named in the first line"
+            )
+        return found
+
+
+def find_column(columns: Iterable[str], *names: str) -> str | None:
+    """Return the first of `names` that is a column, or the one column that differs from it only as `name_key` allows."""
+    for name in names:
+        if name in columns:
+            return name
+        similar = [column for column in columns if name_key(column) == name_key(name)]
+        if len(similar) == 1:
+            return similar[0]
+    return None
+
+
+def read_table(files: SourceFiles, name: str) -> Table:
+    """Read a csv or jsonl file of a source.
+
+    Raises:
+        UserError: It is damaged, or not what its name says.
+    """
+    text = read_text(files, name)
+    if name.lower().endswith(".csv"):
+        return parse_csv(text, name)
+    rows = list(json_objects(text, name))
+    return Table(name, list(dict.fromkeys(column for _, row in rows for column in row)), rows)
 
 
 def read_text(files: SourceFiles, name: str) -> str:
@@ -38,30 +117,36 @@ def decode_text(content: bytes, name: str) -> str:
         raise UserError(f"{name}, line {line}: not UTF-8 text; save the file as UTF-8") from error
 
 
-def read_csv(files: SourceFiles, name: str, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Give (line on which the row ends, row) of a comma-separated file with a header.
+def parse_csv(text: str, name: str) -> Table:
+    """Parse comma-separated values with a header. A row with more cells than the header is a problem: a caption is cut there.
 
     Raises:
-        UserError: A column is missing or there twice, or the file is no csv.
+        UserError: A column is there twice, most rows have more cells than columns, or it is not valid CSV.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # so that an endless caption is judged with its row, not here
     # Strict, because a quote that is never closed would make all lines after it one caption.
-    reader = csv.DictReader(io.StringIO(read_text(files, name), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows, too_long = [], []
     try:
-        for column, times in Counter(reader.fieldnames or []).items():
+        columns = list(reader.fieldnames or [])
+        for column, times in Counter(columns).items():
             if times > 1 and column:
-                raise UserError(f"{name} names the column '{column}' twice in its first line: keep one")
-        for column in columns:
-            if column not in (reader.fieldnames or []):
-                raise UserError(
-                    f"{name} has no column '{column}', only {list(reader.fieldnames or [])}; "
-                    "columns are separated by commas and named in the first line"
-                )
-        for row in reader:
-            yield reader.line_num, row
+                raise UserError(f"{name} has the column '{column}' twice in its first line: keep one")
+        for cells in reader:
+            beyond = cells.pop(None, [])
+            if any(cell.strip() for cell in beyond):  # commas at the end of a line lose nothing
+                too_long.append(reader.line_num)
+            else:
+                rows.append((reader.line_num, cells))
     except csv.Error as error:
-        # The row that began after the last one given; an open quote is found out at the end of the file only.
+        # The row that began after the last one read; an open quote is found only at the end of the file.
         raise UserError(f"{name}, line {reader.line_num + 1}: not valid CSV ({error})") from error
+    if len(too_long) > len(rows):
+        raise UserError(
+            f'{name}, line {too_long[0]}: {TOO_MANY_CELLS}, like "a dog, running"; {len(too_long):,} of '
+            f"{len(too_long) + len(rows):,} rows are like that"
+        )
+    return Table(name, columns, rows, [problem_row(f"{name}, line {line}", TOO_MANY_CELLS) for line in too_long])
 
 
 def json_objects(text: str, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -91,14 +176,56 @@ def parse_json(text: str, place: str) -> Any:
         raise UserError(f"{place}: not valid JSON ({error})") from error
 
 
-def gather_captions(rows: Iterator[tuple[str, Any, str]]) -> dict[str, tuple[list[Any], str]]:
-    """Put rows of (file name, caption, place) that name the same image together: name -> (captions, first place).
+@dataclass
+class ImageRef:
+    """A row of a caption file: an image by file name, with captions. Its split is None if it is not used."""
 
-    The same caption for the same image twice is one row copied, and counts once.
+    split: str | None
+    file_name: str
+    captions: list[Any]
+    place: str
+
+
+def gather_images(files: SourceFiles, refs: Iterable[ImageRef], root: str, short_ids: bool = False) -> list[SourceRow]:
+    """Make one row per image file: rows of a split that name the same file are captions of one image.
+
+    The same caption for the same image twice is one row copied, and counts once. The summary names such rows, and the image
+    files that no row names.
+
+    Args:
+        files: Where the images are.
+        refs: Rows with `file_name` as a path in `files`.
+        root: Folder, "" or with a slash at its end, where every image file should have a row.
+        short_ids: Whether an image's ID is its path below `root`, instead of the whole path.
     """
-    images: dict[str, tuple[list[Any], str]] = {}
-    for file_name, caption, place in rows:
-        captions, _ = images.setdefault(file_name, ([], place))
-        if caption not in captions:
-            captions.append(caption)
-    return images
+    images: dict[tuple[str, str], SourceRow] = {}
+    named, notes = set(), []
+    for ref in refs:
+        found = files.find(ref.file_name)
+        named.update(found)
+        if ref.split is None:
+            notes.append(note_row(ref.place, "row of another split, not used: see --splits"))
+            continue
+        name = found[0] if len(found) == 1 else ref.file_name
+        if found and name != ref.file_name:
+            notes.append(note_row(ref.place, "file name spelled differently (case, blanks, slashes or Unicode form)"))
+        image_id = "/".join(name.split("/")[root.count("/") :]) if short_ids else name
+        row = images.setdefault(
+            (ref.split, name), SourceRow(ref.split, image_id, [], ref.place, files.reader(ref.file_name, found))
+        )
+        for caption in ref.captions:
+            if caption in row.captions:
+                notes.append(note_row(ref.place, "row repeated, counted once"))
+            else:
+                row.captions.append(caption)
+    for name in files.names:
+        path = PurePosixPath(name)
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+        if (
+            path.suffix.lower() in IMAGE_SUFFIXES
+            and name_key(name).startswith(name_key(root))
+            and name not in named
+            and not hidden
+        ):
+            notes.append(note_row(name, "image file that no row names"))
+    return [*images.values(), *notes]

@@ -7,6 +7,8 @@ Saves a `tokenizer.json` that encodes to SentencePiece's token IDs and loads wit
 
 import argparse
 import io
+import re
+import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:  # transformers and datasets are imported late, so that --help
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 MAX_CAPTION_BYTES = 2**20  # SentencePiece silently drops longer captions; its own limit is 4,192
 SPACE = "▁"  # U+2581, SentencePiece's mark for a space
+# Runs of spaces, line ends and control characters; not those that join or part words within a script.
+BLANKS = f"[\x00-\x20\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000{SPACE}]+"
 
 
 def train_tokenizer(
@@ -46,6 +50,15 @@ def train_tokenizer(
     return as_fast_tokenizer(train_sentencepiece(captions, vocab_size), model_max_length)
 
 
+def normalize(text: str) -> str:
+    """The text as the tokenizer encodes it: Unicode's composed form (NFC), as in caption tables, and single spaces.
+
+    Nothing else may change, because captions are scored as they are written: SentencePiece's default (NFKC and more) would turn
+    "½" into "1⁄2" and full-width digits into others, take Thai's sara am apart, and drop the joiners of Persian and Hindi.
+    """
+    return re.sub(BLANKS, " ", unicodedata.normalize("NFC", text)).strip(" ")
+
+
 def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
     """Train SentencePiece's BPE and return its serialized model.
 
@@ -58,12 +71,13 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions),
+            sentence_iterator=map(normalize, captions),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             hard_vocab_limit=False,  # a smaller vocabulary instead of an error where the captions do not yield as many tokens
             character_coverage=1.0,  # no character of the training captions is unknown
+            normalization_rule_name="identity",  # `normalize` does it; the default, NFKC, changes what scripts need
             max_sentence_length=MAX_CAPTION_BYTES,
             pad_id=0,
             bos_id=1,
@@ -82,25 +96,21 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
 
 
 def as_fast_tokenizer(sentencepiece_model: bytes, model_max_length: int | None = None) -> "PreTrainedTokenizerFast":
-    """Rewrite a SentencePiece BPE model as a `tokenizers` one that gives the same ids and the same decoded text."""
+    """Rewrite a SentencePiece BPE model as a `tokenizers` one, with `normalize` in front.
+
+    It encodes to the same token IDs and decodes to the same text, except that an unknown token is "<unk>" where SentencePiece has
+    " ⁇ ".
+    """
     from transformers import PreTrainedTokenizerFast
 
     model = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model)
     vocabulary = {piece.piece: token_id for token_id, piece in enumerate(model.pieces)}
     tokenizer = Tokenizer(
-        # SentencePiece gives one UNK for several unknown characters in a row.
+        # SentencePiece encodes several unknown characters in a row as one UNK.
         models.BPE(vocab=vocabulary, merges=find_merges(vocabulary), unk_token=UNK, fuse_unk=True)
     )
     tokenizer.normalizer = normalizers.Sequence(
-        [
-            # SentencePiece's own table is looked up for single characters only; the composing that it does, too, of
-            # accents, kana and Hangul is done before, and after it for what it makes of half-width kana.
-            normalizers.NFC(),
-            normalizers.Precompiled(model.normalizer_spec.precompiled_charsmap),
-            normalizers.NFC(),
-            normalizers.Replace(Regex(f"[ {SPACE}]+"), " "),
-            normalizers.Strip(),
-        ]
+        [normalizers.NFC(), normalizers.Replace(Regex(BLANKS), " "), normalizers.Replace(Regex("^ | $"), "")]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")

@@ -35,7 +35,11 @@ def trim_tokenizer(
     parts = defaultdict(set)
     for left, right in model["merges"]:
         parts[left + right] |= {left, right}
-    used = {token_id for ids in tokenizer(list(texts), add_special_tokens=False).input_ids for token_id in ids}
+    used = {
+        token_id
+        for ids in tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+        for token_id in ids
+    }
     added = [token["content"] for token in state["added_tokens"]]
     waiting = {*tokenizer.convert_ids_to_tokens(list(used)), *added, *tokenizer.all_special_tokens, *alphabet}
     kept = set()

@@ -74,8 +74,8 @@ IMAGES = {
     "page.pdf": (b"%PDF-1.7\n%", "image does not decode"),
     "page.eps": (saved(NOISE, "EPS"), "image does not decode"),
     "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(99), "image does not decode"),
-    "other.jp2": (saved(NOISE, "JPEG2000"), "image does not decode"),
-    "icon.ico": (saved(NOISE, "ICO"), "image does not decode"),
+    "other.jp2": (saved(NOISE, "JPEG2000"), KEPT),
+    "icon.ico": (saved(NOISE, "ICO"), KEPT),
     "random.jpg": (bytes(range(256)) * 9, "image does not decode"),
     "no_width.png": (png_with(width=0), "image does not decode"),
     "wrong_sum.png": (GOOD[:20] + b"\xff" + GOOD[21:], "image does not decode"),
@@ -140,7 +140,7 @@ def metadata(*lines: tuple[str, str], header: str = "file_name,caption") -> byte
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("name", IMAGES)
-def test_a_image_of_any_kind_is_kept_or_skipped_by_name(tmp_path, capsys, name):
+def test_an_image_of_any_kind_is_kept_or_skipped_by_name(tmp_path, capsys, name):
     content, reason = IMAGES[name]
     source = tmp_path / "in"
     source.mkdir()
@@ -252,7 +252,7 @@ SOURCES = {
     "csv without file names": table(b"name,caption\ngood.png,fine\n", "no column 'file_name'"),
     "csv without captions": table(b"file_name,x\ngood.png,fine\n", "no caption column"),
     "csv with a column twice": table(
-        b"file_name,caption,caption\ngood.png,other,fine\n", "names the column 'caption' twice"
+        b"file_name,caption,caption\ngood.png,other,fine\n", "has the column 'caption' twice"
     ),
     "csv without a row": table(b"file_name,caption\n", "the source has no image"),
     "csv that is empty": table(b"", "no column 'file_name'"),
@@ -261,7 +261,15 @@ SOURCES = {
     "csv with too few cells": table(
         b"file_name,caption\ngood.png,fine\na.png\n", FINE, "empty caption: 1\n  metadata.csv, line 3"
     ),
-    "csv with too many cells": table(b"file_name,caption\ngood.png,fine,and,more\n", FINE),
+    "csv with too many cells": table(
+        b"file_name,caption\ngood.png,fine\na.png,a dog, running\n",
+        FINE,
+        "skipped, more cells than columns: a caption that holds commas needs quotes: 1\n  metadata.csv, line 3",
+    ),
+    "csv of captions without quotes": table(
+        b"file_name,caption\ngood.png,fine, really\na.png,a dog, running\nb.png,a cat\n", "needs quotes"
+    ),
+    "csv with commas at line ends": table(b"file_name,caption\ngood.png,fine,,\n", FINE),
     "csv with an open quote": table(
         b'file_name,caption\ngood.png,fine\na.png,"a dog\nb.png,x\n', "metadata.csv, line 3: not valid CSV"
     ),
@@ -314,7 +322,9 @@ SOURCES = {
     "json with objects": lines_of_json(
         '{"file_name": "a.png", "captions": [{"a": 1}]}', FINE, "caption is not text: 1"
     ),
-    "json with no captions": lines_of_json('{"file_name": "a.png", "captions": []}', FINE),
+    "json with no captions": lines_of_json(
+        '{"file_name": "a.png", "captions": []}', FINE, "without a usable caption: 1"
+    ),
     "json with half a character": lines_of_json(
         '{"file_name": "a.png", "captions": ["\\ud83d dog"]}', FINE, "broken Unicode: 1"
     ),
@@ -334,9 +344,7 @@ SOURCES = {
     "Karpathy: folder above": karpathy_source(
         [entry(), entry(filepath="../..", filename="set.json")], {"a.png": ["fine"]}, "no such image file: 1"
     ),
-    "Karpathy: one number twice": karpathy_source(
-        [entry(cocoid=1), entry(cocoid=1)], {"1": ["fine"]}, "second image of that name: 1"
-    ),
+    "Karpathy: one number twice": karpathy_source([entry(cocoid=1), entry(cocoid=1)], {"1": ["fine"]}),
     "Karpathy: number null": karpathy_source([entry(cocoid=None)], {"a.png": ["fine"]}),
     # What Flickr8k's lists may be.
     "Flickr8k: no tab": flickr_source(
@@ -347,7 +355,7 @@ SOURCES = {
     "Flickr8k: empty": flickr_source(b"", "the source has no image"),
     "Flickr8k: no training list": flickr_source(b"a.png#0\tfine\n", "but no Flickr_8k.trainImages.txt", dev=b"a.png"),
     "Flickr8k: an image in two lists": flickr_source(
-        b"a.png#0\tfine\n", {"a.png": ["fine"]}, "second image of that name: 1", train=b"a.png", dev=b"a.png"
+        b"a.png#0\tfine\n", {"train/a.png": ["fine"]}, train=b"a.png", dev=b"a.png"
     ),
     "Flickr8k: an image without captions": flickr_source(
         b"a.png#0\tfine\n", {"a.png": ["fine"]}, "without a usable caption: 1", train=b"a.png\nb.png"
@@ -612,7 +620,7 @@ def test_any_bytes_for_a_csv_are_prepared_or_refused_in_one_sentence(tmp_path_fa
 @example(name="*.png")
 @example(name="a\nb")
 @example(name="metadata.csv ")
-def test_any_name_of_a_image_is_kept_as_it_is(tmp_path_factory, capsys, name):
+def test_any_name_of_an_image_is_kept_as_it_is(tmp_path_factory, capsys, name):
     """In a folder as in a zip; but a csv cannot tell some line ends from others, and json can."""
     assume(name not in (".", "..", "good.png", "metadata.csv", "metadata.jsonl") and len(name.encode()) < 250)
     folder = tmp_path_factory.mktemp("name")

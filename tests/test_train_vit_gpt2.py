@@ -44,6 +44,7 @@ def dataset(tmp_path_factory) -> Path:
         {
             "image": Image.new("RGB", (40, 30), color),
             "image_id": name,
+            "content_hash": name,
             "captions": [f"all is {name}", f"an image that is {name} from one side to the other"],
         }
         for name, color in COLORS.items()

@@ -25,7 +25,6 @@ from transformers.modeling_outputs import BaseModelOutput
 import train_vit_gpt2
 from data_scripts.caption_table import FEATURES
 from data_scripts.trim_vocabulary import trim_tokenizer
-from modeling.captioner import start_token_ids
 from modeling.vit_gpt2 import build_vit_gpt2, encoder_config
 
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220), "white": (250, 250, 250)}
@@ -83,6 +82,18 @@ def test_captions_have_the_same_tokens_and_other_text_comes_back(kind, tmp_path)
         assert padded[-1] == tokenizer.pad_token_id
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "template"])
+def test_special_tokens_that_a_caption_names_are_text(kind):
+    whole = byte_level_bpe(kind)
+    text = f"a sign that says {END} and </s> in red"
+    trimmed, _ = trim_tokenizer(whole, [text])
+    ids, expected = (
+        part(text, add_special_tokens=False, split_special_tokens=True).input_ids for part in (trimmed, whole)
+    )
+    assert trimmed.convert_ids_to_tokens(ids) == whole.convert_ids_to_tokens(expected)
+    assert trimmed.eos_token_id not in ids and trimmed.decode(ids, skip_special_tokens=True) == text
+
+
 def test_nothing_is_kept_that_is_neither_used_nor_on_the_way():
     """Each token kept is a byte, is special, is one of a caption's, or is part of another that is kept."""
     whole = byte_level_bpe("gpt2")
@@ -105,7 +116,7 @@ def test_logits_are_the_whole_models_at_the_tokens_kept(tied, tmp_path):
     states = BaseModelOutput(last_hidden_state=torch.randn(1, 5, 32))
     for tokenizer, kept in ((whole, None), (trimmed, token_ids)):
         model = build_vit_gpt2(encoder_config(32, 16, 32, 1, 2), str(tmp_path), tokenizer, "A", token_ids=kept).eval()
-        ids = torch.tensor([start_token_ids(model) + tokenizer(CAPTIONS[0], add_special_tokens=False).input_ids])
+        ids = torch.tensor([model.generation_config.decoder_start_token_id[0] + tokenizer(CAPTIONS[0], add_special_tokens=False).input_ids])
         logits.append(model(encoder_outputs=states, decoder_input_ids=ids).logits)
         embeddings, head = model.decoder.get_input_embeddings(), model.decoder.get_output_embeddings()
         assert (embeddings.weight is head.weight) == tied
@@ -113,7 +124,7 @@ def test_logits_are_the_whole_models_at_the_tokens_kept(tied, tmp_path):
     torch.testing.assert_close(logits[1], logits[0][..., token_ids], rtol=0, atol=1e-6)
     for config in (model.config, model.config.decoder, model.generation_config):
         assert config.bos_token_id == config.eos_token_id == config.pad_token_id == trimmed.eos_token_id
-    assert start_token_ids(model) == [trimmed.bos_token_id, *trimmed("A").input_ids]
+    assert model.generation_config.decoder_start_token_id[0] == [trimmed.bos_token_id, *trimmed("A").input_ids]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +132,7 @@ def train(tmp_path_factory):
     """Runs the script on images of one color with a saved decoder, in a folder that it gives."""
     folder = tmp_path_factory.mktemp("trimmed")
     rows = [
-        {"image": Image.new("RGB", (40, 30), color), "image_id": name, "captions": [caption]}
+        {"image": Image.new("RGB", (40, 30), color), "image_id": name, "captions": [caption], "content_hash": name}
         for (name, color), caption in zip(COLORS.items(), CAPTIONS, strict=True)
     ]
     table = Dataset.from_list(rows).cast(FEATURES)
