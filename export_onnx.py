@@ -1,199 +1,109 @@
-"""Export a captioner of either captioner to ONNX: what reads the image, and one step that writes words.
+"""Export a captioner of either kind to ONNX: its encoder, and one step of its decoder.
 
     python export_onnx.py outputs/demo/lstm outputs/demo/lstm_onnx
 
 It leaves encoder.onnx, step.onnx, the processor and the decoding settings; `caption_images` below captions with them, greedily, and
-shows how: what it calls is onnxruntime and numpy alone. Install with `pip install -e '.[onnx]'`.
+shows how: it imports onnxruntime and numpy alone. Install with `pip install -e '.[onnx]'`.
 
-    encoder.onnx  pixel_values (batch, 3, height, width)  ->  image.*: what every step looks at
+    encoder.onnx  pixel_values (batch, 3, height, width)  ->  image.*: what every step attends to
     step.onnx     input_ids (batch, length), position (), image.*, state.*  ->  logits (batch, vocabulary) after the last of
-                  them, and new.*: the state for the next step; nought, or of length 0, before the first
+                  them, and new.*: the state for the next step; zeros, or of length 0, before the first
 """
 
-import argparse
 import json
-import warnings
+import sys
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-import transformers
-from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache, VisionEncoderDecoderModel
 
-from modeling import InceptionLSTMForConditionalGeneration
-from modeling.captioner import Captioner
-from system.errors import one_line_errors
+from system.errors import UserError, one_line_errors
 from system.files import atomic_folder
+from training.arguments import parse_recipe
 
-OPSET = 20
-MAX_BYTES_IN_FILE = 1_800_000_000  # of weights; an .onnx file ends at 2 GiB, and more goes into a .data file beside it
-BATCH, PAST = 2, 3  # of the example that is traced; the exported model takes any
+# What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
 
-
-class LSTMEncoder(nn.Module):
-    """The LSTM captioner's image: its embedding and, with attention, keys and values of the encoder's grid."""
-
-    def __init__(self, model: InceptionLSTMForConditionalGeneration):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        states = self.model.encoder(pixel_values).last_hidden_state  # (batch, positions, encoder size)
-        embedding = self.model.image_projection(states.mean(1))  # (batch, image embedding)
-        return [embedding, *(self.model.attention.project_keys_values(states) if self.model.attention else ())]
-
-    def names(self) -> list[str]:
-        return ["embedding", "keys", "values"] if self.model.attention else ["embedding"]
+DEFAULT_NEW_TOKENS = 20  # of transformers' `generate()`, where the generation config has no limit
+# Settings of a generation config that `caption_images` applies, and those without effect on greedy captions.
+APPLIED = {
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size", "repetition_penalty"),
+    *("suppress_tokens", "sequence_bias", "bad_words_ids"),
+    *("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id"),
+}
+WITHOUT_EFFECT = {
+    *("transformers_version", "_from_model_config", "use_cache", "cache_implementation", "return_dict_in_generate"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+}
 
 
-class LSTMStep(nn.Module):
-    """The LSTM captioner's next word, from one token and the LSTM's state; at position 0 the image takes the token's place."""
-
-    def __init__(self, model: InceptionLSTMForConditionalGeneration):
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, input_ids: torch.Tensor, position: torch.Tensor, image: list[torch.Tensor], state: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        embedding, *grid = image
-        token = self.model.token_embedding(input_ids)  # (batch, 1, image embedding)
-        inputs = torch.where(position == 0, embedding.unsqueeze(1), token)  # (batch, 1, image embedding)
-        outputs, _, memory = self.model.decode(inputs, tuple(grid) or None, tuple(state))  # (batch, 1, hidden)
-        return [self.model.lm_head(outputs)[:, -1], *memory]
-
-    def state(self) -> dict[str, torch.Tensor]:
-        shape = (self.model.config.num_hidden_layers, BATCH, self.model.config.hidden_size)
-        return {"hidden": torch.zeros(shape), "cell": torch.zeros(shape)}
-
-
-class TransformerEncoder(nn.Module):
-    """ViT-GPT2's image: keys and values for the cross attention of every layer of the decoder."""
-
-    def __init__(self, model: VisionEncoderDecoderModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        # The decoder reads one token to fill its cache; what of it the keys and values do not need falls out of the export.
-        token = torch.zeros(pixel_values.shape[0], 1, dtype=torch.int64)
-        outputs = self.model(pixel_values=pixel_values, decoder_input_ids=token, use_cache=True)
-        layers = outputs.cache.cross_attention_cache.layers
-        return [tensor for layer in layers for tensor in (layer.keys, layer.values)]  # (batch, heads, positions, size)
-
-    def names(self) -> list[str]:
-        return _cache_names(self.model)
-
-
-class TransformerStep(nn.Module):
-    """ViT-GPT2's next word, from the tokens not yet read and the keys and values of those read before."""
-
-    def __init__(self, model: VisionEncoderDecoderModel):
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, input_ids: torch.Tensor, position: torch.Tensor, image: list[torch.Tensor], state: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        read, seen = (DynamicCache([*zip(tensors[::2], tensors[1::2], strict=True)]) for tensors in (state, image))
-        cache = EncoderDecoderCache(read, seen)
-        num_tokens, num_read = input_ids.shape[1], state[0].shape[2]
-        position_ids = position + torch.arange(num_tokens).unsqueeze(0)  # (1, length)
-        # Each token sees those before it and itself: (1, 1, length, read and length)
-        visible = torch.arange(num_read + num_tokens) <= (num_read + torch.arange(num_tokens)).unsqueeze(1)
-        outputs = self.model.decoder(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None],
-            encoder_hidden_states=image[0][:, 0],  # only for its length: keys and values are there already
-            use_cache=True,
-            cache=cache,
-        )
-        layers = outputs.cache.self_attention_cache.layers
-        return [outputs.logits[:, -1], *(tensor for layer in layers for tensor in (layer.keys, layer.values))]
-
-    def state(self) -> dict[str, torch.Tensor]:
-        config = self.model.config.decoder
-        shape = (BATCH, config.num_attention_heads, PAST, config.hidden_size // config.num_attention_heads)
-        return {name: torch.randn(shape) for name in _cache_names(self.model)}
-
-
-def _cache_names(model: VisionEncoderDecoderModel) -> list[str]:
-    layers = range(model.config.decoder.num_hidden_layers)
-    return [f"{kind}_{layer}" for layer in layers for kind in ("keys", "values")]
-
-
-def export_captioner(captioner: Captioner, folder: Path) -> None:
-    """Write encoder.onnx, step.onnx, the processor and generation_config.json into a folder."""
-    model, processor = captioner.model.eval().float(), captioner.processor
-    is_lstm = isinstance(model, InceptionLSTMForConditionalGeneration)
-    if not is_lstm:
-        model.set_attn_implementation("eager")
-    encoder, step = (
-        (LSTMEncoder(model), LSTMStep(model)) if is_lstm else (TransformerEncoder(model), TransformerStep(model))
+@dataclass
+class ExportArguments:
+    model_name_or_path: str = field(
+        metadata={"help": "Folder, training checkpoint or Hub id of a captioner of either kind.", "positional": None}
     )
-    image_processor = processor.image_processor
-    size = image_processor.crop_size if getattr(image_processor, "do_center_crop", False) else image_processor.size
-    pixels = torch.randn(BATCH, 3, size["height"], size["width"])
-    image, state = encoder(pixels), step.state()
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    names = [f"image.{name}" for name in encoder.names()]
-    _export(encoder, (pixels,), folder / "encoder.onnx", ["pixel_values"], names, ({0: batch},))
-
-    length, past = torch.export.Dim("length", min=1, max=1024), torch.export.Dim("past", min=0, max=4096)
-    ids = torch.ones(BATCH, 1 if is_lstm else 2, dtype=torch.int64)
-    of_state = {1: batch} if is_lstm else {0: batch, 2: past}
-    _export(
-        step,
-        (ids, torch.tensor(PAST), image, [*state.values()]),
-        folder / "step.onnx",
-        ["input_ids", "position", *names, *(f"state.{name}" for name in state)],
-        ["logits", *(f"new.{name}" for name in state)],
-        ({0: batch} if is_lstm else {0: batch, 1: length}, {}, [{0: batch}] * len(image), [of_state] * len(state)),
+    output_dir: str = field(
+        metadata={"help": "Folder for the exported model; must be new or empty.", "positional": None}
     )
-    processor.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
 
 
-def _export(module: nn.Module, inputs: tuple, path: Path, input_names: list, output_names: list, shapes: tuple) -> None:
-    num_bytes = sum(parameter.nbytes for parameter in module.parameters())
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            module,
-            inputs,
-            path,
-            input_names=input_names,
-            output_names=output_names,
-            dynamic_shapes=shapes,
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=num_bytes > MAX_BYTES_IN_FILE,
-            verbose=False,
-        )
+def main(argv: list[str] | None = None) -> None:
+    (args,) = parse_recipe((ExportArguments,), argv, __doc__)
+    with one_line_errors():
+        if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
+            raise UserError(f"the export needs {' and '.join(missing)}: pip install --editable '.[onnx]'")
+        import transformers
+
+        from modeling.captioner import Captioner
+        from modeling.onnx_export import export_captioner
+
+        transformers.logging.disable_progress_bar()
+        captioner = Captioner.load(args.model_name_or_path)
+        with atomic_folder(args.output_dir) as (folder, _):
+            export_captioner(captioner, folder)
+    for path in sorted(Path(args.output_dir).glob("*.onnx")):
+        print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+    settings = json.loads((Path(args.output_dir) / "generation_config.json").read_text(encoding="utf-8"))
+    if ignored := ignored_settings(settings):
+        listed = ", ".join(f"{name}={json.dumps(value)[:60]}" for name, value in ignored.items())
+        print(f"warning: captions of the exported model are generated greedily, without {listed}", file=sys.stderr)
+
+
+def ignored_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a generation_config.json has that `caption_images` does not apply."""
+    ignored = {name: value for name, value in settings.items() if name not in APPLIED | WITHOUT_EFFECT}
+    if ignored.get("num_beams") == 1:
+        del ignored["num_beams"]
+    biases = [sequence for sequence, _ in settings.get("sequence_bias") or []]
+    for name, sequences in (("sequence_bias", biases), ("bad_words_ids", settings.get("bad_words_ids") or [])):
+        if longer := [sequence for sequence in sequences if len(sequence) > 1]:
+            ignored[f"{name} of several tokens"] = longer
+    return {name: value for name, value in ignored.items() if value not in (None, False)}
 
 
 def caption_images(folder: str | Path, pixel_values: np.ndarray, max_length: int | None = None) -> list[list[int]]:
-    """The ids of the likeliest words of each image, by onnxruntime: what `generate()` gives without beams.
+    """The token ids of each image's caption, by onnxruntime: what `generate()` returns without beams.
 
     Args:
-        folder: What this script has left.
-        pixel_values: float32 (batch, 3, height, width), as the processor of the folder makes them.
-        max_length: Longest caption in tokens, start tokens included; the exported model's own where None.
+        folder: The exported model.
+        pixel_values: float32 (batch, 3, height, width), as the processor of the folder returns them.
+        max_length: Max length of a caption in tokens, start tokens included; the exported model's own where None.
 
     Returns:
-        As many ids for each image, start tokens left out, padded after the end: what the folder's tokenizer decodes.
+        As many ids for each image, start tokens left out, padded after EOS: what the folder's tokenizer decodes.
     """
     import onnxruntime
 
     encoder, step = (onnxruntime.InferenceSession(Path(folder) / f"{name}.onnx") for name in ("encoder", "step"))
     settings = json.loads((Path(folder) / "generation_config.json").read_text(encoding="utf-8"))
-    max_length = max_length or settings["max_length"]
-    start = np.atleast_1d(np.squeeze(settings["decoder_start_token_id"]))  # a prompt is a list in a list
-    bias = settings.get("sequence_bias") or []  # of single tokens
-    boosted, nats = [token for (token,), _ in bias], np.array([nats for _, nats in bias], dtype=np.float32)
+    start = start_token_ids(settings)
+    max_length = max_length or length_limit(settings, "max", len(start)) or len(start) + DEFAULT_NEW_TOKENS
+    min_length = length_limit(settings, "min", len(start)) or 0
+    eos = np.atleast_1d(settings.get("eos_token_id") if settings.get("eos_token_id") is not None else []).astype(int)
+    pad = settings.get("pad_token_id")
+    pad = pad if pad is not None else next(iter(eos.tolist()), 0)  # as `generate()`: the first EOS
+    bias = token_bias(settings)
     names = [output.name for output in encoder.get_outputs()]
     image = dict(zip(names, encoder.run(None, {"pixel_values": pixel_values}), strict=True))
     sizes = {"batch": len(pixel_values), "past": 0}
@@ -208,42 +118,53 @@ def caption_images(folder: str | Path, pixel_values: np.ndarray, max_length: int
         logits, *new = step.run(None, {"input_ids": tokens, "position": np.array(position), **image, **state})
         state = dict(zip(state, new, strict=True))
         position += tokens.shape[1]
-        logits[:, boosted] += nats
-        if captions.shape[1] < (settings.get("min_length") or 0):
-            logits[:, settings["eos_token_id"]] = -np.inf
-        for row, repeats in enumerate(repeating(captions, settings.get("no_repeat_ngram_size") or 0)):
+        logits[:, list(bias)] += np.array(list(bias.values()), dtype=np.float32)
+        penalize_repetition(logits, captions, settings.get("repetition_penalty") or 1.0)
+        if captions.shape[1] < min_length:
+            logits[:, eos] = -np.inf
+        for row, repeats in enumerate(repeated_tokens(captions, settings.get("no_repeat_ngram_size") or 0)):
             logits[row, repeats] = -np.inf
-        tokens = np.where(ended, settings["pad_token_id"], logits.argmax(-1))[:, None]  # (batch, 1)
-        ended |= tokens[:, 0] == settings["eos_token_id"]
+        logits[
+            :, [ids[0] for ids in settings.get("bad_words_ids") or [] if len(ids) == 1 and ids[0] not in eos]
+        ] = -np.inf
+        logits[:, settings.get("suppress_tokens") or []] = -np.inf
+        tokens = np.where(ended, pad, logits.argmax(-1))[:, None]  # (batch, 1)
+        ended |= np.isin(tokens[:, 0], eos)
         captions = np.concatenate([captions, tokens], axis=1)
     return captions[:, len(start) :].tolist()
 
 
-def repeating(captions: np.ndarray, size: int) -> list[list[int]]:
-    """For each caption so far, (batch, length), the tokens with which its last ones would be a run of `size` that it has had."""
+def start_token_ids(settings: dict[str, Any]) -> np.ndarray:
+    """The token ids that every caption starts from: a start token, and a prompt's behind it, which make a list in a list."""
+    start = settings.get("decoder_start_token_id")
+    return np.atleast_1d(np.squeeze(settings["bos_token_id"] if start is None else start))
+
+
+def length_limit(settings: dict[str, Any], kind: str, num_start: int) -> int | None:
+    """Tokens of a caption, start tokens included, at least ("min") or at most ("max"); None where nothing limits them."""
+    new_tokens = settings.get(f"{kind}_new_tokens")  # takes precedence
+    return settings.get(f"{kind}_length") if new_tokens is None else new_tokens + num_start
+
+
+def token_bias(settings: dict[str, Any]) -> dict[int, float]:
+    """What is added to the logits of single tokens."""
+    return {ids[0]: bias for ids, bias in settings.get("sequence_bias") or [] if len(ids) == 1}
+
+
+def penalize_repetition(logits: np.ndarray, captions: np.ndarray, penalty: float) -> None:
+    """Scale the logits, (batch, vocabulary), of the tokens in captions, (batch, length), away from 0 or to it, in place."""
+    seen = np.take_along_axis(logits, captions, axis=1)
+    np.put_along_axis(logits, captions, np.where(seen < 0, seen * penalty, seen / penalty), axis=1)
+
+
+def repeated_tokens(captions: np.ndarray, size: int) -> list[list[int]]:
+    """For each caption so far, (batch, length), the tokens that would complete an n-gram of `size` which it has already."""
     if not size or captions.shape[1] < size:
         return []
-    runs = np.lib.stride_tricks.sliding_window_view(captions, size, axis=1)  # (batch, runs, size)
+    ngrams = np.lib.stride_tricks.sliding_window_view(captions, size, axis=1)  # (batch, ngrams, size)
     last = captions[:, None, captions.shape[1] - size + 1 :]  # (batch, 1, size - 1)
-    had = (runs[..., :-1] == last).all(-1)  # (batch, runs)
-    return [row[same, -1].tolist() for row, same in zip(runs, had, strict=True)]
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id of a captioner of either kind")
-    parser.add_argument("output_dir", help="where the exported model goes; must be new or empty")
-    arguments = parser.parse_args(argv)
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
-    if missing:
-        parser.error(f"{' and '.join(missing)} is missing: pip install --editable '.[onnx]'")
-    transformers.logging.disable_progress_bar()
-    with one_line_errors():
-        captioner = Captioner.load(arguments.model)
-        with atomic_folder(arguments.output_dir) as (folder, _):
-            export_captioner(captioner, folder)
-    for path in sorted(Path(arguments.output_dir).glob("*.onnx")):
-        print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
+    known = (ngrams[..., :-1] == last).all(-1)  # (batch, ngrams)
+    return [row[same, -1].tolist() for row, same in zip(ngrams, known, strict=True)]
 
 
 if __name__ == "__main__":

@@ -166,7 +166,8 @@ class Captioner:
         A prompt lives in the generation config alone, as `decoder_start_token_id = [[start, prompt, ...]]`: it is saved and
         loaded with it, and plain `generate()` starts from it.
         """
-        start = self.model.generation_config.decoder_start_token_id
+        config = self.model.generation_config
+        start = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
         return list(start[0]) if isinstance(start, list) else [start]
 
     @property

@@ -53,7 +53,8 @@ class ImageToTextPipeline(Pipeline):
         return {"pixel_values": pixels.to(self.dtype)}  # (1, 3, height, width)
 
     def _forward(self, inputs: dict, **generation: Any) -> dict:
-        start = self.model.generation_config.decoder_start_token_id
+        config = self.model.generation_config
+        start = config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
         num_start = len(start[0]) if isinstance(start, list) else 1  # a prompt stands behind the start token
         sequences = self.model.generate(**inputs, **generation)  # (batch x returned, start and caption)
         num_images = len(inputs["pixel_values"])

@@ -1,4 +1,4 @@
-"""What is exported to ONNX writes the words of the model it came from, with logits within 1e-4."""
+"""An exported model generates the captions of the model it came from, with logits within 1e-4."""
 
 import json
 
@@ -8,8 +8,10 @@ import onnxruntime
 import pytest
 import torch
 from small_captioners import IMAGES, build
+from transformers import GenerationConfig
 
 import export_onnx
+from modeling import onnx_export
 from modeling.captioner import Captioner
 
 
@@ -26,7 +28,7 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
     model, processor = captioner.model, captioner.processor
     captioner.save(tmp_path / "model")
     if prompt == "attention":  # weights beside the file, as of a model too large for one
-        monkeypatch.setattr(export_onnx, "MAX_BYTES_IN_FILE", 0)
+        monkeypatch.setattr(onnx_export, "MAX_BYTES_IN_FILE", 0)
     export_onnx.main([str(tmp_path / "model"), str(tmp_path / "exported")])
     assert (tmp_path / "exported" / "step.onnx.data").exists() == (prompt == "attention")
     for name in ("encoder", "step"):
@@ -107,4 +109,63 @@ def test_what_must_be_installed_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export_onnx, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
     with pytest.raises(SystemExit) as ended:
         export_onnx.main([str(tmp_path), str(tmp_path / "exported")])
-    assert ended.value.code == 2 and "error: onnxscript is missing: pip install" in capsys.readouterr().err
+    assert ended.value.code == 2 and "onnxscript" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module", params=["lstm", "vit_gpt2"])
+def exported(request, tmp_path_factory):
+    captioner, folder = build(request.param, num_layers=1), tmp_path_factory.mktemp(request.param)
+    captioner.save(folder / "model")
+    export_onnx.main([str(folder / "model"), str(folder / "exported")])
+    return captioner, folder / "exported"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_new_tokens": 4},
+        {"max_length": 9, "max_new_tokens": 5},
+        {"max_length": 12, "min_new_tokens": 8},
+        {"max_length": 12, "min_length": 9, "min_new_tokens": 2},
+        {"max_length": 12, "eos_token_id": [2, 6, 10], "pad_token_id": None},
+        {"max_length": 12, "eos_token_id": None},
+        {"max_length": 12, "repetition_penalty": 2.5},
+        {"max_length": 12, "repetition_penalty": 0.4, "sequence_bias": [[[7], 3.0], [[9], -2.0]]},
+        {"max_length": 12, "suppress_tokens": [4, 6, 10]},
+        {"max_length": 12, "bad_words_ids": [[6], [10], [2]]},
+    ],
+    ids=str,
+)
+def test_every_setting_is_that_of_generate(exported, settings):
+    captioner, folder = exported
+    pixels = captioner.processor(images=IMAGES, return_tensors="pt")["pixel_values"]
+    special_ids = {"decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = GenerationConfig(**special_ids | settings)
+    config.save_pretrained(folder)
+    assert export_onnx.ignored_settings(json.loads((folder / "generation_config.json").read_text())) == {}
+    captions = export_onnx.caption_images(folder, pixels.numpy())
+    captioner.model.generation_config = config  # given with the call, its gaps would be filled from the model's
+    assert captions == captioner.model.generate(pixel_values=pixels)[:, 1:].tolist()
+
+
+def test_settings_that_are_left_out_are_named(tmp_path, capsys):
+    captioner = build("lstm", num_layers=1)
+    captioner.model.generation_config.update(num_beams=4, length_penalty=0.7, bad_words_ids=[[3, 4], [5]])
+    captioner.save(tmp_path / "model")
+    export_onnx.main([str(tmp_path / "model"), str(tmp_path / "exported")])
+    told = capsys.readouterr().err
+    assert all(f"{name}=" in told for name in ("num_beams", "length_penalty", "bad_words_ids of several tokens"))
+    assert not {"max_length=", "eos_token_id="} & set(told.split())
+
+
+def test_a_plain_vision_encoder_decoder_model_is_exported(tmp_path):
+    """As save_pretrained leaves it: no max_length, no pad token, the start token in config.json alone."""
+    captioner = build("vit_gpt2", num_layers=1)
+    captioner.model.generation_config = GenerationConfig(decoder_start_token_id=1, bos_token_id=1, eos_token_id=2)
+    captioner.model.save_pretrained(tmp_path / "model")
+    captioner.processor.save_pretrained(tmp_path / "model")
+    export_onnx.main([str(tmp_path / "model"), str(tmp_path / "exported")])
+    pixels = captioner.processor(images=IMAGES, return_tensors="pt")["pixel_values"]
+    captions = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())
+    assert captions == captioner.model.generate(pixel_values=pixels)[:, 1:].tolist()
