@@ -20,7 +20,7 @@ from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import Captioner
 from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor, timm_image_processor
-from training.unfreezing import unfreeze_last_blocks
+from training.encoder_training import unfreeze_last_blocks
 
 ENCODER = "test_efficientnet"  # timm's own test model: BatchNorm, 256 numbers an image
 ROOT = Path(__file__).parent.parent
