@@ -367,7 +367,9 @@ def test_labels_are_smoothed_in_training_and_nowhere_else(small_scenes, tmp_path
     batch = CaptionCollator(processor)(pairs.__getitems__(range(len(pairs))))
     labels = batch.pop("labels")
     with torch.no_grad():
-        logits = model(pixel_values=batch["pixel_values"], decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels)).logits
+        logits = model(
+            pixel_values=batch["pixel_values"], decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels)
+        ).logits
     plain, smoothed = (
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=share).item()
         for share in (0.0, 0.3)
