@@ -176,7 +176,7 @@ def build_captioner(
     """
     from modeling.inception_lstm import build_inception_lstm, load_for_fine_tuning
     from training.tokenizers import load_or_train_tokenizer
-    from training.unfreezing import checkpoint_blocks, unfreeze_last_blocks
+    from training.encoder_training import checkpoint_blocks, unfreeze_last_blocks
 
     start, training = model_args.model_name_or_path, ("freeze_encoder", "dropout", "attention_dropout")
     if start:

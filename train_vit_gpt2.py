@@ -222,7 +222,7 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: li
     )
     from training.lora import add_lora
     from training.tokenizers import load_or_train_tokenizer, trimmed_to_captions
-    from training.unfreezing import unfreeze_last_blocks
+    from training.encoder_training import unfreeze_last_blocks
 
     encoder, decoder, prompt = model_args.encoder, model_args.decoder, model_args.prompt
     tokenizer_name = data_args.tokenizer_name or (decoder if model_args.pretrained_decoder else None)

@@ -79,20 +79,22 @@ def build_inception_lstm(
             ) from error
     image_processor = timm_image_processor(backbone, image_size, center_crop)
     if image_size or config.attention:
-        _check_encoder(model, encoder, image_processor.crop_size["height"])
+        _check_encoder(model, encoder, image_processor.crop_size)
     return Captioner(model, build_processor(image_processor, tokenizer))
 
 
 @torch.no_grad()
-def _check_encoder(model: InceptionLSTMForConditionalGeneration, encoder: str, side: int) -> None:
-    """Encode one black image of `side` pixels, before all others are."""
+def _check_encoder(model: InceptionLSTMForConditionalGeneration, encoder: str, size) -> None:
+    """Encode one black image of this height and width, before all others are."""
+    height, width = size["height"], size["width"]
     try:
-        states = model.eval().encoder(torch.zeros(1, 3, side, side)).last_hidden_state
+        states = model.eval().encoder(torch.zeros(1, 3, height, width)).last_hidden_state
     except (AssertionError, RuntimeError) as error:
-        raise UserError(f"--image_size {side}: {encoder} cannot encode it ({error})") from error
+        raise UserError(f"--image_size {height}: {encoder} cannot encode it ({error})") from error
     if model.config.attention and states.shape[1] == 1:
         logger.warning(
-            f"--attention true: {encoder} gives a grid of one position for {side} pixels; there is nothing to choose from."
+            f"--attention true: {encoder} gives a feature map of one position for {height} pixels, so that there is nothing to "
+            "choose from."
         )
 
 

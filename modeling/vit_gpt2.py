@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -57,20 +58,15 @@ def build_vit_gpt2(
         token_ids: Where the tokenizer has been trimmed, the id of each of its tokens in `decoder`, ascending.
 
     Raises:
-        UserError: The tokenizer has more tokens than the decoder, or the decoder is no language model.
+        UserError: The tokenizer has more tokens than the decoder, the decoder is no language model, or the encoder is not of
+            the ViT kind.
     """
-    decoder_model = _build_decoder(decoder, dropout)
+    special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     num_tokens = token_ids[-1] + 1 if token_ids else len(tokenizer)
-    if num_tokens > decoder_model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {num_tokens:,} tokens, the decoder {decoder_model.config.vocab_size:,}: "
-            "give --tokenizer_name the one the decoder was trained with"
-        )
+    decoder_model = _build_decoder(decoder, dropout, num_tokens, special_ids)
     if token_ids:
         _keep_tokens(decoder_model, token_ids)
     encoder_model = _build_encoder(encoder)
-    special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    decoder_model.config.update(special_ids)
     start_ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         encoder_model.config, decoder_model.config, decoder_start_token_id=start_ids[0], **special_ids
@@ -204,6 +200,12 @@ def _stay_in_eval(module: nn.Module, args: tuple) -> None:
 def _build_encoder(encoder: str | PreTrainedConfig) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(encoder) if isinstance(encoder, str) else encoder
     config = getattr(config, "vision_config", config)
+    model_class = MODEL_MAPPING.get(type(config), None)
+    if getattr(model_class, "main_input_name", None) != "pixel_values" or not hasattr(config, "hidden_size"):
+        raise UserError(
+            f"encoder {encoder} is of the kind {config.model_type}, which gives no sequence of states for an image: give one of "
+            "the ViT kind, or train an LSTM captioner, which takes timm's models"
+        )
     # No captioner reads the pooler. Models without the option have none.
     options = (
         {"add_pooling_layer": False} if config.model_type in ("vit", "deit", "beit", "data2vec-vision", "dpt") else {}
@@ -234,7 +236,9 @@ def _initialize_positions(position_embeddings: nn.Parameter, side: int) -> None:
     position_embeddings[0, -len(grid) :, : grid.shape[1]] = grid
 
 
-def _build_decoder(decoder: str | PreTrainedConfig, dropout: float | None) -> PreTrainedModel:
+def _build_decoder(
+    decoder: str | PreTrainedConfig, dropout: float | None, num_tokens: int, special_ids: dict[str, int | None]
+) -> PreTrainedModel:
     source = AutoConfig.from_pretrained(decoder) if isinstance(decoder, str) else decoder
     config = getattr(source, "decoder", source)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -242,7 +246,14 @@ def _build_decoder(decoder: str | PreTrainedConfig, dropout: float | None) -> Pr
             f"decoder {decoder} is of the kind {config.model_type}, which is no language model: give one of the GPT-2 kind, or a "
             "captioner that train_vit_gpt2.py has saved"
         )
+    if num_tokens > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {num_tokens:,} tokens, the decoder {config.vocab_size:,}: "
+            "give --tokenizer_name the one the decoder was trained with"
+        )
     config.is_decoder, config.add_cross_attention = True, True
+    # Before the model is built: decoders of the RoBERTa kind count positions from the padding id.
+    config.update(special_ids)
     if dropout is not None:
         config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = dropout
     if source is not config:

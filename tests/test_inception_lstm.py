@@ -18,9 +18,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import Captioner
+from modeling.inception_lstm import build_inception_lstm
 from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor, timm_image_processor
-from training.unfreezing import unfreeze_last_blocks
+from training.encoder_training import unfreeze_last_blocks
 
 ENCODER = "test_efficientnet"  # timm's own test model: BatchNorm, 256 numbers an image
 ROOT = Path(__file__).parent.parent
@@ -315,6 +316,28 @@ def test_a_pretrained_encoder_survives_construction_saving_and_loading(tmp_path)
     assert kept.keys() == {name for name in trained.state_dict() if not name.startswith("classifier.")}
     for name, value in kept.items():
         assert torch.equal(value, trained.state_dict()[name]), name
+
+
+def test_the_arguments_of_a_timm_folder_are_kept(processor, tmp_path):
+    """A folder may give its architecture another activation, say; with its own, the weights load and the features are wrong."""
+    torch.manual_seed(0)
+    trained = timm.create_model(ENCODER, num_classes=10, act_layer="gelu").eval()
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    save_file(trained.state_dict(), folder / "model.safetensors")
+    pretrained_cfg = {"classifier": "classifier", "input_size": [3, 64, 64]}
+    config = {"architecture": ENCODER, "num_classes": 10, "model_args": {"act_layer": "gelu"}}
+    (folder / "config.json").write_text(json.dumps(config | {"pretrained_cfg": pretrained_cfg}))
+
+    with pytest.raises(ValueError, match="has model_args"):
+        make_model().load_pretrained_encoder(str(folder))
+    captioner = build_inception_lstm(str(folder), processor.tokenizer, hidden_size=48, num_attention_heads=1)
+    captioner.save(tmp_path / "saved")
+    pixels = random_batch()["pixel_values"]
+    with torch.no_grad():
+        expected = trained.forward_head(trained.forward_features(pixels), pre_logits=True)
+        for model in (captioner.model.eval(), Captioner.load(tmp_path / "saved").model):
+            torch.testing.assert_close(model.encoder(pixels).last_hidden_state[:, 0], expected)
 
 
 def test_timm_initialises_a_fresh_encoder_its_own_way():

@@ -12,9 +12,14 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    BartConfig,
+    BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2TokenizerFast,
+    ResNetConfig,
+    RobertaConfig,
+    TimmWrapperConfig,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
@@ -32,13 +37,23 @@ from modeling.vit_gpt2 import (
     vit_gpt2_loss,
     vit_image_processor,
 )
+from system.errors import UserError
 from training.batches import CaptionCollator, CaptionPairs
-from training.unfreezing import unfreeze_last_blocks
+from training.encoder_training import unfreeze_last_blocks
 
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220)}
 CAPTIONS = {name: f"an image that is all {name} , {'very ' * length}{name} ." for length, name in enumerate(COLORS)}
 PROMPT = "Image Caption:"
 END = "<|endoftext|>"
+VIT_SIZES = {
+    "image_size": 32,
+    "patch_size": 16,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+GPT2_SIZES = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
 @pytest.fixture(scope="module")
@@ -326,18 +341,39 @@ def test_checkpoint_of_the_time_before_processors(tmp_path, tokenizer, has_gener
     assert loaded.start_token_ids == [0]
 
 
+@pytest.mark.parametrize("kind", [RobertaConfig, BertConfig, BartConfig])
+def test_any_decoder_has_the_loss_of_its_logits_and_is_the_same_after_saving(tokenizer, tmp_path, kind):
+    """RoBERTa counts positions from the padding id; RoBERTa and BERT have layers between the hidden states and the head."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    if kind is BartConfig:
+        sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    torch.manual_seed(0)
+    decoder = kind(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
+    assert decoder.pad_token_id != tokenizer.pad_token_id or kind is BertConfig
+    model = build_vit_gpt2(ViTConfig(**VIT_SIZES), decoder, tokenizer).eval()
+    ids = torch.randint(3, len(tokenizer), (2, 7))
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "decoder_input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    logits = model(**{name: batch[name] for name in ("pixel_values", "decoder_input_ids")}).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    torch.testing.assert_close(vit_gpt2_loss(model, model, batch), expected)
+    model.save_pretrained(tmp_path)
+    loaded = VisionEncoderDecoderModel.from_pretrained(tmp_path).eval()
+    again = loaded(**{name: batch[name] for name in ("pixel_values", "decoder_input_ids")}).logits
+    torch.testing.assert_close(again, logits)
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [TimmWrapperConfig(architecture="test_vit"), ResNetConfig(), GPT2Config(**GPT2_SIZES)],
+    ids=lambda config: config.model_type,
+)
+def test_an_encoder_of_another_kind_is_refused(tokenizer, tmp_path, encoder):
+    decoder = GPT2Config(**GPT2_SIZES, vocab_size=len(tokenizer))
+    with pytest.raises(UserError, match=f"is of the kind {encoder.model_type}"):
+        build_vit_gpt2(encoder, decoder, tokenizer)
+
+
 def test_tokenizer_larger_than_the_decoder_is_refused(tokenizer):
     small = GPT2Config(**GPT2_SIZES, vocab_size=len(tokenizer) - 1)
     with pytest.raises(ValueError, match="give --tokenizer_name the one the decoder was trained with"):
         build_vit_gpt2(ViTConfig(**VIT_SIZES), small, tokenizer)
-
-
-VIT_SIZES = {
-    "image_size": 32,
-    "patch_size": 16,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-}
-GPT2_SIZES = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
