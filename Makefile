@@ -1,5 +1,6 @@
 # make demo      draw images, train small captioners on them, score them, write the pages (a few minutes on two cores)
-# make test      run the tests
+# make test      run the tests (five minutes on two cores)
+# make test-fast run all but whole runs in processes of their own (a minute)
 # make quality   ruff check, ruff format --check
 # make bench     the benchmarks (20 to 30 minutes on two cores; the last wants Java)
 # Each sets up .venv by itself; it is made once and reused until setup.cfg or pyproject.toml changes.
@@ -13,7 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test quality bench clean
+.PHONY: demo test test-fast quality bench clean
 
 # Both captioners train at the same time, with half of the cores each.
 THREADS := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null | awk '{print ($$1 > 1) ? int($$1 / 2) : 1}')
@@ -34,6 +35,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 quality: $(READY)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ its place; it gets a file with the checksum of every other file, is flushed to d
 folder has to be one that all processes see.
 """
 
+import errno
 import filecmp
 import hashlib
 import json
@@ -118,10 +119,8 @@ def new_checkpoint(output_dir: str | os.PathLike, step: int) -> Iterator[Path]:
         if state.is_main_process:
             _write_checksums(partial)
             _put_in_place(partial, folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if type(error) is RuntimeError and "PytorchStreamWriter" not in str(error) and "file write" not in str(error):
-            raise  # torch's for a full disk is a RuntimeError; so are bugs
         raise UserError(
             f"{folder} could not be written ({_reason(error, folder.parent)}); {newest_whole(output_dir)}"
         ) from error
@@ -129,9 +128,21 @@ def new_checkpoint(output_dir: str | os.PathLike, step: int) -> Iterator[Path]:
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    if shutil.disk_usage(folder).free < 2**20:  # torch reports positions in a file
+    if shutil.disk_usage(folder).free < 2**20:  # safetensors and torch do not report it
         return "no space is left on the disk"
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def save_tensors(values: dict, path: Path) -> None:
+    """Write what `torch.load(weights_only=True)` reads.
+
+    Raises:
+        OSError: It cannot be written; torch's own for that is a RuntimeError, as bugs have them.
+    """
+    try:
+        torch.save(values, path)
+    except RuntimeError as error:
+        raise OSError(errno.EIO, str(error).splitlines()[0], str(path)) from error
 
 
 def newest_whole(output_dir: str | os.PathLike) -> str:

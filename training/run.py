@@ -90,6 +90,8 @@ class TrainingRun:
     def __init__(self, args: TrainingArguments, options: dict[str, Any], script: str, unit: str = "captions"):
         self.args, self.script, self.unit = args, script, unit
         self.options = {name: value for name, value in options.items() if name != "hub_token"}
+        if getattr(args, "ema_decay", 0):
+            refuse_fsdp("--ema_decay")
         self.stop_signal = StopSignal()
         self.accelerator = start_accelerator(args)
         self.step_size = (
@@ -150,7 +152,6 @@ class TrainingRun:
         self.full_model = FullModel(accelerator, model)
         self.ema = None
         if getattr(args, "ema_decay", 0):
-            refuse_fsdp("--ema_decay")
             self.ema = ema_of(model, args.ema_decay)
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
         gather_head(self.model)

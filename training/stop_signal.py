@@ -5,6 +5,7 @@ import signal
 import sys
 
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a program that SIGTERM has ended
 
@@ -40,7 +41,7 @@ class StopSignal:
     def exit_after_checkpoint(self, accelerator: Accelerator, step: int) -> None:
         """End the process after `checkpoint-STEP` has been saved."""
         if accelerator.is_main_process:
-            print(
+            tqdm.write(
                 f"stopped by SIGTERM; checkpoint-{step} is saved: resume with --resume_from_checkpoint last",
                 file=sys.stderr,
             )

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from modeling.captioner import Captioner
 from system.errors import UserError
-from training.checkpoints import TRAINER_STATE, random_states, read_trainer_state, set_random_states
+from training.checkpoints import TRAINER_STATE, random_states, read_trainer_state, save_tensors, set_random_states
 
 if TYPE_CHECKING:
     from training.run import TrainingRun
@@ -39,10 +39,10 @@ def save_training_state(run: "TrainingRun", folder: Path, state: dict) -> None:
     with run.exported() as captioner:
         if accelerator.is_main_process:
             captioner.save(folder)
-    torch.save(random_states(), folder / f"rng_state_{accelerator.process_index}.pt")
+    save_tensors(random_states(), folder / f"rng_state_{accelerator.process_index}.pt")
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        torch.save({"optimizer": optimizer, "scaler": scaler}, folder / OPTIMIZER)
+        save_tensors({"optimizer": optimizer, "scaler": scaler}, folder / OPTIMIZER)
         if run.exports_other_weights:
             save_file(_trained_weights(model), folder / TRAINED_WEIGHTS)
         state = state | {"lr_scheduler": run.scheduler.state_dict()}
@@ -107,8 +107,8 @@ def _load_weights(run: "TrainingRun", folder: Path) -> None:
         run.ema.module.load_state_dict({name: exported[name] for name in averaged})
         run.ema.n_averaged.fill_(read_trainer_state(folder)["step"])
     trained, saved = _trained_weights(model), load_file(folder / TRAINED_WEIGHTS)
-    if trained.keys() != saved.keys():
-        raise ValueError(f"they differ in {min(trained.keys() ^ saved.keys())}")
+    if differing := {(name, value.shape) for name, value in trained.items()} ^ {(k, v.shape) for k, v in saved.items()}:
+        raise ValueError(f"they differ in {min(differing)[0]}")
     with torch.no_grad():
         for name, value in trained.items():
             value.copy_(saved[name])
