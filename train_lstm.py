@@ -175,8 +175,8 @@ def build_captioner(
         UserError: An option does not go with it, or something cannot be loaded.
     """
     from modeling.inception_lstm import build_inception_lstm, load_for_fine_tuning
-    from training.tokenizers import load_or_train_tokenizer
     from training.encoder_training import checkpoint_blocks, unfreeze_last_blocks
+    from training.tokenizers import load_or_train_tokenizer
 
     start, training = model_args.model_name_or_path, ("freeze_encoder", "dropout", "attention_dropout")
     if start:

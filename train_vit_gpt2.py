@@ -220,9 +220,9 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: li
         encoder_config,
         vit_image_processor,
     )
+    from training.encoder_training import unfreeze_last_blocks
     from training.lora import add_lora
     from training.tokenizers import load_or_train_tokenizer, trimmed_to_captions
-    from training.encoder_training import unfreeze_last_blocks
 
     encoder, decoder, prompt = model_args.encoder, model_args.decoder, model_args.prompt
     tokenizer_name = data_args.tokenizer_name or (decoder if model_args.pretrained_decoder else None)
