@@ -21,7 +21,9 @@ class DocumentFrequencies:
     def __init__(self, images_with: list[np.ndarray], num_images: int) -> None:
         log_num_images = np.log(float(num_images))
         # behind the known n-grams of an order stand all others: they count as n-grams of one image
-        self.weights = [np.append(log_num_images - np.log(np.maximum(images, 1)), log_num_images) for images in images_with]
+        self.weights = [
+            np.append(log_num_images - np.log(np.maximum(images, 1)), log_num_images) for images in images_with
+        ]
 
     def weigh(self, ngram: np.ndarray, order: int) -> np.ndarray:
         return self.weights[order][np.minimum(ngram, len(self.weights[order]) - 1)]

@@ -90,7 +90,7 @@ class CaptionScorer:
 
     def unique_words(self, predictions: Sequence[str]) -> int:
         """Number of unique words in all captions together."""
-        return len(np.unique(self.index.words.split_words(self._encode(predictions)).words))
+        return len(np.unique(self._encode(predictions).split_words().words))
 
     def per_image_cider(self, predictions: Sequence[str]) -> list[float]:
         """CIDEr-D of each caption, in the order of the images."""
@@ -196,7 +196,7 @@ class CaptionScorer:
         return dict(zip(METRIC_NAMES, low_high[:-1], strict=True)), low_high[-1]
 
     def _diagnose(self, captions: list[str], ended: Sequence[bool] | None) -> dict[str, float | int | None]:
-        words = self.index.words.split_words(captions)
+        words = captions.split_words()
         trigrams = self.index.number(words)[2].count()
         known = set(self._training.keys())
         novel = [key not in known for key in captions.keys()]  # noqa: SIM118 (no dict)
@@ -249,7 +249,7 @@ class CiderD:
         num_references = np.array([len(captions) for captions in references])
         together = [*predictions, *chain.from_iterable(references)]
         tokens = self._encode(together, np.ones(len(together), dtype=bool))
-        captions = self.index.words.split_words(tokens)
+        captions = tokens.split_words()
         ngrams = self.index.number(captions)
         of_predictions, of_references = np.arange(len(predictions)), np.arange(len(predictions), len(together))
         table = ReferenceTable(
@@ -303,12 +303,12 @@ def learn_references(
     tokens = index.words.encode(captions, learn=True)
     if end:
         tokens = tokens.append_word(index.words.number(end), np.ones(len(captions), dtype=bool))
-    words = index.words.split_words(tokens)
+    words = tokens.split_words()
     index.reserve(len(words.words))
     num_references = np.array([len(of_image) for of_image in references])
     blocks = (
         index.number(block, learn=True, first_caption=first)
-        for first, block in words.parts(np.cumsum(num_references)[IMAGES_AT_ONCE - 1 :: IMAGES_AT_ONCE])
+        for first, block in words.cut(np.cumsum(num_references)[IMAGES_AT_ONCE - 1 :: IMAGES_AT_ONCE])
     )
     return index, ReferenceTable(tokens, words, num_references, blocks), tokenizer
 
@@ -325,7 +325,7 @@ def measure(index: NgramIndex, table: ReferenceTable, tokens: Captions, images: 
     Returns:
         BLEU's four matches, four guesses, and the words of caption and closest reference; ROUGE-L; CIDEr-D
     """
-    captions = index.words.split_words(tokens)
+    captions = tokens.split_words()
     pairs = Pairs(table, images, captions.lengths)
     matches, cider = table.match([ngrams.count() for ngrams in index.number(captions)], pairs)
     guesses = np.maximum(pairs.num_words[:, None] - np.arange(MAX_ORDER), 0)
