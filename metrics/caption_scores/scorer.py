@@ -86,7 +86,11 @@ class CaptionScorer:
         Raises:
             ValueError: Another number of predictions than of images, or one that is no string.
         """
-        return self._mean(self._measure(self._encode(predictions)))
+        return self.mean(self.measure(predictions))
+
+    def measure(self, predictions: Sequence[str]) -> np.ndarray:
+        """What the scores are sums of, float64 (images, 12): columns as of the function `measure`."""
+        return self._measure(self._encode(predictions))
 
     def unique_words(self, predictions: Sequence[str]) -> int:
         """Number of unique words in all captions together."""
@@ -94,7 +98,7 @@ class CaptionScorer:
 
     def per_image_cider(self, predictions: Sequence[str]) -> list[float]:
         """CIDEr-D of each caption, in the order of the images."""
-        return self._measure(self._encode(predictions))[:, -1].tolist()
+        return self.measure(predictions)[:, -1].tolist()
 
     def report(
         self,
@@ -131,7 +135,7 @@ class CaptionScorer:
         shuffled_captions = captions.take(derangement(num_images)) if num_images > 1 else self._encode([""])
         measured, shuffled = self._measure(captions), self._measure(shuffled_captions)
         intervals, gain = self._bootstrap(measured, measured[:, -1] - shuffled[:, -1], num_resamples, seed)
-        metrics, shuffled_metrics = self._mean(measured), self._mean(shuffled)
+        metrics, shuffled_metrics = self.mean(measured), self.mean(shuffled)
         return {
             "metrics": metrics,
             "intervals": intervals,
@@ -168,7 +172,7 @@ class CaptionScorer:
         """The best constant caption among the training captions or, without them, the references, and its scores."""
         candidates = self._training if self.training_captions else self.table.tokens
         caption = best_constant(candidates, self.index, self.table)
-        scores = self._mean(self._measure(candidates.take(np.full(self.num_images, caption))))
+        scores = self.mean(self._measure(candidates.take(np.full(self.num_images, caption))))
         return {**scores, "caption": " ".join(self.index.words.texts(candidates.of(caption)))}
 
     @cached_property
@@ -217,7 +221,9 @@ class CaptionScorer:
         ]
         return np.concatenate(rows)
 
-    def _mean(self, measured: np.ndarray) -> dict[str, float]:
+    @staticmethod
+    def mean(measured: np.ndarray) -> dict[str, float]:
+        """The six scores of what `measure` gives."""
         total = measured.sum(axis=0)
         bleus = bleu(total[:4], total[4:8], total[8], total[9])
         scores = [*bleus, *(total[10:] / len(measured))]
