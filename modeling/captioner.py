@@ -146,6 +146,10 @@ class Captioner:
         settings = {name: value for name, value in settings.items() if value is not None}
         num_beams = settings.get("num_beams", decoding.num_beams) or 1
         if num_beams == 1:
+            if "length_penalty" in settings:
+                raise UserError(
+                    f"--length_penalty {settings['length_penalty']} has no effect without beams: give --num_beams 2 or more"
+                )
             settings["length_penalty"] = None  # of beams: transformers warns of it without them, and does not save it
         decoding.update(**settings)
         if not decoding.do_sample and (decoding.num_return_sequences or 1) > num_beams:
