@@ -3,6 +3,7 @@
 Both kinds of captioner go through this class, in scripts, app and evaluation alike.
 """
 
+import copy
 import json
 import math
 import os
@@ -294,7 +295,8 @@ def _complete_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     encoder = getattr(model, "encoder", None)
     if getattr(encoder, "pooler", encoder) is None:
         with torch.device("meta"):
-            pooler = AutoModel.from_config(encoder.config).pooler
+            # Eager, since an attention implementation of the whole may not suit a part of it, as the ResNet of a hybrid ViT.
+            pooler = AutoModel.from_config(copy.deepcopy(encoder.config), attn_implementation="eager").pooler
         shapes = {} if pooler is None else pooler.state_dict()
         weights |= {POOLER + name: torch.zeros(value.shape, dtype=model.dtype) for name, value in shapes.items()}
     return weights

@@ -18,7 +18,7 @@ from datasets import load_from_disk
 from PIL import Image
 
 import evaluate_captions
-from data_scripts import flickr8k, image_folder, karpathy, paragraphs, recaption
+from data_scripts import flickr8k, image_folder, paragraphs, recaption
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
