@@ -8,7 +8,7 @@ A recipe sets the options, the command line overrides it, `--help` lists them.
 from dataclasses import dataclass, field
 
 from system.errors import UserError, one_line_errors
-from training.arguments import CaptionDataArguments, CaptionTrainingArguments, DecodingArguments, parse_recipe
+from training.arguments import CaptionDataArguments, CaptionTrainingArguments, NewDecodingArguments, parse_recipe
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
 
@@ -75,6 +75,10 @@ class ModelArguments:
         },
     )
 
+    def __post_init__(self):
+        if self.attention_dropout and not self.attention and not self.model_name_or_path:
+            raise UserError(f"--attention_dropout {self.attention_dropout} has no effect without --attention true")
+
 
 @dataclass
 class TrainingArguments(CaptionTrainingArguments):
@@ -85,14 +89,14 @@ class TrainingArguments(CaptionTrainingArguments):
 
 def main(argv: list[str] | None = None) -> None:
     # ---- Arguments --------------------------------------------------------------------------------------------------
-    kinds = (CaptionDataArguments, ModelArguments, DecodingArguments, TrainingArguments)
+    kinds = (CaptionDataArguments, ModelArguments, NewDecodingArguments, TrainingArguments)
     data_args, model_args, decoding_args, args = parse_recipe(kinds, argv, __doc__)
     options = {**vars(data_args), **vars(model_args), **vars(decoding_args), **vars(args)}
     with one_line_errors():
         train(data_args, model_args, decoding_args, args, options)
 
 
-def train(data_args, model_args: ModelArguments, decoding_args: DecodingArguments, args, options: dict) -> None:
+def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArguments, args, options: dict) -> None:
     from data_scripts import load_for_training
     from training.batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset, subsample_evenly
     from training.checkpoints import check_not_overwriting_start

@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass, field
 
 from system.errors import UserError, one_line_errors
-from training.arguments import CaptionDataArguments, CaptionTrainingArguments, DecodingArguments, parse_recipe
+from training.arguments import CaptionDataArguments, CaptionTrainingArguments, NewDecodingArguments, parse_recipe
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
 
@@ -91,6 +91,16 @@ class ModelArguments:
             raise UserError(f"--patch_size {self.patch_size} is more than --image_size {self.image_size}")
         if self.loss_on_prompt and not self.prompt:
             raise UserError("--loss_on_prompt true has no effect without a --prompt")
+        new = not (self.pretrained_encoder and self.pretrained_decoder)
+        if new and self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"--num_attention_heads {self.num_attention_heads} does not divide --hidden_size {self.hidden_size}"
+            )
+        for name, size in self.sizes.items():
+            if not new and size != type(self).__dataclass_fields__[name].default:
+                raise UserError(
+                    f"--{name} {size} has no effect without --pretrained_encoder false or --pretrained_decoder false"
+                )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -109,14 +119,14 @@ class TrainingArguments(CaptionTrainingArguments):
 
 def main(argv: list[str] | None = None) -> None:
     # ---- Arguments --------------------------------------------------------------------------------------------------
-    kinds = (CaptionDataArguments, ModelArguments, DecodingArguments, TrainingArguments)
+    kinds = (CaptionDataArguments, ModelArguments, NewDecodingArguments, TrainingArguments)
     data_args, model_args, decoding_args, args = parse_recipe(kinds, argv, __doc__)
     options = {**vars(data_args), **vars(model_args), **vars(decoding_args), **vars(args)}
     with one_line_errors():
         train(data_args, model_args, decoding_args, args, options)
 
 
-def train(data_args, model_args: ModelArguments, decoding_args: DecodingArguments, args, options: dict) -> None:
+def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArguments, args, options: dict) -> None:
     from contextlib import nullcontext
 
     from data_scripts import load_for_training
@@ -129,7 +139,7 @@ def train(data_args, model_args: ModelArguments, decoding_args: DecodingArgument
     from training.run import TrainingRun
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
-    check_lora(model_args.lora_rank, model_args.pretrained_decoder)
+    check_lora(model_args.lora_rank, model_args.pretrained_decoder, args.ema_decay)
     with TrainingRun(args, options, script="train_vit_gpt2") as run:
         # ---- Data ---------------------------------------------------------------------------------------------------
         dataset, training_captions = load_for_training(data_args.dataset_name, data_args.max_train_samples)

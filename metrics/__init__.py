@@ -1,6 +1,5 @@
-"""Captions against references, exactly as coco-caption scores them, without Java or network."""
+"""Captions against references: the package caption-scores (README.md), which the repository uses from its folder."""
 
-from metrics.caption_scores.ptb_tokenizer import tokenize
-from metrics.caption_scores.scorer import METRIC_NAMES, CaptionScorer, CiderD
+from metrics.caption_scores import METRIC_NAMES, TOKENIZERS, CaptionScorer, CiderD, compute_score, score, tokenize
 
-__all__ = ["METRIC_NAMES", "CaptionScorer", "CiderD", "tokenize"]
+__all__ = ["METRIC_NAMES", "TOKENIZERS", "CaptionScorer", "CiderD", "compute_score", "score", "tokenize"]

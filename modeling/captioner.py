@@ -3,6 +3,7 @@
 Both kinds of captioner go through this class, in scripts, app and evaluation alike.
 """
 
+import copy
 import json
 import math
 import os
@@ -133,7 +134,7 @@ class Captioner:
             settings: Others of `GenerationConfig`.
 
         Raises:
-            UserError: The minimum length exceeds the maximum length.
+            UserError: The minimum length exceeds the maximum length, or there are fewer beams than captions.
         """
         num_start = len(self.start_token_ids)
         if top_p is not None:
@@ -146,13 +147,18 @@ class Captioner:
         settings = {name: value for name, value in settings.items() if value is not None}
         num_beams = settings.get("num_beams", decoding.num_beams) or 1
         if num_beams == 1:
+            if "length_penalty" in settings:
+                raise UserError(
+                    f"--length_penalty {settings['length_penalty']} has no effect without beams: give --num_beams 2 or more"
+                )
             settings["length_penalty"] = None  # of beams: transformers warns of it without them, and does not save it
-        decoding.update(**settings)
-        if not decoding.do_sample and (decoding.num_return_sequences or 1) > num_beams:
+        returned = settings.get("num_return_sequences", decoding.num_return_sequences) or 1
+        if returned > num_beams and not settings.get("do_sample", decoding.do_sample):
             raise UserError(
-                f"--num_return_sequences {decoding.num_return_sequences}: {num_beams} beams have no more than {num_beams} captions: "
+                f"--num_return_sequences {returned}: the number of beams, {num_beams}, must not be less; "
                 "give a higher --num_beams, or sample with --top_p"
             )
+        decoding.update(**settings)
         if decoding.max_length is not None and (decoding.min_length or 0) > decoding.max_length:
             raise UserError(
                 f"min_length {decoding.min_length - num_start} exceeds max_length {decoding.max_length - num_start}: "
@@ -290,7 +296,8 @@ def _complete_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     encoder = getattr(model, "encoder", None)
     if getattr(encoder, "pooler", encoder) is None:
         with torch.device("meta"):
-            pooler = AutoModel.from_config(encoder.config).pooler
+            # Eager, since an attention implementation of the whole may not suit a part of it, as the ResNet of a hybrid ViT.
+            pooler = AutoModel.from_config(copy.deepcopy(encoder.config), attn_implementation="eager").pooler
         shapes = {} if pooler is None else pooler.state_dict()
         weights |= {POOLER + name: torch.zeros(value.shape, dtype=model.dtype) for name, value in shapes.items()}
     return weights

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from timm.models import load_model_config_from_hf
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
@@ -106,7 +105,7 @@ class TimmEncoder(nn.Module):
 
     def create_backbone(self, name: str, pretrained: bool) -> nn.Module:
         """The timm model with all its buffers made persistent: `from_pretrained` leaves the others uninitialized."""
-        import timm  # half a second, which ViT-GPT2 needs not spend
+        import timm  # half a second, which ViT-GPT2 need not spend
 
         pooling = {"global_pool": ""} if self.grid else {}
         backbone = timm.create_model(name, pretrained=pretrained, **{**self.model_args, "num_classes": 0, **pooling})
@@ -511,6 +510,8 @@ def timm_model_args(name: str) -> dict[str, Any]:
         with open(os.path.join(name, "config.json"), encoding="utf-8") as file:
             model_args = json.load(file).get("model_args")
     elif source.startswith("hf-hub:"):
+        from timm.models import load_model_config_from_hf
+
         model_args = load_model_config_from_hf(source.removeprefix("hf-hub:"))[2]
     else:
         model_args = None

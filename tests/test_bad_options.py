@@ -12,27 +12,50 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import load_from_disk
 from kill_points import SCRIPTS
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import caption
 import evaluate_captions
 import train_lstm
+import train_scst
 import train_vit_gpt2
+import training.run
 from data_scripts import load_captions
 from data_scripts.train_tokenizer import train_tokenizer
-from training.checkpoints import IN_FLOAT32, checkpoint_problem, checkpoints, new_checkpoint
-from training.loop import start_accelerator
+from modeling.captioner import Captioner
+from system.errors import UserError
+from training.arguments import CaptionDataArguments, DecodingArguments, TrainingArguments, parse_recipe
+from training.checkpoints import checkpoint_problem, checkpoints, new_checkpoint
+from training.launch import start_accelerator
 
-MAINS = {"train_lstm": train_lstm.main, "train_vit_gpt2": train_vit_gpt2.main}
+ROOT = Path(__file__).parent.parent
+MAINS = {"train_lstm": train_lstm.main, "train_vit_gpt2": train_vit_gpt2.main, "train_scst": train_scst.main}
 SMALL = ["--num_train_epochs", "1", "--per_device_train_batch_size", "24", "--report_to", "none"]
+
+
+@pytest.fixture
+def arguments(small_scenes, starts, tmp_path) -> Callable:
+    """The arguments of a small run of a script, and more."""
+
+    def of(script: str, *more: object) -> list[str]:
+        start = ["--model_name_or_path", starts["lstm"]] if script == "train_scst" else []
+        where = ["--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
+        return [str(word) for word in (*SCRIPTS[script], *start, *SMALL, *where, *more)]
+
+    return of
 
 
 @pytest.fixture(scope="module")
 def trained(small_scenes, tmp_path_factory) -> dict[str, Path]:
+    """Runs of five steps."""
     folders = {}
-    for script, main in MAINS.items():
-        folders[script] = tmp_path_factory.mktemp(script) / "run"
-        main([*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", str(folders[script])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.run, "draw_curves", lambda *_: None)
+        for script in ("train_lstm", "train_vit_gpt2"):
+            folders[script] = tmp_path_factory.mktemp(script) / "run"
+            where = ["--dataset_name", small_scenes, "--output_dir", str(folders[script])]
+            MAINS[script]([*SCRIPTS[script], *SMALL, *where])
     return folders
 
 
@@ -48,173 +71,214 @@ def refused(capsys, main: Callable, arguments: list[object]) -> str:
     return sentence
 
 
-BOTH = [
-    ("--num_train_epochs", "0"),
-    ("--num_train_epochs", "-1"),
-    ("--per_device_train_batch_size", "0"),
-    ("--per_device_eval_batch_size", "0"),
-    ("--gradient_accumulation_steps", "0"),
-    ("--learning_rate", "-1"),
-    ("--learning_rate", "nan"),
-    ("--weight_decay", "-1"),
-    ("--lr_scheduler_type", "spiral"),
-    ("--warmup_steps", "-1"),
-    ("--max_grad_norm", "-1"),
-    ("--report_to", "nobody"),
-    ("--eval_epochs", "0"),
-    ("--save_epochs", "0"),
-    ("--save_steps", "0"),
-    ("--save_total_limit", "0"),
-    ("--early_stopping_patience", "0"),
-    ("--max_length", "0"),
-    ("--min_length", "-1"),
-    ("--length_penalty", "nan"),
-    ("--length_penalty", "1e9"),
-    ("--num_augmentations", "0"),
-    ("--num_augmentations", "11"),
-    ("--num_trainable_encoder_blocks", "-1"),
-    ("--num_trainable_encoder_blocks", "99"),
-    ("--num_beams", "0"),
-    ("--no_repeat_ngram_size", "-1"),
-    ("--seed", "-1"),
-    ("--dataloader_num_workers", "-1"),
-    ("--max_train_samples", "0"),
-    ("--max_eval_samples", "0"),
-    ("--max_caption_length", "0"),
-    ("--tokenizer_name", "no/such/tokenizer"),
-    ("--hidden_size", "0"),
-    ("--num_hidden_layers", "0"),
-    ("--image_size", "0"),
-    ("--dropout", "1.5"),
-    ("--vocab_size", "2"),
-    ("--resume_from_checkpoint", "no/such/checkpoint"),
-]
+# Options of the loop, the data and the decoding are the same dataclasses in every script.
 OPTIONS = [
-    *((script, option, value) for option, value in BOTH for script in SCRIPTS),
-    ("train_lstm", "--image_embed_dim", "0"),
+    ("train_lstm", "--num_train_epochs", "0"),
+    ("train_scst", "--num_train_epochs", "-1"),
+    ("train_vit_gpt2", "--max_steps", "-2"),
+    ("train_lstm", "--per_device_train_batch_size", "0"),
+    ("train_lstm", "--per_device_eval_batch_size", "0"),
+    ("train_lstm", "--gradient_accumulation_steps", "0"),
+    ("train_scst", "--learning_rate", "-1"),
+    ("train_lstm", "--learning_rate", "nan"),
+    ("train_lstm", "--weight_decay", "-1"),
+    ("train_lstm", "--lr_scheduler_type", "spiral"),
+    ("train_lstm", "--warmup_steps", "-1"),
+    ("train_lstm", "--max_grad_norm", "-1"),
+    ("train_lstm", "--report_to", "nobody"),
+    ("train_lstm", "--logging_steps", "0"),
+    ("train_lstm", "--eval_epochs", "0"),
+    ("train_lstm", "--eval_steps", "0"),
+    ("train_lstm", "--save_epochs", "0"),
+    ("train_lstm", "--save_steps", "0"),
+    ("train_lstm", "--save_total_limit", "0"),
+    ("train_lstm", "--early_stopping_patience", "0"),
+    ("train_lstm", "--max_length", "0"),
+    ("train_lstm", "--min_length", "-1"),
+    ("train_lstm", "--length_penalty", "nan"),
+    ("train_scst", "--length_penalty", "1e9"),
+    ("train_lstm", "--num_augmentations", "0"),
+    ("train_scst", "--num_augmentations", "11"),
+    ("train_lstm", "--num_beams", "0"),
+    ("train_lstm", "--no_repeat_ngram_size", "-1"),
+    ("train_lstm", "--seed", "-1"),
+    ("train_lstm", "--dataloader_num_workers", "-1"),
+    ("train_lstm", "--max_train_samples", "0"),
+    ("train_lstm", "--max_eval_samples", "0"),
+    ("train_vit_gpt2", "--max_caption_length", "0"),
     ("train_lstm", "--ema_decay", "1"),
-    ("train_lstm", "--num_attention_heads", "0"),
+    ("train_vit_gpt2", "--encoder_learning_rate", "-1"),
+    ("train_vit_gpt2", "--resume_from_checkpoint", "no/such/checkpoint"),
+    # of one script
+    ("train_lstm", "--num_trainable_encoder_blocks", "-1"),
+    ("train_lstm", "--num_trainable_encoder_blocks", "99"),
+    ("train_lstm", "--tokenizer_name", "no/such/tokenizer"),
+    ("train_lstm", "--image_embed_dim", "0"),
+    ("train_lstm", "--hidden_size", "0"),
+    ("train_lstm", "--num_hidden_layers", "0"),
+    ("train_lstm", "--image_size", "0"),
+    ("train_lstm", "--dropout", "1.5"),
+    ("train_lstm", "--vocab_size", "2"),
     ("train_lstm", "--attention_dropout", "1"),
-    ("train_lstm", "--attention_dropout", "0.2"),  # of no attention
-    ("train_lstm", "--num_attention_heads", "5"),
-    ("train_lstm", "--encoder_learning_rate", "-1"),
-    ("train_lstm", "--mixed_precision", "int3"),
+    ("train_vit_gpt2", "--num_trainable_encoder_blocks", "99"),
+    ("train_vit_gpt2", "--hidden_size", "0"),
+    ("train_vit_gpt2", "--num_hidden_layers", "0"),
+    ("train_vit_gpt2", "--image_size", "0"),
+    ("train_vit_gpt2", "--dropout", "1.5"),
+    ("train_vit_gpt2", "--vocab_size", "2"),
     ("train_vit_gpt2", "--num_attention_heads", "0"),
     ("train_vit_gpt2", "--num_attention_heads", "5"),
     ("train_vit_gpt2", "--patch_size", "0"),
     ("train_vit_gpt2", "--patch_size", "64"),
     ("train_vit_gpt2", "--prompt", "a word " * 2000),
-    ("train_vit_gpt2", "--optim", "no_such_optimizer"),
+    ("train_scst", "--model_name_or_path", "no/such/captioner"),
+    ("train_scst", "--num_samples", "0"),
+    ("train_scst", "--num_samples", "1"),  # and no other to compare with
+    ("train_scst", "--baseline", "others"),
+    ("train_scst", "--xe_weight", "1"),
+    ("train_scst", "--init_weight_share", "1"),
 ]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_caption_has_to_be_no_longer_than_it_may(capsys, script):
-    sentence = refused(capsys, MAINS[script], ["--min_length", "9", "--max_length", "8"])
+@pytest.mark.parametrize(("script", "option", "value"), OPTIONS)
+def test_an_impossible_value_is_refused_and_its_option_named(arguments, tmp_path, capsys, script, option, value):
+    sentence = refused(capsys, MAINS[script], arguments(script, option, value))
+    assert option.removeprefix("--") in sentence or value in sentence
+    assert not (tmp_path / "run").exists() or [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+# What would be left out in silence: what is given, and the option without which, or with which, it has no effect.
+WITHOUT_EFFECT = [
+    ("train_lstm", ["--warmup_steps", "5"], "--lr_scheduler_type"),
+    ("train_lstm", ["--fp16", "true", "--bf16", "true"], "--bf16"),
+    ("train_lstm", ["--int8_features", "true", "--cache_features", "false"], "--cache_features"),
+    ("train_lstm", ["--compile_encoder", "true", "--cache_features", "false"], "--cache_features"),
+    ("train_lstm", ["--compile_encoder", "true", "--freeze_encoder", "false"], "--compile_encoder"),
+    ("train_lstm", ["--hub_strategy", "checkpoint"], "--push_to_hub"),
+    ("train_lstm", ["--num_attention_heads", "2"], "--attention"),
+    ("train_lstm", ["--attention_dropout", "0.2"], "--attention"),
+    ("train_lstm", ["--vocab_size", "200", "--tokenizer_name", "x"], "--tokenizer_name"),
+    ("train_lstm", ["--encoder_learning_rate", "1e-4"], "--encoder_learning_rate"),  # of a frozen one
+    ("train_lstm", ["--num_beams", "1", "--length_penalty", "0.7"], "--length_penalty"),
+    ("train_vit_gpt2", ["--length_penalty", "0.7"], "--num_beams"),  # of a new model, which is greedy
+    ("train_vit_gpt2", ["--pretrained_encoder", "true", "--encoder", "x"], "--pretrained_encoder"),  # SCRIPTS has sizes
+    ("train_vit_gpt2", ["--loss_on_prompt", "true", "--prompt", ""], "--prompt"),
+    ("train_vit_gpt2", ["--encoder_learning_rate", "1e-4"], "--encoder_learning_rate"),
+]
+
+
+@pytest.mark.parametrize(("script", "options", "named"), WITHOUT_EFFECT)
+def test_an_option_without_effect_is_refused(arguments, tmp_path, capsys, script, options, named):
+    assert named in refused(capsys, MAINS[script], arguments(script, *options))
+
+
+def test_the_sizes_of_new_parts_have_no_effect_where_both_are_loaded(capsys):
+    assert "--hidden_size" in refused(capsys, train_vit_gpt2.main, ["--hidden_size", "32"])
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_has_options_that_there_are_and_that_have_an_effect(recipe):
+    """Also those of encoder and captioner, which its command may add."""
+    script = {"lstm": train_lstm, "vit": train_vit_gpt2, "scst": train_scst}[recipe.stem.split("_")[0]]
+    data = script.DataArguments if script is train_scst else CaptionDataArguments
+    own = script.SCSTArguments if script is train_scst else script.ModelArguments
+    decoding = getattr(script, "DecodingArguments", DecodingArguments)
+    start = ["--model_name_or_path", "x"] if script is train_scst else []
+    parsed = parse_recipe((data, own, decoding, script.TrainingArguments), [str(recipe), *start])
+    assert parsed[3].output_dir.startswith("outputs/")
+
+
+def test_a_recipe_is_read_and_the_command_line_is_over_it(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 1e-2\nnum_train_epochs: 1\nhidden_size: 16\nhub_private_repo: null\n")
+    kinds = (train_lstm.ModelArguments, train_lstm.TrainingArguments)
+    model_args, args = parse_recipe(kinds, [str(recipe), "--hidden_size", "24"])
+    assert (args.learning_rate, args.num_train_epochs, model_args.hidden_size) == (0.01, 1, 24)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("hub_strategy: sometimes", "hub_strategy"),
+        ("learning_rate:", "learning_rate"),
+        ("learning_rate: fast", "learning_rate"),
+        ("dropout: [0.1]", "dropout"),
+        ("no_such_option: 1", "no_such_option"),
+        ("- dropout", "recipe.yaml"),
+        ("a: b: c", "recipe.yaml"),
+    ],
+)
+def test_what_a_recipe_has_is_checked_as_the_command_line_is(tmp_path, capsys, line, named):
+    (tmp_path / "recipe.yaml").write_text(line)
+    assert named in refused(capsys, train_lstm.main, [tmp_path / "recipe.yaml"])
+
+
+@pytest.mark.parametrize("words", [["no_such.yaml"], ["--no_such_option", "1"], ["--learning_rate", "fast"]])
+def test_what_is_no_option_is_named(capsys, words):
+    assert words[0].removeprefix("--") in refused(capsys, train_lstm.main, words)
+
+
+def test_a_caption_has_to_be_no_longer_than_it_may(capsys):
+    sentence = refused(capsys, train_lstm.main, ["--min_length", "9", "--max_length", "8"])
     assert "--min_length 9" in sentence and "--max_length 8" in sentence
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "named"),
     [
-        (["--activation_checkpointing", "true"], "wants an encoder that learns"),
+        (["--activation_checkpointing", "true"], "--activation_checkpointing"),
         (
             [
-                "--activation_checkpointing",
-                "true",
-                "--freeze_encoder",
-                "false",
-                "--encoder",
-                "inception_resnet_v2",
-                "--image_size",
-                "96",
+                *("--activation_checkpointing", "true", "--freeze_encoder", "false"),
+                *("--encoder", "inception_resnet_v2", "--image_size", "96"),
             ],
-            "has it not",
+            "--activation_checkpointing",
         ),
-        (["--attention", "true", "--encoder", "deit_tiny_distilled_patch16_224"], "gives no grid to look at"),
-        (["--compile_encoder", "true", "--cache_features", "false"], "give one of them up"),
+        (["--attention", "true", "--encoder", "deit_tiny_distilled_patch16_224"], "--attention"),
+        (["--num_attention_heads", "5", "--attention", "true"], "--num_attention_heads"),
+        (["--encoder", "no_such_encoder"], "no_such_encoder"),
     ],
 )
-def test_what_an_encoder_cannot_do_is_said(small_scenes, tmp_path, capsys, options, said):
-    arguments = [
-        *SCRIPTS["train_lstm"],
-        *SMALL,
-        "--dataset_name",
-        small_scenes,
-        "--output_dir",
-        tmp_path / "run",
-        *options,
-    ]
-    assert said in refused(capsys, train_lstm.main, arguments)
+def test_what_an_encoder_cannot_do_is_named(arguments, capsys, options, named):
+    assert named in refused(capsys, train_lstm.main, arguments("train_lstm", *options))
 
 
-def test_a_captioner_of_system_a_is_no_decoder_of_system_b(trained, small_scenes, tmp_path, capsys):
-    arguments = [*SCRIPTS["train_vit_gpt2"], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
-    arguments += ["--pretrained_decoder", "true", "--decoder", trained["train_lstm"]]
-    said = refused(capsys, train_vit_gpt2.main, arguments)
-    assert (
-        f"decoder {trained['train_lstm']} is of the kind inception_lstm" in said
-        and "train_vit_gpt2.py has saved" in said
-    )
+def test_an_lstm_captioner_is_no_decoder_of_vit_gpt2(arguments, starts, capsys):
+    options = ["--pretrained_decoder", "true", "--decoder", starts["lstm"], "--vocab_size", "8000"]
+    assert starts["lstm"] in refused(capsys, train_vit_gpt2.main, arguments("train_vit_gpt2", *options))
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "said"),
+    ("start", "options", "named"),
     [
-        ("no/such/captioner", [], "model no/such/captioner cannot be loaded"),
-        ("train_vit_gpt2", [], "is a VisionEncoderDecoderModel: give a captioner that train_lstm.py has made"),
-        ("train_lstm", ["--tokenizer_name", "mine"], "--tokenizer_name mine does not go with --model_name_or_path"),
-        ("train_lstm", ["--attention_dropout", "0.2"], "--attention_dropout 0.2: --model_name_or_path"),
+        ("no/such/captioner", [], "no/such/captioner"),
+        ("vit_gpt2", [], "--model_name_or_path"),
+        ("lstm", ["--tokenizer_name", "mine", "--vocab_size", "8000"], "--tokenizer_name"),
+        ("lstm", ["--attention_dropout", "0.2"], "--attention_dropout"),
     ],
 )
-def test_what_does_not_go_on_is_said(trained, small_scenes, tmp_path, capsys, model, options, said):
-    arguments = [*SCRIPTS["train_lstm"], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
-    assert said in refused(
-        capsys, train_lstm.main, [*arguments, "--model_name_or_path", trained.get(model, model), *options]
-    )
+def test_what_does_not_go_with_a_captioner_to_fine_tune_is_named(arguments, starts, capsys, start, options, named):
+    more = ["--model_name_or_path", starts.get(start, start), *options]
+    assert named in refused(capsys, train_lstm.main, arguments("train_lstm", *more))
 
 
-def test_a_run_does_not_write_over_the_captioner_it_goes_on_from(trained, small_scenes, capsys):
-    start = trained["train_lstm"]
-    arguments = [
-        *SCRIPTS["train_lstm"],
-        *SMALL,
-        "--dataset_name",
-        small_scenes,
-        "--model_name_or_path",
-        start,
-        "--output_dir",
-        start,
-    ]
-    assert "is the --model_name_or_path's own folder" in refused(capsys, train_lstm.main, arguments)
+@pytest.mark.parametrize("script", ["train_lstm", "train_scst"])
+def test_a_run_does_not_overwrite_the_captioner_it_starts_from(arguments, starts, capsys, script):
+    start = ["--model_name_or_path", starts["lstm"], "--output_dir", starts["lstm"]]
+    sentence = refused(capsys, MAINS[script], arguments(script, *start))
+    assert "--output_dir" in sentence and "--model_name_or_path" in sentence
 
 
-def test_a_least_length_above_the_models_longest_is_refused_where_captions_are_made(trained, tmp_path, capsys):
-    model = ["--model_name_or_path", trained["train_lstm"]]
-    evaluation = [*model, "--output_dir", tmp_path / "scores", "--split", "validation"]
-    for main, arguments, option in (
-        (caption.main, [*model, "image.jpg"], "--min_length"),
-        (evaluate_captions.main, evaluation, "--min_length"),
-    ):
-        sentence = refused(capsys, main, [*arguments, option, "900"])
-        assert sentence.startswith("the shortest caption is to have 900 tokens and the longest")
+def test_a_min_length_above_the_models_max_length_is_refused_where_captions_are_generated(
+    starts, small_scenes, tmp_path, capsys
+):
+    model = ["--model_name_or_path", starts["lstm"], "--min_length", "900"]
+    evaluation = [*model, "--dataset_name", small_scenes, "--output_dir", tmp_path / "scores"]
+    for main, words in ((caption.main, [*model, "image.jpg"]), (evaluate_captions.main, evaluation)):
+        assert "--min_length" in refused(capsys, main, words)
 
 
-@pytest.mark.parametrize(("script", "option", "value"), OPTIONS)
-def test_an_impossible_value_is_refused_and_its_option_named(small_scenes, tmp_path, capsys, script, option, value):
-    arguments = [
-        *SCRIPTS[script],
-        *SMALL,
-        "--dataset_name",
-        small_scenes,
-        "--output_dir",
-        tmp_path / "run",
-        option,
-        value,
-    ]
-    sentence = refused(capsys, MAINS[script], arguments)
-    assert option.removeprefix("--") in sentence or value in sentence
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+# ------------------------------------------------------------------------------------------------------- precision
 
 
 @pytest.fixture
@@ -227,46 +291,38 @@ def processor_with(monkeypatch) -> Iterator[Callable]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize(
-    ("script", "asked"),
-    [
-        ("train_lstm", ["--mixed_precision", "bf16"]),
-        ("train_vit_gpt2", ["--bf16", "true"]),
-        ("train_lstm", []),
-        ("train_vit_gpt2", []),
-    ],
-)
-def test_where_the_processor_has_no_bfloat16_training_is_in_float32_and_says_so(
-    small_scenes, tmp_path, monkeypatch, caplog, processor_with, script, asked
+@pytest.mark.parametrize("asked", [["--bf16", "true"], []], ids=["by option", "by launcher"])
+def test_where_the_processor_has_no_bfloat16_training_is_in_float32(
+    arguments, tmp_path, monkeypatch, processor_with, asked
 ):
-    """There torch has no LSTM in it, and its products take a hundred times as long. Asked for by the launcher where not by us."""
-    caplog.set_level("INFO")
+    """There torch has no LSTM in it, and its products take a hundred times as long."""
     processor_with(avx2=True)
     if not asked:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run", *asked]
     monkeypatch.setattr(torch, "autocast", None)  # not so much as tried
-    MAINS[script]([str(argument) for argument in arguments])
-    assert caplog.messages.count(IN_FLOAT32) == 1
-    assert (tmp_path / "run" / "model.safetensors").exists()
+    train_lstm.main(arguments("train_lstm", "--max_steps", "1", *asked))
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
 
 
-def test_where_the_processor_has_bfloat16_it_is_used(tmp_path, caplog, processor_with):
+def test_where_the_processor_has_bfloat16_it_is_used(tmp_path, processor_with):
     processor_with(avx512_bf16=True)
-    args = train_vit_gpt2.LoopArguments(output_dir=str(tmp_path / "run"), bf16=True, report_to="none")
-    assert args.bf16 and args.mixed_precision == "bf16" and not args.in_float32
-    args = train_lstm.LoopArguments(output_dir=str(tmp_path / "run"), mixed_precision="bf16", report_to="none")
-    assert start_accelerator(args).mixed_precision == "bf16" and IN_FLOAT32 not in caplog.messages
+    args = TrainingArguments(output_dir=str(tmp_path / "run"), bf16=True, report_to="none")
+    assert start_accelerator(args).mixed_precision == "bf16"
 
 
-@pytest.mark.parametrize("top_p", ["0", "1.1", "nan"])
-def test_a_share_of_the_probability_is_more_than_0_and_1_at_most(tmp_path, capsys, top_p):
-    evaluation = ["--model_name_or_path", tmp_path, "--dataset_name", tmp_path, "--output_dir", tmp_path / "scores"]
-    for main, arguments in (
-        (evaluate_captions.main, evaluation),
-        (caption.main, ["--model_name_or_path", tmp_path, "image.jpg"]),
-    ):
-        assert f"--top_p {float(top_p)}" in refused(capsys, main, [*arguments, "--top_p", top_p])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("by_launcher", [False, True])
+def test_float16_needs_a_gpu(tmp_path, monkeypatch, processor_with, by_launcher):
+    processor_with()
+    if by_launcher:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    args = TrainingArguments(output_dir=str(tmp_path / "run"), fp16=not by_launcher, report_to="none")
+    with pytest.raises(UserError, match="fp16"):
+        start_accelerator(args)
+
+
+# ------------------------------------------------------------------------------------------------------- generation
 
 
 @pytest.mark.parametrize(
@@ -276,98 +332,94 @@ def test_a_share_of_the_probability_is_more_than_0_and_1_at_most(tmp_path, capsy
         (caption.main, "--num_beams", "0"),
         (caption.main, "--min_length", "-1"),
         (caption.main, "--num_workers", "-1"),
+        (caption.main, "--top_p", "1.1"),
+        (evaluate_captions.main, "--top_p", "0"),
+        (evaluate_captions.main, "--top_p", "nan"),
         (evaluate_captions.main, "--num_beams", "0"),
         (evaluate_captions.main, "--num_return_sequences", "0"),
         (evaluate_captions.main, "--max_eval_samples", "-5"),
         (evaluate_captions.main, "--length_penalty", "nan"),
     ],
 )
-def test_an_impossible_number_is_refused_where_captions_are_made(tmp_path, capsys, main, option, value):
-    arguments = {caption.main: ["--model_name_or_path", tmp_path, "image.jpg"]}
-    arguments[evaluate_captions.main] = [
-        "--model_name_or_path",
-        tmp_path,
-        "--dataset_name",
-        tmp_path,
-        "--output_dir",
-        tmp_path / "scores",
-    ]
-    assert refused(capsys, main, [*arguments[main], option, value]).startswith(f"{option} {value}: it must be")
+def test_an_impossible_number_is_refused_where_captions_are_generated(tmp_path, capsys, main, option, value):
+    words = {caption.main: ["--model_name_or_path", tmp_path, "image.jpg"]}
+    words[evaluate_captions.main] = ["--model_name_or_path", tmp_path, "--dataset_name", tmp_path]
+    words[evaluate_captions.main] += ["--output_dir", tmp_path / "scores"]
+    assert option in refused(capsys, main, [*words[main], option, value])
 
 
 # ---------------------------------------------------------------------------------------------------- data and models
 
 
-def test_a_size_that_the_encoder_cannot_see_is_refused(small_scenes, tmp_path, capsys):
-    arguments = ["--dataset_name", small_scenes, "--output_dir", tmp_path / "run", "--encoder", "test_vit", *SMALL]
-    arguments += ["--pretrained_encoder", "false", "--vocab_size", "120", "--image_size", "100"]
-    assert refused(capsys, train_lstm.main, arguments).startswith("--image_size 100: test_vit cannot see it")
+def test_a_size_that_the_encoder_cannot_encode_is_refused(arguments, capsys):
+    options = ["--encoder", "test_vit", "--image_size", "100"]
+    assert "--image_size 100" in refused(capsys, train_lstm.main, arguments("train_lstm", *options))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_a_missing_split_is_named(small_scenes, tmp_path, capsys, script, split):
+def test_a_missing_split_is_named(small_scenes, arguments, tmp_path, capsys, split):
     dataset = load_from_disk(small_scenes)
     del dataset[split]
     dataset.save_to_disk(tmp_path / "part")
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", tmp_path / "part", "--output_dir", tmp_path / "run"]
-    assert f"part has no split '{split}'" in refused(capsys, MAINS[script], arguments)
+    sentence = refused(capsys, train_lstm.main, arguments("train_lstm", "--dataset_name", tmp_path / "part"))
+    assert str(tmp_path / "part") in sentence and f"'{split}'" in sentence
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
-def test_a_tokenizer_that_cannot_begin_or_end_a_caption_is_refused(small_scenes, tmp_path, capsys, script, name):
+@pytest.mark.parametrize(("script", "name"), [("train_lstm", "bos_token"), ("train_vit_gpt2", "eos_token")])
+def test_a_tokenizer_that_cannot_begin_or_end_a_caption_is_refused(arguments, tmp_path, capsys, script, name):
     tokenizer = train_tokenizer(["a dog runs", "a red cat"], 40)
     setattr(tokenizer, name, None)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
-    sentence = refused(capsys, MAINS[script], [*arguments, "--tokenizer_name", tmp_path / "tokenizer"])
+    options = ["--tokenizer_name", tmp_path / "tokenizer", "--vocab_size", "8000"]
+    sentence = refused(capsys, MAINS[script], arguments(script, *options))
     assert name in sentence and str(tmp_path / "tokenizer") in sentence
 
 
-def test_a_tokenizer_larger_than_its_decoder_is_refused(small_scenes, trained, tmp_path, capsys):
-    model = caption.load_captioner(str(trained["train_vit_gpt2"]))[0]
-    model.decoder.save_pretrained(tmp_path / "decoder")
-    tokenizer = AutoTokenizer.from_pretrained(trained["train_vit_gpt2"])
+def test_a_tokenizer_larger_than_its_decoder_is_refused(arguments, starts, tmp_path, capsys):
+    Captioner.load(starts["vit_gpt2"]).model.decoder.save_pretrained(tmp_path / "decoder")
+    tokenizer = AutoTokenizer.from_pretrained(starts["vit_gpt2"])
     tokenizer.add_tokens([f"<{number}>" for number in range(50)])
     tokenizer.save_pretrained(tmp_path / "decoder")
-    arguments = [*SCRIPTS["train_vit_gpt2"], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
-    arguments += ["--pretrained_decoder", "true", "--decoder", tmp_path / "decoder"]
-    sentence = refused(capsys, MAINS["train_vit_gpt2"], arguments)
-    assert f"the tokenizer has {len(tokenizer)} tokens, the decoder {model.decoder.config.vocab_size}" in sentence
+    options = ["--pretrained_decoder", "true", "--decoder", tmp_path / "decoder", "--vocab_size", "8000"]
+    assert str(len(tokenizer)) in refused(capsys, train_vit_gpt2.main, arguments("train_vit_gpt2", *options))
 
 
 @pytest.mark.parametrize(
     ("script", "name"), [("train_lstm", "test_efficientnet.r160_in1k"), ("train_vit_gpt2", "no/such_encoder")]
 )
-def test_encoder_weights_that_cannot_be_fetched_are_named(small_scenes, tmp_path, capsys, script, name):
+def test_encoder_weights_that_cannot_be_fetched_are_named(arguments, capsys, script, name):
     """Offline, as all tests are."""
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
-    sentence = refused(capsys, MAINS[script], [*arguments, "--encoder", name, "--pretrained_encoder", "true"])
-    assert name in sentence
+    options = ["--encoder", name, "--pretrained_encoder", "true", *(["--image_size", "224"] if "vit" in script else [])]
+    assert name in refused(capsys, MAINS[script], arguments(script, *options))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_checkpoint_of_other_sizes_is_refused(small_scenes, trained, tmp_path, capsys, script):
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("train_lstm", ["--hidden_size", "16"]),
+        ("train_vit_gpt2", ["--hidden_size", "16"]),
+        ("train_vit_gpt2", ["--num_trainable_encoder_blocks", "1"]),  # other parts were trained
+        ("train_lstm", ["--ema_decay", "0.9"]),
+        ("train_lstm", ["--per_device_train_batch_size", "12"]),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_training_is_refused(arguments, trained, capsys, script, options):
     (checkpoint,) = checkpoints(trained[script])
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
-    arguments += ["--hidden_size", "16", "--resume_from_checkpoint", checkpoint]
-    assert f"{checkpoint} is of another model" in refused(capsys, MAINS[script], arguments)
+    more = [*options, "--resume_from_checkpoint", checkpoint]
+    assert str(checkpoint) in refused(capsys, MAINS[script], arguments(script, *more))
 
 
-def test_too_little_room_for_the_features_is_said_before_they_are_made(small_scenes, tmp_path, capsys, monkeypatch):
+def test_too_little_room_for_the_features_is_found_before_they_are_encoded(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 100, 100))
-    arguments = [*SCRIPTS["train_lstm"], *SMALL, "--dataset_name", small_scenes, "--output_dir", tmp_path / "run"]
-    assert "--cache_features false" in refused(capsys, train_lstm.main, arguments)
-    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    assert "--cache_features false" in refused(capsys, train_lstm.main, arguments("train_lstm"))
+    assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize(("step", "what"), [(7, "the loss is nan"), (6, "holds what is no number")])
-def test_what_is_no_number_ends_the_run_and_is_never_saved(small_scenes, tmp_path, monkeypatch, script, step, what):
-    """A weight is spoilt in a step of the second epoch; a checkpoint is due after the sixth, whose loss was still a number."""
+@pytest.mark.parametrize(("step", "named"), [(7, "loss"), (6, ".weight")])
+def test_what_is_not_finite_ends_the_run_and_is_never_saved(arguments, tmp_path, monkeypatch, capsys, step, named):
+    """A weight is spoilt in a step of the second epoch; a checkpoint is due after the sixth, whose loss was still finite."""
     plain, steps = torch.optim.AdamW.step, []
 
     def spoiling(optimizer, *arguments, **options):
@@ -379,12 +431,9 @@ def test_what_is_no_number_ends_the_run_and_is_never_saved(small_scenes, tmp_pat
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoiling)
-    arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run")]
-    arguments += ["--num_train_epochs", "3", *(["--save_steps", "6"] if step == 6 else [])]
-    with pytest.raises(SystemExit) as stopped:
-        MAINS[script](arguments)
-    sentence = str(stopped.value.code)
-    assert what in sentence and "--learning_rate" in sentence and "at step" in sentence
+    more = ["--num_train_epochs", "3", *(["--save_steps", "6"] if step == 6 else [])]
+    sentence = refused(capsys, train_lstm.main, arguments("train_lstm", *more))
+    assert named in sentence and "--learning_rate" in sentence
     (last,) = checkpoints(tmp_path / "run")
     assert last.name == "checkpoint-5" and str(last) in sentence and checkpoint_problem(last) is None
 
@@ -399,19 +448,19 @@ def image(small_scenes, tmp_path) -> Path:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_said(trained, image, capsys):
-    arguments = ["--model_name_or_path", trained["train_lstm"], image, "--device", "cuda"]
-    assert "--device cuda cannot be used" in refused(capsys, caption.main, arguments)
+def test_a_missing_gpu_is_named(starts, image, capsys):
+    words = ["--model_name_or_path", starts["lstm"], image, "--device", "cuda"]
+    assert "--device cuda" in refused(capsys, caption.main, words)
 
 
 @pytest.mark.parametrize(
     "harm", ["no folder", "no weights", "half the weights", "no tokenizer", "no config", "no json"]
 )
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_model_that_does_not_load_is_named(trained, image, tmp_path, capsys, script, harm):
+@pytest.mark.parametrize("kind", ["lstm", "vit_gpt2"])
+def test_a_model_that_does_not_load_is_named(starts, image, tmp_path, capsys, kind, harm):
     folder = tmp_path / "model"
     if harm != "no folder":
-        shutil.copytree(trained[script], folder)
+        shutil.copytree(starts[kind], folder)
     weights = folder / "model.safetensors"
     if harm == "no weights":
         weights.unlink()
@@ -424,72 +473,45 @@ def test_a_model_that_does_not_load_is_named(trained, image, tmp_path, capsys, s
         (folder / "config.json").unlink()
     elif harm == "no json":
         (folder / "config.json").write_text("{")
-    sentence = refused(capsys, caption.main, ["--model_name_or_path", folder, image])
-    assert f"model {folder} cannot be loaded: " in sentence
+    assert str(folder) in refused(capsys, caption.main, ["--model_name_or_path", folder, image])
     refused(capsys, evaluate_captions.main, ["--model_name_or_path", folder, "--output_dir", tmp_path / "scores"])
     assert not (tmp_path / "scores").exists()
 
 
-def test_weights_that_are_a_pickle_are_not_run(trained, image, tmp_path, capsys):
+class Command:
+    """What a pickle may have in it."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_weights_that_are_a_pickle_are_not_run(starts, image, tmp_path, capsys):
     """A file of weights of the old kind, with a command in it."""
-
-    class Command:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "owned",)
-
     folder = tmp_path / "model"
-    shutil.copytree(trained["train_vit_gpt2"], folder)
+    shutil.copytree(starts["vit_gpt2"], folder)
     (folder / "model.safetensors").unlink()
-    torch.save({"decoder": Command()}, folder / "pytorch_model.bin")
+    torch.save({"decoder": Command(tmp_path / "owned")}, folder / "pytorch_model.bin")
     refused(capsys, caption.main, ["--model_name_or_path", folder, image])
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_checkpoint_with_a_command_in_it_is_not_run(small_scenes, trained, tmp_path, script):
-    """Checksums keep no stranger out, who can write them anew; what keeps him out is `weights_only`."""
-
-    class Command:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "owned",)
-
-    (source,) = checkpoints(trained[script])
-    pickles = [path.name for path in source.iterdir() if path.suffix not in (".json", ".safetensors")]
-    assert len(pickles) >= 2  # the optimizer's and the random states
+def test_a_checkpoint_with_a_command_in_it_is_not_run(arguments, trained, tmp_path):
+    """Checksums keep no stranger out, who can write them anew; what keeps them out is `weights_only`."""
+    (source,) = checkpoints(trained["train_vit_gpt2"])
+    pickles = [path.name for path in source.iterdir() if path.suffix == ".pt"]
+    assert sorted(pickles) == ["optimizer.pt", "rng_state_0.pt"]
     for name in pickles:
         folder = tmp_path / name / "checkpoint-5"
+        folder.parent.mkdir()
         with new_checkpoint(folder.parent, 5) as written:
             shutil.copytree(source, written, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checksums.json"))
-            torch.save({"state": Command(), "random_state": Command(), "python": Command()}, written / name)
-        arguments = [*SCRIPTS[script], *SMALL, "--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run")]
-        arguments += ["--num_train_epochs", "2", "--resume_from_checkpoint", str(folder)]
+            command = Command(tmp_path / "owned")
+            torch.save({"optimizer": command, "scaler": command, "python": command}, written / name)
         with contextlib.suppress(SystemExit, Exception):
-            MAINS[script](arguments)
+            train_vit_gpt2.main(
+                arguments("train_vit_gpt2", "--num_train_epochs", "2", "--resume_from_checkpoint", folder)
+            )
         assert not (tmp_path / "owned").exists(), name
-
-
-def test_every_load_of_torch_is_for_weights_only():
-    """And nothing unpickles, switches on remote code, or runs a shell."""
-    root = Path(__file__).parent.parent
-    sources = [path for path in root.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(root).parts)]
-    text = "\n".join(path.read_text() for path in sources)
-    assert len(sources) > 30
-    for call in re.findall(r"torch\.load\([^)]*\)", text):
-        assert "weights_only=True" in call
-    for forbidden in (
-        "import pickle",
-        "pickle.load",
-        "joblib",
-        "shell=True",
-        "os.system",
-        "weights_only=False",
-        "eval(",
-    ):
-        uses = [
-            line
-            for line in text.splitlines()
-            if forbidden in line and not re.search(r"\w" + re.escape(forbidden), line)
-        ]
-        assert not [line for line in uses if ".eval(" not in line], forbidden
-    # In the lines of Python that the card of the LSTM captioner shows, whose reader decides; nowhere in what we run.
-    assert not re.findall(r"^[^#\"']*trust_remote_code\s*=\s*True", text, flags=re.MULTILINE)

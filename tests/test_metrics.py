@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import metrics as benchmark
-from metrics import METRIC_NAMES, CaptionScorer, CiderD, tokenize
-from metrics.__main__ import main
+from metrics import METRIC_NAMES, CaptionScorer, CiderD, compute_score, tokenize
+from metrics.caption_scores import coco_caption as drop_in
 from metrics.caption_scores.baselines import derangement
+from metrics.caption_scores.command import main
 from metrics.caption_scores.java_metrics import JavaMetricError, meteor
+from metrics.caption_scores.ngrams import KeyNumbers
 
 REPOSITORY = Path(__file__).parents[1]
 PREDICTIONS, REFERENCES = benchmark.make_captions(40)
@@ -280,22 +282,126 @@ def test_evaluate_loads_the_metric_offline_in_another_process(tmp_path):
     assert scores == CaptionScorer([["A dog runs.", "It sits."]]).score(["a dog runs"])
 
 
-def test_selfcheck_compares_with_the_published_scores(tmp_path, capsys):
+@pytest.fixture
+def coco_files(tmp_path) -> tuple[Path, Path]:
     annotations, results = tmp_path / "annotations.json", tmp_path / "results.json"
     rows = [{"image_id": i, "caption": text} for i, texts in enumerate(REFERENCES) for text in texts]
-    annotations.write_text(json.dumps({"annotations": rows}))
-    results.write_text(json.dumps([{"image_id": i, "caption": text} for i, text in enumerate(PREDICTIONS)]))
-    arguments = ["selfcheck", "--coco_annotations", str(annotations), "--coco_results"]
-    assert main([*arguments, str(results)]) == 1
-    printed = capsys.readouterr().out
-    cider = CaptionScorer(REFERENCES).score(PREDICTIONS)["cider"]
-    assert f"cider    {cider:.4f}  published 0.600  DIFFERS" in printed
+    annotations.write_text(json.dumps({"annotations": rows, "images": []}))
+    results.write_text(json.dumps([{"image_id": i, "caption": text} for i, text in enumerate(PREDICTIONS)][1:]))
+    return results, annotations
 
-    results.write_text(json.dumps([{"image_id": 4711, "caption": "a dog"}]))
-    for file, sentence in ((results, "image 4711 has no caption"), (tmp_path / "absent.json", "cannot be read")):
-        assert main([*arguments, str(file)]) == 2
+
+def test_the_command_scores_cocos_files_with_numpy_alone(coco_files, tmp_path):
+    """In a process of its own, from the package's folder, as it is when installed."""
+    program = (
+        "import sys; from caption_scores.command import main; code = main(sys.argv[1:]);"
+        "assert not {'evaluate', 'datasets', 'torch', 'sacrebleu', 'pycocoevalcap'} & set(sys.modules); sys.exit(code)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program, *map(str, coco_files), "--json", "report.json"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY / "metrics")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    expected = CaptionScorer(REFERENCES[1:]).report(PREDICTIONS[1:])
+    for name, (low, high) in expected["intervals"].items():
+        assert f"{name:8} {expected['metrics'][name]:7.4f}  {low:.4f} to {high:.4f}" in process.stdout
+    assert process.stderr.startswith("1 annotated image")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row.pop("image_id") for row in report["per_image"]] == list(range(1, len(REFERENCES)))
+    assert report == expected
+
+
+def test_the_command_names_what_is_wrong_with_a_file(coco_files, tmp_path, monkeypatch, capsys):
+    results, annotations = coco_files
+    broken = tmp_path / "broken.json"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for content in (
+        None, "{", "[]", '{"annotations": []}', '[{"image_id": 4711, "caption": "a dog"}]', '[{"image_id": 1}]',
+        '[{"image_id": 1, "caption": null}]', '[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]',
+    ):  # fmt: skip
+        broken.write_text(content) if content else broken.unlink(missing_ok=True)
+        assert main([str(broken), str(annotations)]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
+        assert error.startswith("error: ") and "broken.json" in error and error.count("\n") == 1
+    assert main([str(results), str(annotations), "--spice"]) == 2
+    assert "no `java`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_references", [1, 5])
+def test_pycocoevalcaps_classes_give_what_pycocoevalcap_gives(num_references):
+    """Against it where it is installed, else against the scorer."""
+    predictions, references = PREDICTIONS, [texts[:num_references] for texts in REFERENCES]
+    rows = {f"image {i}": [{"caption": text} for text in texts] for i, texts in enumerate(references)}
+    gts = drop_in.PTBTokenizer().tokenize(rows)
+    res = drop_in.PTBTokenizer().tokenize({f"image {i}": [{"caption": text}] for i, text in enumerate(predictions)})
+    bleus, of_images = drop_in.Bleu(4).compute_score(gts, res)
+    rouge, rouges = drop_in.Rouge().compute_score(gts, res)
+    cider, ciders = drop_in.Cider().compute_score(gts, res)
+    scorer = CaptionScorer(references)
+    assert [*bleus, rouge, cider] == pytest.approx(list(scorer.score(predictions).values()), abs=1e-12)
+    assert ciders.tolist() == pytest.approx(scorer.per_image_cider(predictions), abs=1e-12)
+    assert compute_score(gts, res, "none")[0]["cider"] == cider
+    if find_spec("pycocoevalcap"):
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+
+        expected, expected_of_images = Bleu(4).compute_score(gts, res, verbose=0)
+        assert bleus == pytest.approx(expected, abs=1e-12)
+        assert np.array(of_images) == pytest.approx(np.array(expected_of_images), abs=1e-12)
+        assert rouges == pytest.approx(Rouge().compute_score(gts, res)[1], abs=1e-12)
+        assert ciders == pytest.approx(Cider().compute_score(gts, res)[1], abs=1e-12)
+
+    class Coco:  # what COCOEvalCap uses of pycocotools' COCO
+        def __init__(self, captions):
+            self.imgToAnns = captions
+
+        def getImgIds(self):
+            return list(self.imgToAnns)
+
+    evaluation = drop_in.COCOEvalCap(
+        Coco(rows), Coco({f"image {i}": [{"caption": text}] for i, text in enumerate(predictions)})
+    )
+    evaluation.evaluate()
+    assert evaluation.eval["CIDEr"] == pytest.approx(cider, abs=1e-12)
+    assert evaluation.imgToEval["image 3"]["Bleu_4"] == pytest.approx(of_images[3][3], abs=1e-12)
+    with pytest.raises(drop_in.InputError, match="image 3"):
+        compute_score(gts, {image: texts for image, texts in res.items() if image != "image 3"})
+
+
+def test_words_with_a_no_break_space_count_as_in_coco_caption():
+    """BLEU and CIDEr-D split "1 1/2" in two, ROUGE-L does not; also where no reference has the word."""
+    references = [["half of 1 1/2 apples", "it is 1 1/2 apples"], ["a dog", "two dogs run"]]
+    for predictions in (["1 1/2 apples", "a dog"], ["2 1/2 apples", "2 1/4 apples"]):
+        scorer = CaptionScorer(references)
+        split = [[" ".join(tokenize(text)).replace("\xa0", " ") for text in texts] for texts in references]
+        as_split = CaptionScorer(split, tokenizer="none").score([" ".join(tokenize(text)) for text in predictions])
+        scores = scorer.score(predictions)
+        assert {name: scores[name] for name in METRIC_NAMES if name != "rouge_l"} == pytest.approx(
+            {name: as_split[name] for name in METRIC_NAMES if name != "rouge_l"}, abs=1e-12
+        )
+        rouge = [
+            plain_rouge_l(tokenize(text), [*map(tokenize, texts)])
+            for text, texts in zip(predictions, references, strict=True)
+        ]
+        assert scores["rouge_l"] == pytest.approx(np.mean(rouge), abs=1e-12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.lists(st.integers(0, 60), max_size=40), max_size=5), st.lists(st.integers(-3, 63), max_size=40))
+def test_keys_are_numbered_as_by_a_dict(batches, asked):
+    table, numbers = KeyNumbers(), {}
+    for batch in batches:
+        keys = np.array(batch, dtype=np.int64) << 40
+        given_ = table.number(keys, learn=True).tolist()
+        for key, number in zip(batch, given_, strict=True):
+            assert numbers.setdefault(key, number) == number
+    assert sorted(numbers.values()) == list(range(table.size))
+    found = table.number(np.array(asked, dtype=np.int64) << 40, learn=False).tolist()
+    unknown: dict[int, int] = {}
+    for key, number in zip(asked, found, strict=True):
+        assert number == numbers[key] if key in numbers else unknown.setdefault(key, number) == number >= table.size
+    assert len(set(unknown.values())) == len(unknown)
 
 
 def test_java_metrics_say_what_is_missing_and_do_not_hang(tmp_path, monkeypatch):

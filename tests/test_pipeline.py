@@ -1,13 +1,18 @@
 """Laws of the captioning pipeline: the captions of `Captioner.generate`, for both captioners and for old checkpoints."""
 
+import base64
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from small_captioners import COLORS, IMAGES, build
-from transformers import VisionEncoderDecoderModel, pipeline
+from transformers import AutoProcessor, VisionEncoderDecoderModel, pipeline
 
 from modeling.captioner import Captioner
 
@@ -26,25 +31,81 @@ print(json.dumps([made[0]["generated_text"] for made in captioner(sys.argv[2:], 
 """
 
 
-@pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", "a big")])
-def test_one_line_captions_in_a_fresh_process_elsewhere(kind, prompt, tmp_path):
-    captioner = build(kind, prompt)
-    expected = expected_captions(captioner, IMAGES)
-    assert len(set(expected)) > 1
-    captioner.save(tmp_path / "saved")
+def fresh_captions(model: Path, tmp_path: Path) -> list[str]:
+    """What the README's one line gives in a process that has the installed packages and the saved folder alone."""
     names = [str(tmp_path / f"{color}.png") for color in COLORS]
     for image, name in zip(IMAGES, names, strict=True):
         image.save(name)
-    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere").mkdir(exist_ok=True)
     made = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, str(tmp_path / "saved"), *names],
+        [sys.executable, "-c", FRESH_PROCESS, str(model), *names],
         cwd=tmp_path / "elsewhere",
         env=os.environ | {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
     )
     assert made.returncode == 0, made.stderr
-    assert json.loads(made.stdout.splitlines()[-1]) == expected
+    return json.loads(made.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", "a big")])
+def test_one_line_captions_in_a_fresh_process_elsewhere(kind, prompt, tmp_path):
+    captioner = build(kind, prompt)
+    expected = expected_captions(captioner, IMAGES)
+    assert len(set(expected)) > 1
+    captioner.save(tmp_path / "saved")
+    assert fresh_captions(tmp_path / "saved", tmp_path) == expected
+
+
+SAVE_AGAIN = """
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, pipeline
+source, target, way = sys.argv[1:]
+captioner = pipeline("image-to-text", model=source, trust_remote_code=True)
+if way == "pipe.save_pretrained":
+    captioner.save_pretrained(target)
+else:
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True)
+    if way == "save_pretrained":
+        model.save_pretrained(target)
+        processor.save_pretrained(target)
+    else:
+        arguments = TrainingArguments(target, use_cpu=True)
+        Trainer(model, arguments, processing_class=processor).save_model()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("lstm", "pipe.save_pretrained"),
+        ("vit_gpt2", "pipe.save_pretrained"),
+        ("lstm", "save_pretrained"),
+        ("lstm", "Trainer.save_model"),
+    ],
+)
+def test_a_model_saved_again_elsewhere_keeps_the_one_line(kind, way, tmp_path):
+    captioner = build(kind)
+    captioner.save(tmp_path / "saved")
+    environment = os.environ | {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", SAVE_AGAIN, str(tmp_path / "saved"), str(tmp_path / "again"), way]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    assert fresh_captions(tmp_path / "again", tmp_path) == expected_captions(captioner, IMAGES)
+
+
+def test_an_lstm_captioner_that_was_never_saved_before_keeps_the_one_line(tmp_path):
+    captioner = build("lstm")
+    captioner.model.save_pretrained(tmp_path / "first")
+    captioner.processor.save_pretrained(tmp_path / "first")
+    assert fresh_captions(tmp_path / "first", tmp_path) == expected_captions(captioner, IMAGES)
+
+
+def test_a_pipeline_saved_here_keeps_the_one_line(tmp_path):
+    captioner = build("vit_gpt2")
+    parts = {"tokenizer": captioner.tokenizer, "image_processor": captioner.image_processor}
+    pipeline("image-captioning", model=captioner.model, **parts).save_pretrained(tmp_path / "again")
+    assert fresh_captions(tmp_path / "again", tmp_path) == expected_captions(captioner, IMAGES)
 
 
 def test_an_old_checkpoint_captions_in_one_line_again(tmp_path):
@@ -79,3 +140,48 @@ def test_images_in_any_form_and_several_captions_each(kind, tmp_path):
         made = captioner(IMAGES, batch_size=batch_size, **options)
         assert [caption["generated_text"] for image in made for caption in image] == beams
         assert [len(image) for image in made] == [2] * len(IMAGES)
+
+
+def test_options_of_generate_are_taken_as_a_dict_too():
+    built = build("lstm")
+    parts = {"tokenizer": built.tokenizer, "image_processor": built.image_processor}
+    captioner = pipeline("image-captioning", model=built.model, **parts)
+    options = {"num_beams": 3, "max_length": 5}
+    assert captioner(IMAGES, generate_kwargs=options) == captioner(IMAGES, **options) != captioner(IMAGES)
+    once = pipeline("image-captioning", model=built.model, generate_kwargs=options, **parts)
+    assert once(IMAGES) == captioner(IMAGES, **options)
+    with pytest.raises(ValueError, match="num_beams"):
+        captioner(IMAGES, generate_kwargs=options, num_beams=2)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "vit_gpt2"])
+def test_a_photograph_lies_as_it_was_taken_and_16_bits_keep_their_shades(kind, tmp_path):
+    built = build(kind, "attention" if kind == "lstm" else "")
+    captioner = pipeline(
+        "image-captioning", model=built.model, tokenizer=built.tokenizer, image_processor=built.image_processor
+    )
+    gray = Image.linear_gradient("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep.save(tmp_path / "deep.png")
+    gray.rotate(90).save(tmp_path / "turned.jpg", exif=exif, quality=100)
+    pixels = [
+        captioner.preprocess(image)["pixel_values"]
+        for image in (gray, deep, str(tmp_path / "deep.png"), tmp_path / "turned.jpg")
+    ]
+    encoded = base64.b64encode((tmp_path / "deep.png").read_bytes()).decode()
+    pixels.append(captioner.preprocess(f"data:image/png;base64,{encoded}")["pixel_values"])
+    for one in pixels[1:]:
+        torch.testing.assert_close(one, pixels[0], atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "vit_gpt2"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "CMYK", "1"])
+def test_a_processor_takes_images_of_any_mode(kind, mode, tmp_path):
+    captioner = build(kind)
+    captioner.save(tmp_path)
+    image = IMAGES[3]  # white in every mode
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    pixels = processor(images=image.convert(mode), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, processor(images=image, return_tensors="pt")["pixel_values"])

@@ -1,9 +1,10 @@
-"""The README's commands are ones that the scripts know, and they run."""
+"""The commands of README.md and docs/ are ones that the scripts know, and they run; what is generated there is up to date."""
 
 import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -20,91 +21,88 @@ import evaluate_captions
 from data_scripts import flickr8k, image_folder, paragraphs, recaption
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = sorted(
-    set(re.findall(r"(?:python|accelerate launch) (?:-m )?(?:\w+\.py|(?:data_scripts|reporting)\.\w+)[^`\n]*", README))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+MORE_PAGES = [ROOT / "RESULTS.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "experiments").glob("*.md"))]
+# What starts with a program and names a script or a module of ours.
+COMMAND = re.compile(
+    r"(?:python|accelerate launch(?: --[\w-]+(?: (?!train_)\S+)?)*) (?:-m )?(?:\w+\.py|(?:data_scripts|reporting|metrics)\b)[^`\n#]*"
 )
 
 
-# What the README writes about the Hub runs in test_hub.py, against a Hub on the loopback address; a command that stands in a
-# sentence, without anything to work on, is only named there.
+def commands(text: str) -> list[str]:
+    return sorted({command.strip() for command in COMMAND.findall(text)})
+
+
+# Not run here: what needs the Hub (test_hub.py runs that against one on the loopback address), files of others or several
+# devices (test_processes.py), what takes long or nothing to work on.
+NOT_RUN = ("me/", "nlpconnect/", "captions_val2014", "--config_file", "--multi_gpu", "MODEL", "--help")
 RUN = [
     command
-    for command in COMMANDS
-    if "me/" not in command and "FOLDER" not in command and (" " in command.split(".py")[-1] or "app.py" in command)
-    if not re.fullmatch(r"python -m [\w.]+", command)
+    for command in commands(TEXT)
+    if not any(part in command for part in NOT_RUN) and ("--" in command or "app.py" in command or "export_" in command)
 ]
-TINY = [
-    *(
-        "--num_train_epochs",
-        "1",
-        "--per_device_train_batch_size",
-        "8",
-        "--hidden_size",
-        "16",
-        "--num_hidden_layers",
-        "1",
-    ),
-    *("--vocab_size", "90", "--max_train_samples", "6", "--max_eval_samples", "2", "--publish_images", "true"),
-    *("--image_size", "32", "--pretrained_encoder", "false", "--no_repeat_ngram_size", "0", "--report_to", "none"),
-    *("--overwrite_output_dir", "true"),  # of the command that came before into the same folder
-]
-# Accelerate wants the same precision in all runs of a process.
 # Added to a command, so that it ends in seconds; the last value of an option counts.
+TINY = [
+    *("--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--hidden_size", "16"),
+    *("--num_hidden_layers", "1", "--max_train_samples", "6", "--max_eval_samples", "2", "--publish_images", "true"),
+    *("--image_size", "32", "--pretrained_encoder", "false", "--no_repeat_ngram_size", "0", "--report_to", "none"),
+    *("--bf16", "false", "--overwrite_output_dir", "true"),  # of the command before into the same folder
+]
+VIT = [*TINY, "--num_attention_heads", "2", "--freeze_encoder", "false", "--trim_vocabulary", "false"]
 FASTER = {
-    "train_lstm": [*TINY, "--encoder", "test_efficientnet", "--image_embed_dim", "16", "--mixed_precision", "no"],
-    "train_vit_gpt2": [
-        *(*TINY, "--pretrained_decoder", "false", "--num_attention_heads", "2", "--use_cpu", "true"),
-        *("--freeze_encoder", "false", "--encoder_learning_rate", "1e-3"),
-        *("--trim_vocabulary", "false", "--bf16", "false"),
-    ],
+    "train_lstm": [*TINY, "--encoder", "test_efficientnet", "--image_embed_dim", "16", "--vocab_size", "90"],
+    "train_vit_gpt2": [*VIT, "--pretrained_decoder", "false", "--vocab_size", "90"],
     "train_scst": [
         *("--num_train_epochs", "1", "--per_device_train_batch_size", "3", "--num_samples", "2", "--report_to", "none"),
         *("--max_train_samples", "6", "--max_eval_samples", "2", "--eval_steps", "9", "--save_steps", "9"),
-        *("--mixed_precision", "no", "--sample_min_length", "0", "--min_length", "0"),
-        *("--overwrite_output_dir", "true"),
+        *("--bf16", "false", "--sample_min_length", "0", "--min_length", "0", "--overwrite_output_dir", "true"),
     ],
 }
 
 
 def split_command(command: str) -> tuple[str, list[str]]:
     """The module that a command runs, and its arguments."""
-    words = shlex.split(command.removeprefix("accelerate launch ").removeprefix("python ").removeprefix("-m "))
-    return words[0].removesuffix(".py"), words[1:]
+    words = shlex.split(command)
+    script = next(place for place, word in enumerate(words) if word.endswith(".py") or "-m" in words[place - 1 : place])
+    return words[script].removesuffix(".py"), words[script + 1 :]
+
+
+def faster(module: str, command: str) -> list[str]:
+    if "--decoder" in command:
+        return VIT
+    return [*FASTER.get(module, ()), *(["--dataset_name", "data/mine"] if "lstm_demo" in command else [])]
 
 
 def test_the_readme_names_every_way_in():
-    named = {split_command(command)[0] for command in COMMANDS}
+    named = {split_command(command)[0] for command in commands(PAGES[0].read_text(encoding="utf-8"))}
     sources = {"paragraphs", "flickr8k", "karpathy", "image_folder", "hub", "scenes"}
-    scripts = {
-        "train_lstm",
-        "train_scst",
-        "caption",
-        "evaluate_captions",
-        "export_onnx",
-        "reporting.push",
-        "data_scripts.push",
-        "data_scripts.recaption",
-    }
+    scripts = {"train_lstm", "train_vit_gpt2", "train_scst", "app", "caption", "evaluate_captions"}
     assert scripts | {f"data_scripts.{source}" for source in sources} <= named
+    more = {"export_onnx", "reporting.push", "reporting.compare", "data_scripts.push", "data_scripts.recaption"}
+    assert more <= {split_command(command)[0] for command in commands(TEXT)}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_has_only_options_there_are(command, capsys):
+@pytest.mark.parametrize(
+    "command", commands("\n".join([TEXT, *(path.read_text(encoding="utf-8") for path in MORE_PAGES)]))
+)
+def test_a_command_of_the_documentation_has_only_options_there_are(command, capsys):
     module, arguments = split_command(command)
+    words = [word for word in arguments if word.startswith("--") and word != "--help"]
+    main = importlib.import_module("metrics.__main__" if module == "metrics" else module).main
     with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(module).main(["--help"])
+        main([*(arguments[:1] if module == "metrics" else []), "--help"])
     assert stopped.value.code == 0
     known = capsys.readouterr().out
-    for option in (word for word in arguments if word.startswith("--")):
+    for option in words:
         assert re.search(rf"{option}\b", known), option
-    for recipe in (word for word in arguments if word.endswith(".yaml")):
+    for recipe in (word for word in shlex.split(command) if word.endswith(".yaml")):
         assert (ROOT / recipe).is_file(), recipe
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory) -> Path:
-    """A folder with all that the README's commands work on, small."""
+    """A folder with all that the commands work on, small."""
     folder = tmp_path_factory.mktemp("workshop")
     names = [f"{number}.jpg" for number in range(10)]
     captions = [f"an image of {number} things on the {side}" for number in "01234" for side in ("left", "right")]
@@ -113,7 +111,7 @@ def workshop(tmp_path_factory) -> Path:
     for number, name in enumerate(names):
         Image.new("RGB", (40, 30), (25 * number, 90, 120)).save(folder / "images" / name)
     shutil.copy(folder / "images" / "1.jpg", folder / "folder")
-    shutil.copy(folder / "images" / "2.jpg", folder / "image.jpg")
+    shutil.copy(folder / "images" / "2.jpg", folder / "photo.jpg")
     lines = [f"{name},{caption}" for name, caption in zip(names, captions, strict=True)]
     (folder / "images" / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]))
     karpathy = [
@@ -142,28 +140,31 @@ def workshop(tmp_path_factory) -> Path:
     image_folder.main(["images/", "--output_dir", "data/mine"])
     flickr8k.main(["Flickr8k_Dataset.zip", "--text", "Flickr8k_text.zip", "--output_dir", "data/flickr8k"])
     paragraphs.main(["captions.zip", "--output_dir", "data/paragraphs"])
+    karpathy.main(["dataset_coco.json", "--images", "images/", "--output_dir", "data/coco"])
+    predictions = [{"image_id": name, "caption": "an image"} for name in names[8:]]
+    (folder / "results.json").write_text(json.dumps(predictions))
     table = load_from_disk("data/paragraphs")
-    table.map(lambda row: {"text": row["captions"][0]}, remove_columns="captions").save_to_disk("name")
+    table.map(lambda row: {"text": row["captions"][0]}, remove_columns="captions").save_to_disk("NAME")
     for script, output in (("train_lstm", "lstm"), ("train_vit_gpt2", "vit_gpt2")):
         options = ["--dataset_name", "data/mine", "--output_dir", f"outputs/demo/{output}", *FASTER[script]]
         importlib.import_module(script).main([*options, "--prompt", "a"] if script == "train_vit_gpt2" else options)
     for name in ("mine", "lstm_flickr8k", "lstm_best"):
         shutil.copytree("outputs/demo/lstm", f"outputs/{name}")
+    shutil.copytree("outputs/demo/vit_gpt2", "outputs/vit_gpt2_flickr8k")
     shutil.copy("outputs/mine/captions.jsonl", ".")
-    written = ["--split", "train", "--output_dir", "outputs/written", "--num_beams", "2"]
-    written += ["--num_return_sequences", "2"]
-    evaluate_captions.main(
-        ["--model_name_or_path", "outputs/lstm_flickr8k", "--dataset_name", "data/flickr8k", *written]
-    )
-    recaption.main(
-        ["data/flickr8k", "outputs/written/best_captions.jsonl", "--output_dir", "data/flickr8k_recaptioned"]
-    )
+    generated = ["--split", "train", "--num_beams", "2", "--num_return_sequences", "2"]
+    for table in ("mine", "flickr8k"):
+        about = ["--model_name_or_path", "outputs/lstm_flickr8k", "--dataset_name", f"data/{table}"]
+        evaluate_captions.main([*about, *generated, "--output_dir", "outputs/generated"])
+        recaptioned = ["--output_dir", f"data/{table}_recaptioned"]
+        recaption.main([f"data/{table}", "outputs/generated/best_captions.jsonl", *recaptioned])
+        shutil.copy("outputs/generated/best_captions.jsonl", f"outputs/{table}_generated.jsonl")
     inside.undo()
     return folder
 
 
 @pytest.mark.parametrize("command", RUN)
-def test_a_command_of_the_readme_runs(command, workshop, tmp_path, monkeypatch, capsys):
+def test_a_command_of_the_documentation_runs(command, workshop, tmp_path, monkeypatch, capsys):
     module, arguments = split_command(command)
     if module == "app":
         gradio = pytest.importorskip("gradio", reason="needs Gradio (pip install 'gradio>=6')")
@@ -172,35 +173,71 @@ def test_a_command_of_the_readme_runs(command, workshop, tmp_path, monkeypatch, 
     shutil.copytree(workshop, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    if "data/mine_recaptioned" in command:  # the captions of the other dataset are there
+        shutil.copy("outputs/mine_generated.jsonl", "outputs/generated/best_captions.jsonl")
     made = dict(pairwise(arguments))
     output = made.get("--output_dir") or made.get("--output")
     if output:
         shutil.rmtree(output, ignore_errors=True)  # another command has made it before
-    arguments = [word for word in arguments if not word.startswith("https://")]
-    assert importlib.import_module(module).main([*arguments, *FASTER.get(module, ())]) in (None, 0)
+    assert importlib.import_module(module).main([*arguments, *faster(module, command)]) in (None, 0)
     if output:
         assert Path(output).exists()
 
 
-def test_the_readmes_lines_of_python_run(workshop):
-    lines = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_the_lines_of_python_run(workshop):
+    lines = "\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
     run = subprocess.run(
         [sys.executable, "-c", lines], cwd=workshop, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
     )
     assert run.returncode == 0, run.stderr
-    told = run.stdout.splitlines()
-    assert len(told) == 2 and told[0].strip() == told[1].strip()
+    captions = run.stdout.splitlines()
+    assert len(captions) == 2 and captions[0].strip() == captions[1].strip()
 
 
-def test_the_images_on_top_are_there_and_small():
-    (image,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+def test_the_image_on_top_is_there_and_small():
+    (image,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", PAGES[0].read_text(encoding="utf-8"))
     with Image.open(ROOT / image) as opened:
         assert opened.format == "PNG" and opened.width > 600
     assert (ROOT / image).stat().st_size < 150_000
 
 
-def test_the_makefile_has_what_the_readme_calls():
-    targets = set(re.findall(r"^make (\w+)$", README, flags=re.MULTILINE))
+def test_the_makefile_has_what_the_documentation_calls():
+    targets = set(re.findall(r"^`?make (\w+)", TEXT, flags=re.MULTILINE))
     assert {"demo", "test"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *MORE_PAGES], ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
+        name, _, heading = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert not heading or heading in slugs, target
+
+
+def generated(name: str):
+    return runpy.run_path(str(ROOT / "docs" / "generate.py"))[name]
+
+
+def test_options_and_tables_are_those_of_dataclasses_and_csv():
+    for path, text in generated("pages")().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `python -m docs.generate`"
+
+
+@pytest.mark.parametrize("script", generated("OPTIONS"))
+def test_the_options_page_lists_what_help_lists(script, capsys):
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    section = page.split(f"\n## {script}.py\n")[1].split("\n## ")[0]
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main(["--help"])
+    in_help = set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.MULTILINE))
+    assert set(re.findall(r"^\| `(--\w+)`", section, re.MULTILINE)) == in_help
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 150
+    assert len((ROOT / "RESULTS.md").read_text(encoding="utf-8").splitlines()) <= 80

@@ -183,7 +183,8 @@ def test_command_trains_on_training_captions_only_and_says_how_many_tokens(tmp_p
     train_tokenizer.main(command)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     shown = capsys.readouterr().out
-    assert f"{len(tokenizer)} tokens, trained on 200 captions\nfewer than 8,000 tokens" in shown
+    num_captions = sum(len(row.captions) for row in rows if row.split == "train")
+    assert f"{len(tokenizer)} tokens, trained on {num_captions} captions\nfewer than 8,000 tokens" in shown
     assert tokenizer.unk_token_id in tokenizer("Ω")["input_ids"]
     assert tokenizer.model_max_length == 9
     with pytest.raises(SystemExit) as stop:

@@ -116,12 +116,8 @@ def test_logits_are_the_whole_models_at_the_tokens_kept(tied, tmp_path):
     states = BaseModelOutput(last_hidden_state=torch.randn(1, 5, 32))
     for tokenizer, kept in ((whole, None), (trimmed, token_ids)):
         model = build_vit_gpt2(encoder_config(32, 16, 32, 1, 2), str(tmp_path), tokenizer, "A", token_ids=kept).eval()
-        ids = torch.tensor(
-            [
-                model.generation_config.decoder_start_token_id[0]
-                + tokenizer(CAPTIONS[0], add_special_tokens=False).input_ids
-            ]
-        )
+        start_ids = model.generation_config.decoder_start_token_id[0]
+        ids = torch.tensor([start_ids + tokenizer(CAPTIONS[0], add_special_tokens=False).input_ids])
         logits.append(model(encoder_outputs=states, decoder_input_ids=ids).logits)
         embeddings, head = model.decoder.get_input_embeddings(), model.decoder.get_output_embeddings()
         assert (embeddings.weight is head.weight) == tied

@@ -159,6 +159,13 @@ class DecodingArguments:
 
 
 @dataclass
+class NewDecodingArguments(DecodingArguments):
+    """How a captioner that is trained from here on generates captions."""
+
+    num_beams: int = field(default=1, metadata={"help": "Number of beams; 1 is greedy.", "min": 1})
+
+
+@dataclass
 class GenerationArguments(DecodingArguments):
     """How a trained captioner generates captions."""
 
@@ -188,7 +195,7 @@ class TrainingArguments:
     output_dir: str = field(default="outputs/run", metadata={"help": "Folder for model, results and checkpoints."})
     num_train_epochs: int = field(default=300, metadata={"help": "Number of epochs.", "min": 1})
     max_steps: int = field(
-        default=-1, metadata={"help": "Number of optimizer steps, over num_train_epochs; -1 disables."}
+        default=-1, metadata={"help": "Number of optimizer steps, over num_train_epochs; -1 disables.", "min": -1}
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Captions per batch and device.", "min": 1})
     per_device_eval_batch_size: int = field(
@@ -270,14 +277,22 @@ class TrainingArguments:
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Repository to push to; the name of output_dir if not given."}
     )
-    hub_private_repo: bool | None = field(default=None, metadata={"help": "Create the repository as a private one."})
-    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to; main if not given."})
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Create the repository as a private one.", "needs": {"push_to_hub": [True]}}
+    )
+    hub_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch to push to; main if not given.", "needs": {"push_to_hub": [True]}},
+    )
     hub_token: str | None = field(
         default=None, metadata={"help": "Token of the Hub; that of `hf auth login` or HF_TOKEN if not given."}
     )
     hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = field(
         default="end",
-        metadata={"help": "Push at the end only, or at each save the best model, the last checkpoint too, or all."},
+        metadata={
+            "help": "Push at the end only, or at each save the best model, the last checkpoint too, or all.",
+            "needs": {"push_to_hub": [True]},
+        },
     )
 
 

@@ -79,7 +79,7 @@ def _remove_leftovers(output_dir: Path) -> None:
         whole = output_dir / replaced.name[1:].removesuffix(".replaced")
         if not whole.exists():
             os.replace(replaced, whole)
-    for pattern in (".checkpoint-*", ".saving-*", ".pushing-*"):
+    for pattern in (".checkpoint-*", ".saving-*", ".pushing-*", ".round-trip-*"):
         for folder in output_dir.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
     for file in output_dir.glob(".*.*"):

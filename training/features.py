@@ -77,10 +77,16 @@ def encode_splits(
 
     Returns:
         Of each split its augmentations, see `augment_image`; None for each where features are not cached, or the encoder is trained.
+
+    Raises:
+        UserError: An option of the cache is given, and the encoder is trained.
     """
     augmentations = {split: num_augmentations if split == "train" else 1 for split in dataset}
     trains = any(parameter.requires_grad for parameter in encoder.parameters())
     if trains or not args.cache_features:
+        if trains and (args.int8_features or args.compile_encoder):
+            option = "int8_features" if args.int8_features else "compile_encoder"
+            raise UserError(f"--{option} true has no effect: the encoder is trained, and its features are not cached")
         logger.info(f"Feature cache disabled: {'the encoder is trainable' if trains else '--cache_features false'}.")
         return {split: [None] * number for split, number in augmentations.items()}
     encoder.eval()

@@ -34,7 +34,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     """Start the processes, the log and the seed of a run.
 
     Raises:
-        UserError: A tracker that is not installed, or a launch that is not supported.
+        UserError: A tracker that is not installed, a precision that the device has not, or a launch that is not supported.
     """
     follow_launcher()
     refuse_deepspeed()
@@ -45,6 +45,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
         trackers[trackers.index("trackio")] = TrackioTracker(args.project, name=run_name)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else os.environ.get("ACCELERATE_MIXED_PRECISION")
     in_float32 = precision == "bf16" and not has_bfloat16(args.use_cpu)
+    if precision == "fp16" and (args.use_cpu or not torch.accelerator.is_available()):
+        raise UserError("fp16 needs a GPU: train in --bf16 true, or with neither")
     accelerator = Accelerator(
         mixed_precision="no" if in_float32 else precision,
         cpu=args.use_cpu,

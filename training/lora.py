@@ -15,7 +15,7 @@ from system.errors import UserError
 from training.launch import refuse_fsdp
 
 
-def check_lora(rank: int | None, pretrained: bool) -> None:
+def check_lora(rank: int | None, pretrained: bool, ema_decay: float = 0.0) -> None:
     """Check that adapters are possible before anything is loaded.
 
     Raises:
@@ -25,6 +25,8 @@ def check_lora(rank: int | None, pretrained: bool) -> None:
         return
     if not pretrained:
         raise UserError("--lora_rank keeps the decoder's weights, and with --pretrained_decoder false they are random")
+    if ema_decay:
+        raise UserError("--ema_decay is not supported with --lora_rank: leave one of them out")
     refuse_fsdp("--lora_rank")
     if find_spec("peft") is None:
         raise UserError("--lora_rank needs peft: pip install 'peft>=0.18'")

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, get_scheduler
 from data_scripts.scene_truth import scene_truths
 from metrics import CaptionScorer
 from modeling.captioner import Captioner
+from modeling.round_trip import check_round_trip
 from reporting.curves import draw_curves
 from reporting.live import EpochProgressBar, log_losses
 from reporting.page import NUM_IMAGES
@@ -148,6 +149,9 @@ class TrainingRun:
         self.captioner, self.export, self.train_mode = captioner, export, train_mode
         self.loading = {"collate_fn": collator, "num_workers": num_workers}
         loader = DataLoader(train_dataset, args.per_device_train_batch_size, sampler=sampler, **self.loading)
+        if accelerator.is_main_process and not self.resume_from:
+            with torch.random.fork_rng(devices=[]), export(model):
+                check_round_trip(captioner, args.output_dir)
         self.captioner_keys = list(model.state_dict())
         self.full_model = FullModel(accelerator, model)
         self.ema = None

@@ -33,7 +33,7 @@ def best_constant(candidates: Captions, index: NgramIndex, table: ReferenceTable
         places.setdefault(key, place)
     distinct = np.fromiter(places.values(), dtype=np.int64, count=len(places))
     means = [_mean_reference(table, order) for order in range(MAX_ORDER)]
-    captions = index.words.split_words(candidates.take(distinct))
+    captions = candidates.take(distinct).split_words()
     similarity = np.concatenate(
         [_similarity(index.number(block), len(block.lengths), means, table) for _, block in captions.blocks(BLOCK)]
     )
@@ -46,7 +46,7 @@ def best_constant(candidates: Captions, index: NgramIndex, table: ReferenceTable
     images = np.arange(len(table.num_references))
     mean_cider = []
     for finalist in finalists:
-        everywhere = index.words.split_words(candidates.take(np.full(len(images), finalist)))
+        everywhere = candidates.take(np.full(len(images), finalist)).split_words()
         counts = [ngrams.count() for ngrams in index.number(everywhere)]
         mean_cider.append(table.match(counts, Pairs(table, images, everywhere.lengths))[1].mean())
     return int(finalists[np.argmax(np.round(mean_cider, 12))])

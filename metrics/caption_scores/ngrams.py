@@ -4,8 +4,9 @@ Numpy sorts, joins and sums the numbers: no Python loop runs over n-grams.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -34,10 +35,14 @@ def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 class Captions(NamedTuple):
-    """Tokenized captions: the numbers of all words, one caption after the other, and the number of words of each."""
+    """Tokenized captions: the numbers of all words, one caption after the other, and the number of words of each.
+
+    coco-caption's BLEU and CIDEr split words at a no-break space, too, its ROUGE-L does not: `parts` has the parts of those.
+    """
 
     words: np.ndarray
     lengths: np.ndarray
+    parts: Mapping[int, list[int]] = MappingProxyType({})
 
     def ends(self) -> np.ndarray:
         """Where the words of each caption end."""
@@ -55,28 +60,39 @@ class Captions(NamedTuple):
     def take(self, captions: np.ndarray) -> "Captions":
         """Choose captions by their places; they may come again."""
         lengths = self.lengths[captions]
-        return Captions(self.words[ranges((self.ends() - self.lengths)[captions], lengths)], lengths)
+        return Captions(self.words[ranges((self.ends() - self.lengths)[captions], lengths)], lengths, self.parts)
 
-    def parts(self, stops: np.ndarray) -> Iterator[tuple[int, "Captions"]]:
+    def cut(self, stops: np.ndarray) -> Iterator[tuple[int, "Captions"]]:
         """The captions up to each of the stops, and the rest; each part with the place of its first caption."""
         ends, start = np.concatenate(([0], self.ends())), 0
         for stop in [*stops.tolist(), len(self.lengths)]:
             if stop > start:
-                yield start, Captions(self.words[ends[start] : ends[stop]], self.lengths[start:stop])
+                yield start, Captions(self.words[ends[start] : ends[stop]], self.lengths[start:stop], self.parts)
             start = stop
 
     def blocks(self, size: int) -> Iterator[tuple[int, "Captions"]]:
         """Parts of so many captions."""
-        return self.parts(np.arange(size, len(self.lengths), size))
+        return self.cut(np.arange(size, len(self.lengths), size))
 
     def keys(self) -> Iterator[bytes]:
         """For each caption what equals another's exactly if they have the same words."""
         content, ends = self.words.tobytes(), (self.ends() * self.words.itemsize).tolist()
         return (content[start:end] for start, end in zip([0, *ends], ends, strict=False))
 
+    def split_words(self) -> "Captions":
+        """Split the words that hold a no-break space; the same captions if there are none."""
+        if not self.parts or not len(whole := np.flatnonzero(np.isin(self.words, list(self.parts)))):
+            return self
+        words, size = self.words.tolist(), np.ones(len(self.words), dtype=np.int32)
+        for place in reversed(whole.tolist()):
+            parts = self.parts[words[place]]
+            words[place : place + 1], size[place] = parts, len(parts)
+        before = np.concatenate(([0], np.cumsum(size)))
+        return Captions(np.array(words, dtype=np.int32), np.diff(before[self.ends()], prepend=0).astype(np.int32))
+
     def append_word(self, number: int, where: np.ndarray) -> "Captions":
         """Append one word to the captions for which `where` is true."""
-        return Captions(np.insert(self.words, self.ends()[where], number), self.lengths + where)
+        return Captions(np.insert(self.words, self.ends()[where], number), self.lengths + where, self.parts)
 
 
 class WordIndex(dict):
@@ -94,7 +110,6 @@ class WordIndex(dict):
         super().__init__()
         self.split = split
         self.words: dict[str, int] = {}
-        # coco-caption's BLEU and CIDEr split at a no-break space, too, its ROUGE-L does not: of such words, the parts
         self.parts: dict[int, list[int]] = {}
         # of each piece: where its words begin in `flat`, how many they are, and its flags
         self.first, self.size, self.flags, self.flat = array("i"), array("i"), array("b"), array("i")
@@ -115,18 +130,6 @@ class WordIndex(dict):
             self.parts[number] = [self.number(part) for part in word.split()]
         return number
 
-    def split_words(self, captions: Captions) -> Captions:
-        """Split the words that hold a no-break space; the same captions if there are none."""
-        if not self.parts or not len(whole := np.flatnonzero(np.isin(captions.words, list(self.parts)))):
-            return captions
-        words, size = captions.words.tolist(), np.ones(len(captions.words), dtype=np.int32)
-        for place in reversed(whole.tolist()):
-            parts = self.parts[words[place]]
-            words[place : place + 1], size[place] = parts, len(parts)
-        before = np.concatenate(([0], np.cumsum(size)))
-        lengths = np.diff(before[captions.ends()], prepend=0).astype(np.int32)
-        return Captions(np.array(words, dtype=np.int32), lengths)
-
     def texts(self, words: np.ndarray) -> list[str]:
         """The words that these numbers stand for."""
         texts = list(self.words)
@@ -139,6 +142,7 @@ class WordIndex(dict):
         parts = [
             self._encode(split[start : start + CAPTIONS_AT_ONCE]) for start in range(0, len(split), CAPTIONS_AT_ONCE)
         ]
+        word_parts = dict(self.parts)
         if not learn:
             for _ in range(len(self.words) - num_words):
                 self.parts.pop(self.words.popitem()[1], None)
@@ -147,9 +151,10 @@ class WordIndex(dict):
             del self.first[num_pieces:], self.size[num_pieces:], self.flags[num_pieces:], self.flat[num_flat:]
         if not parts:
             return Captions(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32))
-        return Captions(*map(np.concatenate, zip(*parts, strict=True)))
+        words, lengths = map(np.concatenate, zip(*parts, strict=True))
+        return Captions(words, lengths, word_parts)
 
-    def _encode(self, captions: Sequence[str] | Sequence[list[str]]) -> Captions:
+    def _encode(self, captions: Sequence[str] | Sequence[list[str]]) -> tuple[np.ndarray, np.ndarray]:
         pieces, num_pieces = [], []
         # few lists at a time: the garbage collector visits all that live, again and again
         for start in range(0, len(captions), LISTS_AT_ONCE):
@@ -166,14 +171,14 @@ class WordIndex(dict):
         words_before = np.concatenate(([0], np.cumsum(size)))
         lengths = np.diff(words_before[ends], prepend=0).astype(np.int32)
         if self.split:
-            return Captions(words, lengths)
+            return words, lengths
 
         flags = np.array(self.flags, dtype=np.int8)[piece]
         spans = (flags & HOLDS_SPAN) != 0
         spans[:-1] |= (flags[:-1] & ENDS_SPAN != 0) & (flags[1:] & BEGINS_SPAN != 0)
         if spans.any():
             words, lengths = self._encode_whole(captions, words, lengths, np.flatnonzero(spans), ends)
-        return Captions(words, lengths)
+        return words, lengths
 
     def _encode_whole(self, captions, words, lengths, spans, ends) -> tuple[np.ndarray, np.ndarray]:
         """Tokenize again, as a whole, the captions in which a token may reach over a blank."""

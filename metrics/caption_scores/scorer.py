@@ -86,15 +86,19 @@ class CaptionScorer:
         Raises:
             ValueError: Another number of predictions than of images, or one that is no string.
         """
-        return self._mean(self._measure(self._encode(predictions)))
+        return self.mean(self.measure(predictions))
+
+    def measure(self, predictions: Sequence[str]) -> np.ndarray:
+        """What the scores are sums of, float64 (images, 12): columns as of the function `measure`."""
+        return self._measure(self._encode(predictions))
 
     def unique_words(self, predictions: Sequence[str]) -> int:
         """Number of unique words in all captions together."""
-        return len(np.unique(self.index.words.split_words(self._encode(predictions)).words))
+        return len(np.unique(self._encode(predictions).split_words().words))
 
     def per_image_cider(self, predictions: Sequence[str]) -> list[float]:
         """CIDEr-D of each caption, in the order of the images."""
-        return self._measure(self._encode(predictions))[:, -1].tolist()
+        return self.measure(predictions)[:, -1].tolist()
 
     def report(
         self,
@@ -131,7 +135,7 @@ class CaptionScorer:
         shuffled_captions = captions.take(derangement(num_images)) if num_images > 1 else self._encode([""])
         measured, shuffled = self._measure(captions), self._measure(shuffled_captions)
         intervals, gain = self._bootstrap(measured, measured[:, -1] - shuffled[:, -1], num_resamples, seed)
-        metrics, shuffled_metrics = self._mean(measured), self._mean(shuffled)
+        metrics, shuffled_metrics = self.mean(measured), self.mean(shuffled)
         return {
             "metrics": metrics,
             "intervals": intervals,
@@ -168,7 +172,7 @@ class CaptionScorer:
         """The best constant caption among the training captions or, without them, the references, and its scores."""
         candidates = self._training if self.training_captions else self.table.tokens
         caption = best_constant(candidates, self.index, self.table)
-        scores = self._mean(self._measure(candidates.take(np.full(self.num_images, caption))))
+        scores = self.mean(self._measure(candidates.take(np.full(self.num_images, caption))))
         return {**scores, "caption": " ".join(self.index.words.texts(candidates.of(caption)))}
 
     @cached_property
@@ -196,7 +200,7 @@ class CaptionScorer:
         return dict(zip(METRIC_NAMES, low_high[:-1], strict=True)), low_high[-1]
 
     def _diagnose(self, captions: list[str], ended: Sequence[bool] | None) -> dict[str, float | int | None]:
-        words = self.index.words.split_words(captions)
+        words = captions.split_words()
         trigrams = self.index.number(words)[2].count()
         known = set(self._training.keys())
         novel = [key not in known for key in captions.keys()]  # noqa: SIM118 (no dict)
@@ -217,7 +221,9 @@ class CaptionScorer:
         ]
         return np.concatenate(rows)
 
-    def _mean(self, measured: np.ndarray) -> dict[str, float]:
+    @staticmethod
+    def mean(measured: np.ndarray) -> dict[str, float]:
+        """The six scores of what `measure` gives."""
         total = measured.sum(axis=0)
         bleus = bleu(total[:4], total[4:8], total[8], total[9])
         scores = [*bleus, *(total[10:] / len(measured))]
@@ -249,7 +255,7 @@ class CiderD:
         num_references = np.array([len(captions) for captions in references])
         together = [*predictions, *chain.from_iterable(references)]
         tokens = self._encode(together, np.ones(len(together), dtype=bool))
-        captions = self.index.words.split_words(tokens)
+        captions = tokens.split_words()
         ngrams = self.index.number(captions)
         of_predictions, of_references = np.arange(len(predictions)), np.arange(len(predictions), len(together))
         table = ReferenceTable(
@@ -303,12 +309,12 @@ def learn_references(
     tokens = index.words.encode(captions, learn=True)
     if end:
         tokens = tokens.append_word(index.words.number(end), np.ones(len(captions), dtype=bool))
-    words = index.words.split_words(tokens)
+    words = tokens.split_words()
     index.reserve(len(words.words))
     num_references = np.array([len(of_image) for of_image in references])
     blocks = (
         index.number(block, learn=True, first_caption=first)
-        for first, block in words.parts(np.cumsum(num_references)[IMAGES_AT_ONCE - 1 :: IMAGES_AT_ONCE])
+        for first, block in words.cut(np.cumsum(num_references)[IMAGES_AT_ONCE - 1 :: IMAGES_AT_ONCE])
     )
     return index, ReferenceTable(tokens, words, num_references, blocks), tokenizer
 
@@ -325,7 +331,7 @@ def measure(index: NgramIndex, table: ReferenceTable, tokens: Captions, images: 
     Returns:
         BLEU's four matches, four guesses, and the words of caption and closest reference; ROUGE-L; CIDEr-D
     """
-    captions = index.words.split_words(tokens)
+    captions = tokens.split_words()
     pairs = Pairs(table, images, captions.lengths)
     matches, cider = table.match([ngrams.count() for ngrams in index.number(captions)], pairs)
     guesses = np.maximum(pairs.num_words[:, None] - np.arange(MAX_ORDER), 0)
