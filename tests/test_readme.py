@@ -114,11 +114,11 @@ def workshop(tmp_path_factory) -> Path:
     shutil.copy(folder / "images" / "2.jpg", folder / "photo.jpg")
     lines = [f"{name},{caption}" for name, caption in zip(names, captions, strict=True)]
     (folder / "images" / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]))
-    karpathy = [
+    entries = [
         {"filename": name, "split": split, "sentences": [{"raw": caption}]}
         for name, caption, split in zip(names, captions, ["train"] * 6 + ["val"] * 2 + ["test"] * 2, strict=True)
     ]
-    (folder / "dataset_coco.json").write_text(json.dumps({"images": karpathy, "dataset": "coco"}))
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": entries, "dataset": "coco"}))
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     with zipfile.ZipFile(folder / "captions.zip", "w") as archive:
         for split, part in (("train", slice(0, 6)), ("val", slice(6, 8)), ("test", slice(8, 10))):
