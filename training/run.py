@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ class TrainingRun:
         *,
         start_digest: str = "",
         export: Callable[[PreTrainedModel], AbstractContextManager] = nullcontext,
-        train_mode: Callable[[PreTrainedModel], Any] = nn.Module.train,
+        train_mode: Callable[[PreTrainedModel], Any] = methodcaller("train"),
     ) -> nn.Module:
         """Give the model as Accelerate has prepared it, its state and the run's put back where a checkpoint is resumed.
 
