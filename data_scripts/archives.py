@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from system.downloads import download
 from system.errors import UserError
 
 GIGABYTE = 2**30
@@ -104,6 +103,8 @@ def open_files(source: str | Path, max_unpacked_gigabytes: float = MAX_UNPACKED_
     """
     if "://" in str(source):
         with tempfile.TemporaryDirectory() as folder:
+            from system.downloads import download  # and requests with it, which what lies on disk need not wait for
+
             path = Path(folder) / "download.zip"
             download(str(source), path, int(max_unpacked_gigabytes * GIGABYTE), advice=HOW_TO_RAISE_THE_LIMIT)
             with _open_zip(path, str(source), max_unpacked_gigabytes) as files:

@@ -42,6 +42,7 @@ from data_scripts.row_checks import (
     decode_image,
 )
 from data_scripts.splits import cut_missing_splits
+from system.downloads import download
 
 
 def image(color: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (9, 7), kind: str = "PNG") -> bytes:
@@ -631,7 +632,7 @@ def test_download_stops_at_its_limit(tmp_path: Path) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         with pytest.raises(ValueError, match="larger than"):
-            archives.download(f"http://127.0.0.1:{server.server_port}/", tmp_path / "x", max_bytes=3 * 2**20)
+            download(f"http://127.0.0.1:{server.server_port}/", tmp_path / "x", max_bytes=3 * 2**20)
     finally:
         server.shutdown()
         server.server_close()

@@ -94,6 +94,13 @@ def test_a_model_saved_again_elsewhere_keeps_the_one_line(kind, way, tmp_path):
     assert fresh_captions(tmp_path / "again", tmp_path) == expected_captions(captioner, IMAGES)
 
 
+def test_an_lstm_captioner_that_was_never_saved_before_keeps_the_one_line(tmp_path):
+    captioner = build("lstm")
+    captioner.model.save_pretrained(tmp_path / "first")
+    captioner.processor.save_pretrained(tmp_path / "first")
+    assert fresh_captions(tmp_path / "first", tmp_path) == expected_captions(captioner, IMAGES)
+
+
 def test_a_pipeline_saved_here_keeps_the_one_line(tmp_path):
     captioner = build("vit_gpt2")
     parts = {"tokenizer": captioner.tokenizer, "image_processor": captioner.image_processor}
