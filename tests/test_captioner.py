@@ -226,8 +226,10 @@ def test_beams_can_be_taken_back(without_beams, tmp_path, monkeypatch):
     assert model.generation_config.length_penalty == 0.7
     warned = []
     monkeypatch.setattr(logging.getLogger("transformers.generation.configuration_utils"), "handle", warned.append)
-    captioner.set_decoding(length_penalty=0.7, **without_beams)
-    assert not warned  # what is of beams alone is no matter without them
+    captioner.set_decoding(**without_beams)
+    assert not warned and model.generation_config.length_penalty is None
+    with pytest.raises(UserError, match="length_penalty"):
+        captioner.set_decoding(length_penalty=0.7, **without_beams)
     captioner.save(tmp_path)  # transformers saves no settings that contradict each other
     assert Captioner.load(tmp_path).model.generation_config.num_beams == 1
 
