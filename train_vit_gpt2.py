@@ -232,7 +232,7 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: li
         encoder_config,
         vit_image_processor,
     )
-    from training.encoder_training import unfreeze_last_blocks
+    from training.encoder_training import freeze_unused, unfreeze_last_blocks
     from training.lora import add_lora
     from training.tokenizers import load_or_train_tokenizer, trimmed_to_captions
 
@@ -269,6 +269,7 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: li
         fresh = not brings_cross_attention(model_args.decoder)
         add_lora(model.decoder, model_args.lora_rank, fresh_cross_attention=fresh)
     unfreeze_last_blocks(model.encoder, model_args.num_trainable_encoder_blocks)
+    freeze_unused(captioner)
     return captioner
 
 

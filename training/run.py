@@ -49,7 +49,7 @@ from training.checkpoints import (
 )
 from training.evaluation import caption_images
 from training.launch import refuse_fsdp, start_accelerator
-from training.sharding import FullModel, gather_head
+from training.sharding import FullModel
 from training.stop_signal import StopSignal
 from training.training_state import load_training_state, save_training_state
 
@@ -159,7 +159,6 @@ class TrainingRun:
         if getattr(args, "ema_decay", 0):
             self.ema = ema_of(model, args.ema_decay)
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
-        gather_head(self.model)
         self.num_items = len(train_dataset)
         self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
         self.num_steps = args.max_steps if args.max_steps > 0 else self.steps_per_epoch * args.num_train_epochs
