@@ -100,6 +100,7 @@ class ReferenceTable:
         self.count_type = np.min_scalar_type(int(max(captions.lengths.max(), num_references.max())))
         parts = [[self._sort(ngrams, order) for order, ngrams in enumerate(block)] for block in blocks]
         self.orders = [self._join([block[order] for block in parts]) for order in range(MAX_ORDER)]
+        self.last_ngram = [int(entries.ngram.max(initial=-1)) for entries in self.orders]
         if frequencies is None:
             images_with = [np.bincount(entries.ngram[entries.num_references > 0]) for entries in self.orders]
             frequencies = DocumentFrequencies(images_with, len(num_references))
@@ -195,7 +196,7 @@ class ReferenceTable:
         idf = self.frequencies.weigh(counts.ngram, order)
         weight = counts.count * idf
         norm = np.sqrt(np.bincount(counts.caption, weight**2, minlength=len(pairs.image)))
-        known = np.flatnonzero(counts.ngram < len(self.frequencies.weights[order]) - 1)
+        known = np.flatnonzero(counts.ngram <= self.last_ngram[order])
         found, first = entries.find(pairs.image[counts.caption[known]], counts.ngram[known])
         found = known[found]
         caption, size = counts.caption[found], entries.num_references[first].astype(np.int64)
