@@ -71,8 +71,10 @@ class TrainerState:
     )  # since the last row of the history, over all processes
     train_seconds: float = 0.0
     best_cider: float = -1.0
+    best_loss: float = math.inf  # validation loss at the best CIDEr
     best_step: int = 0
     evaluations_since_best: int = 0
+    has_tied: bool = False  # whether two evaluations had the same CIDEr, which is logged once
     log_history: list[dict] = field(default_factory=list)
 
 
@@ -340,14 +342,19 @@ class TrainingRun:
             yield Captioner(model.eval(), processor)
 
     def _evaluate(self, evaluate: Callable) -> dict:
-        """Scores of the captioner, which is saved if no evaluation before had a better CIDEr."""
+        """Scores of the captioner, which is saved if no evaluation before had a better CIDEr, or the same with a lower loss."""
         state = self.state
         with self.exported() as captioner:
             with self.accelerator.autocast():
                 row = evaluate(captioner)
             state.evaluations_since_best += 1
-            if row["cider"] > state.best_cider:
-                state.best_cider, state.best_step, state.evaluations_since_best = row["cider"], state.step, 0
+            ties = row["cider"] == state.best_cider
+            if ties and not state.has_tied:
+                logger.info("Validation CIDEr equals the best so far: of equal ones the lower validation loss decides.")
+            state.has_tied |= ties
+            if row["cider"] > state.best_cider or (ties and row["eval_loss"] < state.best_loss):
+                state.best_cider, state.best_loss = row["cider"], row["eval_loss"]
+                state.best_step, state.evaluations_since_best = state.step, 0
                 if self.args.load_best_model_at_end and self.accelerator.is_main_process:
                     captioner.save(self.args.output_dir)
         self._set_train_mode()
