@@ -71,6 +71,7 @@ def train(colors, decoder, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_plain_model_of_which_a_few_matrices_have_moved(train, decoder, capsys):
     folder = train()
     assert type(Captioner.load(folder).model) is VisionEncoderDecoderModel

@@ -201,6 +201,7 @@ def test_of_a_frozen_encoder_the_last_block_learns_at_its_own_rate_where_it_shal
     assert moved == {name for name in first if name.startswith(learns) and "running" not in name and "num_" not in name}
 
 
+@pytest.mark.slow
 def test_a_captioner_is_fine_tuned_from_where_another_run_has_left_it(trained, small_scenes, tmp_path):
     before = load_file(trained / "model.safetensors")
     once = ["--model_name_or_path", str(trained), "--num_train_epochs", "1"]
@@ -225,6 +226,7 @@ def test_a_captioner_is_fine_tuned_from_where_another_run_has_left_it(trained, s
     assert_same_weights(load_file(trained / "model.safetensors"), before)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_computes_the_blocks_again_and_learns_the_same(small_scenes, tmp_path, monkeypatch):
     calls, forward = [], timm.models._efficientnet_blocks.InvertedResidual.forward
 
@@ -243,6 +245,7 @@ def test_activation_checkpointing_computes_the_blocks_again_and_learns_the_same(
     assert_same_weights(*weights, tolerance=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_give_the_step_of_one_big_batch(small_scenes, tmp_path):
     options = ["--num_train_epochs", "1", "--train_sampling_strategy", "random", "--max_eval_samples", "2"]
     big = train(tmp_path / "big", small_scenes, *options, "--per_device_train_batch_size", "24")
@@ -250,6 +253,7 @@ def test_accumulated_batches_give_the_step_of_one_big_batch(small_scenes, tmp_pa
     assert_same_weights(train(tmp_path / "small", small_scenes, *options), big, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_labels_are_smoothed_in_training_and_nowhere_else(small_scenes, tmp_path):
     """Weights that stay as they are (learning rate 0) tell both losses: torch's own, of the same model."""
     told = {}
@@ -394,6 +398,7 @@ def test_the_first_steps_are_soon_forgotten():
     assert average.module.weight.item() == pytest.approx(1 - left) and left < 1e-5
 
 
+@pytest.mark.slow
 def test_averaging_changes_nothing_of_what_is_trained(small_scenes, tmp_path):
     options = ("--learning_rate", "1e-2", "--load_best_model_at_end", "false", "--num_train_epochs", "1")
     last = train(tmp_path / "last", small_scenes, *options)

@@ -93,6 +93,7 @@ def test_run_leaves_what_the_contract_says(train, dataset):
     assert [caption["caption"] for caption in made] == written
 
 
+@pytest.mark.slow
 def test_accumulated_batches_weigh_as_one_large_one(train):
     """Four batches of two captions against one of eight, of unlike lengths: the same step."""
     options = {"adam_epsilon": 1.0, "learning_rate": 0.5, "train_sampling_strategy": "random", "max_grad_norm": 0}
@@ -152,6 +153,7 @@ def test_only_what_shall_learn_moves(train, tmp_path, part):
     assert moved == learns - frozen_names
 
 
+@pytest.mark.slow
 def test_cached_features_train_as_images_do(train):
     options = {"learning_rate": 1e-2, "num_train_epochs": 12, "eval_epochs": 12, "save_epochs": 12}
     cached, uncached = (train(name, cache_features=name, **options) for name in ("true", "false"))
@@ -159,6 +161,7 @@ def test_cached_features_train_as_images_do(train):
         assert history(cached)[-1][name] == pytest.approx(history(uncached)[-1][name], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_computes_blocks_again_and_learns_the_same(train, monkeypatch):
     """With captions packed in a row, dropout, which draws, and an encoder that learns."""
     calls = []
