@@ -374,3 +374,9 @@ def test_auto_is_what_the_processor_has_instructions_for(captioner, instructions
 def test_a_device_that_is_not_there_is_said(captioner):
     with pytest.raises(ValueError, match="--device abacus cannot be used"):
         captioner.to("abacus", "auto")
+
+
+def test_a_missing_folder_is_not_taken_for_a_name_on_the_hub(tmp_path):
+    with pytest.raises(UserError) as raised:
+        Captioner.load(tmp_path / "outputs" / "demo")
+    assert "repo" not in str(raised.value).replace(str(tmp_path), "").lower()
