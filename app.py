@@ -6,12 +6,13 @@ Without a model it takes those of `make demo`. It listens on this machine alone 
 own environment variables (GRADIO_SERVER_NAME, GRADIO_SERVER_PORT, GRADIO_SHARE) say otherwise.
 """
 
+import hashlib
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import gradio as gr
 
     from modeling.captioner import Captioner
+    from reporting.model_card import TrainingData
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
 
@@ -35,6 +37,8 @@ DECODING_METHODS = (
     "beam search",
     "sampling",
 )  # the default is what the model was saved with
+NUM_EXAMPLES = 5  # scenes to try a model of scenes on
+PHOTOGRAPH_MODEL = "nlpconnect/vit-gpt2-image-captioning"  # on the Hub, trained on photographs
 MAX_IMAGES = 32  # at once
 MAX_WAITING = 16  # requests in the queue; one is served at a time, the others wait or are turned away
 # Of each address: uploads, captionings and all else that is sent; and what is fetched, a page being some 100 files.
@@ -46,6 +50,8 @@ CSS = """
 .captions dl { align-content: start; overflow-wrap: anywhere; }
 .captions dt { opacity: .7; font-size: .85rem; }
 .captions dd { margin: 0; min-height: 1.6em; font-size: 1.05rem; font-weight: 600; line-height: 1.35; }
+.captions .note { flex: 1 0 100%; margin: 0; padding-left: .7rem; border-left: 3px solid var(--color-accent); font-size: .9rem; }
+.captions .note code { display: inline-block; overflow-wrap: anywhere; }
 .captions.current { flex-direction: column; border: 0; padding-top: 0; }
 .captions.current img { width: 100%; height: min(24rem, 80vw); }
 .captions.current dl { flex: none; }
@@ -80,12 +86,14 @@ def main(argv: list[str] | None = None) -> None:
         import transformers
 
         from modeling.captioner import Captioner
+        from reporting.model_card import training_data_of
 
         transformers.logging.disable_progress_bar()
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         captioners = {name: Captioner.load(name).to(device) for name in names}
         try:
-            launch(build_app(captioners), server_name=args.host, server_port=args.port, share=args.share)
+            app = build_app(captioners, {name: training_data_of(name) for name in names})
+            launch(app, server_name=args.host, server_port=args.port, share=args.share)
         except OSError as error:
             if "port" not in str(error):  # Gradio's sentence where none is free
                 raise
@@ -154,13 +162,18 @@ def names_address(value) -> bool:
     return isinstance(value, list | tuple) and any(map(names_address, value))
 
 
-def build_app(captioners: "dict[str, Captioner]") -> "gr.Blocks":
+def build_app(captioners: "dict[str, Captioner]", training_data: "Mapping[str, TrainingData]") -> "gr.Blocks":
     """The page: images in, captions of each captioner out.
 
     Args:
         captioners: By the name to show.
+        training_data: What each was trained on. Where one was trained on scenes, there are scenes to try it on.
     """
     import gradio as gr
+
+    scene_models = [name for name, data in training_data.items() if data.is_scenes]
+    examples = example_scenes() if scene_models else {}
+    example_hashes = {sha256(content) for content in examples.values()}
 
     class OfflineBlocks(gr.Blocks):
         """Blocks that fetch nothing: Gradio itself would download a file that a request names by its address."""
@@ -172,8 +185,8 @@ def build_app(captioners: "dict[str, Captioner]") -> "gr.Blocks":
 
     with OfflineBlocks(title="showtell", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(
-            f"# showtell\nDrop, choose, paste or photograph images, up to {MAX_IMAGES} at once, and compare the captions that "
-            f"{' and '.join(f'`{name}`' for name in captioners)} {'generate' if len(captioners) > 1 else 'generates'}."
+            f"# showtell\nDrop, choose, paste or photograph images, up to {MAX_IMAGES} at once, and compare the captions of\n\n"
+            + "\n".join(f"- `{name}`, {trained_on(training_data[name])}" for name in captioners)
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
@@ -185,7 +198,14 @@ def build_app(captioners: "dict[str, Captioner]") -> "gr.Blocks":
                     interactive=True,
                     columns=3,
                     height=300,
+                    object_fit="contain",
                 )
+                if examples:
+                    with tempfile.TemporaryDirectory() as beside:  # Gradio keeps copies
+                        for name, content in examples.items():
+                            Path(beside, name).write_bytes(content)
+                        paths = [[[str(Path(beside, name))]] for name in examples]
+                        gr.Examples(paths, images, label="Example scenes", elem_id="examples", cache_examples=False)
                 folder = gr.UploadButton("Upload a folder", file_count="directory", size="sm")
                 method = gr.Radio(DECODING_METHODS, value=DECODING_METHODS[0], label="Decoding")
                 beams = gr.Slider(2, 10, value=4, step=1, label="Beams", visible=False)
@@ -203,10 +223,32 @@ def build_app(captioners: "dict[str, Captioner]") -> "gr.Blocks":
         folder.upload(usable_images, folder, images)
 
         def caption(paths, *settings):
-            yield from caption_files(captioners, [path for path, _ in paths or []], decoding(*settings))
+            paths = [path for path, _ in paths or []]
+            yield from caption_files(captioners, paths, decoding(*settings), scene_models, example_hashes)
 
         button.click(caption, [images, method, beams, temperature], [current, done, download])
     return app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+def trained_on(data: "TrainingData") -> str:
+    """What a model was trained on, as Markdown."""
+    from reporting.model_card import markdown_line
+
+    if data.dataset is None:
+        return "trained on unknown data"
+    return f"trained on {markdown_line(data.dataset)}{' (drawn shapes only)' if data.is_scenes else ''}"
+
+
+def example_scenes() -> dict[str, bytes]:
+    """Scenes of the test split, whose combinations no model of scenes was trained on: PNG files by name."""
+    from data_scripts.scenes import scene_rows
+
+    rows = [row for row in scene_rows() if row.split == "test"]
+    return {f"{row.image_id}.png": row.read() for row in rows[:NUM_EXAMPLES]}
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def launch(app: "gr.Blocks", **options):
@@ -259,8 +301,19 @@ def read_image(path: str):
     return decode_image(Path(path).read_bytes(), to_rgb=to_rgb)
 
 
-def caption_files(captioners: "dict[str, Captioner]", paths: list[str], generation: dict) -> Iterator[tuple]:
+def caption_files(
+    captioners: "dict[str, Captioner]",
+    paths: list[str],
+    generation: dict,
+    scene_models: Collection[str] = (),
+    scene_hashes: Collection[str] = (),
+) -> Iterator[tuple]:
     """Caption images one after the other, with each captioner in turn.
+
+    Args:
+        generation: Arguments of `generate()`.
+        scene_models: Names of the captioners trained on drawn scenes alone; any image but a scene has a note of them.
+        scene_hashes: SHA-256 of the files known to be scenes.
 
     Yields at each new word what the page shows: the current image, those before it, the file to download.
     """
@@ -275,30 +328,47 @@ def caption_files(captioners: "dict[str, Captioner]", paths: list[str], generati
     for path in paths:
         image = read_image(path)
         source = image_data_uri(image)
+        is_scene = sha256(Path(path).read_bytes()) in scene_hashes
+        note = scenes_note(scene_models) if scene_models and not is_scene else ""
         before, captions = shown + before, dict.fromkeys(captioners, "")
         for name, captioner in captioners.items():
             pixels = captioner.processor(images=[image], return_tensors="pt")["pixel_values"]
             inputs = {"pixel_values": pixels.to(captioner.model.device)}
             for captions[name] in captioner.stream(inputs, **generation):
-                yield image_card(source, path, captions, "captions current"), before, gr.skip()
+                yield image_card(source, path, captions, "captions current", note), before, gr.skip()
             lines.append({"image_id": Path(path).name, "model": name, "caption": captions[name]})
-        shown = image_card(source, path, captions, "captions")
+        shown = image_card(source, path, captions, "captions", note)
     with tempfile.TemporaryDirectory() as folder:  # Gradio keeps a copy, and deletes it when it deletes the uploads
         file = Path(folder) / "captions.jsonl"
         file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         yield gr.skip(), before, gr.update(value=str(file), visible=True)
 
 
-def image_card(source: str, path: str, captions: dict[str, str], kind: str) -> str:
-    """An image, as the address of its data, with its captions as HTML; names and captions are text, whatever they hold."""
+def scenes_note(names: Collection[str]) -> str:
+    """What to know about the captions that captioners of scenes generate for other images, as HTML."""
+    from markupsafe import Markup
+
+    know = "knows" if len(names) == 1 else "know"
+    return Markup(
+        '<p class="note">{} {} drawn shapes only and will not describe a photograph. To caption photographs: '
+        "<code>python app.py {}</code></p>"
+    ).format(" and ".join(names), know, PHOTOGRAPH_MODEL)
+
+
+def image_card(source: str, path: str, captions: dict[str, str], kind: str, note: str = "") -> str:
+    """An image, as the address of its data, with its captions as HTML; names and captions are text, whatever they hold.
+
+    Args:
+        note: HTML to follow the captions.
+    """
     from markupsafe import Markup
 
     entries = Markup().join(
         Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, caption) for name, caption in captions.items()
     )
     name = Path(path).name
-    return Markup('<div class="{}"><img src="{}" alt="{}" title="{}"><dl>{}</dl></div>').format(
-        kind, source, name, name, entries
+    return Markup('<div class="{}"><img src="{}" alt="{}" title="{}"><dl>{}</dl>{}</div>').format(
+        kind, source, name, name, entries, note
     )
 
 

@@ -8,9 +8,13 @@ from data_scripts.row_checks import SourceRow
 from data_scripts.splits import DEFAULT_SHARE
 
 
-def add_table_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every source's command has."""
+def add_output_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, help="folder for the caption table; must be new or empty")
+
+
+def add_table_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that the commands of all sources of a user's data have."""
+    add_output_option(parser)
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first row that cannot be used and write nothing"
     )
@@ -49,9 +53,7 @@ def add_archive_option(parser: argparse.ArgumentParser) -> None:
 
 def prepare(rows: Sequence[SourceRow], arguments: argparse.Namespace) -> None:
     """Write the caption table that the command line asks for and print the closing summary."""
-    from data_scripts.caption_table import write_caption_table  # here, so that --help need not import datasets
-
-    summary = write_caption_table(
+    write_table(
         rows,
         arguments.output_dir,
         strict=arguments.strict,
@@ -59,4 +61,11 @@ def prepare(rows: Sequence[SourceRow], arguments: argparse.Namespace) -> None:
         test_share=arguments.test_share,
         seed=arguments.seed,
     )
-    print(f"{arguments.output_dir} is ready\n{summary}")
+
+
+def write_table(rows: Sequence[SourceRow], output_dir: str, **options) -> None:
+    """Write a caption table, with the options of `write_caption_table`, and print the closing summary."""
+    from data_scripts.caption_table import write_caption_table  # here, so that --help need not import datasets
+
+    summary = write_caption_table(rows, output_dir, **options)
+    print(f"{output_dir} is ready\n{summary}")

@@ -27,7 +27,7 @@ OPPOSITES = {"to": "from_", "from_": "to", "here": "there", "there": "here"}  # 
 TRUTHS = ("all", "number", *FIGURE_PARTS, "relation")
 
 _SIZE_OF_WORD = {word: size for size, words in SIZE_WORDS.items() for word in words}
-_FIGURE = re.compile(rf"\ba ({'|'.join(_SIZE_OF_WORD)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b")
+_FIGURE = re.compile(rf"(?<!\S)a\s+({'|'.join(_SIZE_OF_WORD)})\s+({'|'.join(COLORS)})\s+({'|'.join(SHAPES)})(?!\S)")
 _MARK = "#"  # stands for a figure in a frame
 
 
@@ -66,9 +66,14 @@ def _named_figures(caption: str) -> list[Figure]:
     return [Figure(_SIZE_OF_WORD[size], color, shape) for size, color, shape in _FIGURE.findall(caption)]
 
 
+def _frame(caption: str) -> list[str]:
+    """The words of a caption with a mark in place of each figure."""
+    return _FIGURE.sub(_MARK, caption.replace(_MARK, "?")).split()
+
+
 def parse_caption(caption: str) -> Scene | None:
     """The scene that a caption describes, or None if its wording is none of the scenes'."""
-    frame = _frames().get(" ".join(_FIGURE.sub(_MARK, caption).split()))
+    frame = _frames().get(" ".join(_frame(caption)))
     if frame is None:
         return None
     relation, order, _ = frame
@@ -128,7 +133,7 @@ def false_words(caption: str, scene: Scene) -> list[list[int]]:
     not hold, the words that say it are false; in a caption of another wording, every word outside the figures. What a caption
     leaves out marks no word.
     """
-    described, named, frame = parse_caption(caption), _named_figures(caption), _FIGURE.sub(_MARK, caption).split()
+    described, named, frame = parse_caption(caption), _named_figures(caption), _frame(caption)
     if described is None:
         pairing, relation_words = _pairing(tuple(named), scene.figures), frozenset(range(len(frame)))
     else:

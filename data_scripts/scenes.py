@@ -16,17 +16,14 @@ from functools import partial
 
 from PIL import Image, ImageDraw
 
-from data_scripts.command_line import add_table_options, prepare
+from data_scripts.command_line import add_output_option, write_table
 from data_scripts.row_checks import SourceRow
 from system.errors import UserError, one_line_errors
 
 NUM_SCENES = {"train": 20_000, "validation": 300, "test": 500}
+# Of each image: in training, more images are worth more than more captions of each.
+NUM_CAPTIONS = {"train": 1, "validation": 5, "test": 5}
 IMAGE_SIZE = 64  # pixels
-NUM_CAPTIONS = {
-    "train": 1,
-    "validation": 5,
-    "test": 5,
-}  # training: more images are worth more than more captions of each
 SINGLE_SHARE = 0.2  # of the scenes; the others have two figures
 OVERSAMPLING = 4  # drawn so many times larger, then averaged: smooth edges
 
@@ -43,10 +40,8 @@ COLORS = {
     "white": (250, 250, 250),
 }
 SHAPES = ("circle", "ring", "square", "triangle", "star", "cross")
-RELATIONS = (
-    "left",
-    "above",
-)  # of the first figure to the second; "right" and "below" are the same scenes told otherwise
+# Of the first figure to the second; "right" and "below" are the same scenes described the other way round.
+RELATIONS = ("left", "above")
 # Where a single figure lies: center as a share of the canvas, and the words for it.
 PLACES = {
     "middle": ((0.50, 0.50), "in the middle"),
@@ -65,8 +60,8 @@ SINGLE_WORDINGS = (
     "only {a} can be seen {place}",
     "one shape {place} , {a}",
 )
-# The figure on the left or at the top is named first, unless the caption has begun with where the other one lies: each word follows
-# from the image and the words before it, never from which of two figures was chosen at random.
+# The figure on the left or at the top is named first, except after a relation that begins the caption: every word of a figure then
+# follows from the image and the words before it, not from a random choice between two figures.
 PAIR_WORDINGS = (
     "{a} is {to} {b}",
     "there is {a} {to} {b}",
@@ -125,6 +120,9 @@ def deal_scenes(num_scenes: dict[str, int], seed: int) -> dict[str, list[Scene]]
     """Deal the combinations to the splits, none to two of them, and return each split's scenes in mixed order.
 
     A split that has more scenes than combinations draws some again, elsewhere on the canvas.
+
+    Raises:
+        UserError: A split is too small beside the others to get a combination of its own.
     """
     generator = random.Random(f"deal {seed}")
     dealt: dict[str, list[Scene]] = {split: [] for split in num_scenes}
@@ -134,6 +132,11 @@ def deal_scenes(num_scenes: dict[str, int], seed: int) -> dict[str, list[Scene]]
         for split, number in num_scenes.items():
             end = start + len(scenes) * number / sum(num_scenes.values())
             own = scenes[round(start) : round(end)]
+            if not own:
+                raise UserError(
+                    f"{number:,} images are too few for the {split} split beside {sum(num_scenes.values()) - number:,} others: "
+                    f"give it at least {math.ceil(sum(num_scenes.values()) / len(scenes)):,}"
+                )
             dealt[split] += itertools.islice(itertools.cycle(own), round(number * share))
             start = end
     for scenes in dealt.values():
@@ -238,15 +241,34 @@ def scene_rows(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_output_option(parser)
+    for option, what, defaults in (
+        ("--num_images", "number of images in each split", NUM_SCENES),
+        ("--num_captions", "number of captions per image in each split", NUM_CAPTIONS),
+    ):
+        numbers = list(defaults.values())
+        shown = " ".join(map(str, numbers))
+        splits = tuple(split.upper() for split in defaults)
+        parser.add_argument(
+            option, type=int, nargs=3, metavar=splits, default=numbers, help=f"{what} (default: {shown})"
+        )
     parser.add_argument(
         "--image_size", type=int, default=IMAGE_SIZE, help="width and height in pixels (default: %(default)s)"
     )
-    add_table_options(parser)
+    parser.add_argument("--seed", type=int, default=0, help="random seed of scenes and captions (default: %(default)s)")
     arguments = parser.parse_args(argv)
     with one_line_errors():
+        if min(arguments.num_images) < 1:
+            raise UserError("--num_images must be at least 1 in each split")
+        if not 1 <= min(arguments.num_captions) <= max(arguments.num_captions) <= len(SINGLE_WORDINGS):
+            raise UserError(f"--num_captions must be from 1 to {len(SINGLE_WORDINGS)}, the number of wordings")
         if not 16 <= arguments.image_size <= 4096:
             raise UserError("--image_size must be from 16 to 4096 pixels")
-        prepare(scene_rows(image_size=arguments.image_size, seed=arguments.seed), arguments)
+        num_images, num_captions = (
+            dict(zip(NUM_SCENES, numbers, strict=True)) for numbers in (arguments.num_images, arguments.num_captions)
+        )
+        rows = scene_rows(num_images, arguments.image_size, arguments.seed, num_captions)
+        write_table(rows, arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from reporting.curves import COLORS, draw_line, finish_axis, new_figure, points, save_figure, time_key
 from reporting.results import METRIC_TITLES, TRUTH_TITLES, read_history, read_results
-from system.errors import one_line_errors
+from system.errors import UserError, one_line_errors
 
 Runs = dict[str, dict]  # output directory -> its results
 
@@ -51,10 +51,14 @@ def comparison_table(runs: Runs) -> str:
 
 
 def short_of_truth(runs: Runs, rate: float) -> str | None:
-    """A sentence that names the runs with a lower rate of true captions, or None where none has."""
+    """A sentence that names the runs with a lower rate of true captions, or with none known; None if there is no such run."""
     rates = {name: (results.get("true_captions") or {}).get("all") for name, results in runs.items()}
-    short = [f"{name} ({_number(value)})" for name, value in rates.items() if value is None or value < rate]
-    return f"Fell short of {rate:g} true captions: {', '.join(short)}" if short else None
+    short = [
+        f"{name} has {'no known rate' if value is None else format(value, '.4g')}"
+        for name, value in rates.items()
+        if value is None or value < rate
+    ]
+    return f"Too few true captions: {', '.join(short)}, and {rate:g} are required" if short else None
 
 
 def draw_comparison(path: Path, runs: Runs, histories: dict[str, list[dict]]) -> Path:
@@ -95,10 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--min_true_captions",
         type=float,
         metavar="RATE",
-        help="rate of true captions below which a run of drawn scenes is reported as falling short, with exit code 1",
+        help="required rate of true captions, from 0 to 1: runs below it are named, with exit code 1",
     )
     arguments = parser.parse_args(argv)
     with one_line_errors():
+        if not 0 <= (arguments.min_true_captions or 0) <= 1:
+            raise UserError(f"--min_true_captions {arguments.min_true_captions:g} must be a rate from 0 to 1")
         runs = {name: read_results(name) for name in arguments.runs}
         histories = {name: read_history(name) for name in arguments.runs}
         print(comparison_table(runs))

@@ -6,12 +6,13 @@ import platform
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reporting.page import TEMPLATES, known_facts, score_rows
@@ -41,6 +42,7 @@ LOADERS = {
     ),
     "vit-gpt2": ("AutoProcessor, VisionEncoderDecoderModel", "VisionEncoderDecoderModel", ""),
 }
+TAG = "showtell"  # of the cards that are written here
 PACKAGES = ("showtell", "transformers", "torch", "timm", "tokenizers", "datasets", "accelerate")
 
 
@@ -177,12 +179,46 @@ def card_metadata(
         license=license,
         library_name="transformers",
         pipeline_tag="image-to-text",
-        tags=["image-captioning", "showtell", *(["custom_code"] if kind == "inception-lstm" else [])],
+        tags=["image-captioning", TAG, *(["custom_code"] if kind == "inception-lstm" else [])],
         base_model=[name for name in started_from if not os.path.isdir(name)] or None,
         metrics=["bleu", "rouge", "cider"],
         model_name=Path(model_name).name or model_name,
         eval_results=eval_results or None,
     )
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a captioner was trained on.
+
+    Attributes:
+        dataset: Its name, or names; None if unknown.
+        is_scenes: Whether it is known to be drawn scenes.
+    """
+
+    dataset: str | None = None
+    is_scenes: bool = False
+
+
+def training_data_of(name_or_path: str) -> TrainingData:
+    """What the card of a captioner, of ours or of others, names as its training data.
+
+    Args:
+        name_or_path: Folder or Hub id. Without a card that can be read, its training data are unknown.
+    """
+    path = Path(name_or_path, "README.md") if os.path.isdir(name_or_path) else name_or_path
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except (OSError, ValueError, yaml.YAMLError):  # no card, a broken one, or no connection to the Hub
+        return TrainingData()
+    if TAG not in (data.tags or []):
+        datasets = [data.datasets] if isinstance(data.datasets, str) else data.datasets or []
+        return TrainingData(", ".join(map(str, datasets)) or None)
+    # Ours are scored on a split of what they were trained on.
+    results = data.eval_results or []
+    names = {result.dataset_name for result in results}
+    is_scenes = names == {"scenes"} or any(result.metric_type == "true_captions" for result in results)
+    return TrainingData(", ".join(sorted(names)) or None, is_scenes)
 
 
 def markdown_line(text: Any) -> str:

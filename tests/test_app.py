@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import requests
@@ -15,11 +16,13 @@ import torch
 from PIL import Image
 
 import app
+from data_scripts import scenes
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import Captioner
 from modeling.processing import build_processor, timm_image_processor
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
+from reporting.model_card import TrainingData
 
 gr = pytest.importorskip("gradio", reason="needs Gradio (pip install 'gradio>=6')")
 
@@ -51,8 +54,9 @@ def serve():
     """Serve an app on the loopback address for one test."""
     served = []
 
-    def serve_app(captioners: dict) -> str:
-        served.append(app.build_app(captioners))
+    def serve_app(captioners: dict, **training_data: TrainingData) -> str:
+        unknown = dict.fromkeys(captioners, TrainingData())
+        served.append(app.build_app(captioners, unknown | training_data))
         return app.launch(served[-1], server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)[1]
 
     yield serve_app
@@ -116,6 +120,47 @@ def test_from_image_to_caption_with_a_click(browser, serve, captioners, images):
     assert [line["image_id"] for line in lines][:2] == ["red.png"] * 2
     assert not [url for url in outside if not url.startswith(("data:", "blob:"))]
     page.close()
+
+
+def test_a_model_of_scenes_has_scenes_to_try_and_a_note_beside_any_other_image(browser, serve, captioners, images):
+    from playwright.sync_api import expect
+
+    page = browser.new_page()
+    page.goto(serve(captioners, one=TrainingData("scenes", is_scenes=True)))
+    expect(page.locator("#examples img")).to_have_count(app.NUM_EXAMPLES)
+    told = page.locator("li").all_inner_texts()
+    assert "one, trained on scenes" in told[0] and "<b>two, trained on unknown data" in told[1]
+
+    def captioned() -> str:
+        page.click("#caption")
+        page.wait_for_selector("#download", state="visible", timeout=60_000)
+        return page.locator("#current img").get_attribute("alt")
+
+    page.locator("#examples img").first.click()
+    page.wait_for_function("document.querySelectorAll('.grid-wrap img').length == 1")
+    name = captioned()
+    drawn = next(row for row in scenes.scene_rows() if row.image_id == Path(name).stem)
+    assert drawn.split == "test" and name in app.example_scenes()
+    assert page.locator("#current .note").count() == 0
+
+    page.reload()
+    page.set_input_files("input[type=file]:not([webkitdirectory])", images / "red.png")
+    page.wait_for_function("document.querySelectorAll('.grid-wrap img').length == 1")
+    assert captioned() == "red.png"
+    note = page.locator("#current .note").inner_text()
+    assert note.startswith("one knows drawn shapes only") and f"python app.py {app.PHOTOGRAPH_MODEL}" in note
+    page.close()
+
+
+def test_models_of_no_scenes_have_no_scenes_to_try_and_no_note(browser, serve, captioners, images):
+    page = browser.new_page()
+    page.goto(serve(captioners, one=TrainingData("flickr8k")))
+    page.wait_for_selector("#caption")
+    assert page.locator("#examples").count() == 0
+    assert "trained on flickr8k" in page.locator("li").all_inner_texts()[0]
+    page.close()
+    cards = [card for card, *_ in app.caption_files(captioners, [str(images / "red.png")], {}) if isinstance(card, str)]
+    assert cards and "note" not in cards[-1]
 
 
 def test_an_address_that_sends_too_much_waits_and_others_do_not(serve, captioners, monkeypatch):

@@ -9,7 +9,8 @@ from datasets import Dataset, Features, Image
 from huggingface_hub import ModelCard
 from PIL import Image as PillowImage
 
-from reporting.model_card import name_on_card, without_path, write_model_card
+from reporting.model_card import TrainingData, name_on_card, training_data_of, without_path, write_model_card
+from reporting.results import TRUTH_TITLES
 from reporting.samples import NUM_SAMPLES, read_samples, write_samples
 
 RESULTS = {"dataset": "scenes", "split": "test", "metrics": {"cider": 0.5}}
@@ -153,3 +154,43 @@ def test_samples_have_no_metadata_of_the_camera(tmp_path):
     content = (tmp_path / "samples" / "01.jpg").read_bytes()
     assert b"GPS" not in content and b"secret" not in content
     assert json.loads((tmp_path / "samples" / "samples.json").read_text()) == [{"file": "01.jpg", "caption": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("results", "expected"),
+    [
+        ({"dataset": "scenes"}, TrainingData("scenes", is_scenes=True)),
+        ({"dataset": "my_shapes", "true_captions": {"all": 0.9}}, TrainingData("my_shapes", is_scenes=True)),
+        ({"dataset": "flickr8k"}, TrainingData("flickr8k", is_scenes=False)),
+    ],
+)
+def test_the_training_data_are_read_back_from_a_card(tmp_path, results, expected):
+    truth = {"true_captions": dict.fromkeys(TRUTH_TITLES, 0.9)} if "true_captions" in results else {}
+    write_model_card(
+        tmp_path,
+        kind="vit-gpt2",
+        model_name="me/captioner",
+        results={"metrics": {"cider": 0.5}} | results | truth,
+        command="train",
+        options={},
+    )
+    assert training_data_of(str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("card", "dataset"),
+    [
+        ("---\ndatasets:\n- coco\n- me/mine\n---\n# Of others", "coco, me/mine"),
+        ("---\ndatasets: coco\n---\n", "coco"),
+        ("---\nlicense: mit\n---\n", None),
+        ("# No metadata", None),
+        ("---\na: [\n---\n", None),
+        ("---\ntags: [showtell]\nmodel-index: 3\n---\n", None),
+        (None, None),
+    ],
+)
+def test_cards_of_others_name_their_datasets_or_nothing_is_known(tmp_path, card, dataset):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert training_data_of(str(tmp_path)) == TrainingData(dataset)
+    assert training_data_of("me/not-cached") == TrainingData()  # offline

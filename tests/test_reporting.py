@@ -558,6 +558,26 @@ def test_runs_are_compared_in_a_table_and_a_plot(tmp_path, capsys):
     assert Image.open(tmp_path / "plot.png").format == "PNG"
 
 
+def test_too_few_true_captions_are_named_with_exit_code_1(tmp_path, capsys):
+    rates = {"right": 0.96, "wrong": 0.944, "unknown": None}
+    for name, rate in rates.items():
+        truth = {"true_captions": {"all": rate}} if rate else {}
+        write_results(tmp_path / name, some_results(**truth))
+
+    def compared(names: list[str], required: str) -> tuple[int, str]:
+        command = [*(str(tmp_path / name) for name in names), "--output", str(tmp_path / "plot.png")]
+        try:
+            main([*command, "--min_true_captions", required])
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err.splitlines()[-1].replace(str(tmp_path), "")
+        return 0, capsys.readouterr().err
+
+    assert compared(["right"], "0.95")[0] == 0 and compared(["right", "wrong"], "0.94")[0] == 0
+    code, sentence = compared([*rates], "0.95")
+    assert code == 1 and "/wrong has 0.944" in sentence and "/unknown" in sentence and "/right" not in sentence
+    assert compared(["right"], "95")[0] == 2
+
+
 def test_the_comparison_plots_the_shuffled_baseline_of_each_run(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(compare, "draw_line", lambda axis, times, values, **style: drawn.append((values, style)))

@@ -1,14 +1,16 @@
-"""The drawn scenes: the same everywhere, no combination in two splits, and captions that tell what is there."""
+"""The drawn scenes: the same everywhere, no combination in two splits, and captions that are true of the image."""
 
 import hashlib
 import io
 import math
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -16,11 +18,10 @@ from data_scripts import load_captions, scenes
 
 REPOSITORY = Path(scenes.__file__).parents[1]
 NUMBERS = {"train": 400, "validation": 60, "test": 60}
+FIVE_EACH = dict.fromkeys(NUMBERS, 5)
 
 # The captions are read back by rules of the tests' own, not by the grammar that made them.
 SIZES = {"small": "small", "little": "small", "big": "big", "large": "big"}
-FIRST_IS_FIRST = ("left of", "above", "over")
-FIRST_IS_SECOND = ("right of", "below", "under")
 
 
 def digest(seed: int) -> str:
@@ -40,18 +41,17 @@ def scene_told(caption: str) -> tuple:
         words = ("in the middle", "on the left", "on the right", "at the top", "at the bottom")
         return (figures[0], next(place for place in words if place in caption))
     vertical = any(word in caption for word in ("above", "over", "below", "under", "at the top"))
-    if any(word in caption for word in FIRST_IS_SECOND):
-        figures.reverse()
-    else:
-        assert (
-            any(word in caption for word in FIRST_IS_FIRST) or "on the right" in caption or "at the bottom" in caption
-        )
+    if " and " not in caption:  # "A left of B" is "right of B there is A"
+        backward = any(word in caption for word in ("right of", "below", "under"))
+        relation_first = caption.split()[0] in ("to", "left", "right", "above", "over", "below", "under")
+        if backward != relation_first:
+            figures.reverse()
     return (figures[0], "above" if vertical else "left", figures[1])
 
 
 @pytest.fixture(scope="module")
 def rows() -> list:
-    return scenes.scene_rows(NUMBERS, seed=0)
+    return scenes.scene_rows(NUMBERS, seed=0, num_captions=FIVE_EACH)
 
 
 def test_same_seed_same_bytes_in_another_process() -> None:
@@ -66,6 +66,15 @@ def test_five_different_captions_tell_one_and_the_same_scene(rows: list) -> None
         assert len({scene_told(caption) for caption in row.captions}) == 1, row.captions
 
 
+def test_which_of_two_figures_is_named_first_is_no_choice(rows: list) -> None:
+    """The left or upper one, unless the caption has said before it on which side the other one is."""
+    for row in rows:
+        for caption in row.captions:
+            figures = figures_told(caption)
+            if len(figures) == 2 and caption.startswith(("a ", "there", "the ")):
+                assert figures[0] == scene_told(caption)[0]
+
+
 def test_no_combination_is_in_two_splits(rows: list) -> None:
     told = {split: {scene_told(row.captions[0]) for row in rows if row.split == split} for split in NUMBERS}
     assert not told["train"] & told["validation"]
@@ -75,9 +84,16 @@ def test_no_combination_is_in_two_splits(rows: list) -> None:
 
 def test_default_size_splits_and_words() -> None:
     rows = scenes.scene_rows()
-    assert Counter(row.split for row in rows) == {"train": 3000, "validation": 300, "test": 300}
+    assert Counter(row.split for row in rows) == {"train": 20_000, "validation": 300, "test": 500}
+    assert Counter((row.split, len(row.captions)) for row in rows) == {
+        ("train", 1): 20_000,
+        ("validation", 5): 300,
+        ("test", 5): 500,
+    }
     singles = Counter(row.split for row in rows if len(figures_told(row.captions[0])) == 1)
-    assert singles == {"train": 600, "validation": 60, "test": 60}
+    assert singles == {"train": 4_000, "validation": 60, "test": 100}
+    told = {split: {scene_told(row.captions[0]) for row in rows if row.split == split} for split in NUMBERS}
+    assert not told["train"] & told["test"] and not told["validation"] & (told["train"] | told["test"])
     words = {split: {w for r in rows if r.split == split for c in r.captions for w in c.split()} for split in NUMBERS}
     assert words["test"] <= words["train"] and words["validation"] <= words["train"]
     figures = {split: {f for r in rows if r.split == split for f in figures_told(r.captions[0])} for split in NUMBERS}
@@ -131,15 +147,42 @@ def test_figures_stay_on_the_canvas_and_apart() -> None:
     assert len(set(singles)) == len(singles) and len(set(pairs)) == len(pairs)
 
 
-def test_image_size_is_an_option(tmp_path: Path, capsys) -> None:
+def test_command_draws_so_many_images_and_captions_and_counts_them(tmp_path: Path, capsys) -> None:
+    numbers = ["--num_images", "20", "7", "8", "--num_captions", "2", "3", "7"]
+    scenes.main(["--output_dir", str(tmp_path / "out"), *numbers, "--image_size", "32", "--seed", "4"])
+    out = capsys.readouterr().out
+    assert [re.search(rf"{split}: (\d+) images, (\d+) captions", out).groups() for split in NUMBERS] == [
+        ("20", "40"),
+        ("7", "21"),
+        ("8", "56"),
+    ]
+    dataset = load_captions(str(tmp_path / "out"))
+    row = scenes.scene_rows({"train": 20, "validation": 7, "test": 8}, 32, 4, dict.fromkeys(NUMBERS, 2))[0]
+    assert dataset["train"][0]["captions"] == row.captions
+    assert dataset["train"][0]["image"].tobytes() == Image.open(io.BytesIO(row.read())).tobytes()
+    assert dataset["train"][0]["image"].size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--image_size", "3"],
+        ["--num_images", "20", "0", "8"],
+        ["--num_images", "20000", "8", "8"],  # 480 combinations of one figure: none is left for 8 images
+        ["--num_captions", "1", "1", "8"],
+    ],
+)
+def test_impossible_numbers_are_one_sentence(options: list, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
-        scenes.main(["--output_dir", str(tmp_path / "out"), "--image_size", "3"])
-    assert stop.value.code == 2 and "16 to 4096" in capsys.readouterr().err
-    image = Image.open(io.BytesIO(scenes.scene_rows(NUMBERS, image_size=96)[0].read()))
-    assert image.size == (96, 96)
+        scenes.main(["--output_dir", str(tmp_path / "out"), *options])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
-def test_scenes_load_by_name_and_are_cached() -> None:
+def test_scenes_load_by_name_and_are_cached(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(scenes, "NUM_SCENES", {"train": 40, "validation": 8, "test": 9})
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     dataset = load_captions("scenes")
     assert {split: part.num_rows for split, part in dataset.items()} == scenes.NUM_SCENES
     row = scenes.scene_rows()[0]
