@@ -179,7 +179,7 @@ def build_captioner(
         UserError: An option does not go with it, or something cannot be loaded.
     """
     from modeling.inception_lstm import build_inception_lstm, load_for_fine_tuning
-    from training.encoder_training import checkpoint_blocks, unfreeze_last_blocks
+    from training.encoder_training import checkpoint_blocks, freeze_unused, unfreeze_last_blocks
     from training.tokenizers import load_or_train_tokenizer
 
     start, training = model_args.model_name_or_path, ("freeze_encoder", "dropout", "attention_dropout")
@@ -196,6 +196,7 @@ def build_captioner(
             tokenizer=tokenizer, **{name: value for name, value in vars(model_args).items() if name not in not_sizes}
         )
     unfreeze_last_blocks(captioner.encoder, model_args.num_trainable_encoder_blocks)
+    freeze_unused(captioner)
     if args.activation_checkpointing:
         checkpoint_blocks(captioner.encoder)
     return captioner

@@ -133,7 +133,7 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
     from modeling.vit_gpt2 import vit_gpt2_loss
     from training.batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset, subsample_evenly
     from training.evaluation import Evaluator, count_labels
-    from training.features import encode_splits
+    from training.features import encode_splits, weights_digest
     from training.lora import check_lora, merged
     from training.optimizer import build_adamw
     from training.run import TrainingRun
@@ -151,6 +151,7 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
             model.gradient_checkpointing_enable()
         num_augmentations = data_args.num_augmentations
         features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_augmentations)
+        start_digest = weights_digest(model) if model_args.lora_rank else ""
         max_tokens = captioner.max_caption_tokens
         max_length = min(data_args.max_caption_length or max_tokens, max_tokens)
         start_ids, loss_on_prompt = captioner.start_token_ids, model_args.loss_on_prompt
@@ -177,6 +178,7 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
             sampler,
             CaptionCollator(processor, share_images="pack"),
             data_args.dataloader_num_workers,
+            start_digest=start_digest,
             export=merged if model_args.lora_rank else nullcontext,
         )
 
@@ -230,7 +232,7 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: li
         encoder_config,
         vit_image_processor,
     )
-    from training.encoder_training import unfreeze_last_blocks
+    from training.encoder_training import freeze_unused, unfreeze_last_blocks
     from training.lora import add_lora
     from training.tokenizers import load_or_train_tokenizer, trimmed_to_captions
 
@@ -267,6 +269,7 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: li
         fresh = not brings_cross_attention(model_args.decoder)
         add_lora(model.decoder, model_args.lora_rank, fresh_cross_attention=fresh)
     unfreeze_last_blocks(model.encoder, model_args.num_trainable_encoder_blocks)
+    freeze_unused(captioner)
     return captioner
 
 

@@ -46,9 +46,10 @@ def noise(random: np.random.Generator) -> bytes:
 
 
 def build_captioner(system: str, captions: list[str]) -> tuple:
-    """Model and processor of the LSTM captioner ("lstm": Inception-ResNet-v2, three layers of 1,024) or B ("vit_gpt2": ViT-base, GPT-2 small).
+    """Model and processor of a captioner in full size.
 
     Args:
+        system: "lstm" (Inception-ResNet-v2, three layers of 1,024) or "vit_gpt2" (ViT-base, GPT-2 small).
         captions: What the tokenizer is trained on; ViT-GPT2 scores 50,257 tokens however few it has.
     """
     set_seed(0)

@@ -1,6 +1,7 @@
 """Time our caption scores against pycocoevalcap with its Java tokenizer: the same captions, whole processes, in turns.
 
     python -m benchmarks.metrics --json metrics_benchmark.json
+    python -m benchmarks.metrics --earlier ../showtell-before   # and a checkout of an earlier commit beside
 
 The captions are made here, always the same. Needs Java and `pip install pycocoevalcap`.
 """
@@ -22,13 +23,20 @@ from benchmarks.machine import benchmark_parser, describe_machine, write_result
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_REFERENCES = 5
+SCORES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
 
-# Each program reads the captions from the file it is given and prints its scores as the last line.
+# Each program reads the captions from the file it is given and prints, as the last line, its scores; ours also the seconds
+# without starting Python and reading the file, and its peak memory before scoring and after.
 OURS = """
-import json, sys
+import json, sys, time
 from metrics import CaptionScorer
+def peak():  # not resource's ru_maxrss: that of a child begins at its parent's
+    return next((int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")), 0)
 captions = json.load(open(sys.argv[1], encoding="utf-8"))
-print(json.dumps(CaptionScorer(captions["references"]).score(captions["predictions"])))
+before, start = peak(), time.perf_counter()
+scores = CaptionScorer(captions["references"]).score(captions["predictions"])
+seconds, after = time.perf_counter() - start, peak()
+print(json.dumps(scores | {"scoring_seconds": seconds, "kib_before": before, "kib_after": after}))
 """
 THEIRS = """
 import json, sys
@@ -72,76 +80,72 @@ def make_captions(num_images: int) -> tuple[list[str], list[list[str]]]:
     return predictions, references
 
 
-def time_program(program: str, captions_file: Path) -> tuple[float, float, dict[str, float]]:
+def time_program(program: str, captions_file: Path, folder: Path = REPOSITORY) -> dict[str, float]:
     """Run a program in a process of its own.
 
     Returns:
-        its seconds from start to end, the processor seconds it and its children took, and the scores it printed.
+        what it printed, and its "seconds" and "cpu_seconds" from start to end, its children's included.
     """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.run(
         [sys.executable, "-c", program, str(captions_file)],
-        cwd=REPOSITORY,
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if process.returncode:
         raise RuntimeError(f"a side of the comparison failed: {process.stderr.strip().splitlines()[-1]}")
-    return seconds, cpu_seconds, json.loads(process.stdout.splitlines()[-1])
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return json.loads(process.stdout.splitlines()[-1]) | {"seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
-def compare(num_images: int, num_runs: int) -> dict:
-    """Time both sides in turns on the same file of captions."""
+def compare(sides: dict[str, tuple[str, Path]], num_images: int, num_runs: int) -> dict:
+    """Time programs in turns on the same file of captions; the first is what the others are compared with."""
     predictions, references = make_captions(num_images)
+    measured: dict[str, list[dict]] = {name: [] for name in sides}
     with tempfile.TemporaryDirectory() as folder:
         captions_file = Path(folder) / "captions.json"
         captions_file.write_text(json.dumps({"predictions": predictions, "references": references}), encoding="utf-8")
-        ours, theirs = [], []
+        del predictions, references
         for run in range(num_runs):
-            ours.append(time_program(OURS, captions_file))
-            theirs.append(time_program(THEIRS, captions_file))
-            print(f"run {run + 1}: showtell {ours[-1][0]:.2f} s, pycocoevalcap {theirs[-1][0]:.2f} s", flush=True)
-    our_seconds, our_cpu_seconds, (our_scores, *_) = zip(*ours, strict=True)
-    their_seconds, their_cpu_seconds, (their_scores, *_) = zip(*theirs, strict=True)
+            for name, side in sides.items():
+                measured[name].append(time_program(side[0], captions_file, side[1]))
+            print(
+                f"{num_images} images, run {run + 1}: "
+                + ", ".join(f"{name} {runs[-1]['seconds']:.2f} s" for name, runs in measured.items()),
+                flush=True,
+            )
+    medians = {
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in measured.items()
+    }
+    ours, *others = medians
     return {
         "num_images": num_images,
         "references_per_image": NUM_REFERENCES,
-        "showtell_seconds": our_seconds,
-        "pycocoevalcap_seconds": their_seconds,
-        "showtell_cpu_seconds": our_cpu_seconds,
-        "pycocoevalcap_cpu_seconds": their_cpu_seconds,
         "load_average": os.getloadavg(),
-        "ratio_of_cpu_medians": statistics.median(their_cpu_seconds) / statistics.median(our_cpu_seconds),
-        "ratio_of_medians": statistics.median(their_seconds) / statistics.median(our_seconds),
-        "scores": our_scores,
-        "largest_difference": max(abs(our_scores[name] - their_scores[name]) for name in our_scores),
+        "runs": measured,
+        "medians": medians,
+        "ratios": {
+            other: {
+                key: medians[other][key] / medians[ours][key]
+                for key in ("seconds", "cpu_seconds", "scoring_seconds", "kib_after")
+                if key in medians[other]
+            }
+            for other in others
+        },
+        "largest_difference": {
+            other: max(abs(medians[ours][name] - medians[other][name]) for name in SCORES) for other in others
+        },
     }
-
-
-def measure_growth(sizes: list[int]) -> list[dict]:
-    """Time tokenization and all scores of ever more images, five references each, in this process."""
-    from metrics import CaptionScorer
-
-    rows = []
-    predictions, references = make_captions(max(sizes))
-    CaptionScorer(references[:100]).score(predictions[:100])  # imports and first calls are not what grows
-    for size in sizes:
-        start = time.perf_counter()
-        CaptionScorer(references[:size]).score(predictions[:size])
-        seconds = time.perf_counter() - start
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # Linux counts KiB
-        rows.append({"num_images": size, "seconds": seconds, "peak_memory_gib": memory})
-        print(f"{size} images: {seconds:.2f} s, {1e6 * seconds / size:.0f} us an image, {memory:.2f} GiB", flush=True)
-    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__, runs=3)
     parser.add_argument("--num_images", type=int, default=8000, help="images of the comparison")
+    parser.add_argument("--earlier", type=Path, help="checkout of an earlier commit to compare with as well")
     arguments = parser.parse_args(argv)
     try:
         version("pycocoevalcap")
@@ -152,14 +156,22 @@ def main(argv: list[str] | None = None) -> None:
 
     java = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr.splitlines()
     machine = describe_machine() | {"java": java[0], "pycocoevalcap": version("pycocoevalcap")}
-    result = {"machine": machine, "comparison": compare(arguments.num_images, arguments.runs)}
-    result["growth"] = measure_growth([12_500, 25_000, 50_000, 100_000])
+    ours = {"showtell": (OURS, REPOSITORY)}
+    earlier = {"earlier": (OURS, arguments.earlier.resolve())} if arguments.earlier else {}
+    theirs = {"pycocoevalcap": (THEIRS, REPOSITORY)}
+    result = {"machine": machine, "comparison": compare(ours | earlier | theirs, arguments.num_images, arguments.runs)}
+    result["growth"] = [compare(ours | earlier, size, 1) for size in (12_500, 25_000, 50_000, 100_000)]
     write_result(result, arguments.json)
-    comparison = result["comparison"]
-    print(
-        f"{comparison['ratio_of_medians']:.1f} times faster by the clock, {comparison['ratio_of_cpu_medians']:.1f} times less processor "
-        f"time, at a load of {comparison['load_average'][0]:.1f}; scores differ by {comparison['largest_difference']:.1e}"
-    )
+    for compared in [result["comparison"], *result["growth"]]:
+        medians = compared["medians"]["showtell"]
+        print(
+            f"{compared['num_images']} images: {1e6 * medians['scoring_seconds'] / compared['num_images']:.0f} us an image, "
+            f"{medians['kib_after'] / 1024**2:.2f} GiB, of which {medians['kib_before'] / 1024**2:.2f} the captions'; load "
+            f"{compared['load_average'][0]:.1f}"
+        )
+        for other, ratios in compared["ratios"].items():
+            said = ", ".join(f"{ratio:.2f} x {key}" for key, ratio in ratios.items())
+            print(f"  {other}: {said}; scores differ by {compared['largest_difference'][other]:.1e}")
 
 
 if __name__ == "__main__":

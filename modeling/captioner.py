@@ -65,7 +65,10 @@ class Captioner:
             model, report = AutoModelForImageTextToText.from_pretrained(name_or_path, output_loading_info=True)
             processor = load_processor(name_or_path)
         except Exception as error:  # transformers, safetensors, tokenizers and the Hub's client each have their own
-            raise UserError(f"model {name_or_path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            reason = str(error).strip().splitlines()[0]
+            if str(name_or_path).count("/") > 1 and not os.path.exists(name_or_path):  # no name on the Hub
+                reason = "there is no such folder; `make demo` and the training scripts make them"
+            raise UserError(f"model {name_or_path} cannot be loaded: {reason}") from error
         finally:
             transformers.logging.set_verbosity(verbosity)
         for problem, names in (("lacks", report["missing_keys"]), ("has unknown", report["unexpected_keys"])):

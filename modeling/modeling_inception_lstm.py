@@ -39,10 +39,8 @@ class InceptionLSTMConfig(PreTrainedConfig):
     """
 
     model_type = "inception_lstm"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "cache",
-        "encoder_last_hidden_state",
-    ]  # the Trainer's predictions are the logits
+    # Of the outputs in evaluation, transformers' Trainer then takes the logits alone for predictions.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "encoder_last_hidden_state"]
 
     def __init__(
         self,
@@ -373,7 +371,8 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             decoder_hidden_states: Inputs of the LSTM, its outputs and, with attention, those of the attention, each (batch,
                 length, size), where `output_hidden_states`.
             cross_attentions: Of the one attention layer, (batch, heads, length, positions), where `output_attentions`.
-            encoder_last_hidden_state: (images, positions, encoder size), without `cache`.
+            encoder_last_hidden_state, encoder_hidden_states: (images, positions, encoder size), where the image was given; the
+                second is a tuple of the first, where `output_hidden_states`.
 
         Raises:
             ValueError: Neither image nor state is given, or no tokens.
@@ -417,13 +416,15 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if output_hidden_states:
             hidden_states = (inputs, query, outputs) if self.attention else (inputs, query)
         num_tokens += decoder_input_ids.shape[1]
+        encoder_states = None if encoder_outputs is None else encoder_outputs[0]
         output = Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
             cache=LSTMState(*lstm_state, num_tokens, keys_values) if use_cache else None,
             decoder_hidden_states=hidden_states,
             cross_attentions=cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0] if encoder_outputs is not None else None,
+            encoder_last_hidden_state=encoder_states,
+            encoder_hidden_states=(encoder_states,) if output_hidden_states and encoder_states is not None else None,
         )
         return output if return_dict else output.to_tuple()
 

@@ -123,11 +123,11 @@ def usage(kind: Kind, model_name: str) -> str:
     imports, loader, remote_code = LOADERS[kind]
     repository = json.dumps(model_name)
     return f"""\
-from PIL import Image
 from transformers import {imports}
+from transformers.image_utils import load_image
 model = {loader}.from_pretrained({repository}{remote_code})
 processor = AutoProcessor.from_pretrained({repository}{remote_code})
-ids = model.generate(**processor(images=Image.open("image.jpg").convert("RGB"), return_tensors="pt"))
+ids = model.generate(**processor(images=load_image("image.jpg"), return_tensors="pt"))
 print(processor.batch_decode(ids, skip_special_tokens=True)[0])"""
 
 

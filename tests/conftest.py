@@ -51,13 +51,12 @@ def small_scenes(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory) -> str:
     """A folder with five images of one color in each split, two captions of unlike length each, in `small_captioners`' words."""
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, Features, Image, List, Value
     from small_captioners import COLORS, IMAGES
 
-    from data_scripts.caption_table import FEATURES
-
     captions = [[f"a {color} dog", f"the small cat sits on a {color} big dog and runs"] for color in COLORS]
-    table = Dataset.from_dict({"image": IMAGES, "image_id": list(COLORS), "captions": captions}, features=FEATURES)
+    features = Features({"image": Image(mode="RGB"), "image_id": Value("string"), "captions": List(Value("string"))})
+    table = Dataset.from_dict({"image": IMAGES, "image_id": list(COLORS), "captions": captions}, features=features)
     folder = tmp_path_factory.mktemp("data") / "colors"
     DatasetDict({"train": table, "validation": table, "test": table}).save_to_disk(folder)
     return str(folder)

@@ -361,7 +361,8 @@ def main() -> None:
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "scenes"
-        write_caption_table(scene_rows({"train": 24, "validation": 10, "test": 9}), dataset)
+        num_scenes = {"train": 24, "validation": 10, "test": 9}
+        write_caption_table(scene_rows(num_scenes, num_captions=dict.fromkeys(num_scenes, 5)), dataset)
         for script in SCRIPTS:
             comparison = Comparison(context, script, str(dataset), Path(folder) / script)
             for moment in choose_moments(arguments.runs, comparison.seconds, arguments.seed):

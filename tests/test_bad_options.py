@@ -291,6 +291,7 @@ def processor_with(monkeypatch) -> Iterator[Callable]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [["--bf16", "true"], []], ids=["by option", "by launcher"])
 def test_where_the_processor_has_no_bfloat16_training_is_in_float32(
     arguments, tmp_path, monkeypatch, processor_with, asked

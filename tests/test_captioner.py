@@ -226,8 +226,10 @@ def test_beams_can_be_taken_back(without_beams, tmp_path, monkeypatch):
     assert model.generation_config.length_penalty == 0.7
     warned = []
     monkeypatch.setattr(logging.getLogger("transformers.generation.configuration_utils"), "handle", warned.append)
-    captioner.set_decoding(length_penalty=0.7, **without_beams)
-    assert not warned  # what is of beams alone is no matter without them
+    captioner.set_decoding(**without_beams)
+    assert not warned and model.generation_config.length_penalty is None
+    with pytest.raises(UserError, match="length_penalty"):
+        captioner.set_decoding(length_penalty=0.7, **without_beams)
     captioner.save(tmp_path)  # transformers saves no settings that contradict each other
     assert Captioner.load(tmp_path).model.generation_config.num_beams == 1
 
@@ -372,3 +374,9 @@ def test_auto_is_what_the_processor_has_instructions_for(captioner, instructions
 def test_a_device_that_is_not_there_is_said(captioner):
     with pytest.raises(ValueError, match="--device abacus cannot be used"):
         captioner.to("abacus", "auto")
+
+
+def test_a_missing_folder_is_not_taken_for_a_name_on_the_hub(tmp_path):
+    with pytest.raises(UserError) as raised:
+        Captioner.load(tmp_path / "outputs" / "demo")
+    assert "repo" not in str(raised.value).replace(str(tmp_path), "").lower()

@@ -74,3 +74,10 @@ def test_a_captioner_that_cannot_come_back_is_refused(tmp_path, encoder):
     with pytest.raises(UserError, match="saved and loaded"):
         check_round_trip(lstm_captioner(encoder), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_captioner_that_predicts_something_else_when_loaded_is_refused(tmp_path):
+    captioner = build("lstm")
+    captioner.model.lm_head.register_forward_hook(lambda module, args, logits: logits + 1)  # which is not saved
+    with pytest.raises(UserError, match="predicts something else"):
+        check_round_trip(captioner, tmp_path)

@@ -425,3 +425,22 @@ def test_the_benchmark_says_that_it_needs_java(tmp_path, monkeypatch, capsys):
         benchmark.main([])
     assert stop.value.code == 2
     assert ("install a Java runtime" in capsys.readouterr().err) or find_spec("pycocoevalcap") is None
+
+
+def test_the_readmes_reward_for_trl_has_the_signature_that_trl_calls():
+    """trl calls a reward by keyword: completions, and every column of the data set, repeated for each completion."""
+    readme = (REPOSITORY / "metrics" / "README.md").read_text(encoding="utf-8")
+    block = next(part for part in readme.split("```python\n")[1:] if "cider_reward" in part).split("```")[0]
+    lines = [
+        line.replace("from caption_scores", "from metrics") for line in block.splitlines() if "Trainer" not in line
+    ]
+    names = {"references": REFERENCES}
+    exec("\n".join(lines), names)
+    completions = [PREDICTIONS[3], PREDICTIONS[5], PREDICTIONS[3]]
+    rewards = names["cider_reward"](
+        prompts=[""] * 3, completions=completions, completion_ids=[[0]] * 3, trainer_state=None,
+        references=[REFERENCES[3], REFERENCES[3], REFERENCES[4]],
+    )  # fmt: skip
+    of_images = CaptionScorer(REFERENCES).per_image_cider(PREDICTIONS)
+    assert rewards[0] == pytest.approx(of_images[3], abs=1e-12) and rewards[0] > max(rewards[1:])
+    assert all(type(reward) is float for reward in rewards)

@@ -14,7 +14,7 @@ def test_it_runs_from_images_to_a_pushed_model(hub, tmp_path, monkeypatch):
     """Every cell as it stands, but for the first, which sets how many images and epochs."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     settings = next(cell for cell in notebook.cells if "NUM_IMAGES, NUM_EPOCHS = " in cell.source)
-    settings.source = settings.source.replace("NUM_EPOCHS = 1000, 8", "NUM_EPOCHS = 120, 2")
+    settings.source = settings.source.replace("NUM_EPOCHS = 5000, 6", "NUM_EPOCHS = 120, 2")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name)
     environment = hub.environment | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")}

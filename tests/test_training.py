@@ -141,6 +141,7 @@ def test_throughput_counts_what_its_unit_says(runs, name, count):
     assert results["epochs"] == pytest.approx(5 / 3, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-GPT2 with LoRA", "SCST mixed"])
 def test_evaluated_often_or_seldom_it_ends_on_the_same_bits(runs, train, name):
     seldom, _ = train(name, "--eval_steps", "5", "--eval_epochs", "9", "--save_steps", "5", "--save_epochs", "9")
@@ -150,6 +151,7 @@ def test_evaluated_often_or_seldom_it_ends_on_the_same_bits(runs, train, name):
         assert often.keys() == found.keys() and all(torch.equal(often[key], found[key]) for key in often)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_resumed_inside_an_epoch_it_ends_on_the_same_bits(runs, train, name):
     folder, _ = runs(name)

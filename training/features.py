@@ -42,14 +42,26 @@ class Features:
     """Rows of cached features: a column `encoder_features` and, of int8 ones, `feature_scale`; see `quantize_features`.
 
     Args:
-        files: Arrays of the columns, files of rows that follow each other.
+        files: Paths of the columns' arrays, files of rows that follow each other.
         rows: Numbers of the rows among all of them; all in their order where None.
     """
 
-    def __init__(self, files: Sequence[dict[str, np.ndarray]], rows: np.ndarray | None = None):
+    def __init__(self, files: Sequence[dict[str, Path]], rows: np.ndarray | None = None):
         self.files = files
-        self.starts = np.cumsum([0] + [len(file["encoder_features"]) for file in files])
+        self._arrays = self._open()
+        self.starts = np.cumsum([0] + [len(arrays["encoder_features"]) for arrays in self._arrays])
         self.rows = np.arange(self.starts[-1]) if rows is None else rows
+
+    def _open(self) -> list[dict[str, np.ndarray]]:
+        return [{name: np.load(path, mmap_mode="r") for name, path in file.items()} for file in self.files]
+
+    def __getstate__(self) -> dict:
+        """A process that decodes images opens the files itself: a pickled memory map is a copy of all of it."""
+        return {name: value for name, value in vars(self).items() if name != "_arrays"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._arrays = self._open()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,8 +70,8 @@ class Features:
         rows = self.rows[indices]
         files = np.searchsorted(self.starts, rows, side="right") - 1
         return {
-            name: [self.files[file][name][row - self.starts[file]] for file, row in zip(files, rows, strict=True)]
-            for name in self.files[0]
+            name: [self._arrays[file][name][row - self.starts[file]] for file, row in zip(files, rows, strict=True)]
+            for name in self._arrays[0]
         }
 
     def select(self, indices: Sequence[int]) -> "Features":
@@ -144,9 +156,6 @@ class FeatureFile:
 
     def column(self, name: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{name}.npy")
-
-    def columns(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        return {name: np.load(self.column(name), mmap_mode="r") for name in names}
 
 
 def feature_files(
@@ -251,7 +260,8 @@ def cache_features(
         )
     names = ["encoder_features", *(["feature_scale"] if int8 else [])]
     return {
-        split: [Features([file.columns(names) for file in one]) for one in all_] for split, all_ in by_split.items()
+        split: [Features([{name: file.column(name) for name in names} for file in one]) for one in all_]
+        for split, all_ in by_split.items()
     }
 
 

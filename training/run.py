@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ from training.checkpoints import (
 )
 from training.evaluation import caption_images
 from training.launch import refuse_fsdp, start_accelerator
-from training.sharding import FullModel, gather_head
+from training.sharding import FullModel
 from training.stop_signal import StopSignal
 from training.training_state import load_training_state, save_training_state
 
@@ -70,8 +71,10 @@ class TrainerState:
     )  # since the last row of the history, over all processes
     train_seconds: float = 0.0
     best_cider: float = -1.0
+    best_loss: float = math.inf  # validation loss at the best CIDEr
     best_step: int = 0
     evaluations_since_best: int = 0
+    has_tied: bool = False  # whether two evaluations had the same CIDEr, which is logged once
     log_history: list[dict] = field(default_factory=list)
 
 
@@ -132,7 +135,7 @@ class TrainingRun:
         *,
         start_digest: str = "",
         export: Callable[[PreTrainedModel], AbstractContextManager] = nullcontext,
-        train_mode: Callable[[PreTrainedModel], Any] = nn.Module.train,
+        train_mode: Callable[[PreTrainedModel], Any] = methodcaller("train"),
     ) -> nn.Module:
         """Give the model as Accelerate has prepared it, its state and the run's put back where a checkpoint is resumed.
 
@@ -158,7 +161,6 @@ class TrainingRun:
         if getattr(args, "ema_decay", 0):
             self.ema = ema_of(model, args.ema_decay)
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
-        gather_head(self.model)
         self.num_items = len(train_dataset)
         self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
         self.num_steps = args.max_steps if args.max_steps > 0 else self.steps_per_epoch * args.num_train_epochs
@@ -340,14 +342,19 @@ class TrainingRun:
             yield Captioner(model.eval(), processor)
 
     def _evaluate(self, evaluate: Callable) -> dict:
-        """Scores of the captioner, which is saved if no evaluation before had a better CIDEr."""
+        """Scores of the captioner, which is saved if no evaluation before had a better CIDEr, or the same with a lower loss."""
         state = self.state
         with self.exported() as captioner:
             with self.accelerator.autocast():
                 row = evaluate(captioner)
             state.evaluations_since_best += 1
-            if row["cider"] > state.best_cider:
-                state.best_cider, state.best_step, state.evaluations_since_best = row["cider"], state.step, 0
+            ties = row["cider"] == state.best_cider
+            if ties and not state.has_tied:
+                logger.info("Validation CIDEr equals the best so far: of equal ones the lower validation loss decides.")
+            state.has_tied |= ties
+            if row["cider"] > state.best_cider or (ties and row["eval_loss"] < state.best_loss):
+                state.best_cider, state.best_loss = row["cider"], row["eval_loss"]
+                state.best_step, state.evaluations_since_best = state.step, 0
                 if self.args.load_best_model_at_end and self.accelerator.is_main_process:
                     captioner.save(self.args.output_dir)
         self._set_train_mode()

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 
@@ -38,13 +37,3 @@ class FullModel:
             buffer.copy_(broadcast(buffer))
         yield self.copy
         self.copy.cpu()
-
-
-def gather_head(model: torch.nn.Module) -> None:
-    """Have each forward pass of a prepared model gather the weights of its output layer as well.
-
-    The loss reads them, and never calls the layer, which would gather them by itself.
-    """
-    head = model.get_output_embeddings() if isinstance(model, FSDPModule) else None
-    if isinstance(head, FSDPModule):
-        model.register_forward_pre_hook(lambda *_: head.unshard())

@@ -71,7 +71,8 @@ def load_training_state(run: "TrainingRun", folder: Path) -> dict:
         )
     if state["start_digest"] != new["start_digest"]:
         raise UserError(
-            f"{folder} was fine-tuned from another captioner than --model_name_or_path: give the one that its run started from"
+            f"{folder} was trained from other weights than --model_name_or_path, --encoder or --decoder has: give what its run "
+            "started from"
         )
     if (folder / TRAINED_WEIGHTS).is_file() != run.exports_other_weights:
         raise UserError(

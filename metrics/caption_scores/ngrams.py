@@ -120,7 +120,7 @@ class WordIndex(dict):
         self.size.append(len(words))
         self.flags.append(flags)
         for word in words:
-            self.flat.append(self.number(word))
+            self.flat.append(self.words[word] if word in self.words else self.number(word))
         self[piece] = number = len(self)
         return number
 

@@ -96,8 +96,11 @@ class ReferenceTable:
         self.num_references = num_references
         self.first_reference = np.cumsum(num_references) - num_references
         self.image = np.repeat(np.arange(len(num_references)), num_references)
+        # of counts, which are at most the words of a reference or the references of an image
+        self.count_type = np.min_scalar_type(int(max(captions.lengths.max(), num_references.max())))
         parts = [[self._sort(ngrams, order) for order, ngrams in enumerate(block)] for block in blocks]
         self.orders = [self._join([block[order] for block in parts]) for order in range(MAX_ORDER)]
+        self.last_ngram = [int(entries.ngram.max(initial=-1)) for entries in self.orders]
         if frequencies is None:
             images_with = [np.bincount(entries.ngram[entries.num_references > 0]) for entries in self.orders]
             frequencies = DocumentFrequencies(images_with, len(num_references))
@@ -105,54 +108,66 @@ class ReferenceTable:
         self.norms = [self._norms(entries, order) for order, entries in enumerate(self.orders)]
 
     def _sort(self, ngrams: Ngrams, order: int) -> tuple[np.ndarray, ...]:
-        """Sort n-grams of some images by image, n-gram and reference: image, then `Entries` but for `first`."""
-        reference, ngram = ngrams.caption, ngrams.ngram
-        if not len(ngram):
-            return (np.empty(0, dtype=np.int64),) * 6
+        """Sort n-grams of some images by image, n-gram and reference: how many of each image, then as `Entries`."""
+        if not len(ngrams.ngram):
+            return np.zeros(len(self.num_references), dtype=np.int64), *(np.empty(0, dtype=np.int8) for _ in range(5))
         # all in one number, in as many bits as they need here; of words, the position, too
-        first_reference, first_image = reference[0], self.image[reference[0]]
-        reference_bits, ngram_bits = int(reference[-1] - first_reference).bit_length(), int(ngram.max()).bit_length()
-        key = (((self.image[reference] - first_image) << ngram_bits) | ngram) << reference_bits
-        key |= reference - first_reference
+        first_reference, last_reference = ngrams.caption[[0, -1]].tolist()
+        reference_bits, ngram_bits = (
+            (last_reference - first_reference).bit_length(),
+            int(ngrams.ngram.max()).bit_length(),
+        )
+        first_image = self.image[first_reference]
+        key = self.image[ngrams.caption]
+        key -= first_image
+        key <<= ngram_bits
+        key |= ngrams.ngram
+        key <<= reference_bits
+        key += ngrams.caption
+        key -= first_reference
         positions = np.empty(0, dtype=np.uint64)
         if order == 0:
             position_bits = int(ngrams.position.max()).bit_length()
-            key = (key << position_bits) | ngrams.position
+            key <<= position_bits
+            key |= ngrams.position
             key.sort()
-            bits = np.uint64(1) << (key & ((1 << position_bits) - 1) & (MASK_BITS - 1)).astype(np.uint64)
+            bits = np.uint64(1) << (key & ((1 << position_bits) - 1) & (MASK_BITS - 1)).view(np.uint64)
             key >>= position_bits
             entry = first_of_runs(key)
             positions = np.bitwise_or.reduceat(bits, entry)
         else:
             key.sort()
             entry = first_of_runs(key)
-        count = np.diff(entry, append=len(key))
-        key = key[entry]
-        reference = (key & ((1 << reference_bits) - 1)) + first_reference
+        count = np.ones(len(entry), dtype=self.count_type)
+        if len(entry) < len(key):
+            count[:] = np.diff(entry, append=len(key))
+            key = key[entry]
+        reference = (key & ((1 << reference_bits) - 1)).astype(np.int32)
+        reference += first_reference
         key >>= reference_bits
         group = first_of_runs(key)
-        num_references = np.zeros(len(key), dtype=np.int64)
+        num_references = np.zeros(len(key), dtype=self.count_type)
         num_references[group] = np.diff(group, append=len(key))
-        return (
-            (key >> ngram_bits) + first_image,
-            (key & ((1 << ngram_bits) - 1)).astype(np.int32),
-            reference.astype(np.int32),
-            *(few.astype(np.min_scalar_type(int(few.max()))) for few in (count, num_references)),
-            positions,
-        )
+        ngram = (key & ((1 << ngram_bits) - 1)).astype(np.int32)
+        key >>= ngram_bits
+        num_entries = np.bincount(key)
+        num_entries = np.pad(num_entries, (first_image, len(self.num_references) - first_image - len(num_entries)))
+        return num_entries, ngram, reference, count, num_references, positions
 
     def _join(self, parts: list[tuple[np.ndarray, ...]]) -> Entries:
-        num_entries = sum(np.bincount(image, minlength=len(self.num_references)) for image, *_ in parts)
-        first = np.concatenate(([0], np.cumsum(num_entries)))
-        return Entries(first, *(np.concatenate(column) for column in list(zip(*parts, strict=True))[1:]))
+        num_entries, *columns = zip(*parts, strict=True)
+        first = np.concatenate(([0], np.cumsum(sum(num_entries))))
+        return Entries(first, *map(np.concatenate, columns))
 
     def _norms(self, entries: Entries, order: int) -> np.ndarray:
         """The length of each reference's vector of weights."""
         squares = np.zeros(len(self.image))
         for start in range(0, len(entries.ngram), ENTRIES_AT_ONCE):
             block = slice(start, start + ENTRIES_AT_ONCE)
-            weight = entries.count[block] * self.frequencies.weigh(entries.ngram[block], order)
-            squares += np.bincount(entries.reference[block], weight**2, minlength=len(squares))
+            weight = self.frequencies.weigh(entries.ngram[block], order)
+            weight *= entries.count[block]
+            weight *= weight
+            squares += np.bincount(entries.reference[block], weight, minlength=len(squares))
         return np.sqrt(squares)
 
     def match(self, counts: list[NgramCounts], pairs: "Pairs") -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +196,9 @@ class ReferenceTable:
         idf = self.frequencies.weigh(counts.ngram, order)
         weight = counts.count * idf
         norm = np.sqrt(np.bincount(counts.caption, weight**2, minlength=len(pairs.image)))
-        found, first = entries.find(pairs.image[counts.caption], counts.ngram)
+        known = np.flatnonzero(counts.ngram <= self.last_ngram[order])
+        found, first = entries.find(pairs.image[counts.caption[known]], counts.ngram[known])
+        found = known[found]
         caption, size = counts.caption[found], entries.num_references[first].astype(np.int64)
         met = ranges(first, size)
         met_count = entries.count[met]

@@ -1,0 +1,108 @@
+"""Processes that decode images work however they are started: macOS and Windows spawn them, Python 3.14 uses a fork server."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import CLIPImageProcessor
+
+from data_scripts import load_captions
+from data_scripts.train_tokenizer import train_tokenizer
+from modeling.processing import build_processor
+from training.arguments import DataArguments
+from training.batches import CaptionCollator, CaptionPairs, CaptionSampler
+from training.features import encode_splits
+
+ROOT = Path(__file__).parent.parent
+
+
+class MeanColor(torch.nn.Module):
+    """An encoder whose features are an image's mean color."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, pixels):
+        from transformers.modeling_outputs import BaseModelOutput
+
+        return BaseModelOutput(last_hidden_state=self.scale * pixels.mean((2, 3))[:, None])
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_batches_are_the_same_under_every_start_method(method, small_scenes):
+    """From images and from cached features."""
+    dataset = load_captions(small_scenes)
+    tokenizer = train_tokenizer([text for texts in dataset["train"]["captions"] for text in texts], 120)
+    image_processor = CLIPImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False)
+    processor = build_processor(image_processor, tokenizer)
+    cached = encode_splits(dataset, MeanColor(), image_processor, DataArguments(), 2)["train"]
+    for features in ([None] * 2, cached):
+        pairs = CaptionPairs(dataset["train"], tokenizer, features=features)
+        sampler = CaptionSampler(pairs.lengths, 40, images=pairs.row_of_pair, num_augmentations=2)
+        loading = {"batch_size": 40, "sampler": sampler, "collate_fn": CaptionCollator(processor, "index")}
+        here = list(DataLoader(pairs, **loading))
+        there = list(DataLoader(pairs, num_workers=1, multiprocessing_context=method, **loading))
+        for one, other in zip(here, there, strict=True):
+            assert one.keys() == other.keys()
+            for name in one.keys() - {"encoder_outputs"}:
+                assert torch.equal(one[name], other[name])
+            if "encoder_outputs" in one:
+                assert torch.equal(one["encoder_outputs"][0], other["encoder_outputs"][0])
+
+
+@pytest.mark.slow
+def test_a_training_and_a_captioning_run_with_spawned_workers(small_scenes, tmp_path):
+    """A whole run in a process whose start method is not this system's."""
+    code = (
+        "import json, multiprocessing, sys; multiprocessing.set_start_method('spawn')\n"
+        "import train_lstm, caption\n"
+        "train, generate = json.loads(sys.argv[1])\n"
+        "if __name__ == '__main__':\n    train_lstm.main(train); caption.main(generate)\n"
+    )
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    run, image = tmp_path / "run", tmp_path / "red.png"
+    load_captions(small_scenes)["test"][0]["image"].save(image)
+    train = [
+        *(
+            "--dataset_name",
+            small_scenes,
+            "--output_dir",
+            str(run),
+            "--encoder",
+            "test_efficientnet",
+            "--report_to",
+            "none",
+        ),
+        *("--pretrained_encoder", "false", "--image_size", "64", "--image_embed_dim", "16", "--hidden_size", "16"),
+        *(
+            "--num_hidden_layers",
+            "1",
+            "--vocab_size",
+            "120",
+            "--num_train_epochs",
+            "1",
+            "--dataloader_num_workers",
+            "1",
+        ),
+    ]
+    generate = [
+        "--model_name_or_path",
+        str(run),
+        str(image),
+        "--num_workers",
+        "1",
+        "--output",
+        str(tmp_path / "c.jsonl"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, str(script), json.dumps([train, generate])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (run / "results.json").is_file() and len((tmp_path / "c.jsonl").read_text().splitlines()) == 1
