@@ -12,13 +12,17 @@ import sys
 import zipfile
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pytest
+import torch
 from datasets import load_from_disk
 from PIL import Image
 
 import evaluate_captions
 from data_scripts import flickr8k, image_folder, karpathy, paragraphs, recaption, scenes
+from training import self_critical
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -71,7 +75,7 @@ def split_command(command: str) -> tuple[str, list[str]]:
 def faster(module: str, command: str) -> list[str]:
     if "--decoder" in command:
         return VIT
-    more = ["--dataset_name", "data/mine"] if "lstm_demo" in command else []
+    more = ["--dataset_name", "data/mine"] if "_demo.yaml" in command else []
     if "--resume_from_checkpoint" in command:
         more += ["--num_train_epochs", "2"]  # one more than the run that is resumed
     return [*FASTER.get(module, ()), *more]
@@ -189,8 +193,40 @@ def test_a_command_of_the_documentation_runs(command, workshop, tmp_path, monkey
         assert Path(output).exists()
 
 
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def is_script(lines: str) -> bool:
+    return lines.endswith("main()\n")
+
+
+def test_the_script_with_another_reward_trains(workshop, tmp_path, monkeypatch):
+    (script,) = filter(is_script, PYTHON)
+    (tmp_path / "reward.py").write_text(script)
+    monkeypatch.chdir(workshop)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(scenes, "NUM_SCENES", {"train": 9, "validation": 2, "test": 2})
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(
+        self_critical, "SelfCritic", self_critical.SelfCritic
+    )  # which the script replaces, for this test
+    output = ["--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["reward.py", "recipes/scst_demo.yaml", *output, *FASTER["train_scst"]])
+    names = runpy.run_path(str(tmp_path / "reward.py"))
+    assert (tmp_path / "out" / "results.json").is_file()
+
+    critic = names["TruthCritic"].__new__(names["TruthCritic"])
+    captions = [row.captions[0] for row in scenes.scene_rows() if row.split == "train"]
+    processor = SimpleNamespace(batch_decode=lambda captions, **_: captions)
+    critic.captioner = SimpleNamespace(processor=processor)
+    monkeypatch.setattr(
+        self_critical.SelfCritic.__mro__[1], "rewards", lambda self, captions, *_: torch.zeros(len(captions))
+    )
+    assert critic.rewards([captions[1], captions[1]], [1, 2], [0, 0]).tolist() == [5, 0]
+
+
 def test_the_lines_of_python_run(workshop):
-    lines = "\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL))
+    lines = "\n".join(lines for lines in PYTHON if not is_script(lines))
     run = subprocess.run(
         [sys.executable, "-c", lines], cwd=workshop, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
     )
