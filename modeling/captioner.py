@@ -62,7 +62,9 @@ class Captioner:
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # its table of missing and unexpected weights: they are judged here
         try:
-            model, report = AutoModelForImageTextToText.from_pretrained(name_or_path, output_loading_info=True)
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                name_or_path, output_loading_info=True, ignore_mismatched_sizes=True
+            )
             processor = load_processor(name_or_path)
         except Exception as error:  # transformers, safetensors, tokenizers and the Hub's client each have their own
             reason = str(error).strip().splitlines()[0]
@@ -71,12 +73,17 @@ class Captioner:
             raise UserError(f"model {name_or_path} cannot be loaded: {reason}") from error
         finally:
             transformers.logging.set_verbosity(verbosity)
-        for problem, names in (("lacks", report["missing_keys"]), ("has unknown", report["unexpected_keys"])):
+        problems = {
+            "lacks weights": report["missing_keys"],
+            "has unknown weights": report["unexpected_keys"],
+            "has weights of other sizes": [name for name, *_ in report["mismatched_keys"]],
+        }
+        for problem, names in problems.items():
             names = sorted(name for name in names if not name.startswith(POOLER))
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise UserError(
-                    f"model {name_or_path} {problem} weights: {', '.join(names[:3])}{more}; its weights and its config.json "
+                    f"model {name_or_path} {problem}: {', '.join(names[:3])}{more}; its weights and its config.json "
                     "are not of one model"
                 )
         if getattr(getattr(model, "encoder", None), "pooler", None) is not None:
