@@ -1,4 +1,4 @@
-"""The two captioners of the report at full size, with random weights, and captions as long as its own."""
+"""Both captioners of the reference recipes at full size, with random weights, and captions of the lengths of Stanford Paragraphs."""
 
 import io
 
@@ -11,19 +11,20 @@ from transformers import set_seed
 from data_scripts.caption_table import FEATURES
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
+from modeling.captioner import Captioner
 from modeling.processing import build_processor, timm_image_processor
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
 
 VOCABULARY = {"lstm": 8000, "vit_gpt2": 50257}
-BATCH_SIZE = {"lstm": 64, "vit_gpt2": 8}  # the report's
+BATCH_SIZE = {"lstm": 64, "vit_gpt2": 8}  # of the reference recipes
 
 
-def paragraphs(dataset: str | None, num_images: int) -> datasets.Dataset:
-    """A caption table of the images of a prepared data set, drawn at random, or of made ones: noise, and captions of made-up words
-    whose lengths spread as those of the report's paragraphs (60 words on average, 5 to 95 %: 28 to 99)."""
-    if dataset:
-        # The report's first captions are its shorter ones.
-        rows = datasets.load_from_disk(dataset)["train"].shuffle(seed=0)
+def paragraphs(dataset_name: str | None, num_images: int) -> datasets.Dataset:
+    """A caption table of random rows of a prepared dataset; or, where None, of noise and captions of made-up words, whose lengths
+    are distributed as those of the Stanford Paragraphs subset (60 words on average, 5 to 95 %: 28 to 99)."""
+    if dataset_name:
+        # Shuffled: the first captions of the subset are shorter than the rest.
+        rows = datasets.load_from_disk(dataset_name)["train"].shuffle(seed=0)
         return rows.select(range(min(num_images, len(rows))))
     random = np.random.default_rng(0)
     syllables = [first + second for first in "bdfgklmnprst" for second in "aeiou"]
@@ -45,24 +46,23 @@ def noise(random: np.random.Generator) -> bytes:
     return file.getvalue()
 
 
-def build_captioner(system: str, captions: list[str]) -> tuple:
-    """Model and processor of a captioner in full size.
+def build_captioner(kind: str, captions: list[str]) -> Captioner:
+    """The LSTM captioner ("lstm": Inception-ResNet-v2, three layers of 1,024) or ViT-GPT2 ("vit_gpt2": ViT-base, GPT-2 small).
 
     Args:
-        system: "lstm" (Inception-ResNet-v2, three layers of 1,024) or "vit_gpt2" (ViT-base, GPT-2 small).
-        captions: What the tokenizer is trained on; ViT-GPT2 scores 50,257 tokens however few it has.
+        captions: Training captions of the tokenizer; ViT-GPT2 has 50,257 logits however few tokens these have.
     """
     set_seed(0)
     tokenizer = train_tokenizer(captions, VOCABULARY["lstm"])
-    if system == "lstm":
+    if kind == "lstm":
         model = InceptionLSTMForConditionalGeneration(InceptionLSTMConfig(vocab_size=VOCABULARY["lstm"]))
-        return model, build_processor(timm_image_processor(model.encoder.backbone), tokenizer)
+        return Captioner(model, build_processor(timm_image_processor(model.encoder.backbone), tokenizer))
     encoder = encoder_config(224, 16, 768, 12, 12)
     model = build_vit_gpt2(encoder, decoder_config(VOCABULARY["vit_gpt2"], 768, 12, 12), tokenizer)
-    return model, build_processor(vit_image_processor(encoder), tokenizer)
+    return Captioner(model, build_processor(vit_image_processor(encoder), tokenizer))
 
 
-def random_states(system: str, num_images: int, device: str) -> torch.Tensor:
-    """What either encoder gives of so many images, (images, positions, size), as random numbers."""
-    shape = {"lstm": (1, 1536), "vit_gpt2": (197, 768)}[system]
+def random_states(kind: str, num_images: int, device: str) -> torch.Tensor:
+    """Random numbers in the shape of either encoder's states, float32 (images, positions, size)."""
+    shape = {"lstm": (1, 1536), "vit_gpt2": (197, 768)}[kind]
     return torch.randn(num_images, *shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -1,8 +1,8 @@
-"""Time images on their way from files to a model's pixels against bare decoding and resizing of the same files.
+"""Time the way of images from files to pixels against bare decoding and resizing of the same files.
 
     python -m benchmarks.images --images folder/ --json images.json
 
-The bare side opens each file with Pillow, resizes and crops it, and makes a tensor; ours is what `caption.py` does, checks
+The bare side opens, resizes and crops each file with Pillow and makes a tensor; showtell's is what `caption.py` does, checks
 included.
 """
 
@@ -21,7 +21,7 @@ from benchmarks.machine import benchmark_parser, describe_machine, in_turns, med
 from modeling.processing import resized_side
 
 BATCH_SIZE = 32
-SIZES = {"small": (500, 375), "photograph": (4000, 3000)}  # pixels of the images that are made
+SIZES = {"small": (500, 375), "photograph": (4000, 3000)}  # width and height in pixels of the images that are drawn
 
 
 class BareImages(torch.utils.data.Dataset):
@@ -50,25 +50,27 @@ class BareImages(torch.utils.data.Dataset):
 
 def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__, runs=5)
-    parser.add_argument("--images", help="folder of images; some are made if not given")
-    parser.add_argument("--num_images", type=int, default=128, help="of each kind that is made")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode, on both sides")
+    parser.add_argument("--images", help="folder of images; drawn if not given")
+    parser.add_argument(
+        "--num_images", type=int, default=128, help="number of small images that are drawn; a tenth as many large ones"
+    )
+    parser.add_argument("--num_workers", type=int, default=0, help="number of processes that decode, on both sides")
     args = parser.parse_args(argv)
     result = {"machine": describe_machine(args.device)}
-    _, processor = build_captioner("lstm", [texts[0] for texts in paragraphs(None, 200)["captions"]])
+    processor = build_captioner("lstm", [texts[0] for texts in paragraphs(None, 200)["captions"]]).processor
     with tempfile.TemporaryDirectory() as folder:
         folders = {"given": args.images} if args.images else make_images(Path(folder), args.num_images)
-        for kind, place in folders.items():
-            result[kind] = compare(caption.list_images(str(place)), processor, args)
+        for kind, path in folders.items():
+            result[kind] = compare(caption.list_images(str(path)), processor, args)
     write_result(result, args.json)
 
 
 def compare(paths: list[str], processor, args) -> dict:
-    """Images a second of both sides, in turns."""
+    """Images per second of both sides, in turns."""
     sources = caption.ImageSources(paths, 2 * resized_side(processor.image_processor))
     loaders = {
         "bare": DataLoader(BareImages(paths, processor.image_processor), BATCH_SIZE, num_workers=args.num_workers),
-        "ours": DataLoader(
+        "showtell": DataLoader(
             sources, BATCH_SIZE, num_workers=args.num_workers, collate_fn=caption.ImageCollator(processor)
         ),
     }
@@ -82,9 +84,9 @@ def compare(paths: list[str], processor, args) -> dict:
     measured = in_turns({name: lambda loader=loader: rate(loader) for name, loader in loaders.items()}, args.runs)
     return {
         "images": len(paths),
-        "a_second": measured,
+        "images_per_second": measured,
         "medians": medians(measured),
-        "share_of_bare": ratio_of_medians(measured, "ours", "bare"),
+        "fraction_of_bare": ratio_of_medians(measured, "showtell", "bare"),
     }
 
 
@@ -93,9 +95,9 @@ def make_images(folder: Path, num_images: int) -> dict[str, Path]:
     random = np.random.default_rng(0)
     for kind, size in SIZES.items():
         (folder / kind).mkdir()
-        for place in range(num_images if kind == "small" else max(num_images // 10, 4)):
+        for number in range(num_images if kind == "small" else max(num_images // 10, 4)):
             cloud = Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8))
-            cloud.resize(size, Image.Resampling.BICUBIC).save(folder / kind / f"{place}.jpg", quality=90)
+            cloud.resize(size, Image.Resampling.BICUBIC).save(folder / kind / f"{number}.jpg", quality=90)
     return {kind: folder / kind for kind in SIZES}
 
 

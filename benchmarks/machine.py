@@ -1,4 +1,4 @@
-"""What every benchmark needs: its options, two sides run in turns, and a result that says on what machine it was got."""
+"""What every benchmark needs: its options, two sides run in turns, and a result that names the machine."""
 
 import argparse
 import datetime
@@ -18,13 +18,13 @@ from system.files import write_file
 def benchmark_parser(description: str, runs: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write the measurements to")
-    parser.add_argument("--runs", type=int, default=runs, help="runs of each side, in turns")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    parser.add_argument("--runs", type=int, default=runs, help="number of runs of each side, in turns")
+    parser.add_argument("--device", default="cpu", help="device: cpu, cuda, mps")
     return parser
 
 
 def describe_machine(device: str = "cpu") -> dict:
-    """Name what the times were taken on."""
+    """Hardware, load and versions that the times depend on."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -61,7 +61,7 @@ def medians(measured: dict[str, list[float]]) -> dict[str, float]:
 
 
 def synchronize(device: str) -> None:
-    """Wait for a GPU, which works on while Python is ahead."""
+    """Wait for a GPU, which runs asynchronously."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 

@@ -1,7 +1,7 @@
 """Split captions into words as coco-caption does: the PTBTokenizer of Stanford CoreNLP 3.4.1, a Java program, in Python.
 
 It is a lexer: at every place the rule with the longest match, what the rule looks ahead at included, makes the next token; of
-two as long the first wins. The rules were worked out from what the program makes of strings sent through it. Two differences
+two as long the first wins. The rules are checked against what the program makes of strings sent through it. Two differences
 are deliberate: a line break of any kind is a blank (pycocoevalcap shifts every caption after a carriage return by one line), and
 `tokenize` reads a caption alone, so that no score depends on the order of the images (`tokenize_in_order` does as coco-caption:
 the first word of the next caption decides whether a last "B." keeps its period).
@@ -43,7 +43,6 @@ APOSTROPHE = r"(?:['’\x92]|&apos;)"
 QUOTE = r"(?:['’‘`\x91\x92]|&apos;)"
 ELISION = rf"(?:[dDlLoO]{QUOTE}{ALPHANUMERIC})?"
 IN_URL, ENDS_URL = r"[^\s\"<>|()]", r"[^\s\"<>|.!?(){},-]"
-IN_HOST, IN_BARE_HOST = r"[^\s\"<>|.!?(){},]", r"[^\s\"$'()!,-_`{|}]"  # ,-_ is a range: digits and capitals, too
 IN_EMAIL = r"[^\s\"<>|(){}]"
 WORDS = rf"{WORD}(?:[.!?]{WORD})*"  # also run together across the end of a sentence
 JOINED = rf"{ELISION}{ALPHANUMERIC}+(?:[-_‐‑֊]{ELISION}{ALPHANUMERIC}+)*"
@@ -64,7 +63,7 @@ TITLES = (
     "invt jos lieut lt maj messrs mlle mme mr mrs ms msgr mt natl pfc ph pres prof pvt rep reps rev sen sens sfc sgt spc st "
     "ste supt treas vs wm"
 ).replace(" ", "|")
-NATIONS = r"(?ai:(?:canada|eu|japan|korean|non|sino)-u\.s|u\.s\.-(?:u\.k|u\.s\.s\.r))"
+NON_US = r"(?ai:non-u\.s)"
 NUMBERED = "art|ca|figs?|nos?|op|pp|prop"  # words, unless a number follows
 # before these the period behind a single letter ends a sentence: "wears a letter B. She ..."
 STARTERS = (
@@ -95,8 +94,8 @@ RULES = [
     (rf"((?:(?ai:{CLOSING})|{STATES}|[Pp]?[Pp](?:te|ty)[sS]?)\.)(?:-\S?|[^\s-])", AS_WRITTEN),
     (rf"(?:(?ai:{CLOSING}|{TITLES})|{STATES}|[Mm][ft][gG]|[Pp]?[Pp][tT][ey][sS]?)\.", AS_WRITTEN),
     (rf"((?ai:{NUMBERED})\.)\s?{DIGIT}", AS_WRITTEN),
-    (rf"[A-Za-z](?:\.[A-Za-z])*\.|{NATIONS}\.", AS_WRITTEN),
-    (rf"{NATIONS}(?=\s|$)", AS_WRITTEN),
+    (rf"[A-Za-z](?:\.[A-Za-z])*\.|{NON_US}\.", AS_WRITTEN),
+    (rf"{NON_US}(?=\s|$)", AS_WRITTEN),
     (rf"([A-Za-z])\.\s+(?:{STARTERS}|{MARKUP})(?!\S)", AS_WRITTEN),
     (rf"((?:{WORDS}|{JOINED}|{HYPHENATED}|{COMPANY})\.)[,;:]", AS_WRITTEN),
     (WORDS, AS_WRITTEN),
@@ -127,7 +126,7 @@ RULES = [
     (rf"(?:{ASCII}+\.)+(?ai:{FILE_TYPES})(?=[\s.,!?]|$)", AS_WRITTEN),
     (rf"(?ai:https?://){IN_URL}+{ENDS_URL}", AS_WRITTEN),
     (
-        rf"(?:(?ai:www\.)(?:{IN_HOST}+\.)+[A-Za-z]{{2,4}}|(?:{IN_BARE_HOST}+\.)+(?ai:com|net|org|edu))(?:/{IN_URL}+{ENDS_URL})?",
+        rf"(?:(?ai:www\.)(?:{ENDS_URL}+\.)*[^\s\"<>|.!?(){{}},/:;]+|(?:[A-Za-z][^\W_]*\.)+(?:com|net|org|edu))(?:/{IN_URL}+{ENDS_URL})?",
         AS_WRITTEN,
     ),
     (rf"(?:<|&lt;)?{ASCII}{IN_EMAIL}*@(?:[^\s\"<>|(){{}}.]+\.)*[^\s\"<>|(){{}}.]+(?:>|&gt;)?", AS_WRITTEN),
