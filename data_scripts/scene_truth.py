@@ -45,7 +45,7 @@ def _frames() -> dict[str, tuple[str, tuple[int, ...], frozenset[int]]]:
         for place, (_, words) in PLACES.items()
     ]
     for wording, (relation, words) in itertools.product(PAIR_WORDINGS, RELATION_WORDS.items()):
-        # Also the other way round, which `tell_scene` does not use in every wording: "the image shows {b} {from_} {a}".
+        # Also the other way round, which `describe_scene` does not use in every wording: "the image shows {b} {from_} {a}".
         turned = {name: words[opposite] for name, opposite in OPPOSITES.items()}
         wordings += [(wording, relation, words, "ab"), (wording, relation, turned, "ba")]
     frames = {}

@@ -96,7 +96,7 @@ class Figure:
     color: str
     shape: str
 
-    def told(self, generator: random.Random) -> str:
+    def describe(self, generator: random.Random) -> str:
         return f"a {generator.choice(SIZE_WORDS[self.size])} {self.color} {self.shape}"
 
 
@@ -109,7 +109,7 @@ class Scene:
 
 
 def all_scenes() -> tuple[list[Scene], list[Scene]]:
-    """Return every scene of one figure, and every scene of two different ones, each told one way only."""
+    """Return every scene of one figure, and every scene of two different ones, each described one way only."""
     figures = [Figure(*values) for values in itertools.product(REACH, COLORS, SHAPES)]
     singles = [Scene((figure,), place) for figure in figures for place in PLACES]
     pairs = [Scene(pair, relation) for pair in itertools.permutations(figures, 2) for relation in RELATIONS]
@@ -144,12 +144,12 @@ def deal_scenes(num_scenes: dict[str, int], seed: int) -> dict[str, list[Scene]]
     return dealt
 
 
-def tell_scene(scene: Scene, generator: random.Random, num_captions: int = 5) -> list[str]:
+def describe_scene(scene: Scene, generator: random.Random, num_captions: int = 5) -> list[str]:
     """Return captions of a scene, each worded in another way."""
     wordings = SINGLE_WORDINGS if len(scene.figures) == 1 else PAIR_WORDINGS
     captions = []
     for wording in generator.sample(wordings, num_captions):
-        words = {name: figure.told(generator) for name, figure in zip("ab", scene.figures, strict=False)}
+        words = {name: figure.describe(generator) for name, figure in zip("ab", scene.figures, strict=False)}
         if len(scene.figures) == 1:
             words["place"] = PLACES[scene.relation][1]
         else:
@@ -233,7 +233,9 @@ def scene_rows(
     for split, scenes in deal_scenes(num_scenes or NUM_SCENES, seed).items():
         for number, scene in enumerate(scenes):
             name = f"{split}_{number}"
-            captions = tell_scene(scene, random.Random(f"tell {seed} {name}"), (num_captions or NUM_CAPTIONS)[split])
+            captions = describe_scene(
+                scene, random.Random(f"tell {seed} {name}"), (num_captions or NUM_CAPTIONS)[split]
+            )
             draw = partial(draw_scene, scene, f"draw {seed} {name}", image_size)
             rows.append(SourceRow(split, name, captions, name, draw))
     return rows

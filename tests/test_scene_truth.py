@@ -38,13 +38,13 @@ def captioned() -> list[tuple[str, Scene]]:
         (caption, scene)
         for split, of_split in scenes.deal_scenes(numbers, 0).items()
         for number, scene in enumerate(of_split)
-        for caption in scenes.tell_scene(scene, random.Random(f"{split} {number}"), 7)
+        for caption in scenes.describe_scene(scene, random.Random(f"{split} {number}"), 7)
     ]
 
 
 def test_a_captioner_that_is_right_by_construction_is_right_in_everything(captioned):
     captions = [caption for caption, _ in captioned]
-    references = [scenes.tell_scene(scene, random.Random(number)) for number, (_, scene) in enumerate(captioned)]
+    references = [scenes.describe_scene(scene, random.Random(number)) for number, (_, scene) in enumerate(captioned)]
     for truth in scene_truths(captions, references):
         assert all(truth[name] for name in TRUTHS) and truth["false_words"] == []
     assert [parse_caption(caption) for caption in captions] == [scene for _, scene in captioned]
