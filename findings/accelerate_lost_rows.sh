@@ -3,11 +3,12 @@
 #
 # Expected: gather_for_metrics drops the rows that were repeated to fill the last batch on several processes. On one
 # process nothing is repeated, so it returns every row.
-# Seen: the last batch is cut to len(dataset) % batch_size rows, whatever its size. With a BatchSampler that groups captions
-# by length (batches of 4, 2 and 4 of 10 rows) the last batch of 4 becomes 2: two rows are never scored. No warning.
+# Seen: the last batch is cut to len(dataset) % batch_size rows, whatever its size. With a BatchSampler that groups
+# captions by length (batches of 4, 2 and 4 of 10 rows) the last batch of 4 becomes 2: two rows are never scored. No
+# warning.
 # For users: evaluating with buckets of equal length scores a part of the split, and which part depends on the batch
-# size; 8 rows at batch size 4, or any size that divides the data set, lose nothing, so it escapes small tests. Compare
-# the number of gathered rows with the data set's, or give the batch sampler a last batch of that remainder.
+# size; 8 rows at batch size 4, or any size that divides the data set, lose nothing, so it escapes small tests.
+# Compare the number of gathered rows with the data set's, or give the batch sampler a last batch of that remainder.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # pycocoevalcap 1.2 (the reference scorer of image captioning; needs Java).
 #
-# Expected: scores are means over images, so they do not depend on the order in which the images are given.
-# Seen: all captions go through the Java tokenizer as one text. After a single letter with a period ("... the letter B.")
-# it looks at the first word of the *next image's* caption to decide between "b" and "b.": the capital "A" of a
-# reference ends the sentence, the small "a" of a generated caption does not. A caption equal to its reference matches
-# if its image stands last, and not if it stands first.
+# Expected: scores do not depend on the order in which the images are given.
+# Seen: all generated captions go through the Java tokenizer as one text, all references as another. After a single
+# letter with a period ("... the letter B.") it looks at the first word of the *next image's* caption to decide
+# between "b" and "b.": the capital "A" of a reference ends the sentence, the small "a" of a generated caption does
+# not. A caption equal to its reference matches if its image stands last, and not if it stands first.
 # For users: the same captions in another order of images get other BLEU, ROUGE-L and CIDEr. Sort by image id before
 # scoring, and do not expect scores of a split to be the mean of scores of its parts.
 set -euo pipefail
@@ -16,7 +16,7 @@ cd "$work"
 python3 -m venv venv
 venv/bin/pip install --quiet --disable-pip-version-check pycocoevalcap==1.2
 
-venv/bin/python - 2>/dev/null <<'PY' || { echo "pycocoevalcap scores the same captions otherwise than described" >&2; exit 1; }
+venv/bin/python - 2>/dev/null <<'PY' || { echo "the scores are not those described" >&2; exit 1; }
 import contextlib
 import io
 

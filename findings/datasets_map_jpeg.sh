@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # datasets 5.2.0 with Pillow 12.3.0.
 #
-# Expected: ds.map(lambda row: {"width": row["image"].width}) adds a column and leaves the column "image", which it only
-# reads, byte for byte as it was.
-# Seen: each JPEG held as bytes is decoded and written again at Pillow's quality of 75: the file of quality 95 shrinks to
-# 61 % and pixels change by up to 29 of 255 grey levels. Each further map that looks at the image does it again, and the
-# error grows. A map with input_columns of other columns leaves the bytes alone.
-# For users: a dataset with a "width" or "blurred" column is not the dataset one downloaded. Cast to Image(decode=False)
-# before such a map, or compute the column with an iteration and add_column.
+# Expected: ds.map(lambda row: {"width": row["image"].width}) adds a column and leaves the column "image", which it
+# only reads, byte for byte as it was.
+# Seen: each JPEG held as bytes is decoded and written again at Pillow's quality of 75: the file of quality 95 shrinks
+# to 61 % and pixels change by up to 29 of 255 grey levels. Each further map that looks at the image does it again,
+# and the error grows. A map with input_columns of other columns leaves the bytes alone.
+# For users: a dataset with a "width" or "blurred" column is not the dataset one downloaded. Cast to
+# Image(decode=False) before such a map, or compute the column with an iteration and add_column.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -5,8 +5,8 @@
 # Seen: 0.87. For an n-gram order that a caption is too short to have, its denominator is counted as 1 instead of 0 (a
 # guard against division by zero that is meant for the whole corpus), so a two-word caption adds one missed 3-gram and
 # one missed 4-gram. sacrebleu and coco-caption add none.
-# For users: on short captions corpus_bleu is too low by an amount that depends on how many of *the model's* captions have
-# fewer than four words, so it ranks models by length. A perfect caption file shows it at once.
+# For users: on short captions corpus_bleu is too low by an amount that depends on how many of *the model's* captions
+# have fewer than four words, so it ranks models by length. A perfect caption file shows it at once.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -4,10 +4,11 @@
 # Expected: the operators LSTM, GRU and RNN have an input sequence_lens. After a row's length the standard's output is
 # zero, and Y_h is the state at its last real step. The reference evaluator, whose purpose is to define right results,
 # follows it or refuses.
-# Seen: it ignores sequence_lens. The row of full length agrees to 1e-6; a row of 2 of 5 steps gets the outputs and the
-# final state of its padding. onnxruntime follows the standard.
-# For users: a padded batch checked against the reference evaluator looks as if the export or the runtime were wrong, and
-# one computed with it is wrong from the first padded step on. Check such models one row at a time, without padding.
+# Seen: it ignores sequence_lens. The row of full length agrees to 1e-6; a row of 2 of 5 steps gets the outputs and
+# the final state of its padding. onnxruntime follows the standard.
+# For users: a padded batch checked against the reference evaluator looks as if the export or the runtime were wrong,
+# and one computed with it is wrong from the first padded step on. Check such models one row at a time, without
+# padding.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # @huggingface/tokenizers 0.2.0 (JavaScript, npm) beside tokenizers 0.23.3 (Python).
 #
-# Expected: one tokenizer.json gives the same ids in both. Its pre-tokenizer says what becomes of a separator: Split with
-# "removed" drops it, "merged_with_previous" glues it to the word before, Punctuation with "removed" drops it.
-# Seen: JavaScript keeps the separator as a piece of its own in all three cases. Split on a *string* " " with "removed"
-# gives an unknown token for each space; the same Split on a *regex* " " is right.
-# For users: a word-level captioner exported for the browser reads every prompt with an unknown token between words, with
-# no error. Use WhitespaceSplit or a regex in the file, and compare ids with Python before shipping.
+# Expected: one tokenizer.json gives the same ids in both. Its pre-tokenizer says what becomes of a separator: Split
+# with "removed" drops it, "merged_with_previous" glues it to the word before, Punctuation with "removed" drops it.
+# Seen: JavaScript keeps the separator as a piece of its own in all three cases. Split on a *string* " " with
+# "removed" gives an unknown token for each space; the same Split on a *regex* " " is right.
+# For users: a word-level captioner exported for the browser reads every prompt with an unknown token between words,
+# with no error. Use WhitespaceSplit or a regex in the file, and compare ids with Python before shipping.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

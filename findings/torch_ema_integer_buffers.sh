@@ -4,13 +4,14 @@
 #
 # Expected: buffers are averaged like parameters, as wanted for BatchNorm's running statistics; a buffer that never
 # changes, such as the indices of a position embedding, stays as it is.
-# Seen: integer buffers are averaged too and cut to integers. With decay 0.9999, n * 0.9999 + n * 0.0001 is a little below n
-# for many n in float32, so one position id in five becomes n - 1: the averaged model reads wrong positions and answers
-# otherwise although no parameter ever changed. 0.9 and 0.9995 do it too, 0.999 happens not to. BatchNorm's
-# num_batches_tracked stays at 1 for ever with decays from 0.999 on, since 1.001 is cut to 1 at every update.
-# For users: an EMA of a model with index buffers (position_ids of BERT, GPT-2 or CLIP; relative_position_index of Swin)
-# is damaged without an error, and one with BatchNorm(momentum=None) goes on from a wrong count. Copy the integer
-# buffers from the model after each update.
+# Seen: integer buffers are averaged too and cut to integers. With decay 0.9999, n * 0.9999 + n * 0.0001 is a little
+# below n for many n in float32, so one position id in five becomes n - 1: the averaged model reads wrong positions
+# and answers otherwise although no parameter ever changed. 0.9 and 0.9995 do it too, 0.999 happens not to.
+# BatchNorm's num_batches_tracked stays at 1 for ever with decays from 0.999 on, since 1.001 is cut to 1 at every
+# update.
+# For users: an EMA of a model with index buffers (position_ids of BERT, GPT-2 or CLIP; relative_position_index of
+# Swin) is damaged without an error, and one with BatchNorm(momentum=None) goes on from a wrong count. Copy the
+# integer buffers from the model after each update.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -60,7 +61,7 @@ assert seen[0.9999][0] > 50 and seen[0.9][0] > 50 and seen[0.9995][0] > 50 and s
 assert all(seen[decay][1] == 1 for decay in (0.999, 0.9995, 0.9999)), seen
 assert seen[0.9999][2] > 1, seen
 print(
-    f"EMA of 100 equal models, decay 0.9999: {seen[0.9999][0]} of 512 position ids are one too low, embeddings off by up"
-    f" to {seen[0.9999][2]:.1f}; num_batches_tracked 1 instead of 100"
+    f"EMA of 100 equal models, decay 0.9999: {seen[0.9999][0]} of 512 position ids are one too low, embeddings off by"
+    f" up to {seen[0.9999][2]:.1f}; num_batches_tracked 1 instead of 100"
 )
 PY

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # transformers 5.24.0 with torch 2.13.0.
 #
-# Expected: generate(encoder_outputs=states, num_beams=3) reads the caller's encoder states, so that one encoding serves
-# several calls (greedy, then beams; several decoding settings).
+# Expected: generate(encoder_outputs=states, num_beams=3) reads the caller's encoder states, so that one encoding
+# serves several calls (greedy, then beams; several decoding settings).
 # Seen: it writes the states repeated per beam into the caller's object. The second call takes the 2 images for 6 and
 # returns 6 captions, the third for 18. Row i of the result no longer belongs to image i. So with sampling and
 # num_return_sequences, and with BART as with VisionEncoderDecoderModel. No error, no warning.
-# For users: captions paired with images by position are wrong from the second call on: the second image is given one of
-# the first image's captions. Pass a new BaseModelOutput(last_hidden_state=...) to each call.
+# For users: captions paired with images by position are wrong from the second call on: the second image is given one
+# of the first image's captions. Pass a new BaseModelOutput(last_hidden_state=...) to each call.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -22,14 +22,14 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     GPT2Config,
-    ViTConfig,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
+    ViTConfig,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
 torch.manual_seed(0)
-tokens = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 vit = ViTConfig(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16
 )

@@ -2,13 +2,13 @@
 # transformers 5.24.0 with torch 2.13.0 and accelerate 1.15.0: Trainer and VisionEncoderDecoderModel, the class of
 # ViT-GPT2 captioners.
 #
-# Expected: 8 images in 1 batch of 8, 4 batches of 2 or 8 batches of 1 (gradient_accumulation_steps) give one and the same
-# step, since all captions here have the same number of tokens.
+# Expected: 8 images in 1 batch of 8, 4 batches of 2 or 8 batches of 1 (gradient_accumulation_steps) give one and the
+# same step, since all captions here have the same number of tokens.
 # Seen: loss and gradient are 4 and 8 times as large. Trainer does not divide by the number of steps for a model whose
 # forward takes **kwargs, because such a model is thought to divide by num_items_in_batch itself; this one takes the
 # argument and ignores it.
-# For users: the logged loss depends on the accumulation, gradient clipping bites earlier, and with SGD the learning rate
-# is multiplied; with Adam the step is hidden by its scaling and only clipping and the loss curve tell. Set
+# For users: the logged loss depends on the accumulation, gradient clipping bites earlier, and with SGD the learning
+# rate is multiplied; with Adam the step is hidden by its scaling and only clipping and the loss curve tell. Set
 # model.accepts_loss_kwargs = False before making the Trainer.
 set -euo pipefail
 work=$(mktemp -d)
@@ -27,9 +27,9 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainingArguments,
-    ViTConfig,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
+    ViTConfig,
 )
 
 torch.manual_seed(0)
