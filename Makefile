@@ -29,9 +29,9 @@ demo: $(READY)
 	 trap 'kill $$lstm $$vit_gpt2 2>/dev/null' INT TERM; \
 	 wait $$lstm || { tail -n 20 $(DEMO)/lstm.log; kill $$vit_gpt2; exit 1; }; \
 	 wait $$vit_gpt2 || { tail -n 20 $(DEMO)/vit_gpt2.log; exit 1; }
-	@$(BIN)/python -m reporting.compare $(DEMO)/lstm $(DEMO)/vit_gpt2 --output $(DEMO)/compare.png --min_true_captions 0.95
 	@echo "The pages: $(DEMO)/lstm/captions.html and $(DEMO)/vit_gpt2/captions.html"
 	@echo "In a browser: $(BIN)/python app.py"
+	@$(BIN)/python -m reporting.compare $(DEMO)/lstm $(DEMO)/vit_gpt2 --output $(DEMO)/compare.png --min_true_captions 0.95
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
