@@ -75,8 +75,9 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
 
     # One caption ends before another, and is padded from there.
     settings = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
-    words = {word for caption in captions for word in caption[:-1]} - {settings["eos_token_id"]}
-    end = next(word for word in words if len({[*caption, word].index(word) for caption in captions}) > 1)
+    words = {word for caption in captions for word in caption} - {settings["eos_token_id"]}
+    ends = {word: [[*caption, word].index(word) for caption in captions] for word in words}
+    end = min((word for word in words if len(set(ends[word])) > 1), key=lambda word: min(ends[word]))
     (tmp_path / "exported" / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": end}))
     model.generation_config.eos_token_id = end
     ended = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())
