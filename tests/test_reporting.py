@@ -155,7 +155,7 @@ def test_captions_written_by_an_editor_are_read(tmp_path):
         ("[" * 100_000, "not valid JSON"),
         ("[1, 2]", "not a JSON object"),
         ('{"image_id": "2", "references": []}', '"caption" is missing'),
-        ('{"image_id": 2, "caption": "a", "references": []}', '"image_id" must be a string'),
+        ('{"image_id": 2.5, "caption": "a", "references": []}', '"image_id" must be a string'),
         ('{"image_id": "2", "caption": null, "references": []}', '"caption" must be a string'),
         ('{"image_id": "2", "caption": "a", "references": "a"}', '"references" must be a list'),
         ('{"image_id": "2", "caption": "a", "references": ["a", 3]}', '"references" must be a list'),

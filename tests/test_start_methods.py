@@ -60,10 +60,12 @@ def test_batches_are_the_same_under_every_start_method(method, small_scenes):
 def test_a_training_and_a_captioning_run_with_spawned_workers(small_scenes, tmp_path):
     """A whole run in a process whose start method is not this system's."""
     code = (
-        "import json, multiprocessing, sys; multiprocessing.set_start_method('spawn')\n"
+        "import json, multiprocessing, sys\n"
         "import train_lstm, caption\n"
-        "train, generate = json.loads(sys.argv[1])\n"
-        "if __name__ == '__main__':\n    train_lstm.main(train); caption.main(generate)\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        "    train, generate = json.loads(sys.argv[1])\n"
+        "    train_lstm.main(train); caption.main(generate)\n"
     )
     script = tmp_path / "run.py"
     script.write_text(code)

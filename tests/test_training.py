@@ -112,6 +112,7 @@ def test_a_checkpoint_captions_images_from_the_command_line(runs, tmp_path, caps
     paths = [tmp_path / f"{color}.png" for color in COLORS]
     for image, path in zip(IMAGES, paths, strict=True):
         image.save(path)
+    capsys.readouterr()  # what the run printed
     caption.main(["--model_name_or_path", str(folder / "checkpoint-4"), "--dtype", "float32", *map(str, paths)])
     lines = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
     assert lines == evaluated[4]
