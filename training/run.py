@@ -436,7 +436,7 @@ class TrainingRun:
         with accelerator.autocast():
             captions = caption_images(captioner, images, accelerator, NUM_IMAGES)
         if accelerator.is_main_process:
-            train = {"epochs": round(state.step / self.steps_per_epoch, 4), "seconds": round(state.train_seconds, 1)}
+            train = {"epochs": round(state.step / self.steps_per_epoch, 4), "seconds": round(state.train_seconds, 3)}
             num_trained = state.epoch * self.num_items + min(state.epoch_steps * self.step_size, self.num_items)
             train[f"{self.unit}_per_second"] = round(num_trained / state.train_seconds, 1)
             report_training(
