@@ -5,6 +5,7 @@
 A recipe sets the options, the command line overrides it, `--help` lists them.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from system.errors import UserError, one_line_errors
@@ -171,7 +172,7 @@ def forward(model, batch: dict, num_tokens, label_smoothing: float = 0.0):
 
 
 def build_captioner(
-    model_args: ModelArguments, args, tokenizer_name: str | None, training_captions: list[str], accelerator
+    model_args: ModelArguments, args, tokenizer_name: str | None, training_captions: Iterable[str], accelerator
 ):
     """The captioner to train: a new one, or one to fine-tune.
 

@@ -153,7 +153,7 @@ def train(data_args, scst_args: SCSTArguments, decoding_args: DecodingArguments,
     from training.optimizer import build_adamw
     from training.run import TrainingRun
     from training.sampling import set_sampling_mode, share_images_by
-    from training.self_critical import SelfCritic, captions_of_images, load_start, set_decoding, summed_cross_entropy
+    from training.self_critical import SelfCritic, load_start, set_decoding, summed_cross_entropy
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     refuse_fsdp("train_scst.py")
@@ -182,7 +182,7 @@ def train(data_args, scst_args: SCSTArguments, decoding_args: DecodingArguments,
             scst_args,
             args.seed,
             start=start if scst_args.kl_coef else None,
-            token_ids=captions_of_images(train_pairs),
+            token_ids=(train_pairs.token_ids, train_pairs.mirrored_ids),
             num_augmentations=num_augmentations,
         )
 

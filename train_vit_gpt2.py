@@ -6,6 +6,7 @@ A recipe sets the options, the command line overrides it, `--help` lists them.
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from system.errors import UserError, one_line_errors
@@ -217,7 +218,7 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
         )
 
 
-def build_captioner(model_args: ModelArguments, data_args, training_captions: list[str], accelerator):
+def build_captioner(model_args: ModelArguments, data_args, training_captions: Iterable[str], accelerator):
     """The captioner to train: of pretrained parts, or of new ones.
 
     Raises:

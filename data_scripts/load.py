@@ -11,6 +11,7 @@ from filelock import FileLock
 from data_scripts import caption_table, dataset_rows, image_folder, row_checks, scenes
 from data_scripts.archives import open_files
 from data_scripts.caption_table import DEFAULT_SHARE, FEATURES, write_caption_table
+from data_scripts.caption_texts import CaptionTexts
 from data_scripts.row_checks import SourceRow
 from system.errors import UserError
 
@@ -54,8 +55,8 @@ def load_captions(
     return dataset
 
 
-def load_for_training(source: str, max_images: int | None = None) -> tuple[DatasetDict, list[str]]:
-    """Load what a run is trained and validated on, as `load_captions` does, and all training captions in one list.
+def load_for_training(source: str, max_images: int | None = None) -> tuple[DatasetDict, CaptionTexts]:
+    """Load what a run is trained and validated on, as `load_captions` does, and all training captions.
 
     Args:
         max_images: Number of training images, the first ones; None for all.
@@ -63,7 +64,7 @@ def load_for_training(source: str, max_images: int | None = None) -> tuple[Datas
     dataset = load_captions(source, splits=("train", "validation"))
     if max_images:
         dataset["train"] = dataset["train"].select(range(min(max_images, len(dataset["train"]))))
-    return dataset, [text for texts in dataset["train"]["captions"] for text in texts]
+    return dataset, CaptionTexts(dataset["train"])
 
 
 def _load_captions(

@@ -17,6 +17,7 @@ def report_training(
     *,
     dataset: DatasetDict,
     split: str,
+    num_training_captions: int,
     captions: list[dict],
     scorer,
     decoding: GenerationConfig,
@@ -59,7 +60,7 @@ def report_training(
         command=command_line(),
         options=options,
         started_from=started_from,
-        training_data={"images": len(dataset["train"]), "captions": sum(map(len, dataset["train"]["captions"]))},
+        training_data={"images": len(dataset["train"]), "captions": num_training_captions},
         self_critical=self_critical,
     )
     if pushing:

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, get_scheduler
 
+from data_scripts.caption_texts import CaptionTexts
 from data_scripts.scene_truth import scene_truths
 from metrics import CaptionScorer
 from modeling.captioner import Captioner
@@ -409,7 +410,7 @@ class TrainingRun:
         self,
         dataset: DatasetDict,
         features: dict[str, list],
-        training_captions: list[str],
+        training_captions: CaptionTexts,
         *,
         data_args,
         kind: str,
@@ -444,6 +445,7 @@ class TrainingRun:
                 data_args,
                 dataset=dataset,
                 split=split,
+                num_training_captions=len(training_captions),
                 captions=captions,
                 scorer=CaptionScorer(dataset[split]["captions"], training_captions),
                 decoding=captioner.model.generation_config,

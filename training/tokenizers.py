@@ -1,6 +1,8 @@
 """The tokenizer of a run: loaded, or trained on its captions by one process for all."""
 
 import logging
+from collections.abc import Iterable
+from itertools import chain
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -14,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_or_train_tokenizer(
-    name_or_path: str | None, training_captions: list[str], vocab_size: int, accelerator: Accelerator
+    name_or_path: str | None, training_captions: Iterable[str], vocab_size: int, accelerator: Accelerator
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that is named, or one of `vocab_size` tokens trained on the training captions.
 
@@ -33,13 +35,13 @@ def load_or_train_tokenizer(
 
 
 def trimmed_to_captions(
-    tokenizer: PreTrainedTokenizerBase, training_captions: list[str], prompt: str, num_augmentations: int
+    tokenizer: PreTrainedTokenizerBase, training_captions: Iterable[str], prompt: str, num_augmentations: int
 ) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """The tokenizer with the tokens alone that the captions and the prompt use, and the ids that these have now."""
     blank = " " if prompt else ""  # as `CaptionPairs` puts it
     flips = range(min(num_augmentations, 2))
-    texts = [blank + augment_caption(caption, flip) for flip in flips for caption in training_captions]
+    texts = (blank + augment_caption(caption, flip) for flip in flips for caption in training_captions)
     num_tokens = len(tokenizer)
-    tokenizer, token_ids = trim_tokenizer(tokenizer, [*texts, prompt])
+    tokenizer, token_ids = trim_tokenizer(tokenizer, chain(texts, [prompt]))
     logger.info(f"Vocabulary trimmed to {len(tokenizer):,} of {num_tokens:,} tokens.")
     return tokenizer, token_ids
