@@ -98,6 +98,7 @@ def encode_splits(
         UserError: An option of the cache is given, and the encoder is trained.
     """
     augmentations = {split: num_augmentations if split == "train" else 1 for split in dataset}
+    tables = {split: rows for split, rows in dataset.items() if isinstance(rows, Dataset)}  # shards are not cached
     trains = any(parameter.requires_grad for parameter in encoder.parameters())
     if trains or not args.cache_features:
         if trains and (args.int8_features or args.compile_encoder):
@@ -107,8 +108,9 @@ def encode_splits(
         return {split: [None] * number for split, number in augmentations.items()}
     encoder.eval()
     encode = compiled_for_batches(encoder) if args.compile_encoder else encoder
-    return cache_features(
-        dataset,
+    streamed = {split: [None] * augmentations[split] for split in dataset if split not in tables}
+    return streamed | cache_features(
+        tables,
         lambda pixels: encode(pixels).last_hidden_state,
         image_processor,
         encoder_fingerprint(encoder, image_processor),
@@ -232,7 +234,7 @@ def features_folder(fingerprint: str, int8: bool = False, augmentation: int = 0)
 
 
 def cache_features(
-    dataset: DatasetDict,
+    dataset: Mapping[str, Dataset],
     encoder: Callable[[torch.Tensor], torch.Tensor],
     image_processor,
     fingerprint: str,
