@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from accelerate import PartialState
 
 from data_scripts import load_captions
 from data_scripts.load import Shards, load_for_training
@@ -225,3 +227,88 @@ def test_an_image_that_does_not_decode_has_no_loss_and_is_named(stream, caplog):
     assert set(made[1]["labels"]) == {-100} and made[0]["labels"] == items[0].token_ids
     assert broken.place in caplog.text
     assert np.array(made[0]["image"]).shape[-1] == 3
+
+
+# -------------------------------------------------------------------------------------------- features of shards
+
+
+@pytest.fixture
+def encode(tars, starts, tmp_path):
+    """Encode the shards by the encoder of a small captioner; what was encoded, by shard, is counted."""
+    from training import encode as command
+
+    counted = Counter()
+    plain = command.encode_shard
+
+    def run(
+        folder: str,
+        monkeypatch,
+        kill_at: int | None = None,
+        process: int = 0,
+        num_processes: int = 1,
+        kind: str = "lstm",
+    ):
+        def encode_shard(address, *arguments):
+            counted[address] += 1
+            if kill_at is not None and counted.total() == kill_at:
+                monkeypatch.setattr("training.features.quantize_features", killed)
+            return plain(address, *arguments)
+
+        def killed(*arguments):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patches:
+            monkeypatch = patches
+            patches.setattr(command, "encode_shard", encode_shard)
+            patches.setattr(PartialState(), "process_index", process)
+            patches.setattr(PartialState(), "num_processes", num_processes)
+            glob = f"{Path(tars[0]).parent}/*.tar"
+            options = ["--model_name_or_path", starts[kind], "--output_dir", str(tmp_path / folder), "--use_cpu"]
+            command.main([glob, *options])
+        return tmp_path / folder
+
+    run.counted = counted
+    return run
+
+
+def features_in(folder: Path) -> dict[str, list]:
+    return {path.name: pq.read_table(path).to_pylist() for path in sorted(folder.iterdir())}
+
+
+def test_shards_are_encoded_once_whatever_is_killed_and_by_however_many(encode, monkeypatch, tars):
+    alone = features_in(encode("alone", monkeypatch))
+    assert list(alone) == [f"{shard:05}.parquet" for shard in range(len(SIZES))]
+    assert encode.counted == Counter(tars)
+    encode.counted.clear()
+    for kill_at in (2, 4):
+        with pytest.raises(KeyboardInterrupt):
+            encode("shared", monkeypatch, kill_at=kill_at, process=0, num_processes=2)
+    for process in (1, 0):
+        encode("shared", monkeypatch, process=process, num_processes=2)
+    # Of the first process's shards 0, 2, 4 the second was in flight at the first kill, the last one at the second.
+    assert [encode.counted[tar] for tar in tars] == [1, 1, 2, 1, 2]
+    assert features_in(encode("shared", monkeypatch)) == alone
+
+
+def test_training_reads_features_as_it_reads_images(encode, monkeypatch, starts, tars):
+    """Of the same images in the same order; and of another encoder they are refused."""
+    from modeling.captioner import Captioner
+    from training.batches import CaptionCollator
+    from training.shards import pairs_of_split
+
+    folder = encode("features", monkeypatch)
+    captioner = Captioner.load(starts["lstm"])
+    captioner.encoder.requires_grad_(False)
+    shards = [Shards(addresses, False, list(ALL)) for addresses in (tars, sorted(map(str, folder.iterdir())))]
+    streams = [pairs_of_split(rows, captioner, None, [None]) for rows in shards]
+    plain, cached = [stream.__getitems__(list(samplers(stream, 1)[0])[:6]) for stream in streams]
+    assert [item["labels"] for item in plain] == [item["labels"] for item in cached]
+    collator = CaptionCollator(captioner.processor, share_images="index")
+    pixels, states = collator(plain)["pixel_values"], collator(cached)["encoder_outputs"].last_hidden_state
+    with torch.no_grad():
+        expected = captioner.encoder.eval()(pixels).last_hidden_state
+    torch.testing.assert_close(states, expected, atol=1e-3, rtol=1e-3)
+    other = Captioner.load(starts["vit_gpt2"])
+    other.encoder.requires_grad_(False)
+    with pytest.raises(UserError, match="another encoder"):
+        pairs_of_split(shards[1], other, None, [None])
