@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from benchmarks.machine import benchmark_parser, describe_machine, write_result
 from data_scripts.caption_table import FEATURES
+from data_scripts.table_shards import ROWS_PER_BATCH, describe_split
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling.inception_lstm import build_inception_lstm
 
@@ -121,8 +121,9 @@ def write_table(folder: Path, num_captions: int) -> None:
     content = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(content, "PNG")
     schema = FEATURES.arrow_schema
-    path = folder.with_suffix(".arrow")
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True)
+    with pa.OSFile(str(folder / "train" / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for start in range(0, num_captions, ROWS_AT_ONCE):
             size = min(ROWS_AT_ONCE, num_captions - start)
             parts = [phrases.take(pa.array(random.integers(0, len(phrases), size))) for _ in range(2)]
@@ -137,10 +138,16 @@ def write_table(folder: Path, num_captions: int) -> None:
             arrays = [
                 array.cast(field.type) for array, field in zip([images, names, captions, hashes], schema, strict=True)
             ]
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-    table = Dataset.from_file(str(path))
-    DatasetDict(train=table, validation=table.select(range(32))).save_to_disk(folder)
-    path.unlink()
+            batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+            for first in range(0, size, ROWS_PER_BATCH):
+                writer.write_batch(batch.slice(first, ROWS_PER_BATCH))
+            if not start:
+                validation = batch.slice(0, 32)
+    with pa.OSFile(str(folder / "validation" / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        writer.write_batch(validation)
+    for split in ("train", "validation"):
+        describe_split(folder / split, ["data.arrow"], f"{split}-{num_captions}", FEATURES)
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
 
 
 def measure(checkout: Path, folder: Path, num_captions: int) -> dict[str, float]:

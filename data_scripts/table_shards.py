@@ -193,7 +193,9 @@ def move_to_splits(
             _copy_rows(source, whole / names[number] / name, splits == number)
         source.unlink()
     for split, rows in row_numbers.items():
-        _describe(whole / split, files[split], [written[row] for row in rows], content.copy(), features)
+        digest = content.copy()  # says what is in the split, and not when it was made
+        digest.update(repr((split, [written[row] for row in rows])).encode())
+        describe_split(whole / split, files[split], digest.hexdigest()[:16], features)
     write_file(whole / "dataset_dict.json", json.dumps({"splits": names}).encode())
 
 
@@ -213,15 +215,12 @@ def _copy_rows(source: Path, target: Path, chosen: np.ndarray) -> None:
     os.replace(partial, target)
 
 
-def _describe(folder: Path, files: list[str], rows: Sequence[WrittenRow], digest, features: Features) -> None:
-    """The two JSON files of a `Dataset` on disk. Its fingerprint says what is in it, and not when it was made."""
-    digest.update(folder.name.encode())
-    for row in rows:
-        digest.update(repr(row).encode())
+def describe_split(folder: Path, files: Sequence[str], fingerprint: str, features: Features) -> None:
+    """Write the two JSON files of a `Dataset` on disk beside its Arrow files."""
     DatasetInfo(features=features).write_to_directory(str(folder))
     state = {
         "_data_files": [{"filename": name} for name in files],
-        "_fingerprint": digest.hexdigest()[:16],
+        "_fingerprint": fingerprint,
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,

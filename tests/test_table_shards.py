@@ -60,7 +60,7 @@ def killed_after(number: int, monkeypatch, name: str, plain) -> Counter:
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "reads"), [("check_row", 27, 25), ("_copy_rows", 1, 0), ("_describe", 1, 0)]
+    ("name", "number", "reads"), [("check_row", 27, 25), ("_copy_rows", 1, 0), ("describe_split", 1, 0)]
 )
 def test_a_kill_costs_a_shard_and_changes_nothing(rows, tmp_path, monkeypatch, name, number, reads):
     """In the third of five shards; between two shards that become splits' files; and at the very end."""
