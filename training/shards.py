@@ -314,7 +314,7 @@ class ShardLoader:
         self.steps_before = 0  # of the epoch, when the run was resumed
 
     def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)
+        self.loader.set_epoch(epoch)  # Accelerate's, which hands its own count on to the sampler
 
     def steps(self, done: int) -> Iterator[list[dict]]:
         """The batches of each step of the epoch, of which so many steps are done."""
