@@ -23,6 +23,7 @@ def load_or_train_tokenizer(
     """
     if name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        _warn_of_changed_captions(tokenizer, training_captions)
     else:
         trained = [train_tokenizer(training_captions, vocab_size) if accelerator.is_main_process else None]
         tokenizer = broadcast_object_list(trained)[0]
@@ -43,3 +44,22 @@ def trimmed_to_captions(
     tokenizer, token_ids = trim_tokenizer(tokenizer, [*texts, prompt])
     logger.info(f"Vocabulary trimmed to {len(tokenizer):,} of {num_tokens:,} tokens.")
     return tokenizer, token_ids
+
+
+def _warn_of_changed_captions(
+    tokenizer: PreTrainedTokenizerBase, captions: list[str], num_captions: int = 1000
+) -> None:
+    """Warn where a tokenizer's normalization or unknown tokens change captions, since references stay as they are written."""
+    sample = captions[:: -(-len(captions) // num_captions)]
+    decoded = tokenizer.batch_decode(tokenizer(sample, add_special_tokens=False).input_ids, skip_special_tokens=True)
+    changed = [
+        (caption, text)
+        for caption, text in zip(sample, decoded, strict=True)
+        if "".join(caption.split()) != "".join(text.split())  # blanks may be set otherwise
+    ]
+    if changed:
+        caption, text = changed[0]
+        logger.warning(
+            f"The tokenizer {tokenizer.name_or_path} changes {len(changed):,} of {len(sample):,} training captions, such as "
+            f"{caption[:80]!r} to {text[:80]!r}: captions are generated in its form and scored against references as written."
+        )
