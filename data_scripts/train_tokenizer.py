@@ -109,8 +109,7 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
 def as_fast_tokenizer(sentencepiece_model: bytes, model_max_length: int | None = None) -> "PreTrainedTokenizerFast":
     """Rewrite a SentencePiece BPE model as a `tokenizers` one, with `normalize` in front.
 
-    It encodes to the same token IDs and decodes to the same text, except that an unknown token is "<unk>" where SentencePiece has
-    " ⁇ ".
+    It encodes to the same token IDs and decodes to the same text, " ⁇ " for an unknown token; `skip_special_tokens` drops it.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -124,7 +123,9 @@ def as_fast_tokenizer(sentencepiece_model: bytes, model_max_length: int | None =
         [normalizers.NFC(), normalizers.Replace(Regex(BLANKS), " "), normalizers.Replace(Regex("^ | $"), "")]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(UNK, " ⁇ "), decoders.Metaspace(replacement=SPACE, prepend_scheme="always")]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, vocabulary[EOS])]
     )
