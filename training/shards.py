@@ -14,7 +14,6 @@ from itertools import islice
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from PIL import Image
@@ -305,22 +304,19 @@ class ShardLoader:
         num_workers: int,
     ):
         self.accelerator, self.sampler, self.num_batches, self.collator = accelerator, sampler, num_batches, collator
-        loader = DataLoader(stream, batch_size, sampler=sampler, collate_fn=collator, num_workers=num_workers)
-        self.loader = prepare_data_loader(
-            loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True
-        )
+        self.loader = DataLoader(stream, batch_size, sampler=sampler, collate_fn=collator, num_workers=num_workers)
         self.step_captions = batch_size * num_batches
         self.ends = False  # whether the step that was given last is the epoch's last
         self.steps_before = 0  # of the epoch, when the run was resumed
 
     def set_epoch(self, epoch: int) -> None:
-        self.loader.set_epoch(epoch)  # Accelerate's, which hands its own count on to the sampler
+        self.sampler.set_epoch(epoch)
 
     def steps(self, done: int) -> Iterator[list[dict]]:
         """The batches of each step of the epoch, of which so many steps are done."""
         self.steps_before = done
         with torch.random.fork_rng(devices=[]):  # a loader that starts draws a random number
-            batches = iter(self.loader)
+            batches = (send_to_device(batch, self.accelerator.device) for batch in self.loader)
             group = list(islice(batches, self.num_batches))
         spare = group[-1] if group else self._any_batch()
         while self._anywhere(group):
