@@ -86,7 +86,12 @@ def test_data_scripts_import_no_model_and_no_training():
     assert result.stdout.strip() == "False"
 
 
-COMMANDS = [path.stem for path in our_modules("data_scripts") if "def main(" in path.read_text(encoding="utf-8")]
+COMMANDS = [
+    f"{room}.{path.stem}"
+    for room in ("data_scripts", "training")
+    for path in our_modules(room)
+    if "def main(" in path.read_text(encoding="utf-8")
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -95,7 +100,7 @@ def test_help_of_a_data_command_imports_nothing_heavy(command):
         "import sys, runpy\n"
         "sys.argv = ['x', '--help']\n"
         "try:\n"
-        f"    runpy.run_module('data_scripts.{command}', run_name='__main__')\n"
+        f"    runpy.run_module('{command}', run_name='__main__')\n"
         "except SystemExit as ended:\n"
         "    assert not ended.code\n"
         "heavy = {'torch', 'datasets', 'transformers', 'pyarrow', 'pandas'} & sys.modules.keys()\n"

@@ -30,7 +30,7 @@ TEXT = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
 MORE_PAGES = [ROOT / "RESULTS.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "experiments").glob("*.md"))]
 # What starts with a program and names a script or a module of ours.
 COMMAND = re.compile(
-    r"(?:python|accelerate launch(?: --[\w-]+(?: (?!train_)\S+)?)*) (?:-m )?(?:\w+\.py|(?:data_scripts|reporting)\.\w+)[^`\n#]*"
+    r"(?:python|accelerate launch(?: --[\w-]+(?: (?!train_)\S+)?)*) (?:-m )?(?:\w+\.py|(?:data_scripts|reporting|training)\.\w+)[^`\n#]*"
 )
 
 
@@ -39,8 +39,19 @@ def commands(text: str) -> list[str]:
 
 
 # Not run here: what needs the Hub (test_hub.py runs that against one on the loopback address), files of others or several
-# devices (test_processes.py), the export, which takes long (test_export_onnx.py), and what has nothing to work on.
-NOT_RUN = ("export_onnx", "me/", "nlpconnect/", "--config_file", "--multi_gpu", "MODEL", "--help")
+# devices (test_processes.py), shards (test_shard_training.py), the export, which takes long (test_export_onnx.py), and what has nothing to work on.
+NOT_RUN = (
+    "export_onnx",
+    "me/",
+    "nlpconnect/",
+    "--config_file",
+    "--multi_gpu",
+    "MODEL",
+    "--help",
+    "cc12m",
+    "s3://",
+    "--streaming",
+)
 RUN = [
     command
     for command in commands(TEXT)
