@@ -39,7 +39,8 @@ def commands(text: str) -> list[str]:
 
 
 # Not run here: what needs the Hub (test_hub.py runs that against one on the loopback address), files of others or several
-# devices (test_processes.py), shards (test_shard_training.py), the export, which takes long (test_export_onnx.py), and what has nothing to work on.
+# devices (test_processes.py), shards (test_shard_training.py), the export, which takes long (test_export_onnx.py), and what has
+# nothing to work on.
 NOT_RUN = (
     "export_onnx",
     "me/",
