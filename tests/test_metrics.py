@@ -444,3 +444,10 @@ def test_the_readmes_reward_for_trl_has_the_signature_that_trl_calls():
     of_images = CaptionScorer(REFERENCES).per_image_cider(PREDICTIONS)
     assert rewards[0] == pytest.approx(of_images[3], abs=1e-12) and rewards[0] > max(rewards[1:])
     assert all(type(reward) is float for reward in rewards)
+
+
+def test_a_caption_of_words_that_no_reference_has_is_novel_or_not_by_its_words():
+    references, training = [["a dog runs"], ["a dog sits"]], ["a cat", "a horse"]
+    for predictions, novel in ((["a zebra", "a cat"], 0.5), (["a horse", "a cat"], 0.0), (["a zebra", "a bear"], 1.0)):
+        report = CaptionScorer(references, training).report(predictions, num_resamples=2)
+        assert report["diagnostics"]["novel"] == novel, predictions
