@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -444,3 +447,29 @@ def test_the_readmes_reward_for_trl_has_the_signature_that_trl_calls():
     of_images = CaptionScorer(REFERENCES).per_image_cider(PREDICTIONS)
     assert rewards[0] == pytest.approx(of_images[3], abs=1e-12) and rewards[0] > max(rewards[1:])
     assert all(type(reward) is float for reward in rewards)
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_with_numpy_alone_and_its_command_runs(coco_files, tmp_path):
+    """Built as `pip wheel ./metrics` does it, unpacked as pip does it, and run from there."""
+    source, site = tmp_path / "metrics", tmp_path / "site"
+    shutil.copytree(REPOSITORY / "metrics", source, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w"]
+    built = subprocess.run([*build, str(tmp_path), str(source)], capture_output=True, text=True)
+    if "Cannot import 'setuptools" in built.stderr or "No module named" in built.stderr:
+        pytest.skip("needs pip, and setuptools 77 or newer")
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("caption_scores-*.whl"))) as wheel:
+        wheel.extractall(site)
+    (about,) = site.glob("caption_scores-*.dist-info")
+    metadata = (about / "METADATA").read_text(encoding="utf-8")
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert required == ["Requires-Dist: numpy>=1.26"] and (about / "licenses" / "LICENSE").exists()
+    (command,) = re.findall(r"caption-scores = (\S+):(\w+)", (about / "entry_points.txt").read_text())
+    program = f"import sys; from {command[0]} import {command[1]} as command; sys.exit(command(sys.argv[1:]))"
+    run = subprocess.run(
+        [sys.executable, "-c", program, *map(str, coco_files)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert f"cider    {CaptionScorer(REFERENCES[1:]).score(PREDICTIONS[1:])['cider']:7.4f}" in run.stdout
