@@ -19,6 +19,8 @@ from system.errors import UserError, one_line_errors
 from training.arguments import GenerationArguments, parse_recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from datasets import Dataset
 
     from metrics import CaptionScorer
@@ -186,7 +188,7 @@ def optional_metrics(args: EvaluationArguments) -> "OptionalMetrics":
 
 
 def build_scorer(
-    references: list[list[str]], args: EvaluationArguments, training_captions: list[str] | None = None
+    references: list[list[str]], args: EvaluationArguments, training_captions: "Sequence[str] | None" = None
 ) -> "CaptionScorer":
     """The scorer of references; a tokenizer that cannot split them is warned of in one line."""
     from metrics import CaptionScorer
@@ -244,6 +246,7 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
     from datasets import DatasetDict
     from torch.utils.data import DataLoader
 
+    from data_scripts.caption_texts import CaptionTexts
     from data_scripts.scene_truth import scene_truths
     from modeling.captioner import Captioner
     from reporting.page import NUM_IMAGES
@@ -286,9 +289,7 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
 
     # ---- Scores -----------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        training_captions = None
-        if "train" in dataset:
-            training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
+        training_captions = CaptionTexts(dataset["train"]) if "train" in dataset else None
         scorer = build_scorer(rows["captions"], args, training_captions)
         report_captions(
             args.output_dir,
