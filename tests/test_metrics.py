@@ -23,7 +23,7 @@ from metrics.caption_scores import coco_caption as drop_in
 from metrics.caption_scores.baselines import derangement
 from metrics.caption_scores.command import main
 from metrics.caption_scores.java_metrics import JavaMetricError, meteor
-from metrics.caption_scores.ngrams import KeyNumbers
+from metrics.caption_scores.ngrams import KeyNumbers, PieceNumbers, cut_pieces
 
 REPOSITORY = Path(__file__).parents[1]
 PREDICTIONS, REFERENCES = benchmark.make_captions(40)
@@ -405,6 +405,27 @@ def test_keys_are_numbered_as_by_a_dict(batches, asked):
     for key, number in zip(asked, found, strict=True):
         assert number == numbers[key] if key in numbers else unknown.setdefault(key, number) == number >= table.size
     assert len(set(unknown.values())) == len(unknown)
+
+
+PIECES = st.lists(
+    st.one_of(st.sampled_from(["a", "b" * 7, "b" * 8, "b" * 14, "b" * 15, "ü" * 9]), st.text(max_size=24))
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(PIECES.map("  ".join), min_size=1, max_size=6), st.lists(PIECES.map("\u3000".join), max_size=3))
+def test_captions_are_cut_at_blanks_and_the_same_pieces_have_the_same_number(captions, others):
+    """As str.split cuts them, and as a dict numbers them; chunks of long pieces are not taken for short pieces."""
+    numbers, place_of = PieceNumbers(), {}
+    for texts in (captions, others or [""], captions):
+        text, start, length, ends = cut_pieces(texts)
+        split = [[*map(str, caption.split())] for caption in texts]
+        assert np.diff(ends, prepend=0).tolist() == list(map(len, split))
+        pieces = [text[begin : begin + size].tobytes() for begin, size in zip(start, length, strict=True)]
+        assert [piece.decode("utf-8", "surrogatepass") for piece in pieces] == [piece for row in split for piece in row]
+        for piece, number in zip(pieces, numbers.number(text, start, length).tolist(), strict=True):
+            assert place_of.setdefault(piece, number) == number
+    assert len(set(place_of.values())) == len(place_of)
 
 
 def test_java_metrics_say_what_is_missing_and_do_not_hang(tmp_path, monkeypatch):
