@@ -451,17 +451,51 @@ def test_the_benchmark_says_that_it_needs_java(tmp_path, monkeypatch, capsys):
     assert ("install a Java runtime" in capsys.readouterr().err) or find_spec("pycocoevalcap") is None
 
 
-def test_the_readmes_reward_for_trl_has_the_signature_that_trl_calls():
-    """trl calls a reward by keyword: completions, and every column of the data set, repeated for each completion."""
+def readmes_reward(references: list[list[str]]):
+    """The function of metrics/README.md."""
     readme = (REPOSITORY / "metrics" / "README.md").read_text(encoding="utf-8")
     block = next(part for part in readme.split("```python\n")[1:] if "cider_reward" in part).split("```")[0]
     lines = [
         line.replace("from caption_scores", "from metrics") for line in block.splitlines() if "Trainer" not in line
     ]
-    names = {"references": REFERENCES}
+    names = {"references": references}
     exec("\n".join(lines), names)
+    return names["cider_reward"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("trl") is None, reason="needs trl")
+def test_trl_trains_a_small_model_on_the_readmes_reward(tmp_path):
+    import transformers
+    from datasets import Dataset
+    from small_captioners import WORDS, word_tokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    references = [["a dog runs"], ["the cat sits"], ["a big dog"], ["the red cat"]]
+    reward, given = readmes_reward(references), []
+
+    def cider_reward(completions, **columns):
+        given.extend(reward(completions, **columns))
+        return given[-len(completions) :]
+
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(WORDS), **sizes, **tokens))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    args = GRPOConfig(
+        str(tmp_path), per_device_train_batch_size=8, num_generations=8, max_completion_length=5, max_steps=2,
+        learning_rate=0.1, report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"prompt": ["a"] * 4, "references": references})
+    GRPOTrainer(model, cider_reward, args, train_dataset=rows, processing_class=word_tokenizer()).train()
+    assert len(given) == 16 and max(given) > 0
+    assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_the_readmes_reward_for_trl_has_the_signature_that_trl_calls():
+    """trl calls a reward by keyword: completions, and every column of the data set, repeated for each completion."""
     completions = [PREDICTIONS[3], PREDICTIONS[5], PREDICTIONS[3]]
-    rewards = names["cider_reward"](
+    rewards = readmes_reward(REFERENCES)(
         prompts=[""] * 3, completions=completions, completion_ids=[[0]] * 3, trainer_state=None,
         references=[REFERENCES[3], REFERENCES[3], REFERENCES[4]],
     )  # fmt: skip
