@@ -309,7 +309,8 @@ class KeyNumbers:
         """Make room for so many new keys: at most three quarters of the slots are ever taken."""
         room = self.size + num_keys
         if room > len(self.keys):
-            self.keys = np.concatenate((self.keys[: self.size], np.empty(num_keys, dtype=np.int64)))
+            known, self.keys = self.keys[: self.size], np.empty(room, dtype=np.int64)
+            self.keys[: self.size] = known  # the room behind takes no memory before it is used
         if 4 * room <= 3 * len(self.slots):
             return
         self.slots = np.full(1 << (4 * room // 3).bit_length(), -1, dtype=np.int32)
