@@ -9,6 +9,8 @@ format, whose references are those of the dataset. results.json has the scores, 
 """
 
 import logging
+import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,9 +19,12 @@ from system.errors import UserError, one_line_errors
 from training.arguments import GenerationArguments, parse_recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from datasets import Dataset
 
     from metrics import CaptionScorer
+    from reporting.optional_metrics import OptionalMetrics
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
 
@@ -70,6 +75,32 @@ class EvaluationArguments:
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Number of processes that decode images; 0 decodes in the main process.", "min": 0}
     )
+    metric_tokenizer: Literal["auto", "ptb", "ptb_in_order", "intl", "char", "none", "13a", "zh", "ja-mecab"] = field(
+        default="auto",
+        metadata={
+            "help": "Tokenizer of BLEU, ROUGE-L and CIDEr-D; auto chooses by the script of the references: ptb, coco-caption's, for "
+            "European ones."
+        },
+    )
+    meteor: bool = field(default=False, metadata={"help": "Score METEOR as well; needs Java and pycocoevalcap."})
+    spice: bool = field(default=False, metadata={"help": "Score SPICE as well; needs Java and pycocoevalcap."})
+    clip_model: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a CLIP or SigLIP to score CLIPScore and RefCLIPScore with as well."},
+    )
+    objects: str | None = field(
+        default=None,
+        metadata={
+            "help": "COCO instances .json, or .json of {image_id: [objects]}, to score the rates of hallucinated objects (CHAIR) "
+            "with as well."
+        },
+    )
+    object_synonyms: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of other words for objects: .json {object: [words]}, or lines of object, word, word.",
+        },
+    )
     publish_images: bool | None = field(
         default=None,
         metadata={"help": "Whether captions.html may be pushed with its images; only drawn scenes if not given."},
@@ -93,6 +124,8 @@ class EvaluationArguments:
     def __post_init__(self):
         if (self.predictions is None) == (self.model_name_or_path is None):
             raise UserError("give either --model_name_or_path or --predictions")
+        if self.object_synonyms and not self.objects:
+            raise UserError("--object_synonyms has no effect without --objects")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -110,50 +143,88 @@ def main(argv: list[str] | None = None) -> None:
 def score_predictions(args: EvaluationArguments) -> None:
     """Score a file of captions; only results.json is written."""
     from data_scripts.captions_file import read_captions
-    from metrics import CaptionScorer
+    from reporting.optional_metrics import add_scores
     from reporting.report import print_results
     from reporting.results import write_results
 
+    optional = optional_metrics(args)
     records = read_captions(args.predictions, with_references=False)
     if not records:
         raise UserError(f"{args.predictions} has no captions")
-    about = {"dataset": Path(args.predictions).name}
-    if not all("references" in record for record in records):
-        add_references(records, args)
+    about, rows = {"dataset": Path(args.predictions).name}, None
+    has_references = all("references" in record for record in records)
+    if not has_references or args.clip_model:
+        rows = matching_rows(records, args)
+    if not has_references:
+        for record, captions in zip(records, rows["captions"], strict=True):
+            record["references"] = captions
         about = {"dataset": Path(args.dataset_name).name, "split": args.split}
-    references = [record["references"] for record in records]
-    scores = CaptionScorer(references).report([record["caption"] for record in records])
+    captions, references, image_ids = (
+        [record[key] for record in records] for key in ("caption", "references", "image_id")
+    )
+    scores = build_scorer(references, args).report(captions)
     scores.pop("per_image")
     results = {
         **about,
         "num_images": len(records),
         "references_per_image": round(sum(map(len, references)) / len(records), 2),
-        **scores,
+        **add_scores(scores, optional.score(captions, references, image_ids, rows)),
     }
     write_results(args.output_dir, results)
     print_results(args.output_dir, results)
 
 
-def add_references(records: list[dict], args: EvaluationArguments) -> None:
-    """Give each record the captions that its image has in the dataset's split.
+def optional_metrics(args: EvaluationArguments) -> "OptionalMetrics":
+    from reporting.optional_metrics import OptionalMetrics
+
+    return OptionalMetrics(
+        meteor=args.meteor,
+        spice=args.spice,
+        clip_model=args.clip_model,
+        objects=args.objects,
+        synonyms=args.object_synonyms,
+        batch_size=args.per_device_eval_batch_size,
+    )
+
+
+def build_scorer(
+    references: list[list[str]], args: EvaluationArguments, training_captions: "Sequence[str] | None" = None
+) -> "CaptionScorer":
+    """The scorer of references; a tokenizer that cannot split them is warned of in one line."""
+    from metrics import CaptionScorer
+    from metrics.caption_scores.tokenizers import MissingTokenizer
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            scorer = CaptionScorer(references, training_captions, args.metric_tokenizer)
+        except MissingTokenizer as error:
+            raise UserError(f"--metric_tokenizer: {error}") from error
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return scorer
+
+
+def matching_rows(records: list[dict], args: EvaluationArguments) -> "Dataset":
+    """The rows of the dataset's split that captions are of, in their order.
 
     Raises:
         UserError: An image is not in the split.
     """
     rows = load_split(args)[1]
-    references = dict(zip(map(str, rows["image_id"]), rows["captions"], strict=True))
-    unknown = [record["image_id"] for record in records if record["image_id"] not in references]
+    places = {str(image_id): place for place, image_id in enumerate(rows["image_id"])}
+    unknown = [record["image_id"] for record in records if record["image_id"] not in places]
     if unknown:
+        lacks = "images are needed" if "references" in records[0] else "it has no references"
         raise UserError(
-            f"{args.predictions} has no references, and {len(unknown):,} of its {len(records):,} images, such as {unknown[0]!r}, are not "
+            f"{args.predictions}: {lacks}, and {len(unknown):,} of its {len(records):,} images, such as {unknown[0]!r}, are not "
             f"in the {args.split} split of {args.dataset_name}: give the --dataset_name and --split that were captioned"
         )
-    for record in records:
-        record["references"] = references[record["image_id"]]
-    if len(records) < len(references):
+    if len(records) < len(places):
         print(
-            f"{args.predictions} has captions of {len(records):,} of the split's {len(references):,} images: scored on these"
+            f"{args.predictions} has captions of {len(records):,} of the split's {len(places):,} images: scored on these"
         )
+    return rows.select([places[record["image_id"]] for record in records])
 
 
 def load_split(args: EvaluationArguments) -> tuple:
@@ -177,7 +248,6 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
 
     from data_scripts.caption_texts import CaptionTexts
     from data_scripts.scene_truth import scene_truths
-    from metrics import CaptionScorer
     from modeling.captioner import Captioner
     from reporting.page import NUM_IMAGES
     from reporting.report import report_captions
@@ -195,8 +265,11 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
     set_seed(args.seed, device_specific=True)
 
     # ---- Data and model ---------------------------------------------------------------------------------------------
+    optional = optional_metrics(args) if accelerator.is_main_process else None
     dataset, rows = load_split(args)
     (rows,) = subsample_evenly(args.max_eval_samples, rows)
+    if optional:
+        optional.objects_of(rows["image_id"])  # before captions are generated
     captioner = Captioner.load(args.model_name_or_path)
     captioner.set_decoding(**generation_args.settings())
     captioner.to(accelerator.device)  # cached features are float32, whatever the captions are generated in
@@ -217,7 +290,7 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
     # ---- Scores -----------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
         training_captions = CaptionTexts(dataset["train"]) if "train" in dataset else None
-        scorer = CaptionScorer(rows["captions"], training_captions)
+        scorer = build_scorer(rows["captions"], args, training_captions)
         report_captions(
             args.output_dir,
             rows=rows,
@@ -228,6 +301,7 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
             decoding=captioner.model.generation_config,
             publish_images=args.dataset_name == "scenes" if args.publish_images is None else args.publish_images,
             truth=scene_truths([made["caption"] for made in captions], rows["captions"]),
+            optional=optional,
         )
         if generation_args.num_return_sequences:
             print(write_captions(args.output_dir, best_captions(rows, captions, scorer), "best_captions.jsonl"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from reporting.curves import COLORS, draw_line, finish_axis, new_figure, points, save_figure, time_key
-from reporting.results import METRIC_TITLES, TRUTH_TITLES, read_history, read_results
+from reporting.results import METRIC_TITLES, OPTIONAL_TITLES, TRUTH_TITLES, read_history, read_results
 from system.errors import UserError, one_line_errors
 
 Runs = dict[str, dict]  # output directory -> its results
@@ -26,7 +26,13 @@ def comparison_table(runs: Runs) -> str:
     """
     has_truth = any(results.get("true_captions") for results in runs.values())
     truth_title = [TRUTH_TITLES["all"]] if has_truth else []
-    titles = ["Run", *truth_title, *METRIC_TITLES.values(), "95% interval", "Shuffled CIDEr", "Epochs", "Seconds"]
+    optional = {
+        name: title
+        for name, title in OPTIONAL_TITLES.items()
+        if any(name in results["metrics"] for results in runs.values())
+    }
+    columns = METRIC_TITLES | optional
+    titles = ["Run", *truth_title, *columns.values(), "95% interval", "Shuffled CIDEr", "Epochs", "Seconds"]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
     for name, results in runs.items():
         interval = (results.get("intervals") or {}).get("cider")
@@ -34,7 +40,7 @@ def comparison_table(runs: Runs) -> str:
         cells = [
             name.replace("|", "\\|"),
             *([_number((results.get("true_captions") or {}).get("all"))] if has_truth else []),
-            *(_number(results["metrics"].get(metric)) for metric in METRIC_TITLES),
+            *(_number(results["metrics"].get(metric)) for metric in columns),
             f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "—",
             _number((results.get("shuffled") or {}).get("cider")),
             _number(train.get("epochs"), "g"),
@@ -47,6 +53,12 @@ def comparison_table(runs: Runs) -> str:
             f"{dataset}, {split}, {number} images" for dataset, split, number in sorted(scored_on, key=str)
         )
         lines += ["", f"These runs were scored on different images ({images}): their scores are not comparable."]
+    tokenizers = {results["tokenizer"] for results in runs.values() if results.get("tokenizer")}
+    if len(tokenizers) > 1:
+        lines += [
+            "",
+            f"These runs' scores are of different tokenizers ({', '.join(sorted(tokenizers))}): not comparable.",
+        ]
     return "\n".join(lines)
 
 

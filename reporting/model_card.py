@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reporting.page import TEMPLATES, known_facts, score_rows
-from reporting.results import METRIC_TITLES, TRUTH_TITLES, is_hub_id
+from reporting.results import ALL_TITLES, METRIC_TITLES, TRUTH_TITLES, is_hub_id
 from reporting.samples import read_samples
 from system.files import write_file
 
@@ -156,8 +156,8 @@ def card_metadata(
     dataset_type = dataset if is_hub_id(dataset) else re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-")
     # The Hub's names of the metrics: bleu, rouge, cider.
     scores = {
-        (name.split("_")[0], title): results["metrics"][name]
-        for name, title in METRIC_TITLES.items()
+        (name.split("_")[0] if name in METRIC_TITLES else name, title): results["metrics"][name]
+        for name, title in ALL_TITLES.items()
         if name in results.get("metrics", {})
     }
     if rates := results.get("true_captions"):

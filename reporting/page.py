@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from reporting.results import METRIC_TITLES, TRUTH_TITLES
+from reporting.results import ALL_TITLES, TRUTH_TITLES
 from system.files import write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -99,10 +99,10 @@ def image_data_uri(image: Image.Image) -> str:
 def score_rows(results: dict) -> list[dict]:
     """Rows of the score table, one per metric: title, score, interval [low, high], shuffled, constant; None if unknown.
 
-    "scale" maps the row's numbers to its axis, 0 to 1: by 1, or for CIDEr above 1 by the inverse of the largest.
+    "scale" maps the row's numbers to its axis, 0 to 1: by 1, or for a score above 1 by the inverse of the largest.
     """
     rows = []
-    for name, title in METRIC_TITLES.items():
+    for name, title in ALL_TITLES.items():
         if name not in results.get("metrics", {}):
             continue
         row = {
@@ -115,7 +115,7 @@ def score_rows(results: dict) -> list[dict]:
         highest = max(
             number or 0.0 for number in (row["score"], row["shuffled"], row["constant"], *(row["interval"] or ()))
         )
-        row["scale"] = 1.0 / max(highest, 1.0)  # only CIDEr exceeds 1
+        row["scale"] = 1.0 / max(highest, 1.0)  # CIDEr and CLIPScore may exceed 1
         rows.append(row)
     return rows
 

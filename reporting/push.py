@@ -22,7 +22,7 @@ from huggingface_hub.utils import httpx
 from transformers.trainer_utils import HubStrategy
 
 from reporting.model_card import name_on_card
-from reporting.results import METRIC_TITLES, is_hub_id, read_results
+from reporting.results import ALL_TITLES, is_hub_id, read_results
 from system.errors import UserError, one_line_errors
 from system.files import write_file
 from system.retries import error_summary, retried
@@ -143,7 +143,7 @@ def _eval_results(folder: Path) -> bytes | None:
             value=round(float(results["metrics"][name]), 4),
             notes=f"{title}, {results.get('split') or 'unnamed'} split",
         )
-        for name, title in METRIC_TITLES.items()
+        for name, title in ALL_TITLES.items()
         if name in results["metrics"]
     ]
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True).encode()

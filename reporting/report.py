@@ -10,9 +10,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import GenerationConfig
 
+from reporting.optional_metrics import OptionalMetrics, add_scores
 from reporting.page import write_page
 from reporting.results import (
-    METRIC_TITLES,
+    ALL_TITLES,
     TRUTH_TITLES,
     is_hub_id,
     true_caption_rates,
@@ -37,6 +38,7 @@ def report_captions(
     train: dict | None = None,
     publish_images: bool = False,
     truth: list[dict] | None = None,
+    optional: OptionalMetrics | None = None,
 ) -> dict:
     """Score the captions of a split, write results.json, captions.jsonl and captions.html, and print the scores.
 
@@ -53,6 +55,7 @@ def report_captions(
         truth: If the truth about the images is known (drawn scenes): for each row whether the caption is true as a
             whole and by aspect, under the keys of `TRUTH_TITLES`, and the "false_words", character spans [start, end)
             of the caption.
+        optional: Scores to compute beside those of `scorer`.
 
     Returns:
         The content of results.json.
@@ -60,6 +63,8 @@ def report_captions(
     texts = [caption["caption"] for caption in captions]
     scores = scorer.report(texts, [caption["ended"] for caption in captions])
     per_image = scores.pop("per_image")
+    if optional:
+        scores = add_scores(scores, optional.score(texts, rows["captions"], rows["image_id"], rows))
     columns = zip(rows["image_id"], captions, rows["captions"], per_image, truth or [None] * len(captions), strict=True)
     records = [
         {**caption, "image_id": image_id, "references": references, **scored, "truth": is_true}
@@ -105,13 +110,17 @@ def decoding_settings(config: GenerationConfig) -> dict[str, Any]:
 
 def print_results(output_dir: str | os.PathLike, results: dict) -> None:
     """Print the scores with intervals and shuffled baseline, the warning if there is one, and the files to open."""
-    for name, title in METRIC_TITLES.items():
+    titles = {name: title for name, title in ALL_TITLES.items() if name in results["metrics"]}
+    width = max(map(len, titles.values()), default=0) + 1
+    for name, title in titles.items():
         low, high = results["intervals"][name]
-        shuffled = results["shuffled"][name]
-        print(f"{title:8} {results['metrics'][name]:.3f}  ({low:.3f} to {high:.3f}; shuffled {shuffled:.3f})")
+        shuffled = f"; shuffled {results['shuffled'][name]:.3f}" if name in results["shuffled"] else ""
+        print(f"{title:{width}} {results['metrics'][name]:.3f}  ({low:.3f} to {high:.3f}{shuffled})")
+    if results.get("tokenizer"):
+        print(f"Tokenizer: {results['tokenizer']}")
     if rates := results.get("true_captions"):
         aspects = ", ".join(f"{title.lower()} {rates[key]:.3f}" for key, title in TRUTH_TITLES.items() if key != "all")
-        print(f"{'True':8} {rates['all']:.3f}  ({aspects})")
+        print(f"{'True':{width}} {rates['all']:.3f}  ({aspects})")
     if results["warning"]:
         print(f"warning: {results['warning']}")
     for name in ("captions.html", "results.json"):

@@ -20,6 +20,16 @@ METRIC_TITLES = {
     "rouge_l": "ROUGE-L",
     "cider": "CIDEr",
 }
+# Those that are scored where they are asked for; the last two count errors, so that less is better.
+OPTIONAL_TITLES = {
+    "meteor": "METEOR",
+    "spice": "SPICE",
+    "clip_score": "CLIPScore",
+    "ref_clip_score": "RefCLIPScore",
+    "chair_i": "CHAIRi",
+    "chair_s": "CHAIRs",
+}
+ALL_TITLES = METRIC_TITLES | OPTIONAL_TITLES
 # Aspects in which a caption is true of its image or not, where the truth is known.
 TRUTH_TITLES = {
     "all": "True captions",
@@ -30,13 +40,23 @@ TRUTH_TITLES = {
     "relation": "Relation",
 }
 RESULT_KEYS = (
-    *("dataset", "split", "num_images", "references_per_image", "decoding", "metrics", "true_captions", "intervals"),
+    *(
+        "dataset",
+        "split",
+        "num_images",
+        "references_per_image",
+        "tokenizer",
+        "decoding",
+        "metrics",
+        "true_captions",
+        "intervals",
+    ),
     *("shuffled", "constant", "diagnostics", "beats_shuffled", "warning", "train", "publish_images"),
 )
 
 
 def write_results(output_dir: str | os.PathLike, results: dict) -> Path:
-    """Write results.json, in the order of `RESULT_KEYS` and `METRIC_TITLES`; other keys follow.
+    """Write results.json, in the order of `RESULT_KEYS` and `ALL_TITLES`; other keys follow.
 
     Raises:
         ValueError: `results` has a NaN or infinite number; the message names its key.
@@ -44,7 +64,7 @@ def write_results(output_dir: str | os.PathLike, results: dict) -> Path:
     ordered = _in_order(results, RESULT_KEYS)
     for key in ("metrics", "intervals", "shuffled", "constant"):
         if isinstance(ordered.get(key), dict):
-            ordered[key] = _in_order(ordered[key], METRIC_TITLES)
+            ordered[key] = _in_order(ordered[key], ALL_TITLES)
     path = Path(output_dir) / "results.json"
     for key, number in _numbers(ordered):
         if not math.isfinite(number):

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +23,7 @@ from metrics.caption_scores import coco_caption as drop_in
 from metrics.caption_scores.baselines import derangement
 from metrics.caption_scores.command import main
 from metrics.caption_scores.java_metrics import JavaMetricError, meteor
-from metrics.caption_scores.ngrams import KeyNumbers
+from metrics.caption_scores.ngrams import KeyNumbers, PieceNumbers, cut_pieces
 
 REPOSITORY = Path(__file__).parents[1]
 PREDICTIONS, REFERENCES = benchmark.make_captions(40)
@@ -404,6 +407,27 @@ def test_keys_are_numbered_as_by_a_dict(batches, asked):
     assert len(set(unknown.values())) == len(unknown)
 
 
+PIECES = st.lists(
+    st.one_of(st.sampled_from(["a", "b" * 7, "b" * 8, "b" * 14, "b" * 15, "ü" * 9]), st.text(max_size=24))
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(PIECES.map("  ".join), min_size=1, max_size=6), st.lists(PIECES.map("\u3000".join), max_size=3))
+def test_captions_are_cut_at_blanks_and_the_same_pieces_have_the_same_number(captions, others):
+    """As str.split cuts them, and as a dict numbers them; chunks of long pieces are not taken for short pieces."""
+    numbers, place_of = PieceNumbers(), {}
+    for texts in (captions, others or [""], captions):
+        text, start, length, ends = cut_pieces(texts)
+        split = [[*map(str, caption.split())] for caption in texts]
+        assert np.diff(ends, prepend=0).tolist() == list(map(len, split))
+        pieces = [text[begin : begin + size].tobytes() for begin, size in zip(start, length, strict=True)]
+        assert [piece.decode("utf-8", "surrogatepass") for piece in pieces] == [piece for row in split for piece in row]
+        for piece, number in zip(pieces, numbers.number(text, start, length).tolist(), strict=True):
+            assert place_of.setdefault(piece, number) == number
+    assert len(set(place_of.values())) == len(place_of)
+
+
 def test_java_metrics_say_what_is_missing_and_do_not_hang(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(JavaMetricError, match="no `java` on the PATH"):
@@ -427,17 +451,51 @@ def test_the_benchmark_says_that_it_needs_java(tmp_path, monkeypatch, capsys):
     assert ("install a Java runtime" in capsys.readouterr().err) or find_spec("pycocoevalcap") is None
 
 
-def test_the_readmes_reward_for_trl_has_the_signature_that_trl_calls():
-    """trl calls a reward by keyword: completions, and every column of the data set, repeated for each completion."""
+def readmes_reward(references: list[list[str]]):
+    """The function of metrics/README.md."""
     readme = (REPOSITORY / "metrics" / "README.md").read_text(encoding="utf-8")
     block = next(part for part in readme.split("```python\n")[1:] if "cider_reward" in part).split("```")[0]
     lines = [
         line.replace("from caption_scores", "from metrics") for line in block.splitlines() if "Trainer" not in line
     ]
-    names = {"references": REFERENCES}
+    names = {"references": references}
     exec("\n".join(lines), names)
+    return names["cider_reward"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("trl") is None, reason="needs trl")
+def test_trl_trains_a_small_model_on_the_readmes_reward(tmp_path):
+    import transformers
+    from datasets import Dataset
+    from small_captioners import WORDS, word_tokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    references = [["a dog runs"], ["the cat sits"], ["a big dog"], ["the red cat"]]
+    reward, given = readmes_reward(references), []
+
+    def cider_reward(completions, **columns):
+        given.extend(reward(completions, **columns))
+        return given[-len(completions) :]
+
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(WORDS), **sizes, **tokens))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    args = GRPOConfig(
+        str(tmp_path), per_device_train_batch_size=8, num_generations=8, max_completion_length=5, max_steps=2,
+        learning_rate=0.1, report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"prompt": ["a"] * 4, "references": references})
+    GRPOTrainer(model, cider_reward, args, train_dataset=rows, processing_class=word_tokenizer()).train()
+    assert len(given) == 16 and max(given) > 0
+    assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_the_readmes_reward_for_trl_has_the_signature_that_trl_calls():
+    """trl calls a reward by keyword: completions, and every column of the data set, repeated for each completion."""
     completions = [PREDICTIONS[3], PREDICTIONS[5], PREDICTIONS[3]]
-    rewards = names["cider_reward"](
+    rewards = readmes_reward(REFERENCES)(
         prompts=[""] * 3, completions=completions, completion_ids=[[0]] * 3, trainer_state=None,
         references=[REFERENCES[3], REFERENCES[3], REFERENCES[4]],
     )  # fmt: skip
@@ -451,3 +509,29 @@ def test_a_caption_of_words_that_no_reference_has_is_novel_or_not_by_its_words()
     for predictions, novel in ((["a zebra", "a cat"], 0.5), (["a horse", "a cat"], 0.0), (["a zebra", "a bear"], 1.0)):
         report = CaptionScorer(references, training).report(predictions, num_resamples=2)
         assert report["diagnostics"]["novel"] == novel, predictions
+
+
+@pytest.mark.slow
+def test_the_wheel_installs_with_numpy_alone_and_its_command_runs(coco_files, tmp_path):
+    """Built as `pip wheel ./metrics` does it, unpacked as pip does it, and run from there."""
+    source, site = tmp_path / "metrics", tmp_path / "site"
+    shutil.copytree(REPOSITORY / "metrics", source, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w"]
+    built = subprocess.run([*build, str(tmp_path), str(source)], capture_output=True, text=True)
+    if "Cannot import 'setuptools" in built.stderr or "No module named" in built.stderr:
+        pytest.skip("needs pip, and setuptools 77 or newer")
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("caption_scores-*.whl"))) as wheel:
+        wheel.extractall(site)
+    (about,) = site.glob("caption_scores-*.dist-info")
+    metadata = (about / "METADATA").read_text(encoding="utf-8")
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert required == ["Requires-Dist: numpy>=1.26"] and (about / "licenses" / "LICENSE").exists()
+    (command,) = re.findall(r"caption-scores = (\S+):(\w+)", (about / "entry_points.txt").read_text())
+    program = f"import sys; from {command[0]} import {command[1]} as command; sys.exit(command(sys.argv[1:]))"
+    run = subprocess.run(
+        [sys.executable, "-c", program, *map(str, coco_files)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert f"cider    {CaptionScorer(REFERENCES[1:]).score(PREDICTIONS[1:])['cider']:7.4f}" in run.stdout

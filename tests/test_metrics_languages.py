@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import evaluate_captions
 from metrics import CaptionScorer, CiderD
 from metrics.caption_scores.tokenizers import TOKENIZERS, choose_tokenizer, get_split
 from metrics.caption_scores.tokenizers import _intl as put_blanks
+from reporting.model_card import write_model_card
+from reporting.page import write_page
 
 # language, caption, the tokenizer chosen, its words
 SENTENCES = [
@@ -22,6 +25,7 @@ SENTENCES = [
     ("Hindi", "एक कुत्ता घास पर दौड़ रहा है।", "intl", "एक कुत्ता घास पर दौड़ रहा है"),
     ("Korean", "개가 풀밭 위를 달리고 있다.", "intl", "개가 풀밭 위를 달리고 있다"),
     ("Chinese", "一只狗在 草地上。", "char", "一 只 狗 在 草 地 上"),
+    ("Thai", "สุนัขวิ่ง", "char", "ส ุ น ั ข ว ิ ่ ง"),
     ("Japanese", "犬が、芝生の上を走る。", "char", "犬 が 芝 生 の 上 を 走 る"),
 ]
 
@@ -61,6 +65,28 @@ def test_unknown_and_missing_tokenizers_are_named():
             CaptionScorer([["a dog"]], tokenizer="zh")
     else:
         assert get_split("13a")(["A dog, 3,000 cats."]) == [["a", "dog", "3,000", "cats"]]
+        assert get_split("zh")(["一只dog在跑。"]) == [["一", "只", "dog", "在", "跑"]]
+    if find_spec("MeCab"):
+        assert get_split("ja-mecab")(["犬が芝生の上を走る。"]) == [["犬", "が", "芝生", "の", "上", "を", "走る"]]
+
+
+def test_evaluation_takes_the_tokenizer_says_it_and_warns_where_it_cannot_split(tmp_path, capsys):
+    predictions = tmp_path / "captions.jsonl"
+    rows = [{"image_id": str(i), "caption": text, "references": [text]} for i, text in enumerate(["一只狗", "两个人"])]
+    predictions.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    options = ["--predictions", str(predictions), "--output_dir", str(tmp_path)]
+    for chosen, said in (("auto", "char"), ("ptb", "ptb"), ("char", "char")):
+        evaluate_captions.main([*options, "--metric_tokenizer", chosen])
+        results = json.loads((tmp_path / "results.json").read_text())
+        printed = capsys.readouterr()
+        assert results["tokenizer"] == said and f"Tokenizer: {said}" in printed.out
+        assert ("warning:" in printed.err) == (chosen == "ptb")
+        page = write_page(tmp_path, [], [], results).read_text(encoding="utf-8")
+        assert f"<b>Tokenizer</b>: {said}" in page
+        card = write_model_card(
+            tmp_path, kind="vit-gpt2", model_name="me/model", results=results, command="train", options={}
+        )
+        assert f"tokenizer `{said}`" in card.read_text(encoding="utf-8")
 
 
 def test_intl_puts_blanks_where_sacrebleu_puts_them():

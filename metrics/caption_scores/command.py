@@ -7,7 +7,9 @@ import warnings
 from pathlib import Path
 
 from .coco_caption import InputError, read_coco
-from .java_metrics import JavaMetricError, meteor, spice
+from .intervals import interval_of_images
+from .java_metrics import JavaMetricError, measure_java
+from .object_hallucination import ObjectVocabulary, count_mentions, objects_of, read_objects, read_synonyms
 from .scorer import METRIC_NAMES, CaptionScorer
 from .tokenizers import TOKENIZERS
 
@@ -29,15 +31,29 @@ def main(argv: list[str] | None = None) -> int:
         "--spice", action="store_true", help="SPICE as well (needs Java and pycocoevalcap with its models)"
     )
     parser.add_argument(
+        "--objects",
+        type=Path,
+        metavar="FILE",
+        help="COCO instances json, or {image_id: [objects]}: rates of hallucinated objects (CHAIR) as well",
+    )
+    parser.add_argument(
+        "--synonyms", type=Path, metavar="FILE", help="other words for objects, lines of: object, word, word"
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="file for all of the report, CIDEr-D of each image included"
     )
     arguments = parser.parse_args(argv)
     try:
         images, captions, references, num_missing = read_coco(arguments.results, arguments.annotations)
         report = _score(captions, references, arguments.tokenizer)
-        java = {"meteor": meteor} if arguments.meteor else {}
-        java |= {"spice": spice} if arguments.spice else {}
-        report["metrics"] |= {name: metric(captions, references) for name, metric in java.items()}
+        names = list(METRIC_NAMES)
+        for name in ("meteor", "spice"):
+            if getattr(arguments, name):
+                names.append(name)
+                _add_java(name, captions, references, report)
+        if arguments.objects:
+            names += ["chair_i", "chair_s"]
+            _add_objects(arguments.objects, arguments.synonyms, images, captions, references, report)
     except (InputError, JavaMetricError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,12 +63,10 @@ def main(argv: list[str] | None = None) -> int:
         )
     print(f"{len(images)} images, tokenizer {report['tokenizer']}")
     print(f"{'':8} {'score':>7}  {'95 % interval':16}  {'shuffled':>8}  {'constant':>8}")
-    for name in METRIC_NAMES:
+    for name in names:
         low, high = report["intervals"][name]
-        baselines = f"{report['shuffled'][name]:8.4f}  {report['constant'][name]:8.4f}"
-        print(f"{name:8} {report['metrics'][name]:7.4f}  {low:.4f} to {high:.4f}  {baselines}")
-    for name in java:
-        print(f"{name:8} {report['metrics'][name]:7.4f}")
+        baselines = "  ".join(f"{report[of][name]:8.4f}" for of in ("shuffled", "constant") if name in report[of])
+        print(f"{name:8} {report['metrics'][name]:7.4f}  {low:.4f} to {high:.4f}  {baselines}".rstrip())
     if report["warning"]:
         print(report["warning"])
     if arguments.json:
@@ -60,6 +74,26 @@ def main(argv: list[str] | None = None) -> int:
             row["image_id"] = image
         arguments.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
+
+
+def _add_java(name: str, captions: list[str], references: list[list[str]], report: dict) -> None:
+    score, of_images = measure_java(name, captions, references)
+    report["metrics"][name] = score
+    report["intervals"][name] = interval_of_images(score, of_images)
+
+
+def _add_objects(
+    objects_file: Path, synonyms_file: Path | None, images: list, captions: list[str], references: list, report: dict
+) -> None:
+    of_images, names = read_objects(objects_file)
+    objects = objects_of(images, of_images, objects_file)
+    vocabulary = ObjectVocabulary(names, read_synonyms(synonyms_file) if synonyms_file else None)
+    mentions = count_mentions(captions, objects, references, vocabulary)
+    report["metrics"] |= mentions.scores()
+    report["intervals"] |= mentions.intervals()
+    if len(captions) > 1:
+        shuffled = CaptionScorer.shuffle(captions)
+        report["shuffled"] |= count_mentions(shuffled, objects, references, vocabulary).scores()
 
 
 def _score(captions: list[str], references: list[list[str]], tokenizer: str) -> dict:

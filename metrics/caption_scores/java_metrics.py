@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from .ptb_tokenizer import tokenize
 from .scorer import check_predictions, check_references
@@ -25,8 +26,10 @@ else:
 captions = json.load(open(captions_file, encoding="utf-8"))
 references = dict(enumerate(captions["references"]))
 predictions = {image: [caption] for image, caption in enumerate(captions["predictions"])}
-score, _ = Metric().compute_score(references, predictions)
-print(json.dumps(float(score)))
+score, of_images = Metric().compute_score(references, predictions)
+if name == "spice":
+    of_images = [image["All"]["f"] for image in of_images]
+print(json.dumps([float(score), [float(image) for image in of_images]]))
 """
 
 
@@ -46,15 +49,29 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]], time
         JavaMetricError: No Java, no pycocoevalcap, a failing program, or one slower than the limit.
         ValueError: As `CaptionScorer`.
     """
-    return _run("meteor", predictions, references, time_limit)
+    return measure_java("meteor", predictions, references, time_limit)[0]
 
 
 def spice(predictions: Sequence[str], references: Sequence[Sequence[str]], time_limit: float = 3600) -> float:
     """SPICE of one caption per image, as coco-caption runs it (Anderson et al. 2016); arguments and errors as `meteor`."""
-    return _run("spice", predictions, references, time_limit)
+    return measure_java("spice", predictions, references, time_limit)[0]
 
 
-def _check_installation(name: str) -> None:
+def measure_java(
+    name: Literal["meteor", "spice"],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    time_limit: float = 3600,
+) -> tuple[float, list[float]]:
+    """METEOR or SPICE of all images, and of each. SPICE is their mean, METEOR is not; arguments and errors as `meteor`."""
+    check_installation(name)
+    check_references(references)
+    check_predictions(predictions, len(references))
+    return _run(name, predictions, references, time_limit)
+
+
+def check_installation(name: str) -> None:
+    """Raise a JavaMetricError where Java, pycocoevalcap or its models are missing."""
     if shutil.which("java") is None:
         raise JavaMetricError(
             f"{name.upper()} is a Java program and there is no `java` on the PATH: install a Java runtime"
@@ -73,10 +90,9 @@ def _check_installation(name: str) -> None:
         )
 
 
-def _run(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], time_limit: float) -> float:
-    _check_installation(name)
-    check_references(references)
-    check_predictions(predictions, len(references))
+def _run(
+    name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], time_limit: float
+) -> tuple[float, list[float]]:
     captions = {
         "references": [[" ".join(tokenize(caption)) for caption in captions] for captions in references],
         "predictions": [" ".join(tokenize(caption)) for caption in predictions],
@@ -105,4 +121,5 @@ def _run(name: str, predictions: Sequence[str], references: Sequence[Sequence[st
     if process.returncode:
         reason = (errors.strip().splitlines() or ["no message"])[-1]
         raise JavaMetricError(f"{name.upper()} failed ({reason}): try pycocoevalcap's own example with this Java")
-    return json.loads(output.splitlines()[-1])
+    score, of_images = json.loads(output.splitlines()[-1])
+    return score, of_images

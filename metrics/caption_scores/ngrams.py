@@ -3,20 +3,26 @@
 Numpy sorts, joins and sums the numbers: no Python loop runs over n-grams.
 """
 
+import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, compress
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
-from .ptb_tokenizer import BEGINS_SPAN, ENDS_SPAN, HOLDS_SPAN, split_piece, tokenize
+from .ptb_tokenizer import BEGINS_SPAN, ENDS_SPAN, HOLDS_SPAN, TWO_WORDS, split_piece, tokenize
 from .tokenizers import Split
 
 MAX_ORDER = 4
 SHIFT = 32  # two numbers below 2**31 share one int64 key: (high << SHIFT) | low
-CAPTIONS_AT_ONCE, LISTS_AT_ONCE = 8192, 512
+CAPTIONS_AT_ONCE = 8192
+CHUNK = 8  # bytes of an int64
+LOWER_BYTES = np.array([(1 << 8 * size) - 1 for size in range(CHUNK)], dtype=np.int64)
+CHAINED = np.int64(-(1 << 63))
+IS_BLANK = np.array([chr(code).isspace() and code < 128 for code in range(256)])
+UNICODE_BLANKS = re.compile(r"[^\S\x00-\x7f]")
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # multiplicative hashing (Knuth, TAOCP 6.4)
 
 
@@ -95,34 +101,76 @@ class Captions(NamedTuple):
         return Captions(np.insert(self.words, self.ends()[where], number), self.lengths + where, self.parts)
 
 
-class WordIndex(dict):
-    """Numbers the words of captions. As a dict: from a piece of text between blanks to the number of that piece.
+def cut_pieces(captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Cut captions at blanks, all at once.
 
-    With the PTB tokenizer, the words of a piece do not depend on the pieces beside it, but for the captions that
-    the flags of `split_piece` tell. So each distinct piece is split once. With another tokenizer, each caption is split as a whole and
-    each word is a piece.
+    Returns:
+        text: All captions as UTF-8, uint8, with `CHUNK` zeros behind.
+        start, length: Of each piece between blanks, in bytes.
+        ends: Of each caption, the number of pieces up to its end.
+    """
+    joined = " ".join(captions)
+    if joined.isascii():
+        content, lengths = joined.encode(), map(len, captions)
+    else:
+        # bytes know the blanks of ASCII alone
+        encoded = [UNICODE_BLANKS.sub(" ", caption).encode("utf-8", "surrogatepass") for caption in captions]
+        content, lengths = b" ".join(encoded), map(len, encoded)
+    text = np.frombuffer(content + bytes(CHUNK), dtype=np.uint8)
+    # between two blanks, those before the text and behind it included, is a piece, which may be empty
+    blank = np.concatenate(([-1], np.flatnonzero(IS_BLANK[text[:-CHUNK]]), [len(content)]))
+    start, length = blank[:-1] + 1, np.diff(blank) - 1
+    there = length > 0
+    caption_ends = np.cumsum(np.fromiter(lengths, dtype=np.int64, count=len(captions)) + 1)
+    ends = np.cumsum(there)[np.searchsorted(start, caption_ends) - 1]
+    return text, start[there], length[there], ends
+
+
+class PieceNumbers:
+    """Numbers texts by their content, without collisions: chunks of seven bytes, each numbered with those before it.
+
+    A chunk is the lower seven bytes of an int64 key; with chunks before it, whose number is known, the key is that number and the
+    chunk's own, with a bit that no chunk has. Chunks share the numbers of whole texts.
+    """
+
+    def __init__(self) -> None:
+        self.keys = KeyNumbers()
+
+    def number(self, text: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """The number of the text of so many bytes at each start; new ones are learned."""
+        # eight bytes from every position on, as one number
+        eight = np.ndarray(len(text) - CHUNK, dtype="<i8", buffer=text, strides=(1,))
+        number = self.keys.number(eight[start] & LOWER_BYTES[np.minimum(length, CHUNK - 1)], learn=True)
+        long, done = np.flatnonzero(length > CHUNK - 1), CHUNK - 1
+        while len(long):
+            left = np.minimum(length[long] - done, CHUNK - 1)
+            chunk = self.keys.number(eight[start[long] + done] & LOWER_BYTES[left], learn=True)
+            key = (number[long].astype(np.int64) << SHIFT) | chunk | CHAINED
+            number[long] = self.keys.number(key, learn=True)
+            done += CHUNK - 1
+            long = long[length[long] > done]
+        return number
+
+
+class WordIndex:
+    """Numbers the words of captions.
+
+    With the PTB tokenizer, the words of a piece of text between blanks do not depend on the pieces beside it, but for the
+    captions that the flags of `split_piece` tell. So each distinct piece is split once; `PieceNumbers` tells which are the same.
+    With another tokenizer, each caption is split as a whole.
 
     Args:
         split: Another tokenizer than PTB: from captions to the words of each.
     """
 
     def __init__(self, split: Split | None = None) -> None:
-        super().__init__()
         self.split = split
         self.words: dict[str, int] = {}
         self.parts: dict[int, list[int]] = {}
-        # of each piece: where its words begin in `flat`, how many they are, and its flags
-        self.first, self.size, self.flags, self.flat = array("i"), array("i"), array("b"), array("i")
-
-    def __missing__(self, piece: str) -> int:
-        words, flags = ((piece,), 0) if self.split else split_piece(piece)
-        self.first.append(len(self.flat))
-        self.size.append(len(words))
-        self.flags.append(flags)
-        for word in words:
-            self.flat.append(self.words[word] if word in self.words else self.number(word))
-        self[piece] = number = len(self)
-        return number
+        self.pieces = PieceNumbers()
+        # of each piece: where its words begin in `flat`, how many they are (-1: not split yet), and its flags
+        self.first, self.size = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32)
+        self.flags, self.flat = np.empty(0, dtype=np.int8), array("i")
 
     def number(self, word: str) -> int:
         number = self.words.setdefault(word, len(self.words))
@@ -130,59 +178,77 @@ class WordIndex(dict):
             self.parts[number] = [self.number(part) for part in word.split()]
         return number
 
-    def split_text(self, caption: str) -> tuple[str, ...]:
-        """The words of one caption."""
-        return tuple(self.split([caption])[0]) if self.split else tuple(tokenize(caption))
-
     def texts(self, words: np.ndarray) -> list[str]:
         """The words that these numbers stand for."""
         texts = list(self.words)
         return [texts[number] for number in words.tolist()]
 
+    def split_text(self, caption: str) -> tuple[str, ...]:
+        """The words of one caption."""
+        return tuple(self.split([caption])[0]) if self.split else tuple(tokenize(caption))
+
     def encode(self, captions: Sequence[str], learn: bool) -> Captions:
         """Tokenize captions. Unless they are to be learned, words that are new have a number in this result alone."""
-        num_words, num_pieces, num_flat = len(self.words), len(self), len(self.flat)
+        num_words, num_flat = len(self.words), len(self.flat)
         split = self.split(captions) if self.split else captions
-        parts = [
-            self._encode(split[start : start + CAPTIONS_AT_ONCE]) for start in range(0, len(split), CAPTIONS_AT_ONCE)
-        ]
+        encode = self._number_lists if self.split else self._encode
+        parts = [encode(split[start : start + CAPTIONS_AT_ONCE]) for start in range(0, len(split), CAPTIONS_AT_ONCE)]
         word_parts = dict(self.parts)
         if not learn:
             for _ in range(len(self.words) - num_words):
                 self.parts.pop(self.words.popitem()[1], None)
-            for _ in range(len(self) - num_pieces):
-                self.popitem()
-            del self.first[num_pieces:], self.size[num_pieces:], self.flags[num_pieces:], self.flat[num_flat:]
+            self.size[self.first >= num_flat] = -1
+            del self.flat[num_flat:]
         if not parts:
             return Captions(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32))
         words, lengths = map(np.concatenate, zip(*parts, strict=True))
         return Captions(words, lengths, word_parts)
 
-    def _encode(self, captions: Sequence[str] | Sequence[list[str]]) -> tuple[np.ndarray, np.ndarray]:
-        pieces, num_pieces = [], []
-        # few lists at a time: the garbage collector visits all that live, again and again
-        for start in range(0, len(captions), LISTS_AT_ONCE):
-            lists = captions[start : start + LISTS_AT_ONCE]
-            lists = lists if self.split else list(map(str.split, lists))
-            sizes = list(map(len, lists))
-            num_pieces += sizes
-            numbers = map(self.__getitem__, chain.from_iterable(lists))
-            pieces.append(np.fromiter(numbers, dtype=np.int32, count=sum(sizes)))
-        piece, ends = np.concatenate(pieces), np.cumsum(num_pieces)
-        size = np.array(self.size, dtype=np.int32)[piece]
-        first = np.array(self.first, dtype=np.int32)[piece]
-        words = np.array(self.flat, dtype=np.int32)[ranges(first, size)]
+    def _number_lists(self, lists: Sequence[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+        lengths = np.fromiter(map(len, lists), dtype=np.int32, count=len(lists))
+        words = map(self.number, chain.from_iterable(lists))
+        return np.fromiter(words, dtype=np.int32, count=int(lengths.sum())), lengths
+
+    def _encode(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        text, start, length, ends = cut_pieces(captions)
+        piece = self.pieces.number(text, start, length)
+        self._split_new(text, start, length, piece)
+        size = self.size[piece]
+        words = np.frombuffer(self.flat, dtype=np.int32)[ranges(self.first[piece], size)]
         words_before = np.concatenate(([0], np.cumsum(size)))
         lengths = np.diff(words_before[ends], prepend=0).astype(np.int32)
-        if self.split:
-            return words, lengths
-
-        flags = np.array(self.flags, dtype=np.int8)[piece]
+        flags = self.flags[piece]
         spans = (flags & HOLDS_SPAN) != 0
         spans[:-1] |= (flags[:-1] & ENDS_SPAN != 0) & (flags[1:] & BEGINS_SPAN != 0)
         if spans.any():
             words, lengths = self._encode_whole(captions, words, lengths, np.flatnonzero(spans), ends)
         return words, lengths
+
+    def _split_new(self, text: np.ndarray, start: np.ndarray, length: np.ndarray, piece: np.ndarray) -> None:
+        """Split the pieces that were not split before."""
+        more = self.pieces.keys.size - len(self.size)
+        if more > 0:
+            more = max(more, len(self.size) // 2)
+            self.first, self.flags = np.pad(self.first, (0, more)), np.pad(self.flags, (0, more))
+            self.size = np.pad(self.size, (0, more), constant_values=-1)
+        unsplit = np.flatnonzero(self.size[piece] < 0)
+        new = unsplit[np.unique(piece[unsplit], return_index=True)[1]]
+        content, numbers = text.tobytes(), piece[new]
+        texts = [
+            content[begin:end] for begin, end in zip(start[new].tolist(), (start + length)[new].tolist(), strict=True)
+        ]
+        # nearly all are one word each: letters alone
+        simple = np.fromiter(map(bytes.isalpha, texts), dtype=bool, count=len(texts))
+        words = b" ".join(compress(texts, simple)).decode().lower().split()
+        simple[np.flatnonzero(simple)[[word in TWO_WORDS for word in words]]] = False
+        words = [word for word in words if word not in TWO_WORDS]
+        self.first[numbers[simple]] = len(self.flat) + np.arange(len(words))
+        self.size[numbers[simple]], self.flags[numbers[simple]] = 1, 0
+        self.flat.extend([self.words.setdefault(word, len(self.words)) for word in words])
+        for number, other in zip(numbers[~simple].tolist(), compress(texts, ~simple), strict=True):
+            words, flags = split_piece(other.decode("utf-8", "surrogatepass"))
+            self.first[number], self.size[number], self.flags[number] = len(self.flat), len(words), flags
+            self.flat.extend([self.words[word] if word in self.words else self.number(word) for word in words])
 
     def _encode_whole(self, captions, words, lengths, spans, ends) -> tuple[np.ndarray, np.ndarray]:
         """Tokenize again, as a whole, the captions in which a token may reach over a blank."""
@@ -243,7 +309,8 @@ class KeyNumbers:
         """Make room for so many new keys: at most three quarters of the slots are ever taken."""
         room = self.size + num_keys
         if room > len(self.keys):
-            self.keys = np.concatenate((self.keys[: self.size], np.empty(num_keys, dtype=np.int64)))
+            known, self.keys = self.keys[: self.size], np.empty(room, dtype=np.int64)
+            self.keys[: self.size] = known  # the room behind takes no memory before it is used
         if 4 * room <= 3 * len(self.slots):
             return
         self.slots = np.full(1 << (4 * room // 3).bit_length(), -1, dtype=np.int32)

@@ -18,12 +18,14 @@ BITS_OF_BYTE = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint
 class DocumentFrequencies:
     """The weight of an n-gram: log of the number of images over the number of those whose references hold it."""
 
-    def __init__(self, images_with: list[np.ndarray], num_images: int) -> None:
+    def __init__(self, images_with: Iterable[np.ndarray], num_images: int) -> None:
         log_num_images = np.log(float(num_images))
-        # behind the known n-grams of an order stand all others: they count as n-grams of one image
-        self.weights = [
-            np.append(log_num_images - np.log(np.maximum(images, 1)), log_num_images) for images in images_with
-        ]
+        self.weights = []
+        for images in images_with:
+            # behind the known n-grams of an order stand all others: they count as n-grams of one image
+            weights = np.ones(len(images) + 1)
+            np.maximum(images, 1, out=weights[:-1])
+            self.weights.append(np.subtract(log_num_images, np.log(weights, out=weights), out=weights))
 
     def weigh(self, ngram: np.ndarray, order: int) -> np.ndarray:
         return self.weights[order][np.minimum(ngram, len(self.weights[order]) - 1)]
@@ -99,18 +101,19 @@ class ReferenceTable:
         # of counts, which are at most the words of a reference or the references of an image
         self.count_type = np.min_scalar_type(int(max(captions.lengths.max(), num_references.max())))
         parts = [[self._sort(ngrams, order) for order, ngrams in enumerate(block)] for block in blocks]
-        self.orders = [self._join([block[order] for block in parts]) for order in range(MAX_ORDER)]
+        # taken out of `parts` as they are joined, so that both are never there in full
+        self.orders = [self._join([block.pop(0) for block in parts]) for _ in range(MAX_ORDER)]
         self.last_ngram = [int(entries.ngram.max(initial=-1)) for entries in self.orders]
         if frequencies is None:
-            images_with = [np.bincount(entries.ngram[entries.num_references > 0]) for entries in self.orders]
+            images_with = (np.bincount(entries.ngram[entries.num_references > 0]) for entries in self.orders)
             frequencies = DocumentFrequencies(images_with, len(num_references))
         self.frequencies = frequencies
         self.norms = [self._norms(entries, order) for order, entries in enumerate(self.orders)]
 
     def _sort(self, ngrams: Ngrams, order: int) -> tuple[np.ndarray, ...]:
-        """Sort n-grams of some images by image, n-gram and reference: how many of each image, then as `Entries`."""
+        """Sort n-grams of some images by image, n-gram and reference: the first image, how many of each from it on, then as `Entries`."""
         if not len(ngrams.ngram):
-            return np.zeros(len(self.num_references), dtype=np.int64), *(np.empty(0, dtype=np.int8) for _ in range(5))
+            return 0, *(np.empty(0, dtype=np.int8) for _ in range(6))
         # all in one number, in as many bits as they need here; of words, the position, too
         first_reference, last_reference = ngrams.caption[[0, -1]].tolist()
         reference_bits, ngram_bits = (
@@ -150,13 +153,14 @@ class ReferenceTable:
         num_references[group] = np.diff(group, append=len(key))
         ngram = (key & ((1 << ngram_bits) - 1)).astype(np.int32)
         key >>= ngram_bits
-        num_entries = np.bincount(key)
-        num_entries = np.pad(num_entries, (first_image, len(self.num_references) - first_image - len(num_entries)))
-        return num_entries, ngram, reference, count, num_references, positions
+        return first_image, np.bincount(key), ngram, reference, count, num_references, positions
 
     def _join(self, parts: list[tuple[np.ndarray, ...]]) -> Entries:
-        num_entries, *columns = zip(*parts, strict=True)
-        first = np.concatenate(([0], np.cumsum(sum(num_entries))))
+        first_images, sizes, *columns = zip(*parts, strict=True)
+        num_entries = np.zeros(len(self.num_references), dtype=np.int64)
+        for first_image, size in zip(first_images, sizes, strict=True):
+            num_entries[first_image : first_image + len(size)] += size
+        first = np.concatenate(([0], np.cumsum(num_entries)))
         return Entries(first, *map(np.concatenate, columns))
 
     def _norms(self, entries: Entries, order: int) -> np.ndarray:

@@ -24,6 +24,8 @@ def check_predictions(predictions: Sequence[str], num_images: int) -> None:
             f"{'one string' if isinstance(predictions, str) else len(predictions)} as predictions for {num_images} "
             "images with references: give a list with one caption per image, in the same order"
         )
+    if set(map(type, predictions)) <= {str}:
+        return
     for position, caption in enumerate(predictions):
         if not isinstance(caption, str):
             raise ValueError(
@@ -35,6 +37,9 @@ def check_references(references: Sequence[Sequence[str]]) -> None:
     """Raise a ValueError unless every image has a list of at least one string."""
     if isinstance(references, str) or not len(references):
         raise ValueError("references must be a list with, for each image, a list of at least one caption")
+    plain = set(map(type, references)) <= {list, tuple} and all(references)
+    if plain and set(map(type, chain.from_iterable(references))) == {str}:
+        return
     for position, captions in enumerate(references):
         if isinstance(captions, str) or not isinstance(captions, Sequence):
             raise ValueError(

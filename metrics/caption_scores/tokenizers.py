@@ -35,11 +35,16 @@ EUROPEAN = re.compile("[A-Za-z\u00aa-\u058f\u1e00-\u1fff]")  # Latin, Greek, Cyr
 NUM_SAMPLED = 2000
 
 
+class MissingTokenizer(ValueError):
+    """A tokenizer of a library that is not installed; the message says what to install."""
+
+
 def get_split(name: str) -> Split | None:
     """The function that splits captions; None for "ptb", which goes a faster way.
 
     Raises:
-        ValueError: No tokenizer of that name, or one of a library that is not installed.
+        ValueError: No tokenizer of that name.
+        MissingTokenizer: One of a library that is not installed.
     """
     if name == "ptb":
         return None
@@ -124,6 +129,6 @@ def _sacrebleu(name: str) -> Callable[[str], str]:
         return getattr(import_module(f"sacrebleu.tokenizers.{module}"), class_name)()
     except (ImportError, RuntimeError) as error:  # sacrebleu raises RuntimeError where MeCab is missing
         extra = "sacrebleu[ja]" if name == "ja-mecab" else "sacrebleu"
-        raise ValueError(
+        raise MissingTokenizer(
             f"the tokenizer {name!r} is sacrebleu's ({str(error).splitlines()[0]}): pip install '{extra}', or choose 'char'"
         ) from None
