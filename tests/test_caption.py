@@ -29,6 +29,7 @@ def model(tmp_path_factory) -> str:
 
 def captions_of(model: str, *images, options=()) -> dict[str, str]:
     output = Path(model) / "captions.jsonl"
+    options = ["--resume", "false", *options]
     caption.main(["--model_name_or_path", model, *map(str, images), "--output", str(output), *options])
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     return {Path(line["image_id"]).name: line["caption"] for line in lines}
@@ -136,7 +137,7 @@ def test_several_captions_of_an_image(model, tmp_path, capsys):
 def test_an_internal_error_keeps_its_traceback(model, tmp_path, monkeypatch):
     IMAGES[0].save(tmp_path / "image.png")
 
-    monkeypatch.setattr(caption, "write_items", lambda *_: dict([(1, 2, 3)]))
+    monkeypatch.setattr(caption, "caption_sources", lambda *_: dict([(1, 2, 3)]))
     with pytest.raises(ValueError, match="update sequence"):
         caption.main(["--model_name_or_path", model, str(tmp_path / "image.png")])
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from data_scripts.augmentations import augment_image
+from modeling.fingerprint import weights_digest
 from system.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -124,15 +125,6 @@ def encoder_fingerprint(encoder: torch.nn.Module, image_processor) -> str:
     settings = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in NOT_COMPUTED}
     about = f"{image_processor.to_json_string()} {encoder} {json.dumps(settings, sort_keys=True, default=str)}"
     return weights_digest(encoder, about)
-
-
-def weights_digest(module: torch.nn.Module, about: str = "") -> str:
-    """A digest of all weights and statistics of a module, and of a description of it."""
-    digest = hashlib.sha256(about.encode())
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def images_fingerprint(images: Dataset) -> str:
