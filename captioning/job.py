@@ -133,7 +133,7 @@ class Job:
         pixels = pixels.to(self.captioner.model.device)
         inputs = {"encoder_outputs": self.encode(pixels)} if self.encode else {"pixel_values": pixels}
         options = {"confidence": True} if self.with_confidence else {}
-        return self.captioner.generate(inputs, inspect=self.counts.captioned < self.num_inspected, **options)
+        return self.captioner.generate(inputs, self.counts.captioned < self.num_inspected, **options)
 
     def _write(self, items: list[dict]) -> None:
         self.counts.captioned += len(items)

@@ -21,8 +21,8 @@ def caption_confidences(
 
     Returns:
         For each caption {"log_probability": of its tokens together, in nats, EOS included where it ended the caption;
-        "confidence": the geometric mean of their probabilities; "least_sure_word": {"word", "probability"} of the least probable word, whose tokens count together,
-        or None in a caption without a word}.
+        "confidence": the geometric mean of their probabilities; "least_sure_word": {"word", "probability"} of the least
+        probable word, whose tokens count together, or None in a caption without a word}.
     """
     token_ids = sequences[:, num_start:]  # (batch, length)
     inputs = {"decoder_input_ids": sequences[:, :-1]}

@@ -1,15 +1,24 @@
-"""Laws of captioning many images: what a kill costs, what is done twice or not at all, which formats come back, who shares the work."""
+"""Laws of captioning many images: what a kill costs, what is done twice or not at all, which formats come back, who shares the work.
 
+python tests/test_caption_job.py --images 100000     the long version: 20 kills, and the memory of a tenth of the images and of all
+"""
+
+import argparse
 import io
 import json
 import multiprocessing
 import os
 import random
 import signal
+import resource
 import subprocess
 import sys
 import tarfile
+import tempfile
+import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -178,10 +187,12 @@ def test_several_captions_in_text_are_whole_after_a_cut(model, images, tmp_path)
 # ---- SIGKILL --------------------------------------------------------------------------------------------------------
 
 
-def captioned(arguments: list[str]) -> None:
+def captioned(arguments: list[str], peak=None) -> None:
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (of the process)
     caption.main(arguments)
+    if peak:
+        peak.value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def kill_and_resume(model: str, folder: Path, output: Path, kills: int, options=(), seconds: float = 1.5) -> None:
@@ -429,3 +440,41 @@ def test_webdataset_cut_in_an_image_of_zeros_is_closed_behind_the_one_before(tmp
     again.recover()
     with tarfile.open(tmp_path / "00000.tar") as archive:
         assert [Path(name).suffix for name in archive.getnames()] == [".bmp", ".txt", ".json"]
+
+
+# ---- By hand --------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=100_000)
+    parser.add_argument("--kills", type=int, default=20)
+    args = parser.parse_args()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["caption", "modeling.captioner", "pyarrow.parquet"])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model, seconds = str(folder / "model"), 0.0
+        build("lstm").save(model)
+        for number in (args.images // 10, args.images):
+            images, peak = make_images(folder / str(number), number, num_kinds=200), context.Value("q", 0)
+            arguments = ["--model_name_or_path", model, str(images), "--output", str(folder / f"{number}.jsonl")]
+            started = time.perf_counter()
+            process = context.Process(target=captioned, args=(arguments, peak))
+            process.start()
+            process.join()
+            seconds = time.perf_counter() - started
+            print(
+                f"{number:,} images: {peak.value / 1024:,.1f} MB at most, {number / seconds:,.0f} images a second",
+                flush=True,
+            )
+        # A killed run is on average given half of the time that one more in all would take to be done with.
+        kill_and_resume(model, images, folder / "killed.jsonl", args.kills, seconds=1.6 * seconds / args.kills)
+        whole, killed = (read_output(folder / f"{name}.jsonl") for name in (args.images, "killed"))
+        print(
+            f"killed {args.kills} times: {len(killed):,} lines of {len(dict(killed)):,} images, same captions: {dict(killed) == dict(whole)}"
+        )
+
+
+if __name__ == "__main__":
+    main()
