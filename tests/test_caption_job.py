@@ -9,8 +9,8 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import resource
+import signal
 import subprocess
 import sys
 import tarfile
@@ -471,8 +471,9 @@ def main() -> None:
         # A killed run is on average given half of the time that one more in all would take to be done with.
         kill_and_resume(model, images, folder / "killed.jsonl", args.kills, seconds=1.6 * seconds / args.kills)
         whole, killed = (read_output(folder / f"{name}.jsonl") for name in (args.images, "killed"))
+        same = dict(killed) == dict(whole)
         print(
-            f"killed {args.kills} times: {len(killed):,} lines of {len(dict(killed)):,} images, same captions: {dict(killed) == dict(whole)}"
+            f"killed {args.kills} times: {len(killed):,} lines of {len(dict(killed)):,} images, same captions: {same}"
         )
 
 

@@ -128,7 +128,9 @@ def test_caption_py_inspects_no_more_captions_than_the_page_shows(tmp_path, monk
         image.save(tmp_path / f"{place}.png")
     monkeypatch.setattr(Page, "num_images", 1)
     inspected, generate = [], Captioner.generate
-    monkeypatch.setattr(Captioner, "generate", lambda *given: inspected.append(given[-1]) or generate(*given))
+    monkeypatch.setattr(
+        Captioner, "generate", lambda *given, **more: inspected.append(given[-1]) or generate(*given, **more)
+    )
     images = [str(tmp_path / f"{place}.png") for place in range(3)]
     options = ["--model_name_or_path", str(tmp_path / "model"), "--output", str(tmp_path / "page.html")]
     options += ["--batch_size", "1"]
