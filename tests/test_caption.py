@@ -14,6 +14,7 @@ import app
 import caption
 import evaluate_captions
 import export_onnx
+import serve
 from data_scripts import load_captions
 from modeling.captioning_pipeline import to_rgb
 
@@ -35,7 +36,9 @@ def captions_of(model: str, *images, options=()) -> dict[str, str]:
     return {Path(line["image_id"]).name: line["caption"] for line in lines}
 
 
-@pytest.mark.parametrize("script", [caption, evaluate_captions, app, export_onnx], ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script", [caption, evaluate_captions, app, export_onnx, serve], ids=lambda script: script.__name__
+)
 def test_help_imports_none_of_the_large_libraries(script):
     code = f"""
 import sys, {script.__name__}
@@ -43,7 +46,7 @@ try:
     {script.__name__}.main(["--help"])
 except SystemExit:
     pass
-print(sorted({{"torch", "transformers", "datasets", "timm", "accelerate", "gradio"}} & sys.modules.keys()))
+print(sorted({{"torch", "transformers", "datasets", "timm", "accelerate", "gradio", "fastapi", "pyarrow"}} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
