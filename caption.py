@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -118,8 +119,8 @@ class CaptionArguments:
     encoder_engine: Literal["auto", "torch"] = field(
         default="auto",
         metadata={
-            "help": "Engine of the encoder on a CPU; auto is onnxruntime where it is installed, equal and faster, for 64 images or "
-            "more."
+            "help": "Engine of the encoder on a CPU; auto is onnxruntime where it is installed, equal and faster, for 256 images "
+            "or more."
         },
     )
     seed: int = field(default=42, metadata={"help": "Seed of sampling.", "min": 0, "below": 2**32})
@@ -274,12 +275,14 @@ def caption_sources(
 
 
 def choose_encoder(captioner: "Captioner", args: CaptionArguments, total: int, processes: Processes):
-    """The encoder by the fastest engine; None where the captioner's own will do."""
-    from modeling.onnx_encoder import MIN_IMAGES, FastestEncoder
+    """The encoder by the fastest engine; None where the captioner encodes by itself."""
+    from modeling.onnx_encoder import fastest_encoder
 
-    if args.encoder_engine == "torch" or total // processes.number < MIN_IMAGES:
+    if args.encoder_engine == "torch":
         return None
-    return FastestEncoder(captioner.encoder, lambda sentence: print(sentence, file=sys.stderr))
+    report = partial(print, file=sys.stderr) if processes.is_first else lambda sentence: None
+    encoder = fastest_encoder(captioner.encoder, total // processes.number, report)
+    return None if encoder is captioner.encoder else encoder
 
 
 # ---- Output ---------------------------------------------------------------------------------------------------------

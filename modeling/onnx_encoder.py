@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 MAX_DIFFERENCE = 1e-3  # of a state, relative to the largest one
 NUM_CHECKED = 4  # images of the first batch that both encode
-MIN_IMAGES = 64  # below these the export takes longer than it saves
+MIN_IMAGES = 256  # below these the export takes longer than it saves
 MAX_BYTES = 1_800_000_000  # of weights; a serialized ONNX model ends at 2 GiB
 OPSET = 17
 
@@ -32,6 +32,11 @@ class States(nn.Module):
         return self.encoder(pixel_values).last_hidden_state  # (batch, positions, size)
 
 
+def fastest_encoder(encoder: nn.Module, num_images: int, report: Callable[[str], None]) -> "nn.Module | FastestEncoder":
+    """The encoder, for so many images; see `FastestEncoder`."""
+    return encoder if num_images < MIN_IMAGES else FastestEncoder(encoder, report)
+
+
 class FastestEncoder:
     """An encoder that chooses its engine at the first batch: onnxruntime where its states are those of torch, and sooner there.
 
@@ -42,7 +47,7 @@ class FastestEncoder:
         report: Takes a sentence about an engine that was tried and not taken.
     """
 
-    def __init__(self, encoder: nn.Module, report: Callable[[str], None] = print):
+    def __init__(self, encoder: nn.Module, report: Callable[[str], None]):
         self.encoder, self.report = encoder, report
         self.encode: Encode | None = None
 

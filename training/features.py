@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from data_scripts.augmentations import augment_image
 from modeling.fingerprint import weights_digest
+from modeling.onnx_encoder import fastest_encoder
 from system.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,10 @@ def encode_splits(
         logger.info(f"Feature cache disabled: {'the encoder is trainable' if trains else '--cache_features false'}.")
         return {split: [None] * number for split, number in augmentations.items()}
     encoder.eval()
-    encode = compiled_for_batches(encoder) if args.compile_encoder else encoder
+    num_images = sum(len(rows) * augmentations[split] for split, rows in dataset.items())
+    encode = (
+        compiled_for_batches(encoder) if args.compile_encoder else fastest_encoder(encoder, num_images, logger.info)
+    )
     return cache_features(
         dataset,
         lambda pixels: encode(pixels).last_hidden_state,
