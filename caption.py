@@ -12,7 +12,7 @@ where it was. Images that cannot be read, and files of a folder that are no imag
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -159,7 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), quiet_ends():
         processes = Processes.launched()
         ignored = (args.sidecar_suffix,) if args.output_format == "sidecars" else ()
-        sources = ImageSources(without_repeats(args.images), args.image_column, args.id_column, ignored)
+        sources = ImageSources(
+            without_repeats(args.images, quiet=not processes.is_first), args.image_column, args.id_column, ignored
+        )
         check_sources(args, sources, processes)
         total = sources.count(quiet=not processes.is_first)
         if args.dry_run:
@@ -240,7 +242,8 @@ def caption_sources(
     num_captions = captioner.model.generation_config.num_return_sequences or 1
     output, doubtful = open_outputs(args, processes, num_captions)
     if processes.is_first and settings_path(args):
-        begin_or_resume(settings_path(args), output, is_there(args), settings_of(captioner, args), args.resume)
+        settings, in_folder = settings_of(captioner, args), args.output_format in FOLDERS
+        begin_or_resume(settings_path(args), output, settings, args.resume, is_there(args), in_folder)
         if doubtful:
             doubtful.recover() if args.resume else doubtful.remove()
     processes.wait_for_all()
@@ -254,7 +257,7 @@ def caption_sources(
         on_page or args.confidence or doubtful is not None,
     )
     job.num_inspected = Page.num_images if on_page else 0
-    refs = sources if args.output_format != "sidecars" else one_for_each_sidecar(sources, output.path_of)
+    refs = refs_for(output, sources)
     if args.num_workers is None:
         args.num_workers = 0 if captioner.model.device.type == "cpu" else min(8, os.cpu_count())
     decoder = ImageDecoder(2 * resized_side(captioner.image_processor), keep_content=args.output_format == "webdataset")
@@ -272,6 +275,13 @@ def caption_sources(
         if captioned < total or num_doubtful:
             print(told, file=sys.stderr)
     return bool(captioned or there)
+
+
+def refs_for(output: Output, sources: ImageSources) -> Iterable[ImageRef]:
+    """The images, with a problem where they cannot have a sidecar."""
+    if not isinstance(output, Sidecars):
+        return sources
+    return one_for_each_sidecar(sources, output.path_of, beside=output.folder is None)
 
 
 def choose_encoder(captioner: "Captioner", args: CaptionArguments, total: int, processes: Processes):
@@ -317,7 +327,7 @@ def beside_output(args: CaptionArguments, name: str) -> Path:
     if args.output_format not in FOLDERS:
         return Path(f"{args.output}.{name}")
     first = Path(args.output or args.images[0])
-    return (first if args.output or first.is_dir() else first.parent) / f".showtell.{name}"
+    return (first if args.output or first.is_dir() else first.parent) / f".showtell.{args.output_format}.{name}"
 
 
 def settings_path(args: CaptionArguments) -> Path | None:
@@ -348,10 +358,12 @@ def settings_of(captioner: "Captioner", args: CaptionArguments) -> dict:
 def dry_run(args: CaptionArguments, sources: ImageSources, total: int) -> None:
     """Say how many images would be captioned, and of the first few where to; nothing is written."""
     output, doubtful = open_outputs(args, Processes(), num_captions=1)
-    if args.resume or args.output_format == "sidecars":
+    if args.resume or args.existing == "skip":
         output.open()
+        if doubtful:
+            doubtful.open()
     job = Job(None, output, doubtful=doubtful)
-    refs = sources if args.output_format != "sidecars" else one_for_each_sidecar(sources, output.path_of)
+    refs = refs_for(output, sources)
     num_new = num_with_sidecar = 0
     for ref in (ref for batch in job.batches(refs, args.batch_size) for ref in batch):
         if num_new < NUM_NAMED:

@@ -185,18 +185,24 @@ def decoded_ahead(batches: Iterator) -> Iterator:
 # ---- Settings -------------------------------------------------------------------------------------------------------
 
 
-def begin_or_resume(path: Path, output: Output, is_there: bool, settings: dict, resume: bool) -> None:
+def begin_or_resume(
+    path: Path, output: Output, settings: dict, resume: bool, is_there: bool, in_folder: bool = False
+) -> None:
     """See to it that an output has captions of one kind, and mend what a kill has left; the first process does.
 
     Args:
         path: File of the settings, beside the output.
-        is_there: Whether there is something where the output goes.
         settings: What captions depend on, of JSON's types.
         resume: Whether to go on with what is there; otherwise it is removed.
+        is_there: Whether there is something where the output goes.
+        in_folder: Whether the output is a folder, of which nothing is removed unless the settings say that it is ours.
 
     Raises:
         UserError: It was begun with other settings.
     """
+    if is_there and not path.exists() and (resume or in_folder):
+        anew = "" if in_folder else ", or --resume false to begin it anew"
+        raise UserError(f"{path} is missing, which says how the output was begun: give another --output{anew}")
     if not resume:
         output.remove()
         path.unlink(missing_ok=True)
@@ -209,9 +215,5 @@ def begin_or_resume(path: Path, output: Output, is_there: bool, settings: dict, 
                 f"{path} says that this output was begun with {name} {before.get(name)}, and not {settings.get(name)}: "
                 "give another --output, or --resume false to begin it anew"
             )
-    elif is_there:
-        raise UserError(
-            f"{path} is missing, which says how the output was begun: give another --output, or --resume false to begin it anew"
-        )
     write_file(path, json_line(settings).encode("utf-8", "backslashreplace"))
     output.recover()

@@ -255,7 +255,7 @@ class Sidecars:
         self.there = Names(entry["image_id"] for entry in map(json.loads, self.journal) if "image_id" in entry)
 
     def has(self, ref: ImageRef) -> bool:
-        return ref.name in self.there or (self.existing == "skip" and self.path_of(ref).exists())
+        return self.path_of(ref).exists() if self.existing == "skip" else ref.name in self.there
 
     def write(self, items: list[dict]) -> None:
         entries = []

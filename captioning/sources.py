@@ -233,7 +233,7 @@ class Listing:
         )
 
 
-def without_repeats(names: Sequence[str]) -> list[str]:
+def without_repeats(names: Sequence[str], quiet: bool = False) -> list[str]:
     """The names, each once, without those that lie below a folder among them; how many were left out is said on stderr."""
     paths = {name: name if "://" in name else os.path.realpath(name) for name in names}
     folders = {path for path in paths.values() if os.path.isdir(path)}
@@ -241,7 +241,8 @@ def without_repeats(names: Sequence[str]) -> list[str]:
     for name in names:
         if not any(str(parent) in folders for parent in Path(paths[name]).parents):
             kept.setdefault(paths[name], name)
-    if left_out := len(names) - len(kept):
+    left_out = len(names) - len(kept)
+    if left_out and not quiet:
         print(
             f"{left_out:,} of {len(names):,} inputs are named twice, or lie in a folder that is: captioned once",
             file=sys.stderr,
@@ -249,14 +250,20 @@ def without_repeats(names: Sequence[str]) -> list[str]:
     return list(kept.values())
 
 
-def one_for_each_sidecar(refs: Iterable[ImageRef], path_of: Callable[[ImageRef], Path]) -> Iterator[ImageRef]:
+def one_for_each_sidecar(
+    refs: Iterable[ImageRef], path_of: Callable[[ImageRef], Path], beside: bool
+) -> Iterator[ImageRef]:
     """The references, with a problem where an image's sidecar is that of another in its folder, as of x.png beside x.jpg.
 
     Args:
         path_of: An image's sidecar.
+        beside: Whether sidecars stand beside their images, and images in tars have no place for one.
     """
     stems: dict[str, dict[str, str]] = {}  # image by sidecar, of the folder at hand and those above it
     for ref in refs:
+        if beside and not ref.is_file:
+            yield replace(ref, problem="has no place for a sidecar beside it: give --output FOLDER")
+            continue
         folder, sidecar = os.path.split(path_of(ref))
         if folder not in stems:
             stems = {known: names for known, names in stems.items() if folder.startswith(os.path.join(known, ""))}

@@ -168,6 +168,12 @@ def test_a_second_run_captions_what_is_new_and_refuses_other_settings(model, ima
     assert refused.value.code == 2 and "num_beams" in capsys.readouterr().err
     run(model, folder, "--output", output, "--num_beams", "2", "--resume", "false")
     assert len(read_output(output)) == 4
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x.tar").write_text("precious\n")
+    for resume in ("true", "false"):
+        with pytest.raises(SystemExit) as refused:
+            run(model, folder, "--output", tmp_path / "mine", "--output_format", "webdataset", "--resume", resume)
+        assert refused.value.code == 2 and (tmp_path / "mine" / "x.tar").read_text() == "precious\n"
     (tmp_path / "mine.jsonl").write_text("precious\n")
     with pytest.raises(SystemExit) as refused:
         run(model, folder, "--output", tmp_path / "mine.jsonl")
@@ -371,6 +377,16 @@ def test_our_own_tars_are_images_again(model, images, undisturbed, tmp_path):
     assert [row["json"]["image_id"] for row in rows] == sorted(undisturbed) and rows[0]["png"].size == (40, 30)
 
 
+def test_images_in_a_tar_have_no_sidecars_beside_them(model, images, tmp_path, capsys):
+    run(model, images / "001", "--output", tmp_path / "tars", "--output_format", "webdataset")
+    with pytest.raises(SystemExit) as refused:
+        run(model, tmp_path / "tars", "--output_format", "sidecars")
+    assert refused.value.code == 2 and "--output FOLDER" in capsys.readouterr().err
+    assert not sidecars(tmp_path)
+    run(model, tmp_path / "tars", "--output", tmp_path / "texts")
+    assert len(sidecars(tmp_path / "texts")) == NUM_IMAGES - 50
+
+
 def test_a_tar_that_is_none_and_a_parquet_without_images_are_refused(model, tmp_path, capsys):
     (tmp_path / "x.tar").write_bytes(b"no tar" * 1000)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "x.parquet")
@@ -420,14 +436,14 @@ def test_confidence_is_that_of_inspection_and_doubtful_captions_go_elsewhere(kin
         assert len(sure) + len(doubtful) == NUM_IMAGES
 
 
-def test_a_closed_pipe_ends_the_run_quietly(model, images):
-    code = f"import caption; caption.main({['--model_name_or_path', model, str(images), '--batch_size', '1']})"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(timeout=120) == 128 + signal.SIGPIPE and process.stderr.read() == ""
+def test_a_closed_pipe_ends_the_run_quietly(model, images, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as ended:
+            run(model, images / "001")
+    assert ended.value.code == 128 + signal.SIGPIPE and capsys.readouterr().err == ""
 
 
 def test_webdataset_cut_in_an_image_of_zeros_is_closed_behind_the_one_before(tmp_path):

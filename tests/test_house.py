@@ -1,4 +1,4 @@
-"""Imports follow the arrows: scripts -> training, reporting -> modeling, data_scripts, metrics -> system."""
+"""Imports follow the arrows: scripts -> training, captioning -> reporting -> modeling, data_scripts, metrics -> system."""
 
 import ast
 import subprocess
