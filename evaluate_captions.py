@@ -175,6 +175,7 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
     from datasets import DatasetDict
     from torch.utils.data import DataLoader
 
+    from data_scripts.caption_texts import CaptionTexts
     from data_scripts.scene_truth import scene_truths
     from metrics import CaptionScorer
     from modeling.captioner import Captioner
@@ -215,9 +216,7 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
 
     # ---- Scores -----------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        training_captions = None
-        if "train" in dataset:
-            training_captions = [text for texts in dataset["train"]["captions"] for text in texts]
+        training_captions = CaptionTexts(dataset["train"]) if "train" in dataset else None
         scorer = CaptionScorer(rows["captions"], training_captions)
         report_captions(
             args.output_dir,

@@ -5,6 +5,7 @@
 A recipe sets the options, the command line overrides it, `--help` lists them.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from system.errors import UserError, one_line_errors
@@ -98,19 +99,22 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArguments, args, options: dict) -> None:
     from data_scripts import load_for_training
-    from training.batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset, subsample_evenly
+    from training.batches import CaptionCollator, ImageDataset, subsample_evenly
     from training.checkpoints import check_not_overwriting_start
     from training.evaluation import Evaluator, count_labels
     from training.features import encode_splits
     from training.optimizer import build_adamw
     from training.run import TrainingRun
+    from training.shards import pairs_of_split, sampler_of
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     if model_args.model_name_or_path:
         check_not_overwriting_start(model_args.model_name_or_path, args.output_dir)
     with TrainingRun(args, options, script="train_lstm") as run:
         # ---- Data ---------------------------------------------------------------------------------------------------
-        dataset, training_captions = load_for_training(data_args.dataset_name, data_args.max_train_samples)
+        dataset, training_captions = load_for_training(
+            data_args.dataset_name, data_args.max_train_samples, data_args.streaming, data_args.strict
+        )
 
         # ---- Model --------------------------------------------------------------------------------------------------
         captioner = build_captioner(model_args, args, data_args.tokenizer_name, training_captions, run.accelerator)
@@ -118,21 +122,13 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
         num_augmentations = data_args.num_augmentations
         features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_augmentations)
         train_pairs, val_pairs = (
-            CaptionPairs(dataset[split], processor.tokenizer, data_args.max_caption_length, features[split])
+            pairs_of_split(dataset[split], captioner, data_args.max_caption_length, features[split])
             for split in ("train", "validation")
         )
         captioner.set_decoding(**decoding_args.within(train_pairs.lengths))
 
         # ---- Optimizer ----------------------------------------------------------------------------------------------
-        sampler = CaptionSampler(
-            train_pairs.lengths,
-            run.step_size,
-            data_args.train_sampling_strategy == "group_by_length",
-            args.seed,
-            train_pairs.row_of_pair,
-            data_args.group_by_image,
-            num_augmentations,
-        )
+        sampler = sampler_of(train_pairs, run, data_args)
         collator = CaptionCollator(processor, share_images="index")
         model = run.prepare(
             captioner, build_adamw(model, args), train_pairs, sampler, collator, data_args.dataloader_num_workers
@@ -171,7 +167,7 @@ def forward(model, batch: dict, num_tokens, label_smoothing: float = 0.0):
 
 
 def build_captioner(
-    model_args: ModelArguments, args, tokenizer_name: str | None, training_captions: list[str], accelerator
+    model_args: ModelArguments, args, tokenizer_name: str | None, training_captions: Iterable[str], accelerator
 ):
     """The captioner to train: a new one, or one to fine-tune.
 

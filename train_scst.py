@@ -153,14 +153,18 @@ def train(data_args, scst_args: SCSTArguments, decoding_args: DecodingArguments,
     from training.optimizer import build_adamw
     from training.run import TrainingRun
     from training.sampling import set_sampling_mode, share_images_by
-    from training.self_critical import SelfCritic, captions_of_images, load_start, set_decoding, summed_cross_entropy
+    from training.self_critical import SelfCritic, load_start, set_decoding, summed_cross_entropy
+    from training.shards import refuse_shards
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     refuse_fsdp("train_scst.py")
     check_not_overwriting_start(scst_args.model_name_or_path, args.output_dir)
     with TrainingRun(args, options, script="train_scst", unit="images") as run:
         # ---- Data ---------------------------------------------------------------------------------------------------
-        dataset, training_captions = load_for_training(data_args.dataset_name, data_args.max_train_samples)
+        dataset, training_captions = load_for_training(
+            data_args.dataset_name, data_args.max_train_samples, data_args.streaming, data_args.strict
+        )
+        refuse_shards(dataset["train"])
 
         # ---- Model --------------------------------------------------------------------------------------------------
         captioner, kind = load_start(scst_args.model_name_or_path)
@@ -182,7 +186,7 @@ def train(data_args, scst_args: SCSTArguments, decoding_args: DecodingArguments,
             scst_args,
             args.seed,
             start=start if scst_args.kl_coef else None,
-            token_ids=captions_of_images(train_pairs),
+            token_ids=(train_pairs.token_ids, train_pairs.mirrored_ids),
             num_augmentations=num_augmentations,
         )
 

@@ -6,6 +6,7 @@ A recipe sets the options, the command line overrides it, `--help` lists them.
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from system.errors import UserError, one_line_errors
@@ -131,18 +132,21 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
 
     from data_scripts import load_for_training
     from modeling.vit_gpt2 import vit_gpt2_loss
-    from training.batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset, subsample_evenly
+    from training.batches import CaptionCollator, ImageDataset, subsample_evenly
     from training.evaluation import Evaluator, count_labels
     from training.features import encode_splits, weights_digest
     from training.lora import check_lora, merged
     from training.optimizer import build_adamw
     from training.run import TrainingRun
+    from training.shards import pairs_of_split, sampler_of
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     check_lora(model_args.lora_rank, model_args.pretrained_decoder, args.ema_decay)
     with TrainingRun(args, options, script="train_vit_gpt2") as run:
         # ---- Data ---------------------------------------------------------------------------------------------------
-        dataset, training_captions = load_for_training(data_args.dataset_name, data_args.max_train_samples)
+        dataset, training_captions = load_for_training(
+            data_args.dataset_name, data_args.max_train_samples, data_args.streaming, data_args.strict
+        )
 
         # ---- Model --------------------------------------------------------------------------------------------------
         captioner = build_captioner(model_args, data_args, training_captions, run.accelerator)
@@ -156,21 +160,13 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
         max_length = min(data_args.max_caption_length or max_tokens, max_tokens)
         start_ids, loss_on_prompt = captioner.start_token_ids, model_args.loss_on_prompt
         train_pairs, val_pairs = (
-            CaptionPairs(dataset[split], processor.tokenizer, max_length, features[split], start_ids, loss_on_prompt)
+            pairs_of_split(dataset[split], captioner, max_length, features[split], start_ids, loss_on_prompt)
             for split in ("train", "validation")
         )
         captioner.set_decoding(**decoding_args.within(train_pairs.lengths, max_tokens))
 
         # ---- Optimizer ----------------------------------------------------------------------------------------------
-        sampler = CaptionSampler(
-            train_pairs.lengths,
-            run.step_size,
-            data_args.train_sampling_strategy == "group_by_length",
-            args.seed,
-            train_pairs.row_of_pair,
-            data_args.group_by_image,
-            num_augmentations,
-        )
+        sampler = sampler_of(train_pairs, run, data_args)
         wrapped = run.prepare(
             captioner,
             build_adamw(model, args, decay_vectors=False),
@@ -217,7 +213,7 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
         )
 
 
-def build_captioner(model_args: ModelArguments, data_args, training_captions: list[str], accelerator):
+def build_captioner(model_args: ModelArguments, data_args, training_captions: Iterable[str], accelerator):
     """The captioner to train: of pretrained parts, or of new ones.
 
     Raises:

@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 
 from system.errors import UserError
@@ -170,6 +170,11 @@ def _open_zip(path: Path, location: str, max_unpacked_gigabytes: float) -> Itera
         yield SourceFiles(location, readers)
 
 
+@lru_cache(maxsize=4)
+def _open_again(path: str, process: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
 def _member_name(member: zipfile.ZipInfo) -> str:
     """The member's name, also from archivers that store UTF-8 without saying so (macOS): zipfile reads that as code page 437."""
     if member.flag_bits & 0x800:
@@ -185,11 +190,15 @@ def _leads_outside(name: str) -> bool:
 
 
 def _member_reader(archive: zipfile.ZipFile, member: zipfile.ZipInfo, location: str) -> Callable[[], bytes]:
+    opened_by = os.getpid()
+
     def read() -> bytes:
+        # A process started since then shares the place in the file with this one, and opens the zip for itself.
+        archive_here = archive if os.getpid() == opened_by else _open_again(archive.filename, os.getpid())
         if member.file_size > MAX_FILE_BYTES:
             raise OSError(f"'{member.filename}' in {location} is larger than {MAX_FILE_BYTES / GIGABYTE:g} GiB")
         try:
-            with archive.open(member) as file:
+            with archive_here.open(member) as file:
                 # With the size given, a member that unpacks to more than it declares stops there and fails its checksum;
                 # a bare read() would first unpack all of it into memory.
                 return file.read(member.file_size)

@@ -9,22 +9,19 @@ the training images, and saves a `DatasetDict` whose rows are
     content_hash: SHA-256 of the image's bytes, in hexadecimal
 """
 
-import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
-from tqdm import tqdm
+from datasets import Features, Image, List, Value
 
-from data_scripts.row_checks import CheckedRow, SourceRow, check_row
+from data_scripts import table_shards
+from data_scripts.row_checks import SourceRow
 from data_scripts.splits import DEFAULT_SHARE, SPLITS, cut_missing_splits
 from system.errors import UserError, printable
-from system.files import atomic_folder
+from system.files import resumable_folder
 
 FEATURES = Features(
     {
@@ -35,7 +32,6 @@ FEATURES = Features(
     }
 )
 
-ROWS_PER_BATCH = 64
 NAMES_SHOWN = 10
 
 
@@ -74,28 +70,6 @@ def _bounded(names: list[str]) -> list[str]:
     return [f"  {name}" for name in names[:NAMES_SHOWN]] + more
 
 
-def check_rows(rows: Sequence[SourceRow], strict: bool, summary: Summary) -> Iterator[list[CheckedRow]]:
-    """Check rows on all processors, in order, and yield the usable ones in batches; the rest goes to the summary.
-
-    Raises:
-        UserError: With `strict`, at the first row that has anything to skip.
-    """
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(rows), unit="image", desc="Checking") as progress:
-        for start in range(0, len(rows), ROWS_PER_BATCH):
-            usable = []
-            for checked in pool.map(check_row, rows[start : start + ROWS_PER_BATCH]):
-                if checked.problems and strict:
-                    raise UserError(f"{printable(checked.row.place)}: {checked.problems[0]} (--strict)")
-                for problem in checked.problems:
-                    summary.skipped.setdefault(problem, []).append(printable(checked.row.place))
-                for note in checked.notes:
-                    summary.notes.setdefault(note, []).append(printable(checked.row.place))
-                if checked.usable:
-                    usable.append(checked)
-                progress.update()
-            yield usable
-
-
 def with_unique_ids(rows: Sequence[SourceRow], summary: Summary) -> list[SourceRow]:
     """The rows with an ID each: one that several splits have is qualified by its split, and one repeated in a split is numbered."""
     splits: dict[Any, set[str]] = defaultdict(set)
@@ -127,6 +101,7 @@ def write_caption_table(
     validation_share: float = DEFAULT_SHARE,
     test_share: float = DEFAULT_SHARE,
     seed: int = 0,
+    num_proc: int = 1,
 ) -> Summary:
     """Check the rows of a source and save those that can be used as a `DatasetDict` in `output_dir`, completely or not at all.
 
@@ -136,6 +111,9 @@ def write_caption_table(
         strict: Whether a row that cannot be used is an error, instead of skipped.
         validation_share, test_share: Fractions of the training images that become these splits where the source has none.
         seed: Random seed of these splits.
+        num_proc: Number of processes that read and check images.
+
+    It is written in shards of 10,000 rows. After a kill, the same call goes on with the shards that are missing.
 
     Raises:
         UserError: A fraction is impossible, no row can be used, or with `strict`, one cannot; or `output_dir` is not empty.
@@ -147,49 +125,25 @@ def write_caption_table(
     if not any(row.read or row.problem for row in rows):
         raise UserError("the source has no image")
     rows = with_unique_ids(rows, summary)
-    with atomic_folder(output_dir) as (folder, scratch):
-        written = _write_arrow(rows, scratch / "rows.arrow", strict, summary)
+    key = table_shards.rows_digest(rows, (strict, shares, seed))
+    with resumable_folder(output_dir, key) as folder:
+        written = table_shards.write_shards(rows, folder, strict, num_proc, FEATURES.arrow_schema, summary)
         if not written:
             raise UserError(f"no image can be used\n{summary}")
-        row_numbers = {split: [i for i, (name, *_) in enumerate(written) if name == split] for split in SPLITS}
-        content_hashes = [content_hash for *_, content_hash in written]
+        row_numbers = {split: [i for i, row in enumerate(written) if row.split == split] for split in SPLITS}
+        content_hashes = [row.content_hash for row in written]
         row_numbers = cut_missing_splits(row_numbers, content_hashes, shares, seed)
-
-        table = Dataset.from_file(str(scratch / "rows.arrow"))
-        dataset = DatasetDict({split: table.select(numbers) for split, numbers in row_numbers.items()})
-        dataset.save_to_disk(folder)
-        _count(dataset, row_numbers, written, summary)
+        table_shards.move_to_splits(folder, written, row_numbers, FEATURES)
+        _count(row_numbers, written, summary)
+        (folder / "whole").replace(output_dir)
     return summary
 
 
-def _write_arrow(rows: Sequence[SourceRow], path: Path, strict: bool, summary: Summary) -> list[tuple[str, str, str]]:
-    """Write the usable rows of all splits to one Arrow file. Returns (split, image_id, content hash) of each."""
-    written = []
-    schema = FEATURES.arrow_schema
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in check_rows(rows, strict, summary):
-            values = [
-                {
-                    "image": {"bytes": checked.image, "path": None},
-                    "image_id": checked.row.image_id,
-                    "captions": checked.captions,
-                    "content_hash": checked.content_hash,
-                }
-                for checked in batch
-            ]
-            writer.write_batch(pa.RecordBatch.from_pylist(values, schema=schema))
-            written += [(checked.row.split, checked.row.image_id, checked.content_hash) for checked in batch]
-    return written
-
-
-def _count(
-    dataset: DatasetDict, row_numbers: dict[str, list[int]], written: list[tuple[str, str, str]], summary: Summary
-) -> None:
+def _count(row_numbers: dict[str, list[int]], written: list[table_shards.WrittenRow], summary: Summary) -> None:
     groups: dict[str, list[tuple[str, str]]] = {}
     for split, numbers in row_numbers.items():
         summary.num_images[split] = len(numbers)
-        summary.num_captions[split] = sum(len(captions) for captions in dataset[split]["captions"])
+        summary.num_captions[split] = sum(written[number].num_captions for number in numbers)
         for number in numbers:
-            _, image_id, content_hash = written[number]
-            groups.setdefault(content_hash, []).append((split, image_id))
+            groups.setdefault(written[number].content_hash, []).append((split, written[number].image_id))
     summary.repeated_images = [group for group in groups.values() if len(group) > 1]

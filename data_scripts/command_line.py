@@ -29,6 +29,9 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
         "--test_share", type=float, default=DEFAULT_SHARE, help="the same for a test split (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of these splits (default: %(default)s)")
+    parser.add_argument(
+        "--num_proc", type=int, default=1, help="number of processes that read and check images (default: %(default)s)"
+    )
 
 
 def add_split_options(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +63,7 @@ def prepare(rows: Sequence[SourceRow], arguments: argparse.Namespace) -> None:
         validation_share=arguments.validation_share,
         test_share=arguments.test_share,
         seed=arguments.seed,
+        num_proc=arguments.num_proc,
     )
 
 

@@ -1,19 +1,29 @@
 """Load captioned images by name: what the training scripts call."""
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import datasets
-from datasets import DatasetDict, Features, load_from_disk
+from datasets import Dataset, DatasetDict, Features, load_from_disk
 from filelock import FileLock
 
-from data_scripts import caption_table, dataset_rows, image_folder, row_checks, scenes
+from data_scripts import caption_table, dataset_rows, image_folder, row_checks, scenes, shards
 from data_scripts.archives import open_files
 from data_scripts.caption_table import DEFAULT_SHARE, FEATURES, write_caption_table
+from data_scripts.caption_texts import CaptionTexts
 from data_scripts.row_checks import SourceRow
+from data_scripts.shards import find_shards, is_shard_pattern, read_shard, shown
 from system.errors import UserError
+from system.files import write_file
 
+EVAL_SAMPLES = 5000  # of a split in shards that is validated or tested on
+FIRST_CAPTIONS = 20_000  # of shards: for a tokenizer, the lengths of captions and the best constant caption
 OLDER_FEATURES = Features({name: feature for name, feature in FEATURES.items() if name != "content_hash"})
 
 
@@ -54,16 +64,88 @@ def load_captions(
     return dataset
 
 
-def load_for_training(source: str, max_images: int | None = None) -> tuple[DatasetDict, list[str]]:
-    """Load what a run is trained and validated on, as `load_captions` does, and all training captions in one list.
+def load_for_training(
+    source: str, max_images: int | None = None, streaming: bool = False, strict: bool = False
+) -> tuple[dict[str, Any], CaptionTexts | list[str]]:
+    """Load what a run is trained and validated on: as `load_captions` does, or shards to stream; and the training captions.
 
     Args:
         max_images: Number of training images, the first ones; None for all.
+        streaming: Whether a Hub id or a folder is streamed; a shard, a glob of shards or an address always is.
+        strict: Whether a shard or a sample that cannot be used is an error, instead of skipped.
+
+    Returns:
+        The splits, and all training captions; of shards, whose "train" are `Shards`, the first 20,000.
     """
+    if streaming or is_shard_pattern(source):
+        if max_images:
+            raise UserError("--max_train_samples does not go with shards: name fewer of them, or give --max_steps")
+        return _load_shards(source, strict)
     dataset = load_captions(source, splits=("train", "validation"))
     if max_images:
         dataset["train"] = dataset["train"].select(range(min(max_images, len(dataset["train"]))))
-    return dataset, [text for texts in dataset["train"]["captions"] for text in texts]
+    return dataset, CaptionTexts(dataset["train"])
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards that are trained on.
+
+    Args:
+        addresses: Files, local or anywhere fsspec reads.
+        strict: Whether one that cannot be used is an error.
+        first_captions: Of their first samples.
+    """
+
+    addresses: list[str]
+    strict: bool
+    first_captions: list[str]
+
+
+def _load_shards(source: str, strict: bool) -> tuple[dict[str, Any], list[str]]:
+    splits = find_shards(source)
+    if "validation" not in splits:
+        *splits["train"], last = splits["train"]
+        if not splits["train"]:
+            raise UserError(f"{shown(source)} is one shard: at least two are needed, the last one for validation")
+        splits["validation"] = [last]
+        print(
+            f"no validation split: {shown(last)}, the last of {len(splits['train']) + 1:,} shards, is held out for it"
+        )
+    dataset: dict[str, Any] = {
+        split: _table_of_shards(splits[split], split, strict) for split in ("validation", "test") if split in splits
+    }
+    captions = _first_captions(splits["train"], strict)
+    return {"train": Shards(splits["train"], strict, captions)} | dataset, captions
+
+
+def _table_of_shards(addresses: list[str], split: str, strict: bool) -> Dataset:
+    """The first 5,000 samples of shards as a table, which evaluation goes over again and again."""
+
+    def rows() -> list[SourceRow]:
+        samples = chain.from_iterable(read_shard(address, 0, strict) for address in addresses)
+        return [
+            SourceRow(split, sample.name, sample.captions, f"{split}, {sample.name}", partial(bytes, sample.image))
+            for _, sample in islice(samples, EVAL_SAMPLES)
+        ]
+
+    key = (_code(shards), addresses, split, EVAL_SAMPLES)
+    return _cached(f"shards-{split}", key, rows, share=0.0)[split]
+
+
+def _first_captions(addresses: list[str], strict: bool) -> list[str]:
+    """The captions of the first samples, read once."""
+    digest = hashlib.sha256(repr((_code(shards), addresses, FIRST_CAPTIONS)).encode()).hexdigest()[:16]
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "showtell" / f"first-captions-{digest}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            samples = chain.from_iterable(read_shard(address, 0, strict) for address in addresses)
+            captions = list(islice((caption for _, sample in samples for caption in sample.captions), FIRST_CAPTIONS))
+            if not captions:
+                raise UserError(f"{shown(addresses[0])} and the other shards have no sample that can be used")
+            write_file(path, json.dumps(captions).encode())
+    return json.loads(path.read_text())
 
 
 def _load_captions(

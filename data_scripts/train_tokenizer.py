@@ -9,7 +9,7 @@ import argparse
 import io
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import sentencepiece
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # transformers and datasets are imported late, so that --help
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 MAX_CAPTION_BYTES = 2**20  # SentencePiece silently drops longer captions; its own limit is 4,192
+MAX_CAPTIONS = 5_000_000  # SentencePiece keeps in memory what it trains on
 SPACE = "▁"  # U+2581, SentencePiece's mark for a space
 # Runs of spaces, line ends and control characters; not those that join or part words within a script.
 BLANKS = f"[\x00-\x20\x7f-\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000{SPACE}]+"
@@ -65,13 +66,19 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
     Raises:
         UserError: There is no caption, or `vocab_size` is too small for the captions' characters.
     """
-    captions = list(captions)
-    if not any(caption.strip() for caption in captions):
-        raise UserError("no captions to train a tokenizer on")
+    counts = {"captions": 0, "texts": 0}
+
+    def sentences() -> Iterator[str]:
+        for caption in captions:
+            counts["captions"] += 1
+            counts["texts"] += bool(caption.strip())
+            if counts["captions"] <= MAX_CAPTIONS:
+                yield normalize(caption)
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=map(normalize, captions),
+            sentence_iterator=sentences(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -91,15 +98,18 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if not counts["texts"]:
+            raise UserError("no captions to train a tokenizer on") from error
         raise UserError(f"a tokenizer of {vocab_size} tokens cannot be trained on these captions: {error}") from error
+    if counts["captions"] > MAX_CAPTIONS:
+        print(f"the tokenizer is trained on the first {MAX_CAPTIONS:,} of {counts['captions']:,} captions")
     return model.getvalue()
 
 
 def as_fast_tokenizer(sentencepiece_model: bytes, model_max_length: int | None = None) -> "PreTrainedTokenizerFast":
     """Rewrite a SentencePiece BPE model as a `tokenizers` one, with `normalize` in front.
 
-    It encodes to the same token IDs and decodes to the same text, except that an unknown token is "<unk>" where SentencePiece has
-    " ⁇ ".
+    It encodes to the same token IDs and decodes to the same text, " ⁇ " for an unknown token; `skip_special_tokens` drops it.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -113,7 +123,9 @@ def as_fast_tokenizer(sentencepiece_model: bytes, model_max_length: int | None =
         [normalizers.NFC(), normalizers.Replace(Regex(BLANKS), " "), normalizers.Replace(Regex("^ | $"), "")]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(UNK, " ⁇ "), decoders.Metaspace(replacement=SPACE, prepend_scheme="always")]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, vocabulary[EOS])]
     )
@@ -175,12 +187,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     with one_line_errors():
+        from data_scripts.caption_texts import CaptionTexts
         from data_scripts.load import load_captions
 
         dataset = load_captions(arguments.source)
         if "train" not in dataset:
             raise UserError(f"{arguments.source} has no training captions")
-        captions = [caption for captions in dataset["train"]["captions"] for caption in captions]
+        captions = CaptionTexts(dataset["train"])
         tokenizer = train_tokenizer(captions, arguments.vocab_size, arguments.max_length)
         with atomic_folder(arguments.output_dir) as (folder, _):
             tokenizer.save_pretrained(folder)

@@ -4,12 +4,15 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from system.errors import UserError
+
+TEXTS_AT_ONCE = 10_000
 
 
 def trim_tokenizer(
@@ -35,11 +38,10 @@ def trim_tokenizer(
     parts = defaultdict(set)
     for left, right in model["merges"]:
         parts[left + right] |= {left, right}
-    used = {
-        token_id
-        for ids in tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
-        for token_id in ids
-    }
+    used, texts = set(), iter(texts)
+    while batch := list(islice(texts, TEXTS_AT_ONCE)):
+        for ids in tokenizer(batch, add_special_tokens=False, split_special_tokens=True).input_ids:
+            used.update(ids)
     added = [token["content"] for token in state["added_tokens"]]
     waiting = {*tokenizer.convert_ids_to_tokens(list(used)), *added, *tokenizer.all_special_tokens, *alphabet}
     kept = set()

@@ -71,7 +71,7 @@ def write_model_card(
         options: Every option of the run, as resolved; tokens are left out.
         started_from: Hub ids and folders of the pretrained weights; empty if all weights were initialized at random.
         license: License of the weights, as the Hub names licenses.
-        training_data: Size of the training split: {"images": number, "captions": number}.
+        training_data: Size of the training split: {"images": number, "captions": number}, or {"shards": number}.
         self_critical: Whether the model was trained by self-critical sequence training.
 
     Returns:

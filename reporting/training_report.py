@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import GenerationConfig
 
+from data_scripts.load import Shards
 from reporting.model_card import Kind, write_model_card
 from reporting.push import CheckpointPush, push_to_hub
 from reporting.report import command_line, report_captions
@@ -17,6 +18,7 @@ def report_training(
     *,
     dataset: DatasetDict,
     split: str,
+    num_training_captions: int,
     captions: list[dict],
     scorer,
     decoding: GenerationConfig,
@@ -59,9 +61,16 @@ def report_training(
         command=command_line(),
         options=options,
         started_from=started_from,
-        training_data={"images": len(dataset["train"]), "captions": sum(map(len, dataset["train"]["captions"]))},
+        training_data=training_size(dataset["train"], num_training_captions),
         self_critical=self_critical,
     )
     if pushing:
         pushing.finish()
         push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_revision, token=token)
+
+
+def training_size(rows: Dataset | Shards, num_captions: int) -> dict[str, int]:
+    """What the card says of the training split: numbers of images and captions, or of shards, which do not say how many they hold."""
+    if isinstance(rows, Shards):
+        return {"shards": len(rows.addresses)}
+    return {"images": len(rows), "captions": num_captions}

@@ -1,5 +1,6 @@
 """Atomic writes: files and folders that are complete or absent."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -31,6 +32,11 @@ def write_file(path: str | os.PathLike, content: bytes, sync: bool = True) -> Pa
     return path
 
 
+def _check_empty(output_dir: Path) -> None:
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise UserError(f"{output_dir} already exists: remove it, or choose another --output_dir")
+
+
 @contextmanager
 def atomic_folder(output_dir: str | Path) -> Iterator[tuple[Path, Path]]:
     """Yield (folder, scratch): `folder` becomes `output_dir` when the block ends without an error; `scratch` is removed.
@@ -39,8 +45,7 @@ def atomic_folder(output_dir: str | Path) -> Iterator[tuple[Path, Path]]:
         UserError: `output_dir` exists and is not empty.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"{output_dir} already exists: remove it, or choose another --output_dir")
+    _check_empty(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     # In the same parent folder, hence on the same disk: the last step is one rename.
     scratch = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.partial-", dir=output_dir.parent))
@@ -51,3 +56,29 @@ def atomic_folder(output_dir: str | Path) -> Iterator[tuple[Path, Path]]:
         folder.replace(output_dir)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def resumable_folder(output_dir: str | Path, key: str) -> Iterator[Path]:
+    """Yield a folder to make in it what is then moved to `output_dir`; after a kill, the same one with what is in it already.
+
+    An error removes it, as it does those that were begun for the same `output_dir` with another key.
+
+    Raises:
+        UserError: `output_dir` exists and is not empty.
+    """
+    output_dir = Path(output_dir)
+    _check_empty(output_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{output_dir.name}.partial-"
+    folder = output_dir.parent / f"{prefix}{key}"
+    for other in output_dir.parent.glob(f"{glob.escape(prefix)}*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    try:
+        yield folder
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Laws of pairs, their order, the collator and the feature cache."""
 
-import os
 from functools import partial
 
 import datasets
@@ -29,6 +28,7 @@ from training.features import (
     encode_splits,
     encoder_fingerprint,
     features_folder,
+    sharing_processes,
 )
 
 
@@ -308,7 +308,8 @@ def test_a_run_that_finds_the_features_has_the_random_numbers_of_one_that_makes_
 
 
 def test_images_that_come_twice_are_one_file_and_mix_up_no_other(rows, processor, monkeypatch):
-    monkeypatch.setattr("training.features.IMAGES_PER_FILE", 8)
+    monkeypatch.setattr("training.features.IMAGES_PER_PART", 8)
+    monkeypatch.setattr("training.features.MAX_FILE_BYTES", 1)
     encoder = CountingEncoder()
     plain = states_of(features_of(rows, encoder, processor.image_processor, "plain"))
     places = [*range(8), *range(8), *range(8, 24)]
@@ -317,7 +318,7 @@ def test_images_that_come_twice_are_one_file_and_mix_up_no_other(rows, processor
 
 
 def test_processes_that_decode_change_no_feature(rows, processor, monkeypatch):
-    monkeypatch.setattr("training.features.IMAGES_PER_FILE", 10)
+    monkeypatch.setattr("training.features.IMAGES_PER_PART", 10)
     encoder = CountingEncoder()
     options = {"image_processor": processor.image_processor, "batch_size": 4}
     alone = features_of(rows, encoder, fingerprint="alone", **options)
@@ -357,12 +358,19 @@ def test_encoders_of_the_same_weights_that_say_something_else_never_share_featur
     assert len({encoder_fingerprint(encoder, processor.image_processor) for encoder in encoders}) == 4
 
 
-def test_what_another_machine_has_kept_for_itself_is_missed_in_one_sentence(rows, processor, monkeypatch):
-    monkeypatch.setattr(PartialState(), "process_index", 1)
-    monkeypatch.setattr(PartialState(), "num_processes", 2)
-    monkeypatch.setattr(PartialState, "wait_for_everyone", lambda self: None)
-    with pytest.raises(UserError, match="HF_DATASETS_CACHE"):
-        features_of(rows, CountingEncoder(), processor.image_processor, "elsewhere")
+@pytest.mark.parametrize("shared", [True, False])
+def test_machines_with_a_cache_each_have_their_own_processes_encode_all(tmp_path, monkeypatch, shared):
+    """The second process of the second machine: it shares with all four where it sees the first one's file."""
+    state = PartialState()
+    places = {"process_index": 3, "local_process_index": 1, "num_processes": 4, "wait_for_everyone": lambda: None}
+    for name, value in places.items():
+        monkeypatch.setattr(state, name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    if shared:
+        (tmp_path / "mark").touch()
+    monkeypatch.setattr("training.features.broadcast_object_list", lambda names: ["mark"])
+    monkeypatch.setattr("training.features.gather_object", lambda seen: seen)
+    assert sharing_processes(tmp_path) == ((3, 4) if shared else (1, 2))
 
 
 def test_it_is_said_where_features_are_read_and_why_they_are_not_kept(rows, processor, caplog):
@@ -385,7 +393,7 @@ def test_the_disk_space_of_all_splits_and_views_is_told_before_the_first_is_made
     caplog.set_level("INFO", "training.features")
     encoder = TimmEncoder("test_vit").eval().requires_grad_(False)
     splits = DatasetDict(train=rows, validation=rows.select(range(8)))
-    monkeypatch.setattr("training.features._write_files", lambda *args, **options: None)
+    monkeypatch.setattr("training.features._write_parts", lambda *args, **options: None)
     with pytest.raises(UserError):  # nothing has been written
         encode_splits(splits, encoder, processor.image_processor, DataArguments(), num_augmentations=3)
     number, size = 3 * len(rows) + 8, encoder.output_size
@@ -394,32 +402,36 @@ def test_the_disk_space_of_all_splits_and_views_is_told_before_the_first_is_made
     ]
 
 
-def test_what_a_killed_run_was_writing_is_cleared_away_once_nobody_can_be_at_it(rows, processor):
-    encoder = CountingEncoder()
-    features_of(rows, encoder, processor.image_processor, "cleared")
-    folder = features_folder("cleared")
-    old, young = folder / "tmp_old", folder / "tmp_young"
-    for path in (old, young):
-        path.write_bytes(b"half a file")
-    os.utime(old, (0, 0))
-    features_of(rows.select(range(4)), encoder, processor.image_processor, "cleared")
-    assert not old.exists() and young.exists() and len(list(folder.glob("*.npy"))) == 2
+@pytest.mark.parametrize("file_bytes", [1, 10**9])
+def test_a_kill_costs_only_the_images_not_yet_written(rows, processor, monkeypatch, file_bytes):
+    """In files of one part, and in one file of three parts."""
+    monkeypatch.setattr("training.features.IMAGES_PER_PART", 8)
+    monkeypatch.setattr("training.features.MAX_FILE_BYTES", file_bytes)
+    encoder, name = CountingEncoder(), f"killed-{file_bytes}"
 
-
-def test_a_kill_costs_only_the_files_not_yet_whole(rows, processor, monkeypatch):
-    monkeypatch.setattr("training.features.IMAGES_PER_FILE", 8)
-    encoder = CountingEncoder()
-
-    def killed_at_the_third_file(pixel_values):
-        if encoder.num_images >= 17:  # one image tells the shape, sixteen are in the first two files
+    def killed_at_the_third_part(pixel_values):
+        if encoder.num_images >= 17:  # one image tells the shape, sixteen are in the first two parts
             raise KeyboardInterrupt
         return encoder(pixel_values)
 
     with pytest.raises(KeyboardInterrupt):
-        features_of(rows, killed_at_the_third_file, processor.image_processor, "killed", batch_size=8)
+        features_of(rows, killed_at_the_third_part, processor.image_processor, name, batch_size=8)
     encoder.num_images = 0
-    assert len(features_of(rows, encoder, processor.image_processor, "killed", batch_size=8)) == len(rows)
-    assert encoder.num_images == 9  # the third file, and the one that tells the shape
+    features = features_of(rows, encoder, processor.image_processor, name, batch_size=8)
+    assert encoder.num_images == 8  # the third part
+    undisturbed = features_of(rows, encoder, processor.image_processor, f"undisturbed-{file_bytes}", batch_size=8)
+    assert np.array_equal(states_of(features), states_of(undisturbed))
+    files = [path.name for path in features_folder(name).iterdir() if not path.name.startswith("shapes")]
+    assert len(files) == (3 if file_bytes == 1 else 1) and all(file.endswith(".npy") for file in files)
+
+
+def test_features_are_found_by_content_hash_and_no_image_is_read(rows, processor, monkeypatch):
+    encoder = CountingEncoder()
+    first = features_of(rows, encoder, processor.image_processor, "hashed")
+    unreadable = rows.map(lambda row: {"image": None}, features=rows.features)
+    encoder.num_images = 0
+    again = features_of(unreadable, encoder, processor.image_processor, "hashed")
+    assert not encoder.num_images and np.array_equal(states_of(first), states_of(again))
 
 
 def test_an_item_is_a_pair_and_an_augmentation_and_none_lies_beyond_the_end(rows, processor):

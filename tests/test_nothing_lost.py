@@ -14,11 +14,14 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image, features
+from tokenizers import normalizers
 
 from data_scripts import flickr8k, hub, image_folder, karpathy, load_captions, paragraphs
 from data_scripts.caption_table import FEATURES, write_caption_table
 from data_scripts.captions_file import read_captions
 from data_scripts.row_checks import SourceRow, listed_captions
+from data_scripts.train_tokenizer import train_tokenizer
+from training.tokenizers import load_or_train_tokenizer
 
 UNCUT = ["--validation_share", "0", "--test_share", "0"]
 # Table: split -> image_id -> captions; and each image's color, by which it is known.
@@ -506,3 +509,18 @@ def test_captions_read_from_a_file_are_in_that_form_too(tmp_path):
     }
     (tmp_path / "captions.jsonl").write_text(json.dumps(record))
     assert read_captions(tmp_path / "captions.jsonl") == [{"image_id": "1", "caption": text, "references": [text]}]
+
+
+def test_a_tokenizer_that_changes_captions_is_told_with_a_count(tmp_path, caplog) -> None:
+    tokenizer = train_tokenizer(["half a dog, ½ a cat", "Ärger und Öl"], 60)
+    captions = ["half a dog", "½ a dog", "Öl", "a dog"]
+    for normalizer, num_changed in ((None, 0), (normalizers.NFKC(), 1), (normalizers.Lowercase(), 1)):
+        if normalizer:
+            tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+                [normalizer, normalizers.Replace(" ", "▁"), normalizers.Prepend("▁")]
+            )
+        tokenizer.save_pretrained(tmp_path)
+        caplog.clear()
+        load_or_train_tokenizer(str(tmp_path), captions, 60, None)
+        assert len(caplog.messages) == bool(num_changed)
+        assert all(f" {num_changed} of the first 4 " in message for message in caplog.messages)

@@ -610,14 +610,14 @@ def test_decoding_options_are_of_evaluation_alone(whole, started, small_scenes, 
 
 def test_rare_tokens_gain_by_how_rare_they_are():
     """Of 3,000 tokens three are one in 1,000; the end of a caption is as it was, however rare."""
-    captions = [[5] * 2993, [7, 8, 8, 9, 9, 9, EOS]]
+    captions = np.array([*[5] * 2993, 7, 8, 8, 9, 9, 9, EOS])
     boosts = logit_adjustments(captions, 2.0, special_ids=[0, EOS])
     assert boosts == [
         [[7], pytest.approx(2 * math.log(3), abs=1e-3)],
         [[8], pytest.approx(2 * math.log(1.5), abs=1e-3)],
     ]
     assert logit_adjustments(captions, 0.0, special_ids=[0, EOS]) == []
-    assert logit_adjustments([[5, 6, EOS]], 2.0, special_ids=[0, EOS]) == []
+    assert logit_adjustments(np.array([5, 6, EOS]), 2.0, special_ids=[0, EOS]) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,7 +30,19 @@ class DataArguments:
 
     dataset_name: str = field(
         default="scenes",
-        metadata={"help": "Folder made by a data_scripts command, dataset on the Hub, or `scenes`, drawn on the spot."},
+        metadata={
+            "help": "Folder made by a data_scripts command, dataset on the Hub, glob or address of shards, or `scenes`, drawn on the spot."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Stream webdataset or Parquet shards of a folder or Hub id; a glob or address of shards always is. Needs max_steps."
+        },
+    )
+    strict: bool = field(
+        default=False,
+        metadata={"help": "End the run at a shard or sample that cannot be used, in place of skipping it."},
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Number of training images, the first ones; all if not given.", "min": 1}

@@ -13,10 +13,13 @@ from torch.utils.data import Sampler, Subset
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from data_scripts.augmentations import augment_caption, augment_image, augmentation_in_epoch
+from data_scripts.augmentations import augment_image, augmentation_in_epoch
 from training.features import Features
+from training.token_store import token_store
 
 logger = logging.getLogger(__name__)
+
+ITEMS_AT_ONCE = 8192  # of an epoch's order that are Python objects
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -114,31 +117,28 @@ class CaptionPairs(torch.utils.data.Dataset):
         loss_on_prompt: bool = False,
     ):
         self.images = AugmentedImages(rows, features)
-        captions = rows["captions"]
-        self.row_of_pair = np.repeat(np.arange(len(rows)), [len(texts) for texts in captions])
         self.start_ids = list(start_ids or [tokenizer.bos_token_id])
         prompt_ids = self.start_ids[1:]
         self.prompt_labels = prompt_ids if loss_on_prompt else [-100] * len(prompt_ids)
         # Prompt and caption are tokenized apart, so that a caption's tokens do not depend on the prompt's end.
         blank = " " if prompt_ids else ""
-        texts = [blank + text for texts in captions for text in texts]
-        cut = None if max_length is None else max_length - 1
-        self.num_truncated = 0
-
-        def tokenize(augmentation: int) -> list[list[int]]:
-            texts_here = [augment_caption(text, augmentation) for text in texts]
-            tokens = tokenizer(texts_here, add_special_tokens=False, split_special_tokens=True).input_ids
-            if cut is not None and augmentation == 0:
-                self.num_truncated = sum(len(ids) > cut for ids in tokens)
-            return [[*ids[:cut], tokenizer.eos_token_id] for ids in tokens]
-
-        self.token_ids = tokenize(0)
-        self.mirrored_ids = tokenize(1) if len(features) > 1 else []
-        self.lengths = np.array([len(ids) for ids in self.token_ids])
+        self.token_ids = token_store(rows, tokenizer, max_length, blank)
+        self.mirrored_ids = (
+            token_store(rows, tokenizer, max_length, blank, augmentation=1) if len(features) > 1 else None
+        )
+        self.num_truncated = self.token_ids.num_truncated
         if self.num_truncated:
             logger.warning(
                 f"{self.num_truncated:,} of {len(self):,} captions have more than {max_length} tokens, EOS included: truncated."
             )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.token_ids.lengths
+
+    @property
+    def row_of_pair(self) -> np.ndarray:
+        return self.token_ids.rows
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -157,11 +157,11 @@ class CaptionPairs(torch.utils.data.Dataset):
     def by_length(self) -> Subset:
         """The pairs, the captions of an image together, those with few tokens first: hardly any padding, for a sum over all."""
         tokens_of_image = np.bincount(self.row_of_pair, weights=self.lengths)
-        return Subset(self, np.argsort(tokens_of_image[self.row_of_pair], kind="stable").tolist())
+        return Subset(self, np.argsort(tokens_of_image[self.row_of_pair], kind="stable"))
 
     def tokens(self, pair: int, augmentation: int = 0) -> dict:
         """What the decoder reads and, at the same positions, the token that comes next."""
-        token_ids = self.mirrored_ids[pair] if augmentation % 2 else self.token_ids[pair]
+        token_ids = (self.mirrored_ids if augmentation % 2 else self.token_ids)[pair]
         return {"decoder_input_ids": self.start_ids + token_ids[:-1], "labels": self.prompt_labels + token_ids}
 
 
@@ -207,22 +207,33 @@ class CaptionSampler(Sampler[tuple[int, int]]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = self.order()
+        for start in range(0, len(order), ITEMS_AT_ONCE):
+            pairs = order[start : start + ITEMS_AT_ONCE]
+            augmentations = np.zeros(len(pairs), dtype=int)
+            if self.num_augmentations > 1:
+                augmentations = augmentation_in_epoch(self.images[pairs], self.epoch, self.num_augmentations)
+            yield from zip(pairs.tolist(), augmentations.tolist(), strict=True)
+
+    def order(self) -> np.ndarray:
+        """The pairs of the epoch, int32, or int64 where there are too many for it."""
         random = np.random.default_rng([self.seed, self.epoch])
         order = random.permutation(len(self.lengths))
+        if len(order) < 2**31:
+            order = order.astype(np.int32)
         if self.group_by_image:
-            image_order = random.permutation(max(self.images) + 1)
+            image_order = random.permutation(int(np.max(self.images)) + 1)
             order = order[np.argsort(image_order[self.images[order]], kind="stable")]
-        if self.group_by_length:
-            size = 50 * self.batch_size
-            chunks = [order[start : start + size] for start in range(0, len(order), size)]
-            order = np.concatenate([chunk[np.argsort(self.lengths[chunk], kind="stable")] for chunk in chunks])
-            num_full = len(order) // self.batch_size * self.batch_size  # the short batch stays last
-            batches = order[:num_full].reshape(-1, self.batch_size)
-            order = np.concatenate([random.permutation(batches).reshape(-1), order[num_full:]])
-        augmentations = np.zeros(len(order), dtype=int)
-        if self.num_augmentations > 1:
-            augmentations = augmentation_in_epoch(self.images[order], self.epoch, self.num_augmentations)
-        return zip(order.tolist(), augmentations.tolist(), strict=True)
+        if not self.group_by_length:
+            return order
+        size = 50 * self.batch_size
+        for start in range(0, len(order), size):
+            chunk = order[start : start + size]
+            chunk[:] = chunk[np.argsort(self.lengths[chunk], kind="stable")]
+        num_full = len(order) // self.batch_size * self.batch_size  # the short batch stays last
+        batches = order[:num_full].reshape(-1, self.batch_size)
+        batches[:] = batches[random.permutation(len(batches))]
+        return order
 
 
 class CaptionCollator:

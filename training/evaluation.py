@@ -1,7 +1,7 @@
 """Validation of a captioner: loss of the references, and scores of the captions that it generates."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +34,7 @@ class Evaluator:
         captions: DataLoader,
         images: DataLoader,
         rows: Dataset,
-        training_captions: Sequence[str],
+        training_captions: Iterable[str],
         loss_of: Callable[[nn.Module, dict], torch.Tensor],
     ):
         self.accelerator, self.captions, self.images, self.rows = accelerator, captions, images, rows

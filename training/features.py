@@ -3,10 +3,11 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset, DatasetDict
+from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -23,11 +26,13 @@ from data_scripts.augmentations import augment_image
 from modeling.fingerprint import weights_digest
 from modeling.onnx_encoder import fastest_encoder
 from system.errors import UserError
+from system.files import write_file
 
 logger = logging.getLogger(__name__)
 
-IMAGES_PER_FILE = 512  # what a kill can cost
-BATCH_SIZE = 32  # images the encoder encodes together; files hold whole batches
+IMAGES_PER_PART = 512  # of a file that are written together: what a kill can cost
+MAX_FILE_BYTES = 10**9  # a process can map some 65,000 files
+BATCH_SIZE = 32  # images the encoder encodes together; parts hold whole batches
 # What a config says of where a model comes from, and not of what it computes.
 NOT_COMPUTED = (
     "_name_or_path",
@@ -44,40 +49,39 @@ class Features:
     """Rows of cached features: a column `encoder_features` and, of int8 ones, `feature_scale`; see `quantize_features`.
 
     Args:
-        files: Paths of the columns' arrays, files of rows that follow each other.
+        files: Paths of the columns' arrays, files of rows that follow each other. They are opened when they are read.
+        sizes: Number of rows of each.
         rows: Numbers of the rows among all of them; all in their order where None.
     """
 
-    def __init__(self, files: Sequence[dict[str, Path]], rows: np.ndarray | None = None):
-        self.files = files
-        self._arrays = self._open()
-        self.starts = np.cumsum([0] + [len(arrays["encoder_features"]) for arrays in self._arrays])
-        self.rows = np.arange(self.starts[-1]) if rows is None else rows
+    def __init__(self, files: Sequence[dict[str, Path]], sizes: Sequence[int], rows: np.ndarray | None = None):
+        self.files, self.sizes, self.rows = files, sizes, rows
+        self.starts = np.cumsum([0, *sizes])
+        self._arrays: dict[int, dict[str, np.ndarray]] = {}
 
-    def _open(self) -> list[dict[str, np.ndarray]]:
-        return [{name: np.load(path, mmap_mode="r") for name, path in file.items()} for file in self.files]
+    def _open(self, file: int) -> dict[str, np.ndarray]:
+        if file not in self._arrays:
+            self._arrays[file] = {name: np.load(path, mmap_mode="r") for name, path in self.files[file].items()}
+        return self._arrays[file]
 
     def __getstate__(self) -> dict:
         """A process that decodes images opens the files itself: a pickled memory map is a copy of all of it."""
-        return {name: value for name, value in vars(self).items() if name != "_arrays"}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._arrays = self._open()
+        return vars(self) | {"_arrays": {}}
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return int(self.starts[-1]) if self.rows is None else len(self.rows)
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, list[np.ndarray]]:
-        rows = self.rows[indices]
-        files = np.searchsorted(self.starts, rows, side="right") - 1
+        rows = np.asarray(indices) if self.rows is None else self.rows[indices]
+        files = (np.searchsorted(self.starts, rows, side="right") - 1).tolist()
         return {
-            name: [self._arrays[file][name][row - self.starts[file]] for file, row in zip(files, rows, strict=True)]
-            for name in self._arrays[0]
+            name: [self._open(file)[name][row - self.starts[file]] for file, row in zip(files, rows, strict=True)]
+            for name in self.files[0]
         }
 
     def select(self, indices: Sequence[int]) -> "Features":
-        return Features(self.files, self.rows[indices])
+        rows = np.asarray(indices) if self.rows is None else self.rows[indices]
+        return Features(self.files, self.sizes, rows)
 
 
 def encode_splits(
@@ -96,6 +100,7 @@ def encode_splits(
         UserError: An option of the cache is given, and the encoder is trained.
     """
     augmentations = {split: num_augmentations if split == "train" else 1 for split in dataset}
+    tables = {split: rows for split, rows in dataset.items() if isinstance(rows, Dataset)}  # shards are not cached
     trains = any(parameter.requires_grad for parameter in encoder.parameters())
     if trains or not args.cache_features:
         if trains and (args.int8_features or args.compile_encoder):
@@ -104,12 +109,13 @@ def encode_splits(
         logger.info(f"Feature cache disabled: {'the encoder is trainable' if trains else '--cache_features false'}.")
         return {split: [None] * number for split, number in augmentations.items()}
     encoder.eval()
-    num_images = sum(len(rows) * augmentations[split] for split, rows in dataset.items())
+    num_images = sum(len(rows) * augmentations[split] for split, rows in tables.items())
     encode = (
         compiled_for_batches(encoder) if args.compile_encoder else fastest_encoder(encoder, num_images, logger.info)
     )
-    return cache_features(
-        dataset,
+    streamed = {split: [None] * augmentations[split] for split in dataset if split not in tables}
+    return streamed | cache_features(
+        tables,
         lambda pixels: encode(pixels).last_hidden_state,
         image_processor,
         encoder_fingerprint(encoder, image_processor),
@@ -131,44 +137,85 @@ def encoder_fingerprint(encoder: torch.nn.Module, image_processor) -> str:
     return weights_digest(encoder, about)
 
 
-def images_fingerprint(images: Dataset) -> str:
-    """A digest of the images' bytes, in their order; an image kept as a path counts with its file's bytes."""
-    digest = hashlib.sha256()
-    for image in images.cast_column("image", datasets.Image(decode=False))["image"]:
-        digest.update(image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes())
-    return digest.hexdigest()
+def image_fingerprints(rows: Dataset, size: int) -> Iterator[str]:
+    """A digest of each `size` images that follow each other, the last ones fewer: of the content hashes that the caption table has.
+
+    Only a table without them has its images read, those that are kept as paths too.
+    """
+    if "content_hash" in rows.column_names:
+        for table in rows.select_columns(["content_hash"]).with_format("arrow").iter(size):
+            yield hashlib.sha256("".join(table["content_hash"].to_pylist()).encode()).hexdigest()
+        return
+    images = rows.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+    for start in range(0, len(images), size):
+        digest = hashlib.sha256()
+        for number in range(start, min(start + size, len(images))):
+            image = images[number]["image"]
+            content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+            digest.update(hashlib.sha256(content).hexdigest().encode())
+        yield digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureFile:
-    """Where the features of some images, rows with an `image`, are cached, in one augmentation."""
+    """Where the features of some images, rows with an `image` from `start` up to `stop`, are cached, in one augmentation."""
 
     path: Path  # without suffix: each column is an .npy file of its own
     rows: Dataset
+    start: int
+    stop: int
     augmentation: int
 
     def exists(self) -> bool:
-        return self.column("encoder_features").exists()  # written last
+        return self.column("encoder_features").exists()  # renamed last
 
     def column(self, name: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{name}.npy")
 
+    def parts(self) -> list["Part"]:
+        starts = range(self.start, self.stop, IMAGES_PER_PART)
+        return [Part(self, start, min(start + IMAGES_PER_PART, self.stop)) for start in starts]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Images of a file, from `start` up to `stop`, whose features are written together."""
+
+    file: FeatureFile
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def mark(self) -> Path:
+        """A file that is there once the part is written."""
+        return self.file.path.with_name(f"{self.file.path.name}.part-{self.start - self.file.start}")
+
+    def is_missing(self) -> bool:
+        # In this order: the mark goes when the file has its name.
+        return not self.mark.exists() and not self.file.exists()
+
 
 def feature_files(
-    dataset: DatasetDict, fingerprint: str, int8: bool, num_augmentations: Mapping[str, int]
+    dataset: DatasetDict, fingerprint: str, int8: bool, num_augmentations: Mapping[str, int], images_per_file: int
 ) -> dict[str, list[list[FeatureFile]]]:
     """The files of each split's augmentations, whether they exist or not; see `cache_features`."""
     files = {}
     for split, rows in dataset.items():
+        names = list(image_fingerprints(rows, images_per_file))
         images = rows.select_columns(["image"])
-        starts = range(0, len(images), IMAGES_PER_FILE)
-        parts = [images.select(range(start, min(start + IMAGES_PER_FILE, len(images)))) for start in starts]
-        names = [images_fingerprint(part) for part in parts]
+        starts = range(0, len(images), images_per_file)
+        bounds = [(start, min(start + images_per_file, len(images))) for start in starts]
         files[split] = []
         for augmentation in range(num_augmentations.get(split, 1)):
             folder = features_folder(fingerprint, int8, augmentation)
             files[split].append(
-                [FeatureFile(folder / name, part, augmentation) for name, part in zip(names, parts, strict=True)]
+                [
+                    FeatureFile(folder / name, images, *bound, augmentation)
+                    for name, bound in zip(names, bounds, strict=True)
+                ]
             )
     return files
 
@@ -183,7 +230,7 @@ def features_folder(fingerprint: str, int8: bool = False, augmentation: int = 0)
 
 
 def cache_features(
-    dataset: DatasetDict,
+    dataset: Mapping[str, Dataset],
     encoder: Callable[[torch.Tensor], torch.Tensor],
     image_processor,
     fingerprint: str,
@@ -210,55 +257,110 @@ def cache_features(
     Returns:
         Of each split its augmentations: as many rows, in the same order.
 
-    Under several processes each computes its part of the files and waits for the others. Files hold 512 images and are renamed once
-    they are whole, so that after a kill all but the last few are there.
+    Under several processes each computes its part and waits for the others; where the machines of a run have a cache each, the
+    processes of a machine compute all for it. Files have about 1 GB; their parts of 512 images are marked once they are written, and a
+    file gets its name when all are, so that after a kill all but the last few images are there.
 
     Raises:
-        UserError: The disk has no room for them, or another process's cannot be read from here.
+        UserError: The disk has no room for them.
     """
     state = PartialState()
-    by_split = feature_files(dataset, fingerprint, int8, num_augmentations or {})
-    # The same images twice are one file.
-    files = list({file.path: file for all_ in by_split.values() for one in all_ for file in one}.values())
-
-    to_pixels = PixelCollator(image_processor)
 
     def encode(pixels: torch.Tensor) -> dict[str, np.ndarray]:
         with torch.inference_mode():
             return quantize_features(encoder(pixels.to(device)), int8)
 
+    to_pixels = PixelCollator(image_processor)
+    shapes = _feature_shapes(features_folder(fingerprint, int8), lambda: encode(to_pixels([_first_image(dataset)])))
+    size = sum(shape.num_bytes for shape in shapes.values())
+    per_file = max(MAX_FILE_BYTES // size // IMAGES_PER_PART, 1) * IMAGES_PER_PART
+    by_split = feature_files(dataset, fingerprint, int8, num_augmentations or {}, per_file)
+    # The same images twice are one file.
+    files = list({file.path: file for all_ in by_split.values() for one in all_ for file in one}.values())
     missing = [file for file in files if not file.exists()]
-    # Dealt by position, not by what is missing: another process may be writing already.
-    own = [file for file in files[state.process_index :: state.num_processes] if file in missing]
-    if own:
-        images = ImagesOfFiles(own)
-        example = encode(to_pixels([images[0]]))
-        _check_room(sum(len(file.rows) for file in missing), example)
-        loader = DataLoader(
-            images,
-            batch_sampler=batches_of_files([len(file.rows) for file in own], batch_size),
-            num_workers=num_workers,
-            collate_fn=to_pixels,
-            generator=torch.Generator(),  # else it draws a number, and a run that finds the features has others after it
-        )
-        for folder in {file.path.parent for file in own}:
-            _open_folder(folder)
-        with tqdm(total=len(images), unit="image", desc="encoding", disable=not state.is_main_process) as bar:
-            _write_files(own, map(encode, loader), bar)
-    if not missing:
-        number, folder = sum(len(file.rows) for file in files), features_folder(fingerprint, int8)
-        logger.info(f"Features of {number:,} images are read from {folder}")
+    number, num_processes = sharing_processes(Path(datasets.config.HF_DATASETS_CACHE))
+    if missing:
+        parts = [part for file in files for part in file.parts()]
+        _check_room(sum(len(part) for part in parts if part.is_missing()), size, shapes["encoder_features"])
+        # Dealt by position, not by what is missing: another process may be writing already.
+        own = [part for part in parts[number::num_processes] if part.is_missing()]
+        if own:
+            loader = DataLoader(
+                ImagesOfParts(own),
+                batch_sampler=batches_of_parts(list(map(len, own)), batch_size),
+                num_workers=num_workers,
+                collate_fn=to_pixels,
+                generator=torch.Generator(),  # else it draws a number, and a run that finds the features has others after it
+            )
+            with tqdm(
+                total=sum(map(len, own)), unit="image", desc="encoding", disable=not state.is_main_process
+            ) as bar:
+                _write_parts(own, map(encode, loader), shapes, bar)
+    else:
+        folder = features_folder(fingerprint, int8)
+        logger.info(f"Features of {sum(file.stop - file.start for file in files):,} images are read from {folder}")
+    state.wait_for_everyone()
+    for file in files[number::num_processes]:
+        _name_file(file, list(shapes))
     state.wait_for_everyone()
     if lacking := [file.path.parent for file in files if not file.exists()]:
         raise UserError(
-            f"{lacking[0]} lacks images that another process has encoded: set HF_DATASETS_CACHE to a folder that all machines "
-            "share, or give --cache_features false"
+            f"{lacking[0]} lacks images that another process has encoded: start again, and what is missing is encoded"
         )
-    names = ["encoder_features", *(["feature_scale"] if int8 else [])]
     return {
-        split: [Features([{name: file.column(name) for name in names} for file in one]) for one in all_]
+        split: [
+            Features(
+                [{name: file.column(name) for name in shapes} for file in one], [file.stop - file.start for file in one]
+            )
+            for one in all_
+        ]
         for split, all_ in by_split.items()
     }
+
+
+def sharing_processes(folder: Path) -> tuple[int, int]:
+    """(number of this process, how many) among the processes of the run that see the same folder: all, or those of a machine."""
+    state = PartialState()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    if local >= state.num_processes:
+        return state.process_index, state.num_processes
+    (name,) = broadcast_object_list([f".shared-{uuid.uuid4().hex}"])
+    folder.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        (folder / name).touch()
+    state.wait_for_everyone()
+    shared = all(gather_object([(folder / name).exists()]))
+    state.wait_for_everyone()
+    (folder / name).unlink(missing_ok=True)
+    return (state.process_index, state.num_processes) if shared else (state.local_process_index, local)
+
+
+@dataclass(frozen=True)
+class ArrayShape:
+    """What a column has of an image: shape and type."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def _feature_shapes(folder: Path, encode_one: Callable[[], dict[str, np.ndarray]]) -> dict[str, ArrayShape]:
+    """The columns of an encoder's features; one image is encoded for it, once."""
+    path = folder / "shapes.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            shapes = {name: (values.shape[1:], values.dtype.str) for name, values in encode_one().items()}
+            write_file(path, json.dumps(shapes).encode())
+    shapes = json.loads(path.read_text())
+    return {name: ArrayShape(tuple(shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def _first_image(dataset: DatasetDict) -> Image.Image:
+    return next(iter(dataset.values()))[0]["image"].convert("RGB")
 
 
 class PixelCollator:
@@ -271,18 +373,21 @@ class PixelCollator:
         return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
 
-class ImagesOfFiles(torch.utils.data.Dataset):
-    """The images of files, one file after the other, each in its file's augmentation."""
+class ImagesOfParts(torch.utils.data.Dataset):
+    """The images of parts, one part after the other, each in its file's augmentation."""
 
-    def __init__(self, files: Sequence[FeatureFile]):
-        self.rows = concatenate_datasets([file.rows for file in files])
-        self.augmentations = [file.augmentation for file in files for _ in range(len(file.rows))]
+    def __init__(self, parts: Sequence[Part]):
+        self.parts = parts
+        self.starts = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> Image.Image:
-        return augment_image(self.rows[index]["image"].convert("RGB"), self.augmentations[index])
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        part = self.parts[number]
+        image = part.file.rows[part.start + index - int(self.starts[number])]["image"]
+        return augment_image(image.convert("RGB"), part.file.augmentation)
 
 
 def quantize_features(states: torch.Tensor, int8: bool = False) -> dict[str, np.ndarray]:
@@ -298,8 +403,8 @@ def quantize_features(states: torch.Tensor, int8: bool = False) -> dict[str, np.
     return {"encoder_features": relative.round().to(torch.int8).numpy(), "feature_scale": scale.numpy()}
 
 
-def batches_of_files(sizes: Sequence[int], batch_size: int) -> list[range]:
-    """Indices of the images of files that follow each other, in batches none of which reaches into two files."""
+def batches_of_parts(sizes: Sequence[int], batch_size: int) -> list[range]:
+    """Indices of the images of parts that follow each other, in batches none of which reaches into two parts."""
     batches, first = [], 0
     for size in sizes:
         end = first + size
@@ -308,30 +413,60 @@ def batches_of_files(sizes: Sequence[int], batch_size: int) -> list[range]:
     return batches
 
 
-def _write_files(files: Sequence[FeatureFile], batches: Iterable[dict[str, np.ndarray]], bar: tqdm) -> None:
-    """Write batches of columns into files, none of which a batch reaches beyond."""
+def _write_parts(
+    parts: Sequence[Part], batches: Iterable[dict[str, np.ndarray]], shapes: dict[str, ArrayShape], bar: tqdm
+) -> None:
+    """Write batches of columns into the files of parts, none of which a batch reaches beyond, and mark each part that is whole."""
     batches = iter(batches)
-    for file in files:
-        parts, num_rows = [], 0
-        while num_rows < len(file.rows):
-            parts.append(next(batches))
-            num_rows += len(parts[-1]["encoder_features"])
-            bar.update(len(parts[-1]["encoder_features"]))
-        for name in sorted(parts[0], reverse=True):  # encoder_features last: where it exists, all do
-            partial = file.path.with_name(f"tmp-{os.getpid()}-{file.path.name}.npy")
-            np.save(partial, np.concatenate([part[name] for part in parts]))
-            os.replace(partial, file.column(name))
+    for part in parts:
+        file, written = part.file, 0
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        columns = {name: _partial_array(file, name, shape) for name, shape in shapes.items()}
+        while written < len(part):
+            batch = next(batches)
+            first = part.start - file.start + written
+            for name, values in batch.items():
+                columns[name][first : first + len(values)] = values
+            written += len(values)
+            bar.update(len(values))
+        for column in columns.values():
+            column.flush()  # before the mark says so
+        part.mark.touch()
 
 
-def _check_room(num_images: int, example: dict) -> None:
+def _partial_array(file: FeatureFile, name: str, shape: ArrayShape) -> np.ndarray:
+    """The array of a file that has not its name yet, made where it is missing."""
+    path = file.column(name).with_suffix(".partial")
+    with FileLock(f"{file.path}.lock"):
+        if path.exists():
+            return np.lib.format.open_memmap(path, mode="r+")
+        return np.lib.format.open_memmap(path, "w+", shape.dtype, (file.stop - file.start, *shape.shape))
+
+
+def _name_file(file: FeatureFile, names: Sequence[str]) -> None:
+    """Give a file all of whose parts are written its name."""
+    parts, partial = file.parts(), {name: file.column(name).with_suffix(".partial") for name in names}
+    if not file.exists():
+        if not all(part.mark.exists() for part in parts):
+            return
+        for name in sorted(names, reverse=True):  # encoder_features last: where it exists, all do
+            if partial[name].exists():
+                os.replace(partial[name], file.column(name))
+    elif not parts[0].mark.exists():
+        return
+    for path in (*(part.mark for part in parts), *partial.values(), Path(f"{file.path}.lock")):
+        path.unlink(missing_ok=True)
+
+
+def _check_room(num_images: int, image_bytes: int, shape: ArrayShape) -> None:
     """Log how much is going to be cached before it is computed.
 
     Raises:
         UserError: There is no room for it.
     """
     root = Path(datasets.config.HF_DATASETS_CACHE)
-    megabytes = num_images * sum(value.nbytes for value in example.values()) / 1e6
-    positions, size = example["encoder_features"].shape[1:]
+    megabytes = num_images * image_bytes / 1e6
+    positions, size = shape.shape
     logger.info(
         f"Encoding {num_images:,} images once: {positions} x {size} features each, {megabytes:,.0f} MB in {root}"
     )
@@ -342,14 +477,6 @@ def _check_room(num_images: int, example: dict) -> None:
             f"the features of {num_images:,} images need {megabytes:,.0f} MB in {root}, where {free:,.0f} are free: make room, set "
             "HF_DATASETS_CACHE to a larger disk, or give --int8_features true or --cache_features false"
         )
-
-
-def _open_folder(folder: Path) -> None:
-    """Create a folder, or remove what a killed run was writing; after a day no run can be at it any more."""
-    os.makedirs(folder, exist_ok=True)
-    for path in folder.glob("tmp*"):
-        if time.time() - path.stat().st_mtime > 24 * 60 * 60:
-            path.unlink(missing_ok=True)
 
 
 def compiled_for_batches(encoder: torch.nn.Module, batch_size: int = BATCH_SIZE) -> Callable:

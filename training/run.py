@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, get_scheduler
 
+from data_scripts.caption_texts import CaptionTexts
 from data_scripts.scene_truth import scene_truths
 from metrics import CaptionScorer
 from modeling.captioner import Captioner
@@ -36,6 +37,7 @@ from reporting.page import NUM_IMAGES
 from reporting.push import CheckpointPush, download_checkpoint
 from reporting.results import write_history
 from reporting.training_report import report_training
+from system.errors import UserError
 from training.arguments import TrainingArguments
 from training.averaging import ema_of
 from training.batches import ImageDataset
@@ -50,6 +52,7 @@ from training.checkpoints import (
 from training.evaluation import caption_images
 from training.launch import refuse_fsdp, start_accelerator
 from training.sharding import FullModel
+from training.shards import ShardLoader, StreamSampler
 from training.stop_signal import StopSignal
 from training.training_state import load_training_state, save_training_state
 
@@ -66,6 +69,7 @@ class TrainerState:
     epoch: int = 0  # finished ones
     step: int = 0
     epoch_steps: int = 0  # of the epoch that has begun
+    shards: list[list[dict]] = field(default_factory=list)  # where each process stands in its shards, in that epoch
     running_sums: dict[str, float] = field(
         default_factory=dict
     )  # since the last row of the history, over all processes
@@ -151,7 +155,6 @@ class TrainingRun:
         args, accelerator, model = self.args, self.accelerator, captioner.model
         self.captioner, self.export, self.train_mode = captioner, export, train_mode
         self.loading = {"collate_fn": collator, "num_workers": num_workers}
-        loader = DataLoader(train_dataset, args.per_device_train_batch_size, sampler=sampler, **self.loading)
         if accelerator.is_main_process and not self.resume_from:
             with torch.random.fork_rng(devices=[]), export(model):
                 check_round_trip(captioner, args.output_dir)
@@ -160,10 +163,8 @@ class TrainingRun:
         self.ema = None
         if getattr(args, "ema_decay", 0):
             self.ema = ema_of(model, args.ema_decay)
-        self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
-        self.num_items = len(train_dataset)
-        self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
-        self.num_steps = args.max_steps if args.max_steps > 0 else self.steps_per_epoch * args.num_train_epochs
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self._prepare_loader(train_dataset, sampler, collator)
         warmup = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * self.num_steps
         self.scheduler = get_scheduler(args.lr_scheduler_type, optimizer, round(warmup), self.num_steps)
         self.state = TrainerState(self.script, self.step_size, start_digest)
@@ -173,9 +174,30 @@ class TrainingRun:
         self.sums = {name: torch.tensor(value / accelerator.num_processes, dtype=self._wide) for name, value in shares}
         return self.model
 
+    def _prepare_loader(self, train_dataset, sampler: Sampler, collator: Callable[[list], dict]) -> None:
+        """The loader of the training batches, and the number of steps; of shards nobody knows how many steps an epoch has."""
+        args, accelerator = self.args, self.accelerator
+        batch_size, num_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        if isinstance(sampler, StreamSampler):
+            if args.max_steps <= 0:
+                raise UserError(
+                    "--max_steps is missing: shards do not say how many captions an epoch has; give the number of steps"
+                )
+            workers = self.loading["num_workers"]
+            self.loader = ShardLoader(accelerator, train_dataset, sampler, collator, batch_size, num_batches, workers)
+            self.num_items = self.steps_per_epoch = None
+            self.num_steps = args.max_steps
+            return
+        self.loader = accelerator.prepare(DataLoader(train_dataset, batch_size, sampler=sampler, **self.loading))
+        self.num_items = len(train_dataset)
+        self.steps_per_epoch = math.ceil(len(self.loader) / num_batches)
+        self.num_steps = args.max_steps if args.max_steps > 0 else self.steps_per_epoch * args.num_train_epochs
+
     def _resume(self) -> None:
         saved = load_training_state(self, self.resume_from)
         self.state = TrainerState(**saved)
+        if self.steps_per_epoch is None and self.state.epoch_steps:
+            self.loader.resume(self.state.shards, self.state.step)
         copy_best_model(self.resume_from, self.args.output_dir)
 
     def eval_loader(self, items: torch.utils.data.Dataset, collator: Callable | None = None) -> DataLoader:
@@ -264,6 +286,9 @@ class TrainingRun:
         """Lists of `gradient_accumulation_steps` batches, the last shorter where they do not divide; what is done left out."""
         num_batches, loader = self.args.gradient_accumulation_steps, self.loader
         loader.set_epoch(self.state.epoch)
+        if self.steps_per_epoch is None:
+            yield from loader.steps(self.state.epoch_steps)
+            return
         if self.state.epoch_steps:
             loader = self.accelerator.skip_first_batches(loader, self.state.epoch_steps * num_batches)
         # A loader that starts draws a random number; a run resumed inside the epoch would draw it a second time.
@@ -281,7 +306,8 @@ class TrainingRun:
             name, value = next(iter(summarize(sums).items()))
             bar.set_loss(value, name.removeprefix("train_"))
             self._check_finite(sums)
-        epoch_ends = state.epoch_steps == self.steps_per_epoch
+        streams = self.steps_per_epoch is None
+        epoch_ends = self.loader.ends if streams else state.epoch_steps == self.steps_per_epoch
         if epoch_ends:
             state.epoch, state.epoch_steps = state.epoch + 1, 0
         last = state.step >= self.num_steps
@@ -290,8 +316,7 @@ class TrainingRun:
         if evaluates or epoch_ends or every_n_steps(state.step, args.logging_steps):
             sums = self._total_sums()
             check_finite(math.fsum(sums.values()), self.model, state.step, args.learning_rate, args.output_dir)
-            progress = state.epoch + state.epoch_steps / self.steps_per_epoch
-            row = {"epoch": round(progress, 4) if state.epoch_steps else state.epoch, "step": state.step}
+            row = {"step": state.step} if streams else {"epoch": self._epochs(), "step": state.step}
             row |= summarize(sums)
             self.sums = {}
             self._log(row | (self._evaluate(evaluate) if evaluates else {}))
@@ -301,6 +326,13 @@ class TrainingRun:
             self._save_checkpoint()
         if stops:
             self.stop_signal.exit_after_checkpoint(self.accelerator, state.step)
+
+    def _epochs(self) -> float:
+        """Epochs trained, the one that has begun as a fraction; of shards the finished ones."""
+        state = self.state
+        if self.steps_per_epoch is None or not state.epoch_steps:
+            return state.epoch
+        return round(state.epoch + state.epoch_steps / self.steps_per_epoch, 4)
 
     def _total_sums(self) -> dict[str, float]:
         if not self.sums:
@@ -316,8 +348,11 @@ class TrainingRun:
 
     def _epoch_bar(self) -> EpochProgressBar:
         args, state = self.args, self.state
-        num_epochs = math.ceil(self.num_steps / self.steps_per_epoch)
         silent = args.disable_tqdm or not self.accelerator.is_local_main_process
+        if self.steps_per_epoch is None:  # one bar for all steps
+            total, done = self.num_steps * self.step_size, state.step * self.step_size
+            return EpochProgressBar(1, 1, total, done, self.unit, silent)
+        num_epochs = math.ceil(self.num_steps / self.steps_per_epoch)
         done = min(state.epoch_steps * self.step_size, self.num_items)
         return EpochProgressBar(state.epoch + 1, num_epochs, self.num_items, done, self.unit, silent)
 
@@ -395,6 +430,8 @@ class TrainingRun:
         """Write `checkpoint-STEP`, whole or not at all, remove old ones beyond save_total_limit, push it where it is to go."""
         args, state = self.args, self.state
         state.running_sums = self._total_sums()
+        streams = self.steps_per_epoch is None and state.epoch_steps
+        state.shards = self.loader.position(state.epoch_steps) if streams else []
         loss = math.fsum(state.running_sums.values())
         check_finite(loss, self.model, state.step, args.learning_rate, args.output_dir)
         with new_checkpoint(args.output_dir, state.step) as folder:
@@ -409,7 +446,7 @@ class TrainingRun:
         self,
         dataset: DatasetDict,
         features: dict[str, list],
-        training_captions: list[str],
+        training_captions: CaptionTexts,
         *,
         data_args,
         kind: str,
@@ -436,14 +473,17 @@ class TrainingRun:
         with accelerator.autocast():
             captions = caption_images(captioner, images, accelerator, NUM_IMAGES)
         if accelerator.is_main_process:
-            train = {"epochs": round(state.step / self.steps_per_epoch, 4), "seconds": round(state.train_seconds, 3)}
-            num_trained = state.epoch * self.num_items + min(state.epoch_steps * self.step_size, self.num_items)
+            train = {"epochs": self._epochs(), "seconds": round(state.train_seconds, 3)}
+            num_trained = state.step * self.step_size
+            if self.num_items:
+                num_trained = state.epoch * self.num_items + min(state.epoch_steps * self.step_size, self.num_items)
             train[f"{self.unit}_per_second"] = round(num_trained / state.train_seconds, 1)
             report_training(
                 args,
                 data_args,
                 dataset=dataset,
                 split=split,
+                num_training_captions=len(training_captions),
                 captions=captions,
                 scorer=CaptionScorer(dataset[split]["captions"], training_captions),
                 decoding=captioner.model.generation_config,

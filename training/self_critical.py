@@ -66,7 +66,7 @@ def set_decoding(captioner: Captioner, args, captions: CaptionPairs, sample_min_
     captioner.set_decoding(**settings)
     if args.logit_adjustment_tau is not None:
         special_ids = captioner.tokenizer.all_special_ids
-        config.sequence_bias = logit_adjustments(captions.token_ids, args.logit_adjustment_tau, special_ids) or None
+        config.sequence_bias = logit_adjustments(captions.token_ids.ids, args.logit_adjustment_tau, special_ids) or None
     longest = config.max_length - len(captioner.start_token_ids)
     if sample_min_length > longest:
         raise UserError(
@@ -75,7 +75,7 @@ def set_decoding(captioner: Captioner, args, captions: CaptionPairs, sample_min_
         )
 
 
-def logit_adjustments(captions: list[list[int]], tau: float, special_ids: Sequence[int]) -> list[list]:
+def logit_adjustments(token_ids: np.ndarray, tau: float, special_ids: Sequence[int]) -> list[list]:
     """Logit adjustments of rare tokens: self-critical training makes them rarer, since they are seldom sampled (Honda et al., 2023,
     https://arxiv.org/abs/2212.03230).
 
@@ -83,29 +83,28 @@ def logit_adjustments(captions: list[list[int]], tau: float, special_ids: Sequen
     https://arxiv.org/abs/2007.07314), for rare tokens alone.
 
     Args:
-        captions: Token ids of the training captions, in which tokens are counted.
+        token_ids: Of all training captions, one after the other, int32 (tokens,).
         tau: Scale of the adjustment.
         special_ids: Tokens left as they are, EOS among them.
 
     Returns:
         `sequence_bias` of a generation config: [[token], nats] of each that gains something.
     """
-    counts = Counter(token for token_ids in captions for token in token_ids)
+    counts = Counter()
+    for start in range(0, len(token_ids), 2**20):
+        counts.update(
+            dict(
+                zip(
+                    *map(np.ndarray.tolist, np.unique(token_ids[start : start + 2**20], return_counts=True)),
+                    strict=True,
+                )
+            )
+        )
     rare = RARE * counts.total()
     return [
         [[token], round(tau * math.log(rare / count), 3)]
         for token, count in sorted(counts.items())
         if tau and count < rare and token not in special_ids
-    ]
-
-
-def captions_of_images(pairs: CaptionPairs) -> list[list[list[list[int]]]]:
-    """The token ids of each image's captions and, where there are augmentations, of its mirror image's."""
-    ends = np.flatnonzero(np.diff(pairs.row_of_pair, append=-1)) + 1
-    return [
-        [token_ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        for token_ids in (pairs.token_ids, pairs.mirrored_ids)
-        if token_ids
     ]
 
 
@@ -169,8 +168,8 @@ class SelfCritic:
             `sample_no_repeat_ngram_size`, `sample_min_length`.
         seed: Of the samples.
         start: The starting model, where there is a KL penalty.
-        token_ids: Captions of each training image, and of its mirror image where there are augmentations, for the cross entropy; an
-            epoch takes one of each image.
+        token_ids: `TokenStore` of the training captions, and of those of the mirror images where there are augmentations, for the cross
+            entropy; an epoch takes one of each image.
         num_augmentations: Of the images, see `data_scripts.augmentations`.
     """
 
@@ -212,7 +211,9 @@ class SelfCritic:
             greedy = self.rewards(captions, images, augmentations).to(states.device)
         references = []
         if options.xe_weight:
-            captions = [self.token_ids[flip % 2][image] for image, flip in zip(images, augmentations, strict=True)]
+            captions = [
+                self.token_ids[flip % 2].of_row(image) for image, flip in zip(images, augmentations, strict=True)
+            ]
             references = [of_image[epoch % len(of_image)] for of_image in captions]
         loss, divergence = self.loss_of(forward, states, samples, rewards.to(states.device), greedy, references)
         return loss, {

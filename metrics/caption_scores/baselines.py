@@ -1,8 +1,11 @@
 """Baselines without the image: the same captions assigned to other images, and the best single caption for all images."""
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
 import numpy as np
 
-from .ngrams import MAX_ORDER, Captions, NgramIndex, Ngrams
+from .ngrams import MAX_ORDER, NgramIndex, Ngrams
 from .overlap import CIDER_SIGMA, Pairs, ReferenceTable
 
 NUM_FINALISTS = 5
@@ -22,34 +25,52 @@ def derangement(num_images: int) -> np.ndarray:
     return source
 
 
-def best_constant(candidates: Captions, index: NgramIndex, table: ReferenceTable) -> int:
-    """Choose the caption with the highest mean CIDEr-D when every image gets it; give its place among the candidates.
+def blocks(captions: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of 8,192 captions, the last one shorter: the memory needed does not grow with their number."""
+    captions = iter(captions)
+    while block := list(islice(captions, BLOCK)):
+        yield block
+
+
+def best_constant(candidates: Iterable[str], index: NgramIndex, table: ReferenceTable) -> str:
+    """Choose the caption with the highest mean CIDEr-D when every image gets it.
 
     All candidates are ranked by their similarity to the mean of the references, which is CIDEr-D without its clipping; the
-    first five are then scored in full.
+    first five are then scored in full. Of captions with the same words, and of those that are as good, the first counts.
     """
-    places: dict[bytes, int] = {}
-    for place, key in enumerate(candidates.keys()):
-        places.setdefault(key, place)
-    distinct = np.fromiter(places.values(), dtype=np.int64, count=len(places))
     means = [_mean_reference(table, order) for order in range(MAX_ORDER)]
-    captions = candidates.take(distinct).split_words()
-    similarity = np.concatenate(
-        [_similarity(index.number(block), len(block.lengths), means, table) for _, block in captions.blocks(BLOCK)]
-    )
     reference_lengths, how_many = np.unique(table.captions.lengths, return_counts=True)
-    gaussian = np.exp(-((captions.lengths[:, None] - reference_lengths) ** 2.0) / (2 * CIDER_SIGMA**2))
-    # rounded, so that of captions as good the first is chosen
-    rank = np.argsort(-np.round(similarity * (gaussian @ how_many), 9), kind="stable")
-    finalists = np.sort(distinct[rank[:NUM_FINALISTS]])
+    best: list[tuple[float, int, tuple[str, ...], str]] = []  # minus its rank value, its place, its words, the caption
+    first = 0
+    for texts in blocks(candidates):
+        tokens = index.words.encode(texts, learn=False)
+        captions = tokens.split_words()
+        gaussian = np.exp(-((captions.lengths[:, None] - reference_lengths) ** 2.0) / (2 * CIDER_SIGMA**2))
+        value = _similarity(index.number(captions), len(texts), means, table) * (gaussian @ how_many)
+        value = np.round(value, 9)  # so that of captions as good the first is chosen
+        best = _with_block(best, texts, value, first, index)
+        first += len(texts)
 
     images = np.arange(len(table.num_references))
     mean_cider = []
+    finalists = [caption for _, _, _, caption in sorted(best, key=lambda candidate: candidate[1])]
     for finalist in finalists:
-        everywhere = candidates.take(np.full(len(images), finalist)).split_words()
+        everywhere = index.words.encode([finalist], learn=False).take(np.zeros(len(images), dtype=int)).split_words()
         counts = [ngrams.count() for ngrams in index.number(everywhere)]
         mean_cider.append(table.match(counts, Pairs(table, images, everywhere.lengths))[1].mean())
-    return int(finalists[np.argmax(np.round(mean_cider, 12))])
+    return finalists[int(np.argmax(np.round(mean_cider, 12)))]
+
+
+def _with_block(best: list[tuple], texts: list[str], value: np.ndarray, first: int, index: NgramIndex) -> list[tuple]:
+    """The best five, and of a block of captions what is better."""
+    found = {words: (negative, place, words, text) for negative, place, words, text in best}
+    worst = -best[-1][0] if len(best) == NUM_FINALISTS else -np.inf
+    for number in np.argsort(-value, kind="stable").tolist():
+        if value[number] <= worst or len(found) >= len(best) + NUM_FINALISTS:
+            break
+        words = index.words.split_text(texts[number])
+        found.setdefault(words, (-value[number], first + number, words, texts[number]))
+    return sorted(found.values())[:NUM_FINALISTS]
 
 
 def _mean_reference(table: ReferenceTable, order: int) -> np.ndarray:

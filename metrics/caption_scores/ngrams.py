@@ -130,6 +130,10 @@ class WordIndex(dict):
             self.parts[number] = [self.number(part) for part in word.split()]
         return number
 
+    def split_text(self, caption: str) -> tuple[str, ...]:
+        """The words of one caption."""
+        return tuple(self.split([caption])[0]) if self.split else tuple(tokenize(caption))
+
     def texts(self, words: np.ndarray) -> list[str]:
         """The words that these numbers stand for."""
         texts = list(self.words)

@@ -1,13 +1,13 @@
 """Score captions against the references of their images: CaptionScorer to evaluate, CiderD to reward in training."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import chain
 
 import numpy as np
 
-from .baselines import best_constant, derangement
+from .baselines import best_constant, blocks, derangement
 from .ngrams import MAX_ORDER, Captions, NgramIndex
 from .overlap import Pairs, ReferenceTable, bleu
 from .tokenizers import choose_tokenizer, describe_misfit, get_split
@@ -56,8 +56,9 @@ class CaptionScorer:
 
     Args:
         references: For each image a list of at least one caption.
-        training_captions: What the model was trained on, all in one list: decides which captions are novel, and holds the
-            candidates for the best constant caption.
+        training_captions: What the model was trained on, one caption after the other: decides which captions are novel, and holds the
+            candidates for the best constant caption. It is read a few thousand captions at a time, twice in a report, and never kept:
+            give something that can be iterated over again, and not an iterator.
         tokenizer: A name of `TOKENIZERS`, or "auto" to choose by what the references are written in ("ptb", coco-caption's, for
             English). The attribute `tokenizer` has the name chosen. A tokenizer that cannot split the references is warned of.
 
@@ -69,11 +70,11 @@ class CaptionScorer:
     def __init__(
         self,
         references: Sequence[Sequence[str]],
-        training_captions: Sequence[str] | None = None,
+        training_captions: Iterable[str] | None = None,
         tokenizer: str = "auto",
     ) -> None:
         check_references(references)
-        self.training_captions = training_captions
+        self.references, self.training_captions = references, training_captions
         self.num_images = len(references)
         self.index, self.table, self.tokenizer = learn_references(references, tokenizer)
 
@@ -141,7 +142,7 @@ class CaptionScorer:
             "intervals": intervals,
             "shuffled": shuffled_metrics,
             "constant": dict(self._constant),
-            "diagnostics": self._diagnose(captions, ended),
+            "diagnostics": self._diagnose(predictions, captions, ended),
             "tokenizer": self.tokenizer,
             "beats_shuffled": gain[0] > 0,
             "warning": self._warn(metrics["cider"], shuffled_metrics["cider"], gain),
@@ -170,14 +171,22 @@ class CaptionScorer:
     @cached_property
     def _constant(self) -> dict:
         """The best constant caption among the training captions or, without them, the references, and its scores."""
-        candidates = self._training if self.training_captions else self.table.tokens
+        candidates = self.training_captions or chain.from_iterable(self.references)
         caption = best_constant(candidates, self.index, self.table)
-        scores = self.mean(self._measure(candidates.take(np.full(self.num_images, caption))))
-        return {**scores, "caption": " ".join(self.index.words.texts(candidates.of(caption)))}
+        encoded = self.index.words.encode([caption], learn=False)
+        scores = self.mean(self._measure(encoded.take(np.zeros(self.num_images, dtype=np.int64))))
+        return {**scores, "caption": " ".join(self.index.words.split_text(caption))}
 
-    @cached_property
-    def _training(self) -> Captions:
-        return self.index.words.encode(self.training_captions or (), learn=True)
+    def _novel(self, predictions: Sequence[str]) -> float | None:
+        """Fraction of the captions whose words no training caption has; None without training captions."""
+        if not self.training_captions:
+            return None
+        # Their words are learned, so that they have the same numbers in every block of training captions.
+        keys = list(self.index.words.encode(predictions, learn=True).keys())
+        novel = set(keys)
+        for block in blocks(self.training_captions):
+            novel.difference_update(self.index.words.encode(block, learn=False).keys())
+        return float(np.mean([key in novel for key in keys]))
 
     def _encode(self, predictions: Sequence[str]) -> Captions:
         check_predictions(predictions, self.num_images)
@@ -199,18 +208,18 @@ class CaptionScorer:
         low_high = np.percentile(scores, [2.5, 97.5], axis=0).T.tolist()
         return dict(zip(METRIC_NAMES, low_high[:-1], strict=True)), low_high[-1]
 
-    def _diagnose(self, captions: list[str], ended: Sequence[bool] | None) -> dict[str, float | int | None]:
+    def _diagnose(
+        self, predictions: Sequence[str], captions: Captions, ended: Sequence[bool] | None
+    ) -> dict[str, float | int | None]:
         words = captions.split_words()
         trigrams = self.index.number(words)[2].count()
-        known = set(self._training.keys())
-        novel = [key not in known for key in captions.keys()]  # noqa: SIM118 (no dict)
         return {
             "ended": None if ended is None else float(np.mean([bool(end) for end in ended])),
             "repeated_trigram": len(np.unique(trigrams.caption[trigrams.count > 1])) / self.num_images,
             "mean_length": float(words.lengths.mean()),
             "mean_reference_length": float(self.table.captions.lengths.mean()),
             "unique_words": len(np.unique(words.words)),
-            "novel": float(np.mean(novel)) if known else None,
+            "novel": self._novel(predictions),
         }
 
     def _measure(self, captions: Captions) -> np.ndarray:

@@ -1,0 +1,303 @@
+"""Read shards of captioned images one after the other: webdataset tars and Parquet files, local or anywhere fsspec reads.
+
+A sample of a tar is an image beside a `.txt`, `.caption` or `.json` of the same name, as img2dataset writes them; a row of a Parquet file
+has an image, bytes or {bytes, path}, and captions. `python -m training.encode` adds a column of encoder features.
+"""
+
+import io
+import json
+import os
+import re
+import tarfile
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_scripts.row_checks import caption_problem, listed_captions
+from system.errors import UserError, printable
+from system.retries import ATTEMPTS, SECRETS
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+SUFFIXES = (*TAR_SUFFIXES, ".parquet")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+TEXT_SUFFIXES = ("txt", "caption", "text")
+CAPTION_NAMES = ("captions", "caption", "text", "txt")
+FEATURES_KEY = b"showtell_features"  # of the schema's metadata: what `encode` says of its column
+FIRST_WAIT_SECONDS = 0.5  # doubled each time
+SIGNATURE = re.compile(r"\?.*$")  # of a signed URL
+PERMANENT = (FileNotFoundError, PermissionError, UserError, ImportError)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a shard with its captions, and its encoder features where the shard has them."""
+
+    name: str
+    image: bytes
+    captions: list[str]
+    features: dict[str, bytes] | None = None
+
+
+@dataclass
+class Skipped:
+    """What of the shards was not used: reasons and how often, and the shards that are missing or damaged."""
+
+    samples: Counter = field(default_factory=Counter)
+    shards: dict[str, str] = field(default_factory=dict)  # address -> reason
+
+
+def shown(address: str) -> str:
+    """A shard's address without user, password and signature."""
+    return printable(SECRETS.sub("...", SIGNATURE.sub("", address)))
+
+
+def is_shard_pattern(source: str) -> bool:
+    """Whether a source names shards by itself: an address, a glob or a shard's file."""
+    return "://" in source or any(character in source for character in "*?[{") or source.endswith(SUFFIXES)
+
+
+def find_shards(source: str, revision: str | None = None) -> dict[str, list[str]]:
+    """The shards of each split, in the order of their names.
+
+    Args:
+        source: A folder, a glob or an address of fsspec such as s3://bucket/name-*.tar, of which all are "train"; braces
+            {00000..00010} count. Or a Hub id or folder, whose splits `datasets` reads off the files' names.
+
+    Raises:
+        UserError: There are none.
+    """
+    if is_shard_pattern(source):
+        return {"train": _glob(source)}
+    from datasets import load_dataset_builder
+
+    try:
+        data_files = load_dataset_builder(source, revision=revision).config.data_files or {}
+    except Exception as error:  # datasets and the Hub's client each have their own
+        raise UserError(f"dataset '{source}' cannot be opened: {SECRETS.sub('...', str(error))}") from error
+    splits = {
+        split: [str(path) for path in paths if str(path).endswith(SUFFIXES)] for split, paths in data_files.items()
+    }
+    splits = {split: paths for split, paths in splits.items() if paths}
+    if "train" not in splits:
+        raise UserError(
+            f"{source} has no shards for training (.tar, .parquet): prepare it as a table, without --streaming"
+        )
+    return splits
+
+
+def _glob(pattern: str) -> list[str]:
+    addresses = []
+    try:
+        for one in expand_braces(pattern):
+            if not any(character in one for character in "*?["):
+                addresses.append(one)
+                continue
+            system, path = fsspec.core.url_to_fs(one)
+            found = sorted(system.glob(path))
+            addresses += [system.unstrip_protocol(name) if "://" in one else name for name in found]
+    except ImportError as error:
+        raise UserError(f"{shown(pattern)}: {error}; pip install 'showtell[remote]'") from error
+    except Exception as error:  # each file system has its own
+        raise UserError(f"{shown(pattern)} cannot be listed: {SECRETS.sub('...', str(error))}") from error
+    addresses = [address for address in addresses if SIGNATURE.sub("", address).endswith(SUFFIXES)]
+    if not addresses:
+        raise UserError(f"{shown(pattern)} names no shard: .tar and .parquet files are expected")
+    return addresses
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Every name of a pattern with {00000..00331} or {a,b}, as shells and webdataset write it."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    inner = match[1]
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
+    if bounds:
+        first, last = bounds.groups()
+        names = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        names = inner.split(",")
+    return [one for name in names for one in expand_braces(pattern[: match.start()] + name + pattern[match.end() :])]
+
+
+def read_shard(
+    address: str, start: int = 0, strict: bool = False, skipped: Skipped | None = None
+) -> Iterator[tuple[int, Sample]]:
+    """The samples of a shard and their numbers, from a number on; what cannot be used is counted.
+
+    A connection that breaks is opened again, up to four times in a row, and the reading goes on with the next sample.
+
+    Raises:
+        UserError: With `strict`, a shard is missing or damaged, or a sample cannot be used.
+    """
+    skipped = skipped if skipped is not None else Skipped()
+    number, attempt = start, 0
+    while True:
+        try:
+            with closing(_read(address, number)) as samples:
+                for raw in samples:
+                    sample, problem = _checked(raw)
+                    if problem and strict:
+                        raise UserError(f"{shown(address)}, {printable(raw['name'])}: {problem} (--strict)")
+                    number, attempt = number + 1, 0
+                    if problem:
+                        skipped.samples[problem] += 1
+                    else:
+                        yield number - 1, sample
+            return
+        except (GeneratorExit, UserError):
+            raise
+        except ImportError as error:
+            raise UserError(f"{shown(address)}: {error}; pip install 'showtell[remote]'") from error
+        except Exception as error:  # each file system has its own
+            attempt += 1
+            if "://" in address and attempt < ATTEMPTS and not isinstance(error, PERMANENT):
+                time.sleep(FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
+                continue
+            reason = SECRETS.sub("...", str(error) or type(error).__name__).splitlines()[0]
+            reason = "there is no such file" if isinstance(error, FileNotFoundError) else reason
+            if strict:
+                raise UserError(f"{shown(address)}, sample {number}: {reason} (--strict)") from error
+            skipped.shards[shown(address)] = f"from sample {number:,} on: {reason}"
+            return
+
+
+def _checked(raw: dict[str, Any]) -> tuple[Sample | None, str | None]:
+    """A sample, or why it cannot be used. Of several captions those that cannot be used are left out."""
+    captions, problem = [], "no caption"
+    for cell in raw["captions"]:
+        for caption in listed_captions(cell):
+            found = caption_problem(caption)
+            if found:
+                problem = found
+            else:
+                captions.append(unicodedata.normalize("NFC", caption).strip())
+    if not captions:
+        return None, problem
+    if not raw["image"]:
+        return None, "no image"
+    return Sample(raw["name"], raw["image"], captions, raw.get("features")), None
+
+
+def _read(address: str, start: int) -> Iterator[dict[str, Any]]:
+    reader = _read_parquet if SIGNATURE.sub("", address).endswith(".parquet") else _read_tar
+    with fsspec.open(address, "rb") as file:
+        yield from reader(file, start)
+
+
+# ---- Tars -----------------------------------------------------------------------------------------------------------
+
+
+def _read_tar(file: io.IOBase, start: int) -> Iterator[dict[str, Any]]:
+    members: dict[str, bytes] = {}
+    current, number = None, -1
+    with tarfile.open(fileobj=file, mode="r|*", bufsize=2**20) as archive:
+        for member in archive:
+            archive.members = []  # else it keeps them all
+            folder, base = os.path.split(member.name)
+            stem, _, suffix = base.partition(".")
+            if not member.isreg() or not stem:
+                continue
+            key = os.path.join(folder, stem)
+            if key != current:
+                if members:
+                    yield _tar_sample(current, members)
+                current, members, number = key, {}, number + 1
+            if number >= start:
+                members[suffix.lower()] = archive.extractfile(member).read()
+    if members:
+        yield _tar_sample(current, members)
+
+
+def _tar_sample(name: str, members: dict[str, bytes]) -> dict[str, Any]:
+    image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), b"")
+    texts = [members[suffix].decode("utf-8", "replace") for suffix in TEXT_SUFFIXES if suffix in members][:1]
+    if not texts and "json" in members:
+        try:
+            about = json.loads(members["json"])
+        except ValueError:
+            about = {}
+        about = about if isinstance(about, dict) else {}
+        texts = [about[key] for key in CAPTION_NAMES if about.get(key)][:1]
+    return {"name": name, "image": image, "captions": texts}
+
+
+# ---- Parquet --------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(file: io.IOBase, start: int) -> Iterator[dict[str, Any]]:
+    parquet = pq.ParquetFile(file)
+    columns = _parquet_columns(parquet.schema_arrow)
+    wanted = [name for name in columns.values() if name]
+    features = features_of_shard(parquet.schema_arrow)
+    wanted += list(features["columns"]) if features else []
+    first = 0
+    for group in range(parquet.num_row_groups):
+        size = parquet.metadata.row_group(group).num_rows
+        if first + size > start:
+            number = first
+            for batch in parquet.iter_batches(64, row_groups=[group], columns=wanted):
+                for row in batch.to_pylist():
+                    if number >= start:
+                        yield _parquet_sample(row, number, columns, features)
+                    number += 1
+        first += size
+
+
+def _parquet_columns(schema: pa.Schema) -> dict[str, str | None]:
+    names = {name.casefold(): name for name in schema.names}
+    images = [field.name for field in schema if _holds_image(field.type)]
+    image = next((name for name in images if name.casefold() in ("image", "jpg", "png")), next(iter(images), None))
+    captions = next((names[name] for name in CAPTION_NAMES if name in names), None)
+    if image is None or captions is None:
+        raise UserError(
+            f"no column of {'images' if image is None else 'captions'} in the Parquet file, only {', '.join(schema.names)}: prepare it "
+            "with `python -m data_scripts.hub`, which takes --image_column and --caption_column"
+        )
+    return {"image": image, "captions": captions, "name": names.get("image_id")}
+
+
+def _holds_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _parquet_sample(row: dict, number: int, columns: dict[str, str | None], features: dict | None) -> dict[str, Any]:
+    image, captions = row[columns["image"]], row[columns["captions"]]
+    name = row[columns["name"]] if columns["name"] else None
+    sample = {
+        "name": f"row {number}" if name is None else str(name),
+        "image": image.get("bytes") if isinstance(image, dict) else image,
+        "captions": captions if isinstance(captions, list) else [captions],
+    }
+    if features:
+        sample["features"] = {column: row[column] for column in features["columns"]}
+    return sample
+
+
+def features_of_shard(schema: pa.Schema) -> dict | None:
+    """What `encode` says of a shard's features: the encoder's "fingerprint", and "columns" with shape and type; None without them."""
+    about = (schema.metadata or {}).get(FEATURES_KEY)
+    return json.loads(about) if about else None
+
+
+def feature_shards(addresses: Sequence[str]) -> dict | None:
+    """`features_of_shard` of the first shard that can be read."""
+    for address in addresses:
+        if not SIGNATURE.sub("", address).endswith(".parquet"):
+            return None
+        try:
+            with fsspec.open(address, "rb") as file:
+                return features_of_shard(pq.ParquetFile(file).schema_arrow)
+        except Exception:  # it is named when its turn comes
+            continue
+    return None
