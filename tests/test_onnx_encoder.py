@@ -101,3 +101,26 @@ def test_a_whole_run_has_the_captions_of_torch(tmp_path, monkeypatch, faster, ca
         caption.main([*names, *options, "--batch_size", "2"])
         captions[name] = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
     assert captions["auto"] == captions["torch"] and len(chosen) == 1
+
+
+def test_cached_features_are_those_of_torch(small_scenes, monkeypatch, tmp_path):
+    import datasets
+
+    from data_scripts import load_captions
+    from training.arguments import DataArguments
+    from training.features import encode_splits
+
+    captioner = build("lstm", "attention").model.requires_grad_(False)
+    processor = build("lstm", "attention").image_processor
+    found = {}
+    for name, fewest in (("torch", 10_000), ("onnxruntime", 1)):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / name)
+        monkeypatch.setattr(onnx_encoder, "MIN_IMAGES", fewest)
+        readings = iter([0.0, 1.0, 0.0, 3.0])
+        monkeypatch.setattr(
+            onnx_encoder, "time", types.SimpleNamespace(perf_counter=lambda given=readings: next(given))
+        )
+        features = encode_splits(load_captions(small_scenes), captioner.get_encoder(), processor, DataArguments())
+        found[name] = torch.tensor(features["test"][0][[*range(9)]]["encoder_features"]).float()
+        assert (next(readings, None) is None) == (name == "onnxruntime")
+    assert (found["torch"] - found["onnxruntime"]).abs().max() <= 1e-3 * found["torch"].abs().max()
