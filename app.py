@@ -8,10 +8,8 @@ own environment variables (GRADIO_SERVER_NAME, GRADIO_SERVER_PORT, GRADIO_SHARE)
 
 import hashlib
 import json
-import math
 import os
 import tempfile
-import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
 from system.errors import UserError, one_line_errors
+from system.request_rate import RequestRate
 from training.arguments import parse_recipe
 
 if TYPE_CHECKING:
@@ -122,37 +121,6 @@ def demo_models() -> list[str]:
             "run `make demo`, or name a folder or Hub id: python app.py MODEL"
         )
     return found
-
-
-class RequestRate:
-    """ASGI middleware that refuses requests of an address that sends or fetches more than `SENT` or `FETCHED`."""
-
-    def __init__(self, app):
-        from limits.storage import MemoryStorage
-        from limits.strategies import MovingWindowRateLimiter
-
-        self.app = app
-        self.limiter = MovingWindowRateLimiter(MemoryStorage())
-
-    async def __call__(self, scope, receive, send):
-        from limits import parse
-        from starlette.responses import JSONResponse, PlainTextResponse
-
-        answer = self.app
-        if scope["type"] == "http":
-            direction = "fetched" if scope["method"] in ("GET", "HEAD", "OPTIONS") else "sent"
-            rate = parse(FETCHED if direction == "fetched" else SENT)
-            address = scope["client"][0]
-            if not self.limiter.hit(rate, direction, address):
-                reset_time = self.limiter.get_window_stats(rate, direction, address).reset_time
-                seconds = max(1, math.ceil(reset_time - time.time()))
-                refusal = f"Too many requests from your address, {rate.amount} a minute at most: try again in {seconds} seconds."
-                headers = {"Retry-After": str(seconds)}
-                if scope["path"].endswith("/upload"):  # of which Gradio's page shows the whole answer, else the detail
-                    answer = PlainTextResponse(refusal, 429, headers)
-                else:
-                    answer = JSONResponse({"detail": refusal}, 429, headers)
-        await answer(scope, receive, send)
 
 
 def names_address(value) -> bool:
@@ -258,7 +226,10 @@ def launch(app: "gr.Blocks", **options):
 
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Default(**fonts)
-    limits = {"max_file_size": MAX_IMAGE_BYTES, "app_kwargs": {"middleware": [Middleware(RequestRate)]}}
+    limits = {
+        "max_file_size": MAX_IMAGE_BYTES,
+        "app_kwargs": {"middleware": [Middleware(RequestRate, rates=lambda: (SENT, FETCHED))]},
+    }
     return app.launch(theme=theme, css=CSS, footer_links=[], **limits, **options)
 
 

@@ -1,58 +1,108 @@
-"""Caption images: files, folders or URLs in, captions out.
+"""Caption images: files, folders, URLs, webdataset tars or parquet files in, captions out, a dozen or a million.
 
     python caption.py --model_name_or_path outputs/demo/lstm image.jpg folder/ https://example.org/image.jpg
     python caption.py --model_name_or_path outputs/demo/lstm folder/ --output captions.jsonl
+    accelerate launch caption.py --model_name_or_path outputs/demo/lstm shards/ --output captions.parquet
 
-The output is text (`name<TAB>caption`), .jsonl or .html, by the suffix of --output; text on the screen if it is not given. Images
-that cannot be read, and files of a folder that are no images, are counted and named on stderr.
+The suffix of --output says what it is: text (`name<TAB>caption`), .jsonl, .html, or .parquet, a folder of parts; a folder without a
+suffix gets a sidecar, a text file, for each image. Captions are written as they come: a run that was killed, given again, goes on
+where it was. Images that cannot be read, and files of a folder that are no images, are counted and named on stderr.
 """
 
 import gc
-import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from PIL import Image
-
-from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image, is_image_file
+from captioning.job import ImageCollator, Job, begin_or_resume, load_batches
+from captioning.outputs import Lines, Output, Page, Parquet, Screen, Sidecars, WebDataset
+from captioning.processes import Processes
+from captioning.sources import ImageDecoder, ImageRef, ImageSources, one_for_each_sidecar, without_repeats
 from system.errors import UserError, one_line_errors, printable
-from system.files import write_file
 from training.arguments import GenerationArguments, parse_recipe
 
 if TYPE_CHECKING:
-    import torch
-
     from modeling.captioner import Captioner
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
 
-OUTPUT_SUFFIXES = (".txt", ".jsonl", ".html")
-NUM_IMAGES_ON_PAGE = 200
-NUM_NAMED = 5  # of the files of a folder that are passed over
-MAX_IMAGE_SECONDS = 60.0  # that one may take to come from the network
+FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".html": "html", ".parquet": "parquet", "": "sidecars"}
+FOLDERS = ("parquet", "sidecars", "webdataset")
+NUM_NAMED = 5  # images of a dry run
+SIDECAR_OPTIONS = ("existing", "prefix", "suffix", "separator", "sidecar_suffix")
 
 
 @dataclass
 class CaptionArguments:
     images: list[str] = field(
-        metadata={"help": "Image files, folders (with all below them) and http(s) URLs.", "positional": "+"}
+        metadata={
+            "help": "Image files, folders (with all below them), http(s) URLs, uncompressed tars (webdataset) and parquet files.",
+            "positional": "+",
+        }
     )
     model_name_or_path: str = field(
         metadata={"help": "Folder, training checkpoint or Hub id of a captioner of either kind."}
     )
     output: str | None = field(
-        default=None, metadata={"help": "File to write: .txt, .jsonl or .html; text on the screen if not given."}
+        default=None,
+        metadata={
+            "help": "File to write, .txt, .jsonl or .html, or folder: NAME.parquet, or NAME for sidecars; text on the screen if not "
+            "given."
+        },
+    )
+    output_format: Literal["txt", "jsonl", "html", "parquet", "sidecars", "webdataset"] | None = field(
+        default=None,
+        metadata={
+            "help": "Format of the output; by its suffix if not given. sidecars without --output stand beside the images."
+        },
+    )
+    resume: bool = field(
+        default=True,
+        metadata={
+            "help": "Caption only what the output does not have yet, if it was begun with the same settings; false begins it anew."
+        },
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Only say what would be captioned, and where to."})
+    existing: Literal["skip", "overwrite", "append", "prepend"] = field(
+        default="skip", metadata={"help": "What to do where an image has a sidecar already."}
+    )
+    prefix: str = field(default="", metadata={"help": "Text before the caption in a sidecar."})
+    suffix: str = field(default="", metadata={"help": "Text behind the caption in a sidecar."})
+    separator: str = field(
+        default=", ", metadata={"help": "Text between a caption and what was there, with existing append or prepend."}
+    )
+    sidecar_suffix: str = field(default=".txt", metadata={"help": "Suffix of sidecars."})
+    confidence: bool = field(
+        default=False,
+        metadata={
+            "help": "Add log_probability, confidence and the least sure word to each caption; for .jsonl, .parquet, tars."
+        },
+    )
+    min_confidence: float | None = field(
+        default=None,
+        metadata={
+            "help": "Confidence, the geometric mean of its tokens' probabilities, below which a caption goes to OUTPUT.doubtful.jsonl "
+            "instead.",
+            "min": 0,
+            "max": 1,
+        },
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images in parquet files; the only one of bytes if not given."}
+    )
+    id_column: str | None = field(
+        default=None, metadata={"help": "Column of unique names in parquet files; FILE.parquet#ROW if not given."}
     )
     batch_size: int = field(default=32, metadata={"help": "Images per batch.", "min": 1})
     num_workers: int | None = field(
         default=None,
         metadata={
-            "help": "Number of processes that decode images; if not given up to 8 on a GPU, and 0, the main process, on a CPU.",
+            "help": "Number of processes that decode images; if not given up to 8 on a GPU, and 0, a thread, on a CPU.",
             "min": 0,
         },
     )
@@ -66,78 +116,101 @@ class CaptionArguments:
             "has instructions for it."
         },
     )
+    encoder_engine: Literal["auto", "torch"] = field(
+        default="auto",
+        metadata={
+            "help": "Engine of the encoder on a CPU; auto is onnxruntime where it is installed, equal and faster, for 256 images "
+            "or more."
+        },
+    )
     seed: int = field(default=42, metadata={"help": "Seed of sampling.", "min": 0, "below": 2**32})
 
     def __post_init__(self):
-        if self.output and Path(self.output).suffix not in OUTPUT_SUFFIXES:
-            raise UserError(f"--output {self.output}: the name must end in {', '.join(OUTPUT_SUFFIXES)}")
+        suffix = Path(self.output).suffix if self.output else None
+        if self.output_format is None and self.output:
+            if suffix not in FORMATS:
+                raise UserError(
+                    f"--output {self.output}: the name must end in {', '.join(filter(None, FORMATS))}, or be a folder's"
+                )
+            self.output_format = FORMATS[suffix]
+        self._check_format(suffix)
+        if self.output_format != "sidecars":
+            for name in SIDECAR_OPTIONS:
+                if getattr(self, name) != getattr(CaptionArguments, name):
+                    raise UserError(f"--{name} has no effect without --output_format sidecars")
+        if self.sidecar_suffix[:1] != "." or Path("x" + self.sidecar_suffix).suffix != self.sidecar_suffix:
+            raise UserError(f"--sidecar_suffix {self.sidecar_suffix}: give one like .txt or .caption")
 
-
-class ImageSources:
-    """Images by name: {"name", "image"}, or {"name", "problem"} where one cannot be used.
-
-    Args:
-        names: Files and http(s) URLs.
-        min_side: See `decode_image`.
-    """
-
-    def __init__(self, names: list[str], min_side: int):
-        self.names = names
-        self.min_side = min_side
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> dict:
-        from modeling.captioning_pipeline import to_rgb
-
-        name = self.names[index]
-        try:
-            return {"name": name, "image": decode_image(read_image(name), self.min_side, to_rgb)}
-        except BadImage as error:
-            return {"name": name, "problem": str(error)}
-        except (OSError, ValueError) as error:
-            return {"name": name, "problem": f"cannot be read: {error}"}
-
-
-class ImageCollator:
-    """Items of `ImageSources` as one batch, made where the images are decoded: (items, pixels of those without a problem).
-
-    Args:
-        processor: The captioner's.
-        keep_images: Whether the items keep their images, in the size of a page.
-    """
-
-    def __init__(self, processor, keep_images: bool = False):
-        self.processor = processor
-        self.keep_images = keep_images
-
-    def __call__(self, items: list[dict]) -> "tuple[list[dict], torch.Tensor | None]":
-        images = [item["image"] for item in items if "image" in item]
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
-        for item in items:
-            if "image" in item and self.keep_images:
-                from reporting.page import IMAGE_SIZE
-
-                item["image"].thumbnail((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
-            else:
-                item.pop("image", None)
-        return items, pixels
+    def _check_format(self, suffix: str | None) -> None:
+        if self.output_format not in (None, "sidecars") and not self.output:
+            raise UserError(f"--output_format {self.output_format} needs --output")
+        if self.output_format in ("txt", "jsonl", "html") and suffix != f".{self.output_format}":
+            raise UserError(f"--output {self.output}: the name of this format must end in .{self.output_format}")
+        if self.min_confidence is not None and (not self.output or self.output_format == "html"):
+            raise UserError(
+                "--min_confidence needs an --output that is not .html, beside which the doubtful captions go"
+            )
+        if self.dry_run and self.output_format == "html":
+            raise UserError("--dry_run has no effect on a page, which is made anew each time")
 
 
 def main(argv: list[str] | None = None) -> None:
     args, generation_args = parse_recipe((CaptionArguments, GenerationArguments), argv, __doc__)
-    with one_line_errors():
-        names = [name for source in args.images for name in list_images(source)]
-        captioner = load_captioner(args, generation_args)
-        num_captioned = caption_names(captioner, names, args)
-    if num_captioned < len(names):
-        print(f"{num_captioned} of {len(names)} images captioned", file=sys.stderr)
-    if not num_captioned:
+    with one_line_errors(), quiet_ends():
+        processes = Processes.launched()
+        ignored = (args.sidecar_suffix,) if args.output_format == "sidecars" else ()
+        sources = ImageSources(
+            without_repeats(args.images, quiet=not processes.is_first), args.image_column, args.id_column, ignored
+        )
+        check_sources(args, sources, processes)
+        total = sources.count(quiet=not processes.is_first)
+        if args.dry_run:
+            return dry_run(args, sources, total)
+        captioner = load_captioner(args, generation_args, processes)
+        outcome = caption_sources(captioner, sources, total, args, processes)
+        processes.end()
+    if not outcome:
         raise SystemExit(2)
 
 
-def load_captioner(args: CaptionArguments, generation_args: GenerationArguments) -> "Captioner":
+@contextmanager
+def quiet_ends() -> Iterator[None]:
+    """No traceback where somebody stops the run, or closes the pipe that reads it, as `| head` does."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its exit
+        raise SystemExit(128 + 13) from None  # as a program ends that SIGPIPE has ended
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here if it has an --output", file=sys.stderr)
+        raise SystemExit(128 + 2) from None
+
+
+def check_sources(args: CaptionArguments, sources: ImageSources, processes: Processes) -> None:
+    """Refuse what does not go with the output.
+
+    Raises:
+        UserError: It does not.
+    """
+    if processes.number > 1 and args.output_format == "html":
+        raise UserError("a page needs one process: caption into a .jsonl")
+    if args.output_format != "sidecars":
+        return
+    if not args.output and (others := [name for name in sources.names if not is_local_image(name)]):
+        raise UserError(f"{printable(others[0])} has no place for sidecars beside its images: give --output FOLDER")
+    tops = [os.path.basename(os.path.normpath(name)) for name in sources.names]
+    if args.output and len(set(tops)) < len(tops):
+        raise UserError(
+            "two inputs have the same name, and so would their folders of sidecars: caption one after the other"
+        )
+
+
+def is_local_image(name: str) -> bool:
+    """Whether an input is a folder or an image file of this machine."""
+    return "://" not in name and not name.endswith((".tar", ".parquet"))
+
+
+def load_captioner(args: CaptionArguments, generation_args: GenerationArguments, processes: Processes) -> "Captioner":
     """The captioner, on its device and with the decoding settings of the command line."""
     gc.disable()  # or it goes through all that is imported again and again: a tenth of the time to the first caption
     try:
@@ -148,7 +221,11 @@ def load_captioner(args: CaptionArguments, generation_args: GenerationArguments)
 
         transformers.logging.disable_progress_bar()
         torch.manual_seed(args.seed)
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = args.device or (
+            "cuda" if torch.cuda.is_available() and "ACCELERATE_USE_CPU" not in os.environ else "cpu"
+        )
+        if device == "cuda" and processes.number > 1:
+            device = f"cuda:{processes.local_index % torch.cuda.device_count()}"
         captioner = Captioner.load(args.model_name_or_path).to(device, args.dtype)
     finally:
         gc.enable()
@@ -156,120 +233,153 @@ def load_captioner(args: CaptionArguments, generation_args: GenerationArguments)
     return captioner
 
 
-def caption_names(captioner: "Captioner", names: list[str], args: CaptionArguments) -> int:
-    """Caption files and URLs, write what was asked for, and return how many were captioned."""
-    from torch.utils.data import DataLoader
-    from tqdm.auto import tqdm
-
+def caption_sources(
+    captioner: "Captioner", sources: ImageSources, total: int, args: CaptionArguments, processes: Processes
+) -> bool:
+    """Caption the images, say what became of them, and return whether there is a caption."""
     from modeling.processing import resized_side
 
-    inspect = bool(args.output and args.output.endswith(".html"))  # the page shows the probability of each word
+    num_captions = captioner.model.generation_config.num_return_sequences or 1
+    output, doubtful = open_outputs(args, processes, num_captions)
+    if processes.is_first and settings_path(args):
+        settings, in_folder = settings_of(captioner, args), args.output_format in FOLDERS
+        begin_or_resume(settings_path(args), output, settings, args.resume, is_there(args), in_folder)
+        if doubtful:
+            doubtful.recover() if args.resume else doubtful.remove()
+    processes.wait_for_all()
+    output.open()
+    if doubtful:
+        doubtful.open()
+    on_page = args.output_format == "html"
+    job = Job(captioner, output, processes, choose_encoder(captioner, args, total, processes), doubtful)
+    job.min_confidence, job.with_confidence = (
+        args.min_confidence or 0.0,
+        on_page or args.confidence or doubtful is not None,
+    )
+    job.num_inspected = Page.num_images if on_page else 0
+    refs = refs_for(output, sources)
     if args.num_workers is None:
         args.num_workers = 0 if captioner.model.device.type == "cpu" else min(8, os.cpu_count())
-    loader = DataLoader(
-        ImageSources(names, 2 * resized_side(captioner.image_processor)),
-        args.batch_size,
-        num_workers=args.num_workers,
-        collate_fn=ImageCollator(captioner.processor, keep_images=inspect),
-    )
-    num_inspected = NUM_IMAGES_ON_PAGE if inspect else 0
-    return write_items(caption_items(captioner, tqdm(loader, unit="batch", disable=None), num_inspected), args.output)
+    decoder = ImageDecoder(2 * resized_side(captioner.image_processor), keep_content=args.output_format == "webdataset")
+    collate = ImageCollator(captioner.processor, Page.image_size() if on_page else 0)
+    job.run(load_batches(job.batches(refs, args.batch_size), decoder, collate, args.num_workers), total)
+    captioned, there, num_bad, num_doubtful = processes.total(*vars(job.counts).values())
+    if processes.is_first:
+        output.finish()
+        if doubtful:
+            doubtful.finish()
+        told = f"{captioned:,} of {total:,} images captioned"
+        told += f", {there:,} were captioned before" if there else ""
+        told += f", {num_bad:,} cannot be" if num_bad else ""
+        told += f"; {num_doubtful:,} of the captions are doubtful: {doubtful.file.path}" if num_doubtful else ""
+        if captioned < total or num_doubtful:
+            print(told, file=sys.stderr)
+    return bool(captioned or there)
 
 
-def list_images(source: str) -> list[str]:
-    """The images that one argument names, a folder's in the order of their names; a folder's other files are counted and named.
-
-    Raises:
-        UserError: A folder has no images.
-    """
-    if not os.path.isdir(source):
-        return [source]
-    files = sorted(path for path in Path(source).rglob("*") if path.is_file())
-    images = [str(path) for path in files if is_image_file(path)]
-    others = sorted({str(path) for path in files} - set(images))
-    if others:
-        named = ", ".join(printable(os.path.relpath(name, source)) for name in others[:NUM_NAMED])
-        more = f" and {len(others) - NUM_NAMED:,} more" if len(others) > NUM_NAMED else ""
-        told = f"{len(others):,} of {len(files):,} files are no images that can be read here: {named}{more}"
-        if missing := missing_plug_ins(others):
-            told += f" ({'; '.join(missing)})"
-        print(f"{printable(source)}: {told}", file=sys.stderr)
-    if not images:
-        raise UserError(f"{printable(source)} has no images")
-    return images
+def refs_for(output: Output, sources: ImageSources) -> Iterable[ImageRef]:
+    """The images, with a problem where they cannot have a sidecar."""
+    if not isinstance(output, Sidecars):
+        return sources
+    return one_for_each_sidecar(sources, output.path_of, beside=output.folder is None)
 
 
-def missing_plug_ins(names: list[str]) -> list[str]:
-    """What to install so that Pillow reads more of these files."""
-    plug_ins = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
-    suffixes = {Path(name).suffix.lower() for name in names} & plug_ins.keys()
-    return sorted(f"{suffix} needs `pip install {plug_ins[suffix]}`" for suffix in suffixes)
+def choose_encoder(captioner: "Captioner", args: CaptionArguments, total: int, processes: Processes):
+    """The encoder by the fastest engine; None where the captioner encodes by itself."""
+    from modeling.onnx_encoder import fastest_encoder
+
+    if args.encoder_engine == "torch":
+        return None
+    report = partial(print, file=sys.stderr) if processes.is_first else lambda sentence: None
+    encoder = fastest_encoder(captioner.encoder, total // processes.number, report)
+    return None if encoder is captioner.encoder else encoder
 
 
-def read_image(name: str) -> bytes:
-    """The bytes of an image, from a file or from the network, up to a limit."""
-    if "://" not in name:
-        return Path(name).read_bytes()
-    from system.downloads import download
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "image"
-        download(name, path, MAX_IMAGE_BYTES, MAX_IMAGE_SECONDS)
-        return path.read_bytes()
+# ---- Output ---------------------------------------------------------------------------------------------------------
 
 
-def caption_items(captioner: "Captioner", batches, num_inspected: int = 0) -> Iterator[dict]:
-    """The items with their captions, as they come; those that have a problem are named on stderr and dropped.
+def open_outputs(args: CaptionArguments, processes: Processes, num_captions: int) -> tuple[Output, Lines | None]:
+    """Where captions go, and where those go that are doubtful."""
+    index = processes.index
+    doubtful = None
+    if args.min_confidence is not None:
+        place = args.output or args.images[0]  # of sidecars beside their images
+        doubtful = Lines(Path(f"{os.path.normpath(place)}.doubtful.jsonl"), process=index)
+    if args.output_format is None:
+        return Screen(), None
+    if args.output_format == "sidecars":
+        folder = Path(args.output) if args.output else None
+        texts = (args.prefix, args.suffix, args.separator)
+        journal = beside_output(args, "journal")
+        return Sidecars(folder, journal, args.existing, args.sidecar_suffix, texts, index), doubtful
+    path = Path(args.output)
+    if args.output_format == "html":
+        return Page(path), None
+    if args.output_format == "webdataset":
+        return WebDataset(path), doubtful
+    if args.output_format == "parquet":
+        return Parquet(path, index), doubtful
+    return Lines(path, num_captions, index), doubtful
 
-    Args:
-        batches: What `ImageCollator` makes.
-        num_inspected: Number of first captions, rounded up to whole batches, that are inspected, see `Captioner.inspect`.
-    """
-    num_captioned = 0
-    for items, pixels in batches:
-        for item in items:
-            if "problem" in item:
-                print(f"{printable(item['name'])}: {item['problem']}", file=sys.stderr)
-        if pixels is not None:
-            inspect = num_captioned < num_inspected
-            made = captioner.generate({"pixel_values": pixels.to(captioner.model.device)}, inspect)
-            num_captioned += len(made)
-            good = [item for item in items if "problem" not in item]
-            for item, caption in zip(good, made, strict=True):
-                yield {**item, **caption}
+
+def beside_output(args: CaptionArguments, name: str) -> Path:
+    """A file of ours that belongs to the output: beside a file, hidden in a folder, where readers of parquet pass it over."""
+    if args.output_format not in FOLDERS:
+        return Path(f"{args.output}.{name}")
+    first = Path(args.output or args.images[0])
+    return (first if args.output or first.is_dir() else first.parent) / f".showtell.{args.output_format}.{name}"
 
 
-def write_items(items: Iterator[dict], output: str | None) -> int:
-    """Write the captions in the format of the output's suffix, whole or not at all, and count the images."""
-    count = 0
-    lines, images, records = [], [], []
-    for count, item in enumerate(items, start=1):
-        captions = [item["caption"], *item.get("others", [])]
-        if output is None:
-            for caption in captions:
-                print(f"{printable(item['name'])}\t{caption}", flush=True)
-        elif output.endswith(".txt"):
-            lines += [f"{item['name']}\t{caption}\n" for caption in captions]
-        elif output.endswith(".jsonl"):
-            others = {"others": item["others"]} if "others" in item else {}
-            line = {"image_id": item["name"], "caption": item["caption"], **others}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        elif count <= NUM_IMAGES_ON_PAGE:
-            images.append(item.pop("image"))
-            records.append({"image_id": item.pop("name"), "references": [], **item})
-    if output and count and output.endswith(".html"):
-        from reporting.page import write_page
+def settings_path(args: CaptionArguments) -> Path | None:
+    """Where the settings of an output stand; None for one that is made anew each time."""
+    return None if args.output_format in (None, "html") else beside_output(args, "settings.json")
 
-        if count > NUM_IMAGES_ON_PAGE:
-            print(
-                f"{output} shows the first {NUM_IMAGES_ON_PAGE} of {count:,} images; --output captions.jsonl has all",
-                file=sys.stderr,
-            )
-        with tempfile.TemporaryDirectory() as folder:
-            write_file(output, write_page(folder, images, records, {}).read_bytes())
-    elif output and count:
-        write_file(output, "".join(lines).encode("utf-8", "backslashreplace"))
-    return count
+
+def is_there(args: CaptionArguments) -> bool:
+    """Whether the output has something already; sidecars are judged one by one."""
+    if args.output_format == "sidecars":
+        return False
+    path = Path(args.output)
+    return path.exists() and (args.output_format not in FOLDERS or any(path.iterdir()))
+
+
+def settings_of(captioner: "Captioner", args: CaptionArguments) -> dict:
+    """What captions and their output depend on."""
+    from modeling.fingerprint import weights_digest
+
+    decoding = captioner.model.generation_config.to_diff_dict()
+    decoding.pop("transformers_version", None)
+    names = ("output_format", "dtype", "confidence", "min_confidence", "id_column", "seed")
+    names += SIDECAR_OPTIONS if args.output_format == "sidecars" else ()
+    weights = weights_digest(captioner.model, captioner.image_processor.to_json_string())
+    return {"weights": weights, "decoding": decoding} | {name: getattr(args, name) for name in names}
+
+
+def dry_run(args: CaptionArguments, sources: ImageSources, total: int) -> None:
+    """Say how many images would be captioned, and of the first few where to; nothing is written."""
+    output, doubtful = open_outputs(args, Processes(), num_captions=1)
+    if args.resume or args.existing == "skip":
+        output.open()
+        if doubtful:
+            doubtful.open()
+    job = Job(None, output, doubtful=doubtful)
+    refs = refs_for(output, sources)
+    num_new = num_with_sidecar = 0
+    for ref in (ref for batch in job.batches(refs, args.batch_size) for ref in batch):
+        if num_new < NUM_NAMED:
+            print(f"{printable(ref.name)}\t{printable(where(ref, output, args))}")
+        num_new += 1
+        num_with_sidecar += args.output_format == "sidecars" and output.path_of(ref).exists()
+    verb = {"overwrite": "overwritten", "append": "appended to", "prepend": "prepended to"}.get(args.existing)
+    sidecars = f", {num_with_sidecar:,} sidecars {verb}" if num_with_sidecar else ""
+    print(f"{num_new:,} of {total:,} images would be captioned{sidecars}; {total - num_new:,} are already")
+
+
+def where(ref: ImageRef, output: Output, args: CaptionArguments) -> str:
+    """Where the caption of an image would go."""
+    if isinstance(output, Sidecars):
+        return f"{ref.problem or output.path_of(ref)}"
+    return args.output or "the screen"
 
 
 if __name__ == "__main__":

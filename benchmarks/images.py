@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import caption
 from benchmarks.full_size import build_captioner, paragraphs
 from benchmarks.machine import benchmark_parser, describe_machine, in_turns, medians, ratio_of_medians, write_result
+from captioning.job import ImageCollator, load_batches
+from captioning.sources import ImageDecoder, ImageSources
 from modeling.processing import resized_side
 
 BATCH_SIZE = 32
@@ -61,27 +62,27 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folders = {"given": args.images} if args.images else make_images(Path(folder), args.num_images)
         for kind, path in folders.items():
-            result[kind] = compare(caption.list_images(str(path)), processor, args)
+            result[kind] = compare([ref.path for ref in ImageSources([str(path)])], processor, args)
     write_result(result, args.json)
 
 
 def compare(paths: list[str], processor, args) -> dict:
     """Images per second of both sides, in turns."""
-    sources = caption.ImageSources(paths, 2 * resized_side(processor.image_processor))
-    loaders = {
-        "bare": DataLoader(BareImages(paths, processor.image_processor), BATCH_SIZE, num_workers=args.num_workers),
-        "showtell": DataLoader(
-            sources, BATCH_SIZE, num_workers=args.num_workers, collate_fn=caption.ImageCollator(processor)
-        ),
-    }
+    decoder, collate = ImageDecoder(2 * resized_side(processor.image_processor)), ImageCollator(processor)
+    bare = DataLoader(BareImages(paths, processor.image_processor), BATCH_SIZE, num_workers=args.num_workers)
 
-    def rate(loader: DataLoader) -> float:
+    def showtell():
+        refs = list(ImageSources(paths))
+        batches = [refs[start : start + BATCH_SIZE] for start in range(0, len(refs), BATCH_SIZE)]
+        return load_batches(batches, decoder, collate, args.num_workers)
+
+    def rate(batches) -> float:
         start = time.perf_counter()
-        for _ in loader:
+        for _ in batches:
             pass
         return len(paths) / (time.perf_counter() - start)
 
-    measured = in_turns({name: lambda loader=loader: rate(loader) for name, loader in loaders.items()}, args.runs)
+    measured = in_turns({"bare": lambda: rate(bare), "showtell": lambda: rate(showtell())}, args.runs)
     return {
         "images": len(paths),
         "images_per_second": measured,

@@ -23,7 +23,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- (highlights|recipes|table)(?: (\S+))?(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
-SCRIPTS = ("train_lstm", "train_vit_gpt2", "train_scst", "caption", "evaluate_captions", "app", "export_onnx")
+SCRIPTS = ("train_lstm", "train_vit_gpt2", "train_scst", "caption", "evaluate_captions", "app", "serve", "export_onnx")
 # File, recipe, seed and decoding of README's rows, with the words for data and model.
 HIGHLIGHTS = {
     ("flickr8k.csv", "lstm_flickr8k.yaml", "1", "5 beams"): ("Flickr8k", "LSTM captioner"),

@@ -22,6 +22,7 @@ from system.errors import UserError
 
 from . import captioning_pipeline
 from .caption_loss import computes_in_bfloat16
+from .confidence import caption_confidences, token_texts
 from .processing import center_crop, load_processor
 from .vit_gpt2 import BeamCache
 
@@ -195,20 +196,21 @@ class Captioner:
         return self.model.config.decoder.max_position_embeddings - len(self.start_token_ids) + 1
 
     @torch.inference_mode()
-    def generate(self, inputs: dict, inspect: bool = False, **generation) -> list[dict]:
+    def generate(self, inputs: dict, inspect: bool = False, confidence: bool = False, **generation) -> list[dict]:
         """Caption one batch of images; the model must be in eval.
 
         Args:
             inputs: `pixel_values` (batch, 3, height, width), or `encoder_outputs` with states (batch, positions, size).
             inspect: Whether to return probability and attention of each token, too.
+            confidence: Whether to return how probable each caption is, too, see `caption_confidences`.
             generation: What `generate()` takes, over the generation config.
 
         Returns:
             For each image {"caption": text, "ended": whether EOS ended it before the maximum length did}, where
-            `num_return_sequences` is more than 1 "others", the texts of the rest, and, with `inspect`, what `inspect()`
-            returns of the first.
+            `num_return_sequences` is more than 1 "others", the texts of the rest, and of the first, with `inspect`, what
+            `inspect()` returns, and with `confidence`, what `caption_confidences()` returns.
         """
-        if inspect and "encoder_outputs" not in inputs:  # read twice: to generate, and to inspect
+        if (inspect or confidence) and "encoder_outputs" not in inputs:  # read twice: to generate, and to inspect
             inputs = {"encoder_outputs": self.encoder(inputs["pixel_values"])}
         given = dict(inputs)
         if "encoder_outputs" in given:  # a copy: generate() repeats the states for each beam, in place
@@ -228,6 +230,12 @@ class Captioner:
         if inspect:
             details = self.inspect(inputs, sequences[::returned])
             captions = [caption | more for caption, more in zip(captions, details, strict=True)]
+        if confidence:
+            states = inputs["encoder_outputs"][0].to(self.model.dtype)
+            found = caption_confidences(
+                self.model, self.tokenizer, states, sequences[::returned], len(self.start_token_ids)
+            )
+            captions = [caption | more for caption, more in zip(captions, found, strict=True)]
         return captions
 
     @torch.inference_mode()
@@ -329,20 +337,3 @@ def attention_grids(cross_attentions: tuple | None, first: int, num_tokens: int)
     weights = torch.cat(cross_attentions, dim=1)[0].float().mean(0)[first : first + num_tokens]  # (tokens, positions)
     side = math.isqrt(weights.shape[1])
     return weights[:, weights.shape[1] - side**2 :].unflatten(1, (side, side))  # (tokens, side, side)
-
-
-def token_texts(tokenizer, token_ids: list[int]) -> list[tuple[str, list[int]]]:
-    """The text each token adds to a caption, blanks included, with its position; together they are the decoded caption.
-
-    A character may be cut over several tokens, or change one before it: such tokens come as one, with all their positions.
-    """
-    pieces, places = [], []
-    for place in range(len(token_ids)):
-        places.append(place)
-        text = tokenizer.decode(token_ids[: place + 1], skip_special_tokens=True)
-        while not text.startswith("".join(piece for piece, _ in pieces)):  # half a character stood there
-            places = pieces.pop()[1] + places
-        if added := text[sum(len(piece) for piece, _ in pieces) :]:
-            pieces.append((added, places))
-            places = []
-    return pieces

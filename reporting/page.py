@@ -33,7 +33,7 @@ def write_page(
     Args:
         images: One for each record, in the same order; only the first `num_images` are read.
         records: {"image_id", "caption", "references"}, and optionally "shuffled_caption", "cider" (of this image),
-            "truth" as in `report_captions`, and "tokens" of the caption: {"text", "probability"} and optionally
+            "truth" as in `report_captions`, "confidence" of the caption, and its "tokens": {"text", "probability"} and optionally
             "attention", a grid of weights over the whole image or, if "center_crop" is a number, over the centered
             square whose side is that fraction of the short side. Attention maps are kept for `NUM_ATTENTION_MAPS`
             images; if there are more, for the first, worst and best, a third each.
@@ -74,6 +74,7 @@ def write_page(
         rows=score_rows(results),
         aspects={key: title for key, title in TRUTH_TITLES.items() if key != "all"},
         has_truth=any(record.get("truth") for record in shown),
+        has_confidence=bool(shown) and all(record.get("confidence") is not None for record in shown),
         sortable=all(record.get("cider") is not None for record in shown),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

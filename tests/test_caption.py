@@ -14,6 +14,7 @@ import app
 import caption
 import evaluate_captions
 import export_onnx
+import serve
 from data_scripts import load_captions
 from modeling.captioning_pipeline import to_rgb
 
@@ -29,12 +30,15 @@ def model(tmp_path_factory) -> str:
 
 def captions_of(model: str, *images, options=()) -> dict[str, str]:
     output = Path(model) / "captions.jsonl"
+    options = ["--resume", "false", *options]
     caption.main(["--model_name_or_path", model, *map(str, images), "--output", str(output), *options])
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     return {Path(line["image_id"]).name: line["caption"] for line in lines}
 
 
-@pytest.mark.parametrize("script", [caption, evaluate_captions, app, export_onnx], ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script", [caption, evaluate_captions, app, export_onnx, serve], ids=lambda script: script.__name__
+)
 def test_help_imports_none_of_the_large_libraries(script):
     code = f"""
 import sys, {script.__name__}
@@ -42,7 +46,7 @@ try:
     {script.__name__}.main(["--help"])
 except SystemExit:
     pass
-print(sorted({{"torch", "transformers", "datasets", "timm", "accelerate", "gradio"}} & sys.modules.keys()))
+print(sorted({{"torch", "transformers", "datasets", "timm", "accelerate", "gradio", "fastapi", "pyarrow"}} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -136,7 +140,7 @@ def test_several_captions_of_an_image(model, tmp_path, capsys):
 def test_an_internal_error_keeps_its_traceback(model, tmp_path, monkeypatch):
     IMAGES[0].save(tmp_path / "image.png")
 
-    monkeypatch.setattr(caption, "write_items", lambda *_: dict([(1, 2, 3)]))
+    monkeypatch.setattr(caption, "caption_sources", lambda *_: dict([(1, 2, 3)]))
     with pytest.raises(ValueError, match="update sequence"):
         caption.main(["--model_name_or_path", model, str(tmp_path / "image.png")])
 

@@ -11,6 +11,7 @@ from PIL import Image
 from small_captioners import IMAGES, build
 
 import caption
+from captioning.outputs import Page
 from modeling.captioner import Captioner
 from reporting.page import NUM_ATTENTION_MAPS, write_page
 
@@ -125,9 +126,11 @@ def test_caption_py_inspects_no_more_captions_than_the_page_shows(tmp_path, monk
     build("vit_gpt2").save(tmp_path / "model")
     for place, image in enumerate(IMAGES[:3]):
         image.save(tmp_path / f"{place}.png")
-    monkeypatch.setattr(caption, "NUM_IMAGES_ON_PAGE", 1)
+    monkeypatch.setattr(Page, "num_images", 1)
     inspected, generate = [], Captioner.generate
-    monkeypatch.setattr(Captioner, "generate", lambda *given: inspected.append(given[-1]) or generate(*given))
+    monkeypatch.setattr(
+        Captioner, "generate", lambda *given, **more: inspected.append(given[-1]) or generate(*given, **more)
+    )
     images = [str(tmp_path / f"{place}.png") for place in range(3)]
     options = ["--model_name_or_path", str(tmp_path / "model"), "--output", str(tmp_path / "page.html")]
     options += ["--batch_size", "1"]

@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from data_scripts.augmentations import augment_image
+from modeling.fingerprint import weights_digest
+from modeling.onnx_encoder import fastest_encoder
 from system.errors import UserError
 from system.files import write_file
 
@@ -107,7 +109,10 @@ def encode_splits(
         logger.info(f"Feature cache disabled: {'the encoder is trainable' if trains else '--cache_features false'}.")
         return {split: [None] * number for split, number in augmentations.items()}
     encoder.eval()
-    encode = compiled_for_batches(encoder) if args.compile_encoder else encoder
+    num_images = sum(len(rows) * augmentations[split] for split, rows in tables.items())
+    encode = (
+        compiled_for_batches(encoder) if args.compile_encoder else fastest_encoder(encoder, num_images, logger.info)
+    )
     streamed = {split: [None] * augmentations[split] for split in dataset if split not in tables}
     return streamed | cache_features(
         tables,
@@ -130,15 +135,6 @@ def encoder_fingerprint(encoder: torch.nn.Module, image_processor) -> str:
     settings = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in NOT_COMPUTED}
     about = f"{image_processor.to_json_string()} {encoder} {json.dumps(settings, sort_keys=True, default=str)}"
     return weights_digest(encoder, about)
-
-
-def weights_digest(module: torch.nn.Module, about: str = "") -> str:
-    """A digest of all weights and statistics of a module, and of a description of it."""
-    digest = hashlib.sha256(about.encode())
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def image_fingerprints(rows: Dataset, size: int) -> Iterator[str]:

@@ -14,6 +14,7 @@ const orders = {
   data: () => cards,
   worst: () => [...cards].sort(byCider(1)),
   best: () => [...cards].sort(byCider(-1)),
+  doubtful: () => [...cards].sort((one, other) => Number(one.dataset.confidence) - Number(other.dataset.confidence)),
   false: () => [...cards].sort((one, other) => Number(one.dataset.true) - Number(other.dataset.true)),
 };
 

@@ -1,0 +1,75 @@
+"""Requests that arrive together are captioned together."""
+
+import threading
+from collections import deque
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from modeling.captioner import Captioner
+
+SECONDS_TO_GATHER = 0.01  # that the first image of a batch waits for others
+
+
+class BatchingCaptioner:
+    """A captioner that takes single images from any thread, and captions in one thread what has gathered.
+
+    Args:
+        captioner: In eval, on its device.
+        batch_size: Images captioned together.
+    """
+
+    def __init__(self, captioner: "Captioner", batch_size: int):
+        self.captioner, self.batch_size = captioner, batch_size
+        self._waiting: deque[tuple[torch.Tensor, int | None, Future]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def submit(self, pixels: "torch.Tensor", max_new_tokens: int | None = None) -> Future:
+        """The future of one image's caption, as `Captioner.generate` returns it.
+
+        Args:
+            pixels: (3, height, width).
+            max_new_tokens: Of the caption; None for the captioner's own.
+        """
+        future: Future = Future()
+        with self._changed:
+            self._waiting.append((pixels, max_new_tokens, future))
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        """Caption what waits, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _gather(self) -> list[tuple]:
+        """The next images with the same settings; none once the captioner is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            self._changed.wait_for(lambda: len(self._waiting) >= self.batch_size or self._closed, SECONDS_TO_GATHER)
+            batch = [one for one in self._waiting if one[1] == self._waiting[0][1]][: self.batch_size]
+            taken = {id(one) for one in batch}
+            self._waiting = deque(one for one in self._waiting if id(one) not in taken)
+            return batch
+
+    def _work(self) -> None:
+        import torch
+
+        while batch := self._gather():
+            try:
+                pixels = torch.stack([one[0] for one in batch]).to(self.captioner.model.device)
+                length = {"max_new_tokens": batch[0][1]} if batch[0][1] else {}
+                captions = self.captioner.generate({"pixel_values": pixels}, **length)
+            except Exception as error:  # whoever asked gets it
+                for *_, future in batch:
+                    future.set_exception(error)
+            else:
+                for (*_, future), caption in zip(batch, captions, strict=True):
+                    future.set_result(caption)

@@ -1,0 +1,219 @@
+"""A job: images in, captions out, batch by batch, shared by the processes of a launcher and resumed after a kill."""
+
+import json
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from captioning.lines import json_line
+from captioning.outputs import Output
+from captioning.processes import Processes
+from captioning.sources import ImageDecoder, ImageRef
+from system.errors import UserError, printable
+from system.files import write_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from modeling.captioner import Captioner
+
+BATCHES_AHEAD = 2  # decoded while the model generates
+SECONDS_BEFORE_PROGRESS = 5
+SECONDS_BETWEEN_LINES = 60  # of progress, where nobody watches
+
+
+@dataclass
+class Counts:
+    """Images of one process."""
+
+    captioned: int = 0
+    there: int = 0  # from a run before
+    bad: int = 0
+    doubtful: int = 0
+
+
+class ImageCollator:
+    """Items of `ImageDecoder` as one batch, made where the images are decoded: (items, pixels of those without a problem).
+
+    Args:
+        processor: The captioner's.
+        image_side: Longest side of the images that the items keep, in pixels; 0 keeps none.
+    """
+
+    def __init__(self, processor, image_side: int = 0):
+        self.processor = processor
+        self.image_side = image_side
+
+    def __call__(self, items: list[dict]) -> "tuple[list[dict], torch.Tensor | None]":
+        from PIL import Image
+
+        images = [item["image"] for item in items if "image" in item]
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
+        for item in items:
+            if "image" in item and self.image_side:
+                item["image"].thumbnail((self.image_side, self.image_side), Image.Resampling.LANCZOS)
+            else:
+                item.pop("image", None)
+        return items, pixels
+
+
+@dataclass
+class Job:
+    """What one process does.
+
+    Args:
+        captioner: In eval, on its device.
+        output: Where captions go; recovered and open.
+        processes: Those that share the images.
+        encode: Pixels to the encoder's output; the captioner encodes by itself where None.
+        doubtful: Where captions below `min_confidence` go instead.
+        min_confidence: Of a caption, see `Captioner.generate`.
+        with_confidence: Whether captions get their confidence.
+        num_inspected: Number of first captions that are inspected, see `Captioner.inspect`.
+    """
+
+    captioner: "Captioner"
+    output: Output
+    processes: Processes = field(default_factory=Processes)
+    encode: "Callable[[torch.Tensor], object] | None" = None
+    doubtful: Output | None = None
+    min_confidence: float = 0.0
+    with_confidence: bool = False
+    num_inspected: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+    def is_there(self, ref: ImageRef) -> bool:
+        """Whether a run before has captioned an image."""
+        return self.output.has(ref) or (self.doubtful is not None and self.doubtful.has(ref))
+
+    def batches(self, refs: Iterable[ImageRef], batch_size: int) -> Iterator[list[ImageRef]]:
+        """This process's part of the images that are not there yet: every n-th of all, whatever is there."""
+        batch = []
+        for index, ref in enumerate(refs):
+            if index % self.processes.number != self.processes.index:
+                continue
+            if self.is_there(ref):
+                self.counts.there += 1
+                continue
+            batch.append(ref)
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def run(self, batches: "Iterable[tuple[list[dict], torch.Tensor | None]]", total: int) -> None:
+        """Caption what `ImageCollator` makes, and write it as it comes.
+
+        Args:
+            total: Number of images of all processes, for the progress.
+        """
+        with progress_bar(total // self.processes.number, self.processes.is_first) as bar:
+            for items, pixels in batches:
+                for item in items:
+                    if "problem" in item:
+                        bar.write(f"{printable(item['ref'].name)}: {item['problem']}", file=sys.stderr)
+                good = [item for item in items if "problem" not in item]
+                self.counts.bad += len(items) - len(good)
+                if good:
+                    self._write([item | caption for item, caption in zip(good, self._captions(pixels), strict=True)])
+                done = self.counts.there + self.counts.captioned + self.counts.bad
+                bar.initial = self.counts.there  # which took no time
+                bar.set_postfix({"bad": self.counts.bad} if self.counts.bad else {}, refresh=False)
+                bar.update(done - bar.n)
+        self.output.close()
+        if self.doubtful:
+            self.doubtful.close()
+
+    def _captions(self, pixels: "torch.Tensor") -> list[dict]:
+        pixels = pixels.to(self.captioner.model.device)
+        inputs = {"encoder_outputs": self.encode(pixels)} if self.encode else {"pixel_values": pixels}
+        options = {"confidence": True} if self.with_confidence else {}
+        return self.captioner.generate(inputs, self.counts.captioned < self.num_inspected, **options)
+
+    def _write(self, items: list[dict]) -> None:
+        self.counts.captioned += len(items)
+        if self.doubtful:
+            doubtful = [item for item in items if item["confidence"] < self.min_confidence]
+            self.counts.doubtful += len(doubtful)
+            if doubtful:
+                self.doubtful.write(doubtful)
+            items = [item for item in items if item["confidence"] >= self.min_confidence]
+        if items:
+            self.output.write(items)
+
+
+def progress_bar(total: int, shown: bool):
+    """Images of all, images a second and the time left: a bar on a terminal, elsewhere a line a minute."""
+    from tqdm.auto import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+    return tqdm(
+        total=total,
+        unit="image",
+        smoothing=0,  # the mean rate: that of single batches says nothing of the end
+        mininterval=interval,
+        maxinterval=interval,
+        delay=SECONDS_BEFORE_PROGRESS,
+        disable=not shown,
+    )
+
+
+def load_batches(batches: Iterable[list[ImageRef]], decoder: ImageDecoder, collate: ImageCollator, num_workers: int):
+    """Batches decoded ahead: by as many processes, or by a thread of this one where there are none."""
+    from torch.utils.data import DataLoader
+
+    if num_workers:
+        return iter(DataLoader(decoder, batch_sampler=batches, num_workers=num_workers, collate_fn=collate))
+    return decoded_ahead(collate([decoder[ref] for ref in batch]) for batch in batches)
+
+
+def decoded_ahead(batches: Iterator) -> Iterator:
+    """The same batches, made in another thread while they are used here."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        pending = deque(executor.submit(next, batches, end) for _ in range(BATCHES_AHEAD))
+        while (batch := pending.popleft().result()) is not end:
+            pending.append(executor.submit(next, batches, end))
+            yield batch
+
+
+# ---- Settings -------------------------------------------------------------------------------------------------------
+
+
+def begin_or_resume(
+    path: Path, output: Output, settings: dict, resume: bool, is_there: bool, in_folder: bool = False
+) -> None:
+    """See to it that an output has captions of one kind, and mend what a kill has left; the first process does.
+
+    Args:
+        path: File of the settings, beside the output.
+        settings: What captions depend on, of JSON's types.
+        resume: Whether to go on with what is there; otherwise it is removed.
+        is_there: Whether there is something where the output goes.
+        in_folder: Whether the output is a folder, of which nothing is removed unless the settings say that it is ours.
+
+    Raises:
+        UserError: It was begun with other settings.
+    """
+    if is_there and not path.exists() and (resume or in_folder):
+        anew = "" if in_folder else ", or --resume false to begin it anew"
+        raise UserError(f"{path} is missing, which says how the output was begun: give another --output{anew}")
+    if not resume:
+        output.remove()
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
+        if changed:
+            name = min(changed)
+            raise UserError(
+                f"{path} says that this output was begun with {name} {before.get(name)}, and not {settings.get(name)}: "
+                "give another --output, or --resume false to begin it anew"
+            )
+    write_file(path, json_line(settings).encode("utf-8", "backslashreplace"))
+    output.recover()

@@ -1,0 +1,323 @@
+"""The images of a job, one after the other: files, folders, URLs, webdataset tars and parquet files.
+
+Nothing here grows with the number of images but what one folder's listing takes.
+"""
+
+import os
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image, is_image_file
+from system.errors import UserError, printable
+
+NUM_NAMED = 5  # of the files of a folder that are passed over
+MAX_IMAGE_SECONDS = 60.0  # that one may take to come from the network
+ROWS_AT_ONCE = 64  # of a parquet file
+PLUG_INS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image by name, not yet read.
+
+    Args:
+        name: What the output calls it: a file's path, a URL, TAR/MEMBER, or FILE.parquet#ROW.
+        path: File or URL that holds it.
+        relative: Its path below the folder, tar or parquet file that the user gave.
+        offset, size: Where a tar holds it, in bytes; None for a whole file.
+        content: Bytes of a parquet file's row.
+        problem: Why it cannot be used, as far as the listing shows.
+    """
+
+    name: str
+    path: str
+    relative: str
+    offset: int | None = None
+    size: int | None = None
+    content: bytes | None = None
+    problem: str = ""
+
+    def read(self) -> bytes:
+        """The image's bytes; of one that is too large, as many as show it."""
+        if self.content is not None:
+            return self.content
+        if "://" in self.path:
+            return _download(self.path)
+        with open(self.path, "rb") as file:
+            file.seek(self.offset or 0)
+            limit = MAX_IMAGE_BYTES + 1
+            return file.read(limit if self.size is None else min(self.size, limit))
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file of its own on this machine."""
+        return self.offset is None and self.content is None and "://" not in self.path
+
+
+def _download(url: str) -> bytes:
+    from system.downloads import download
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image"
+        download(url, path, MAX_IMAGE_BYTES, MAX_IMAGE_SECONDS)
+        return path.read_bytes()
+
+
+class ImageDecoder:
+    """References to images: {"ref", "image"}, or {"ref", "problem"} where one cannot be used; for a `DataLoader`.
+
+    Args:
+        min_side: See `decode_image`.
+        keep_content: Whether an item has the file's bytes, too.
+    """
+
+    def __init__(self, min_side: int, keep_content: bool = False):
+        self.min_side = min_side
+        self.keep_content = keep_content
+
+    def __getitem__(self, ref: ImageRef) -> dict:
+        from modeling.captioning_pipeline import to_rgb
+
+        if ref.problem:
+            return {"ref": ref, "problem": ref.problem}
+        try:
+            content = ref.read()
+            item = {"ref": ref, "image": decode_image(content, self.min_side, to_rgb)}
+        except BadImage as error:
+            return {"ref": ref, "problem": str(error)}
+        except (OSError, ValueError) as error:
+            return {"ref": ref, "problem": f"cannot be read: {error}"}
+        return item | {"content": content} if self.keep_content else item
+
+
+@dataclass
+class ImageSources:
+    """What the user named: image files, folders, http(s) URLs, tars, parquet files.
+
+    Args:
+        names: As on the command line.
+        image_column: Of parquet files; their only column of bytes or images where None.
+        id_column: Of parquet files: what to call a row in place of FILE.parquet#ROW.
+        ignored: Suffixes of files that are known to stand beside images, and are not worth a word.
+    """
+
+    names: Sequence[str]
+    image_column: str | None = None
+    id_column: str | None = None
+    ignored: Sequence[str] = field(default=())
+
+    def __iter__(self) -> Iterator[ImageRef]:
+        """The images in the order given, a folder's in the order of their names."""
+        several = len(self.names) > 1
+        for source in self.names:
+            top = os.path.basename(os.path.normpath(source)) if several else ""
+            if os.path.isdir(source):
+                for path in walk(source):
+                    inside = os.path.join(top, os.path.relpath(path, source))
+                    yield from self._refs(path, inside, in_folder=True)
+            else:
+                yield from self._refs(source, source.partition("://")[2] or os.path.basename(source))
+
+    def _refs(self, path: str, relative: str, in_folder: bool = False) -> Iterator[ImageRef]:
+        if path.endswith(".tar"):
+            yield from tar_refs(path, relative if in_folder or len(self.names) > 1 else "")
+        elif path.endswith(".parquet"):
+            if not in_folder or self._column(path, required=False):
+                yield from self._parquet_refs(path, relative)
+        elif not in_folder or is_image_file(path):
+            yield ImageRef(path, path, relative)
+
+    def _column(self, path: str, required: bool = True) -> str | None:
+        """The column of a parquet file that holds images.
+
+        Raises:
+            UserError: There is none, or which one cannot be known.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            schema = pq.read_schema(path)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{printable(path)} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        found = [column.name for column in schema if _holds_bytes(column.type)]
+        if self.image_column:
+            found = [name for name in schema.names if name == self.image_column]
+        if len(found) == 1:
+            return found[0]
+        if not required:
+            return None
+        columns = ", ".join(map(printable, schema.names))
+        raise UserError(f"{printable(path)}: name the column of the images by --image_column; it has {columns}")
+
+    def _parquet_refs(self, path: str, relative: str) -> Iterator[ImageRef]:
+        import pyarrow.parquet as pq
+
+        column = self._column(path)
+        columns = [column, *([self.id_column] if self.id_column else [])]
+        with pq.ParquetFile(path) as file:
+            if missing := set(columns) - set(file.schema_arrow.names):
+                raise UserError(f"{printable(path)} has no column {missing.pop()}")
+            row = 0
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
+                for cells in batch.to_pylist():
+                    cell = cells[column]
+                    content = cell.get("bytes") if isinstance(cell, dict) else cell
+                    name = str(cells[self.id_column]) if self.id_column else f"{path}#{row}"
+                    problem = "" if content else "the row has no image bytes"
+                    yield ImageRef(name, path, f"{relative}/{row}", content=content or b"", problem=problem)
+                    row += 1
+
+    def count(self, quiet: bool = False) -> int:
+        """The number of images, read or not; files of a folder that are none are counted and named on stderr.
+
+        Raises:
+            UserError: A folder has no images, or a tar or parquet file cannot be read.
+        """
+        return sum(
+            self._count_folder(source, quiet) if os.path.isdir(source) else self._count(source) for source in self.names
+        )
+
+    def _count(self, path: str) -> int:
+        if path.endswith(".parquet"):
+            import pyarrow.parquet as pq
+
+            self._column(path)
+            return pq.read_metadata(path).num_rows
+        return sum(1 for _ in tar_refs(path)) if path.endswith(".tar") else 1
+
+    def _count_folder(self, folder: str, quiet: bool) -> int:
+        num_images, listing = 0, Listing(folder)
+        for path in walk(folder):
+            if path.endswith(".tar") or (path.endswith(".parquet") and self._column(path, required=False)):
+                num_images += self._count(path)
+                listing.num_used += 1
+            elif is_image_file(path):
+                num_images += 1
+                listing.num_used += 1
+            elif Path(path).suffix.lower() not in self.ignored and not os.path.basename(path).startswith(".showtell"):
+                listing.pass_over(path)
+        if listing.num_others and not quiet:
+            print(listing.summary(), file=sys.stderr)
+        if not num_images:
+            raise UserError(f"{printable(folder)} has no images")
+        return num_images
+
+
+class Listing:
+    """The files of a folder that are passed over, for one line about them."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.num_used = self.num_others = 0
+        self.named: list[str] = []
+        self.plug_ins: set[str] = set()
+
+    def pass_over(self, path: str) -> None:
+        self.num_others += 1
+        if len(self.named) < NUM_NAMED:
+            self.named.append(printable(os.path.relpath(path, self.folder)))
+        if (suffix := Path(path).suffix.lower()) in PLUG_INS:
+            self.plug_ins.add(f"{suffix} needs `pip install {PLUG_INS[suffix]}`")
+
+    def summary(self) -> str:
+        more = f" and {self.num_others - NUM_NAMED:,} more" if self.num_others > NUM_NAMED else ""
+        install = f" ({'; '.join(sorted(self.plug_ins))})" if self.plug_ins else ""
+        return (
+            f"{printable(self.folder)}: {self.num_others:,} of {self.num_used + self.num_others:,} files are no images that "
+            f"can be read here: {', '.join(self.named)}{more}{install}"
+        )
+
+
+def without_repeats(names: Sequence[str], quiet: bool = False) -> list[str]:
+    """The names, each once, without those that lie below a folder among them; how many were left out is said on stderr."""
+    paths = {name: name if "://" in name else os.path.realpath(name) for name in names}
+    folders = {path for path in paths.values() if os.path.isdir(path)}
+    kept: dict[str, str] = {}
+    for name in names:
+        if not any(str(parent) in folders for parent in Path(paths[name]).parents):
+            kept.setdefault(paths[name], name)
+    left_out = len(names) - len(kept)
+    if left_out and not quiet:
+        print(
+            f"{left_out:,} of {len(names):,} inputs are named twice, or lie in a folder that is: captioned once",
+            file=sys.stderr,
+        )
+    return list(kept.values())
+
+
+def one_for_each_sidecar(
+    refs: Iterable[ImageRef], path_of: Callable[[ImageRef], Path], beside: bool
+) -> Iterator[ImageRef]:
+    """The references, with a problem where an image's sidecar is that of another in its folder, as of x.png beside x.jpg.
+
+    Args:
+        path_of: An image's sidecar.
+        beside: Whether sidecars stand beside their images, and images in tars have no place for one.
+    """
+    stems: dict[str, dict[str, str]] = {}  # image by sidecar, of the folder at hand and those above it
+    for ref in refs:
+        if beside and not ref.is_file:
+            yield replace(ref, problem="has no place for a sidecar beside it: give --output FOLDER")
+            continue
+        folder, sidecar = os.path.split(path_of(ref))
+        if folder not in stems:
+            stems = {known: names for known, names in stems.items() if folder.startswith(os.path.join(known, ""))}
+        first = stems.setdefault(folder, {}).setdefault(sidecar, ref.name)
+        problem = f"its sidecar would be that of {printable(first)}"
+        yield ref if first == ref.name else replace(ref, problem=problem)
+
+
+def walk(folder: str) -> Iterator[str]:
+    """The files below a folder in the order of their names; links to folders are not followed."""
+    with os.scandir(folder) as entries:
+        names = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+    for name, is_folder in names:
+        path = os.path.join(folder, name)
+        if is_folder:
+            yield from walk(path)
+        elif os.path.isfile(path):
+            yield path
+
+
+def tar_refs(path: str, relative: str = "") -> Iterator[ImageRef]:
+    """The images of a tar as webdataset has them, by the suffix of their names.
+
+    Raises:
+        UserError: It is no tar that can be read without unpacking it.
+    """
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                archive.members = []  # else it keeps the header of every member
+                if member.isfile() and _has_image_suffix(member.name):
+                    name = f"{path}/{member.name}"
+                    inside = os.path.join(relative, *safe_parts(member.name))
+                    yield ImageRef(name, path, inside, member.offset_data, member.size)
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{printable(path)} cannot be read as an uncompressed tar: {error}") from error
+
+
+def safe_parts(name: str) -> list[str]:
+    """The parts of a name that cannot lead out of the folder it is put into."""
+    return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+
+
+def _has_image_suffix(name: str) -> bool:
+    from PIL import Image
+
+    from data_scripts.row_checks import captioned_formats
+
+    return Image.registered_extensions().get(Path(name).suffix.lower()) in captioned_formats()
+
+
+def _holds_bytes(kind) -> bool:
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        return any(part.name == "bytes" for part in kind)
+    return types.is_binary(kind) or types.is_large_binary(kind)
