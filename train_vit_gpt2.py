@@ -21,8 +21,12 @@ logger = logging.getLogger(__name__)
 class ModelArguments:
     """The model; the defaults are those of the course report that this project reimplements."""
 
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a whole ViT-GPT2 captioner to fine-tune."}
+    )
     encoder: str = field(
-        default="google/vit-base-patch16-224-in21k", metadata={"help": "Hub id or local folder of the encoder."}
+        default="google/vit-base-patch16-224-in21k",
+        metadata={"help": "Hub id or local folder of the encoder; also a timm name, ViT or CNN."},
     )
     decoder: str = field(
         default="gpt2",
@@ -52,9 +56,12 @@ class ModelArguments:
     trim_vocabulary: bool = field(
         default=False, metadata={"help": "Keep only the tokens, of tokenizer and decoder, that training captions use."}
     )
-    image_size: int = field(
-        default=224,
-        metadata={"help": "Side of a new ViT's input in pixels.", "min": 1, "needs": {"pretrained_encoder": [False]}},
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side of the encoder's input in pixels; its own, or 224 of a new ViT, if not given.",
+            "min": 1,
+        },
     )
     patch_size: int = field(
         default=16,
@@ -88,6 +95,8 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        if not self.pretrained_encoder:
+            self.image_size = self.image_size or 224
         if not self.pretrained_encoder and self.patch_size > self.image_size:
             raise UserError(f"--patch_size {self.patch_size} is more than --image_size {self.image_size}")
         if self.loss_on_prompt and not self.prompt:
@@ -133,6 +142,7 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
     from data_scripts import load_for_training
     from modeling.vit_gpt2 import vit_gpt2_loss
     from training.batches import CaptionCollator, ImageDataset, subsample_evenly
+    from training.checkpoints import check_not_overwriting_start
     from training.evaluation import Evaluator, count_labels
     from training.features import encode_splits, weights_digest
     from training.lora import check_lora, merged
@@ -141,6 +151,8 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
     from training.shards import pairs_of_split, sampler_of
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
+    if model_args.model_name_or_path:
+        check_not_overwriting_start(model_args.model_name_or_path, args.output_dir)
     check_lora(model_args.lora_rank, model_args.pretrained_decoder, args.ema_decay)
     with TrainingRun(args, options, script="train_vit_gpt2") as run:
         # ---- Data ---------------------------------------------------------------------------------------------------
@@ -207,7 +219,8 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
             (model_args.encoder, model_args.pretrained_encoder),
             (model_args.decoder, model_args.pretrained_decoder),
         )
-        started_from = [name for name, pretrained in parts if pretrained]
+        start = model_args.model_name_or_path
+        started_from = [start] if start else [name for name, pretrained in parts if pretrained]
         run.finish(
             dataset, features, training_captions, data_args=data_args, kind="vit-gpt2", started_from=started_from
         )
@@ -226,12 +239,14 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
         build_vit_gpt2,
         decoder_config,
         encoder_config,
-        vit_image_processor,
+        load_encoder,
     )
-    from training.encoder_training import freeze_unused, unfreeze_last_blocks
-    from training.lora import add_lora
+    from training.fine_tuning import load_for_fine_tuning
     from training.tokenizers import load_or_train_tokenizer, trimmed_to_captions
 
+    if start := model_args.model_name_or_path:
+        captioner = load_for_fine_tuning(start, model_args, data_args.tokenizer_name)
+        return adapted(captioner, model_args, fresh_cross_attention=False)
     encoder, decoder, prompt = model_args.encoder, model_args.decoder, model_args.prompt
     tokenizer_name = data_args.tokenizer_name or (decoder if model_args.pretrained_decoder else None)
     tokenizer = load_or_train_tokenizer(tokenizer_name, training_captions, model_args.vocab_size, accelerator)
@@ -249,6 +264,9 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
     if not model_args.pretrained_decoder:
         decoder, token_ids = decoder_config(len(tokenizer), **model_args.sizes), None
     try:
+        encoder, image_processor = load_encoder(
+            encoder, model_args.image_size if model_args.pretrained_encoder else None
+        )
         model = build_vit_gpt2(
             encoder, decoder, tokenizer, prompt, model_args.freeze_encoder, model_args.dropout, token_ids
         )
@@ -257,14 +275,23 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
         raise UserError(
             f"--encoder {model_args.encoder}, --decoder {model_args.decoder}: {reason}; give Hub ids that can be reached, or folders"
         ) from error
-    captioner = Captioner(model, build_processor(vit_image_processor(encoder), tokenizer))
+    captioner = Captioner(model, build_processor(image_processor, tokenizer))
     positions, num_start_ids = model.config.decoder.max_position_embeddings, len(captioner.start_token_ids)
     if num_start_ids >= positions:
         raise UserError(f"--prompt has {num_start_ids - 1:,} tokens, and the decoder {positions:,} positions")
+    return adapted(
+        captioner, model_args, not brings_cross_attention(model_args.decoder) if model_args.lora_rank else False
+    )
+
+
+def adapted(captioner, model_args: ModelArguments, fresh_cross_attention: bool):
+    """The captioner with what is trained of it, adapters included."""
+    from training.encoder_training import freeze_unused, unfreeze_last_blocks
+    from training.lora import add_lora
+
     if model_args.lora_rank:
-        fresh = not brings_cross_attention(model_args.decoder)
-        add_lora(model.decoder, model_args.lora_rank, fresh_cross_attention=fresh)
-    unfreeze_last_blocks(model.encoder, model_args.num_trainable_encoder_blocks)
+        add_lora(captioner.model.decoder, model_args.lora_rank, fresh_cross_attention=fresh_cross_attention)
+    unfreeze_last_blocks(captioner.model.encoder, model_args.num_trainable_encoder_blocks)
     freeze_unused(captioner)
     return captioner
 

@@ -3,7 +3,10 @@
 The model is transformers' own `VisionEncoderDecoderModel`, not a subclass: it loads everywhere without remote code.
 """
 
+import copy
+import logging
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -28,15 +31,19 @@ from transformers import (
     VisionEncoderDecoderModel,
     ViTConfig,
     ViTImageProcessor,
+    ViTMAEConfig,
 )
 
 from system.errors import UserError
 
 from .caption_loss import caption_loss, hidden_states_before_head
+from .encoders import LARGE_FEATURES, feature_bytes, is_timm, load_timm_encoder, load_vit_mae
+
+logger = logging.getLogger(__name__)
 
 
 def build_vit_gpt2(
-    encoder: str | PreTrainedConfig,
+    encoder: str | PreTrainedConfig | PreTrainedModel,
     decoder: str | PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str = "",
@@ -47,8 +54,8 @@ def build_vit_gpt2(
     """Combine an image encoder and a language model.
 
     Args:
-        encoder: A model of the ViT kind: Hub id or local folder for pretrained weights, config for random ones. Of a model
-            with two towers, such as CLIP, the vision tower is used.
+        encoder: A model of the ViT kind: Hub id or local folder for pretrained weights, config for random ones, or what
+            `load_encoder` returns. Of a model with two towers, such as CLIP, the vision tower is used.
         decoder: A model of the GPT-2 kind, given as the encoder is; of a captioner saved by `train_vit_gpt2.py`, its decoder.
             Cross attention is added with random weights unless the decoder has it.
         tokenizer: The decoder's tokenizer; BOS starts a caption, EOS ends it.
@@ -66,7 +73,7 @@ def build_vit_gpt2(
     decoder_model = _build_decoder(decoder, dropout, num_tokens, special_ids)
     if token_ids:
         _keep_tokens(decoder_model, token_ids)
-    encoder_model = _build_encoder(encoder)
+    encoder_model = encoder if isinstance(encoder, PreTrainedModel) else _build_encoder(encoder)
     start_ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         encoder_model.config, decoder_model.config, decoder_start_token_id=start_ids[0], **special_ids
@@ -148,6 +155,40 @@ def brings_cross_attention(decoder: str) -> bool:
     return getattr(getattr(source, "decoder", source), "add_cross_attention", False)
 
 
+def load_encoder(encoder: str | PreTrainedConfig, image_size: int | None = None) -> tuple[PreTrainedModel, object]:
+    """An encoder and its image processor.
+
+    Args:
+        encoder: As in `build_vit_gpt2`, or a model of timm: name, Hub id or local folder.
+        image_size: Side of a pretrained encoder's input in pixels; its own where None.
+
+    Raises:
+        UserError: The encoder cannot be loaded, is of no kind that fits, or cannot encode images of this size.
+    """
+    if not isinstance(encoder, str):
+        return _build_encoder(encoder), vit_image_processor(encoder)
+    if is_timm(encoder):
+        model, image_processor = load_timm_encoder(encoder, image_size)
+    else:
+        model, image_processor = _build_encoder(encoder), vit_image_processor(encoder)
+        if image_size:
+            image_processor.size = {"height": image_size, "width": image_size}
+            if getattr(image_processor, "do_center_crop", False):
+                image_processor.crop_size = {"height": image_size, "width": image_size}
+    try:
+        size = feature_bytes(model, image_processor)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if image_size is None:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--image_size {image_size}: --encoder {encoder} cannot encode it ({reason})") from error
+    if size >= LARGE_FEATURES:
+        logger.warning(
+            f"--encoder {encoder} makes {size / 1e6:.1f} MB of features an image: a smaller --image_size makes fewer"
+        )
+    return model, image_processor
+
+
 def vit_image_processor(encoder: str | ViTConfig | DPTConfig):
     """The image processor of a pretrained encoder; for a config, one that resizes to its size and scales to [-1, 1]."""
     if isinstance(encoder, str):
@@ -200,11 +241,14 @@ def _stay_in_eval(module: nn.Module, args: tuple) -> None:
 def _build_encoder(encoder: str | PreTrainedConfig) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(encoder) if isinstance(encoder, str) else encoder
     config = getattr(config, "vision_config", config)
+    if isinstance(config, ViTMAEConfig) and isinstance(encoder, str):
+        return load_vit_mae(encoder, config)
     model_class = MODEL_MAPPING.get(type(config), None)
     if getattr(model_class, "main_input_name", None) != "pixel_values" or not hasattr(config, "hidden_size"):
+        name = f"{encoder} " if isinstance(encoder, str) else ""
         raise UserError(
-            f"encoder {encoder} is of the kind {config.model_type}, which gives no sequence of states for an image: give one of "
-            "the ViT kind, or train an LSTM captioner, which takes timm's models"
+            f"encoder {name}is of the kind {config.model_type}, which gives no sequence of states for an image: give one of "
+            "the ViT kind, or a timm model, ViT or CNN"
         )
     # No captioner reads the pooler. Models without the option have none.
     options = (
@@ -242,8 +286,9 @@ def _build_decoder(
     source = AutoConfig.from_pretrained(decoder) if isinstance(decoder, str) else decoder
     config = getattr(source, "decoder", source)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        name = f"{decoder} " if isinstance(decoder, str) else ""
         raise UserError(
-            f"decoder {decoder} is of the kind {config.model_type}, which is no language model: give one of the GPT-2 kind, or a "
+            f"decoder {name}is of the kind {config.model_type}, which is no language model: give one of the GPT-2 kind, or a "
             "captioner that train_vit_gpt2.py has saved"
         )
     if num_tokens > config.vocab_size:
@@ -254,6 +299,10 @@ def _build_decoder(
     config.is_decoder, config.add_cross_attention = True, True
     # Before the model is built: decoders of the RoBERTa kind count positions from the padding id.
     config.update(special_ids)
+    if hasattr(config, "encoder_layers") and hasattr(config, "decoder_layers"):
+        # The encoder is not used, and transformers makes a cache of as many layers as it has (BART, mBART).
+        config.encoder_layers = config.decoder_layers
+    _check_cross_attention(config, decoder)
     if dropout is not None:
         config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = dropout
     if source is not config:
@@ -266,6 +315,18 @@ def _build_decoder(
     ):  # logits start as small as with transformers' initializer_range: the first loss is log(V)
         nn.init.constant_(model.transformer.ln_f.weight, 0.02 * config.n_embd**0.5)
     return model
+
+
+def _check_cross_attention(config: PreTrainedConfig, decoder: str | PreTrainedConfig) -> None:
+    """Raise UserError where a language model has no cross attention, before its weights are loaded."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+    if not any(re.search("cross_?att|encoder_attn", name) for name, _ in model.named_modules()):
+        name = f"{decoder} " if isinstance(decoder, str) else ""
+        raise UserError(
+            f"decoder {name}is of the kind {config.model_type}, which cannot attend to an image: give one with cross attention, "
+            "of the kind GPT-2, BART, mBART, XGLM, TrOCR or RoBERTa"
+        )
 
 
 @torch.no_grad()

@@ -161,7 +161,11 @@ WITHOUT_EFFECT = [
     ("train_lstm", ["--encoder_learning_rate", "1e-4"], "--encoder_learning_rate"),  # of a frozen one
     ("train_lstm", ["--num_beams", "1", "--length_penalty", "0.7"], "--length_penalty"),
     ("train_vit_gpt2", ["--length_penalty", "0.7"], "--num_beams"),  # of a new model, which is greedy
-    ("train_vit_gpt2", ["--pretrained_encoder", "true", "--encoder", "x"], "--pretrained_encoder"),  # SCRIPTS has sizes
+    (
+        "train_vit_gpt2",
+        ["--pretrained_encoder", "true", "--encoder", "x", "--patch_size", "8"],
+        "--pretrained_encoder",
+    ),  # SCRIPTS has sizes
     ("train_vit_gpt2", ["--loss_on_prompt", "true", "--prompt", ""], "--prompt"),
     ("train_vit_gpt2", ["--encoder_learning_rate", "1e-4"], "--encoder_learning_rate"),
 ]

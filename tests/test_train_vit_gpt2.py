@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from PIL import Image
 from safetensors.torch import load_file
+from small_captioners import build as small_captioner
 from transformers import VisionEncoderDecoderModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
@@ -216,3 +217,37 @@ def test_pretrained_parts_and_decoders_own_tokenizer(train, dataset, tmp_path):
     saved = VisionEncoderDecoderModel.from_pretrained(folder).state_dict()
     for name, value in parts.state_dict().items():
         assert torch.equal(saved[name], value), name
+
+
+@pytest.mark.parametrize("kind", ["ours", "nlpconnect", "distilvit"])
+def test_a_whole_captioner_is_fine_tuned_with_its_prompt_and_processor(dataset, train, tmp_path, monkeypatch, kind):
+    """Ours; one of the time before processors, without a padding token; distilgpt2's shape, whose one token starts, ends and pads."""
+    start = tmp_path / "start"
+    captioner = small_captioner("vit_gpt2", prompt="a red" if kind == "ours" else "", num_layers=1)
+    captioner.save(start)
+    if kind != "ours":
+        (start / "processor_config.json").unlink()
+        captioner.image_processor.save_pretrained(start)
+        if kind == "distilvit":
+            captioner.tokenizer.bos_token = captioner.tokenizer.pad_token = captioner.tokenizer.eos_token
+            captioner.model.generation_config.update(decoder_start_token_id=2, bos_token_id=2, pad_token_id=2)
+            captioner.model.generation_config.save_pretrained(start)
+        else:
+            captioner.tokenizer.pad_token = None
+        captioner.tokenizer.save_pretrained(start)
+    monkeypatch.setattr(training.run, "draw_curves", lambda *_: None)
+    common = ["--dataset_name", str(dataset), "--num_train_epochs", "1", "--report_to", "none", "--output_dir"]
+    train_vit_gpt2.main(["--model_name_or_path", str(start), *common, str(tmp_path / "tuned")])
+    before, after = Captioner.load(start), Captioner.load(tmp_path / "tuned")
+    assert after.start_token_ids == before.start_token_ids
+    assert after.image_processor.size == before.image_processor.size
+    changed = {
+        name.split(".")[0]
+        for name, value in before.model.state_dict().items()
+        if not torch.equal(value, after.model.state_dict()[name])
+    }
+    assert changed == {"decoder"}
+    with pytest.raises(SystemExit):
+        train_vit_gpt2.main(
+            ["--model_name_or_path", str(start), "--prompt", "other", *common, str(tmp_path / "refused")]
+        )

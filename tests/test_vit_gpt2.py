@@ -364,7 +364,7 @@ def test_any_decoder_has_the_loss_of_its_logits_and_is_the_same_after_saving(tok
 
 @pytest.mark.parametrize(
     "encoder",
-    [TimmWrapperConfig(architecture="test_vit"), ResNetConfig(), GPT2Config(**GPT2_SIZES)],
+    [TimmWrapperConfig(architecture="test_vit"), ResNetConfig(), GPT2Config(**GPT2_SIZES)],  # timm's are loaded by name
     ids=lambda config: config.model_type,
 )
 def test_an_encoder_of_another_kind_is_refused(tokenizer, tmp_path, encoder):

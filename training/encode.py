@@ -158,10 +158,11 @@ def load_encoder(args: EncodeArguments) -> "Captioner":
         )
     from modeling.captioner import Captioner
     from modeling.processing import build_processor
-    from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, vit_image_processor
+    from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, load_encoder
 
-    model = build_vit_gpt2(args.encoder, decoder_config(len(tokenizer), **sizes), tokenizer)
-    return Captioner(model, build_processor(vit_image_processor(args.encoder), tokenizer))
+    encoder, image_processor = load_encoder(args.encoder)
+    model = build_vit_gpt2(encoder, decoder_config(len(tokenizer), **sizes), tokenizer)
+    return Captioner(model, build_processor(image_processor, tokenizer))
 
 
 def encode_shard(address: str, name: str, captioner: "Captioner", args: EncodeArguments, device, skipped) -> int:
