@@ -5,6 +5,8 @@
 The metadata have `file_name`, relative to their own folder, and a caption column: `caption`, `text`, or `captions`. A cell may
 hold a list of captions, and several rows may name one image. The metadata lie in the folder itself, in the folders `train`,
 `validation` and `test`, or both. A row's split is what its column `split` says, else the folder of the metadata or of its image.
+
+Without metadata, captions may lie beside the images: `x.jpg` and `x.txt` or `x.caption`, one caption a line.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from typing import Any
 from data_scripts.archives import SourceFiles, open_files
 from data_scripts.command_line import add_archive_option, add_split_options, add_table_options, prepare
 from data_scripts.row_checks import SourceRow, note_row
+from data_scripts.sidecars import pair_sidecars, sidecar_rows
 from data_scripts.splits import SplitNames
 from data_scripts.text_files import ImageRef, Table, find_column, gather_images, read_table
 from system.errors import UserError, one_line_errors
@@ -148,12 +151,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder, zip, or http(s) URL of a zip")
     parser.add_argument("--caption_column", nargs="+", help="caption columns (default: captions, caption or text)")
+    parser.add_argument(
+        "--one_caption", action="store_true", help="all lines of a text file beside an image as one caption"
+    )
     add_split_options(parser)
     add_table_options(parser)
     add_archive_option(parser)
     arguments = parser.parse_args(argv)
     with one_line_errors(), open_files(arguments.source, arguments.max_unpacked_gigabytes) as files:
-        rows = image_folder_rows(files, arguments.caption_column, arguments.split_column, arguments.splits)
+        metadata = any(PurePosixPath(name).name.casefold() in METADATA_NAMES for name in files.names)
+        num_sidecars = 0 if metadata else sum(map(bool, pair_sidecars(files).values()))
+        if num_sidecars:
+            print(f"{arguments.source}: images with captions in {num_sidecars:,} text files of the same name")
+            rows = sidecar_rows(files, arguments.one_caption, arguments.splits)
+        else:
+            rows = image_folder_rows(files, arguments.caption_column, arguments.split_column, arguments.splits)
         prepare(rows, arguments)
 
 

@@ -1,0 +1,30 @@
+"""Images with captions in text files of the same name."""
+
+from pathlib import Path
+
+import pytest
+from datasets import load_from_disk
+from PIL import Image
+
+from data_scripts import image_folder
+
+
+@pytest.mark.parametrize("one_caption", [False, True])
+def test_sidecars(tmp_path: Path, one_caption: bool, capsys: pytest.CaptureFixture) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for index, name in enumerate("abcd"):
+        Image.new("RGB", (32, 32), (index * 60, 0, 0)).save(source / f"{name}.png")
+    (source / "a.txt").write_text("a red dog\nan old dog\n")
+    (source / "b.caption").write_text("a cat")
+    (source / "c.txt").write_bytes(b"\xff\xfe\x00")
+    (source / "notes.txt").write_text("bought in May")
+    uncut = ["--validation_share", "0", "--test_share", "0"]
+    options = ["--one_caption"] if one_caption else []
+    image_folder.main([str(source), "--output_dir", str(tmp_path / "out"), *uncut, *options])
+    table = load_from_disk(str(tmp_path / "out"))["train"]
+    a = ["a red dog an old dog"] if one_caption else ["a red dog", "an old dog"]
+    assert dict(zip(table["image_id"], table["captions"], strict=True)) == {"a.png": a, "b.png": ["a cat"]}
+    printed = capsys.readouterr().out
+    for name in ("c.txt", "d.png", "notes.txt"):
+        assert name in printed
