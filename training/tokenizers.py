@@ -51,6 +51,8 @@ def trimmed_to_captions(
 def _warn_of_changed_captions(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str]) -> None:
     """Warn where a tokenizer's normalization or unknown tokens change captions, since references stay as they are written."""
     sample = list(islice(captions, 1000))
+    if not sample:
+        return
     decoded = tokenizer.batch_decode(tokenizer(sample, add_special_tokens=False).input_ids, skip_special_tokens=True)
     changed = [
         (caption, text)
