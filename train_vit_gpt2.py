@@ -234,13 +234,7 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
     """
     from modeling.captioner import Captioner
     from modeling.processing import build_processor
-    from modeling.vit_gpt2 import (
-        brings_cross_attention,
-        build_vit_gpt2,
-        decoder_config,
-        encoder_config,
-        load_encoder,
-    )
+    from modeling.vit_gpt2 import brings_cross_attention, build_vit_gpt2, decoder_config, encoder_config, load_encoder
     from training.fine_tuning import load_for_fine_tuning
     from training.tokenizers import load_or_train_tokenizer, trimmed_to_captions
 
@@ -264,9 +258,7 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
     if not model_args.pretrained_decoder:
         decoder, token_ids = decoder_config(len(tokenizer), **model_args.sizes), None
     try:
-        encoder, image_processor = load_encoder(
-            encoder, model_args.image_size if model_args.pretrained_encoder else None
-        )
+        encoder, image_processor = load_encoder(encoder, model_args.image_size)
         model = build_vit_gpt2(
             encoder, decoder, tokenizer, prompt, model_args.freeze_encoder, model_args.dropout, token_ids
         )
@@ -279,9 +271,8 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
     positions, num_start_ids = model.config.decoder.max_position_embeddings, len(captioner.start_token_ids)
     if num_start_ids >= positions:
         raise UserError(f"--prompt has {num_start_ids - 1:,} tokens, and the decoder {positions:,} positions")
-    return adapted(
-        captioner, model_args, not brings_cross_attention(model_args.decoder) if model_args.lora_rank else False
-    )
+    fresh_cross_attention = bool(model_args.lora_rank) and not brings_cross_attention(model_args.decoder)
+    return adapted(captioner, model_args, fresh_cross_attention)
 
 
 def adapted(captioner, model_args: ModelArguments, fresh_cross_attention: bool):

@@ -5,14 +5,13 @@ CNN of timm gives a grid (batch, channels, height, width), and cross attention r
 of a DPT encoder without Transformer layers, which makes positions of the grid and normalizes them.
 """
 
-import json
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     DPTConfig,
     DPTModel,
+    PreTrainedConfig,
     PreTrainedModel,
     TimmBackboneConfig,
     TimmWrapperConfig,
@@ -33,15 +32,9 @@ LARGE_FEATURES = 10**6  # bytes an image, above which training warns
 
 def is_timm(encoder: str) -> bool:
     """Whether a name, Hub id or folder is a model of timm."""
-    config = Path(encoder, "config.json")
-    if config.is_file():
-        about = json.loads(config.read_text(encoding="utf-8"))
-        return "architecture" in about and about.get("model_type", "timm_wrapper") == "timm_wrapper"
-    if "/" not in encoder:
-        import timm
+    import timm
 
-        return timm.is_model(encoder)
-    return encoder.startswith("timm/")
+    return timm.is_model(encoder.split(":")[-1]) or isinstance(AutoConfig.from_pretrained(encoder), TimmWrapperConfig)
 
 
 def load_timm_encoder(encoder: str, image_size: int | None = None) -> tuple[PreTrainedModel, ViTImageProcessor]:
@@ -57,6 +50,13 @@ def load_timm_encoder(encoder: str, image_size: int | None = None) -> tuple[PreT
     import timm
     from timm.data import resolve_model_data_config
 
+    if not timm.is_model(encoder.split(":")[-1]):
+        saved, _ = PreTrainedConfig.get_config_dict(encoder)
+        if "transformers_version" in saved:
+            raise UserError(
+                f"--encoder {encoder} was saved by transformers: give timm's name {saved['architecture']}, or the folder that timm "
+                "has saved"
+            )
     source, model_args = timm_source(encoder), timm_model_args(encoder)
     try:
         model = timm.create_model(source, pretrained=True, num_classes=0).eval()
@@ -74,6 +74,12 @@ def load_timm_encoder(encoder: str, image_size: int | None = None) -> tuple[PreT
     if len(shape) == 3:
         wrapped = _tokens_encoder(model, architecture, model_args, shape[-1], side)
     else:
+        # What timm writes beside each model, and what a feature map does not depend on.
+        defaults = {"in_chans": [3], "global_pool": ["", "avg", "fast", "max"]}
+        if lost := {name: value for name, value in model_args.items() if value not in defaults.get(name, [])}:
+            raise UserError(
+                f"--encoder {encoder} has the model_args {lost}, which a CNN of ViT-GPT2 cannot keep: give one without"
+            )
         wrapped = _grid_encoder(encoder, architecture, side)
     processor = ViTImageProcessor(
         size={"height": side, "width": side},
@@ -130,9 +136,9 @@ def _grid_encoder(encoder: str, architecture: str, side: int) -> DPTModel:
             image_size=side,
             patch_size=side // height,
         )
-        config.timm_grid = True
         model = DPTModel(config, add_pooling_layer=False)
-        model.embeddings.backbone._backbone.load_state_dict(backbone.state_dict())
+        weights = {f"embeddings.backbone._backbone.{name}": value for name, value in backbone.state_dict().items()}
+        model.load_state_dict(model.state_dict() | weights)
         with torch.no_grad():  # the grid as it is
             projection = model.embeddings.projection
             nn.init.dirac_(projection.weight)

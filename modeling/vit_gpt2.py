@@ -41,6 +41,13 @@ from .encoders import LARGE_FEATURES, feature_bytes, is_timm, load_timm_encoder,
 
 logger = logging.getLogger(__name__)
 
+# How configs of language models name their dropout rates: GPT-2, BART and XGLM, BERT.
+DROPOUTS = (
+    *("embd_pdrop", "attn_pdrop", "resid_pdrop"),
+    *("dropout", "attention_dropout"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+)
+
 
 def build_vit_gpt2(
     encoder: str | PreTrainedConfig | PreTrainedModel,
@@ -155,8 +162,8 @@ def brings_cross_attention(decoder: str) -> bool:
     return getattr(getattr(source, "decoder", source), "add_cross_attention", False)
 
 
-def load_encoder(encoder: str | PreTrainedConfig, image_size: int | None = None) -> tuple[PreTrainedModel, object]:
-    """An encoder and its image processor.
+def load_encoder(encoder: str | PreTrainedConfig, image_size: int | None = None) -> tuple:
+    """A pretrained encoder, or the config of a new one as it is, and its image processor.
 
     Args:
         encoder: As in `build_vit_gpt2`, or a model of timm: name, Hub id or local folder.
@@ -166,7 +173,7 @@ def load_encoder(encoder: str | PreTrainedConfig, image_size: int | None = None)
         UserError: The encoder cannot be loaded, is of no kind that fits, or cannot encode images of this size.
     """
     if not isinstance(encoder, str):
-        return _build_encoder(encoder), vit_image_processor(encoder)
+        return encoder, vit_image_processor(encoder)
     if is_timm(encoder):
         model, image_processor = load_timm_encoder(encoder, image_size)
     else:
@@ -304,7 +311,7 @@ def _build_decoder(
         config.encoder_layers = config.decoder_layers
     _check_cross_attention(config, decoder)
     if dropout is not None:
-        config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = dropout
+        config.update({name: dropout for name in DROPOUTS if hasattr(config, name)})
     if source is not config:
         return VisionEncoderDecoderModel.from_pretrained(decoder, config=source).decoder
     if isinstance(decoder, str):

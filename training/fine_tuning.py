@@ -44,6 +44,10 @@ def load_for_fine_tuning(name: str, model_args, tokenizer_name: str | None) -> C
     if captioner.tokenizer.pad_token is None:
         captioner.tokenizer.pad_token = captioner.tokenizer.eos_token  # labels are masked by position
     if model_args.dropout is not None:
+        if model.config.decoder.model_type != "gpt2":
+            raise UserError(
+                f"--dropout does not go with --model_name_or_path {name}, whose decoder is of the kind {model.config.decoder.model_type}"
+            )
         for module in model.decoder.modules():
             if isinstance(module, nn.Dropout):
                 module.p = model_args.dropout
