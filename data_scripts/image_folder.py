@@ -161,6 +161,11 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(), open_files(arguments.source, arguments.max_unpacked_gigabytes) as files:
         metadata = any(PurePosixPath(name).name.casefold() in METADATA_NAMES for name in files.names)
         num_sidecars = 0 if metadata else sum(map(bool, pair_sidecars(files).values()))
+        unused = ("caption_column", "split_column") if num_sidecars else ("one_caption",)
+        for name in unused:
+            if getattr(arguments, name):
+                layout = "captions in text files beside the images" if num_sidecars else "metadata files"
+                raise UserError(f"--{name} has no effect: {arguments.source} has {layout}")
         if num_sidecars:
             print(f"{arguments.source}: images with captions in {num_sidecars:,} text files of the same name")
             rows = sidecar_rows(files, arguments.one_caption, arguments.splits)

@@ -34,12 +34,18 @@ def sidecar_rows(files: SourceFiles, one_caption: bool = False, splits: str | No
     """
     split_of = SplitNames(splits)
     others: list[SourceRow] = []
+    captioned: set[str] = set()
 
     def refs() -> Iterator[ImageRef]:
         for name, images in pair_sidecars(files).items():
             if not images:
                 others.append(note_row(name, "text file without an image of its name"))
                 continue
+            if len(images) > 1:
+                others.append(note_row(name, "text file of several images of its name"))
+            if captioned & set(images):
+                others.append(note_row(name, "second text file of an image, whose captions it gets too"))
+            captioned.update(images)
             try:
                 lines = [line.strip() for line in read_text(files, name).splitlines() if line.strip()]
             except UserError as error:

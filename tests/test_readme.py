@@ -95,7 +95,7 @@ def faster(module: str, command: str) -> list[str]:
 
 def test_the_readme_names_every_way_in():
     named = {split_command(command)[0] for command in commands(PAGES[0].read_text(encoding="utf-8"))}
-    sources = {"paragraphs", "flickr8k", "karpathy", "image_folder", "hub", "scenes"}
+    sources = {"paragraphs", "flickr8k", "karpathy", "coco", "image_folder", "hub", "scenes"}
     scripts = {"train_lstm", "train_vit_gpt2", "train_scst", "app", "caption", "evaluate_captions"}
     assert scripts | {f"data_scripts.{source}" for source in sources} <= named
     more = {"export_onnx", "reporting.push", "reporting.compare", "data_scripts.push", "data_scripts.recaption"}

@@ -28,3 +28,17 @@ def test_sidecars(tmp_path: Path, one_caption: bool, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     for name in ("c.txt", "d.png", "notes.txt"):
         assert name in printed
+
+
+def test_an_image_of_two_text_files_and_a_text_file_of_two_images_are_named(tmp_path, capsys):
+    for name in ("a.png", "a.jpg", "b.png"):
+        Image.new("RGB", (32, 32), (len(name) * 9, ord(name[-3]), 0)).save(tmp_path / name)
+    for name, caption in {"a.txt": "a dog", "b.txt": "a cat", "b.caption": "an old cat"}.items():
+        (tmp_path / name).write_text(caption)
+    uncut = ["--validation_share", "0", "--test_share", "0"]
+    image_folder.main([str(tmp_path), "--output_dir", str(tmp_path / "out"), *uncut])
+    table = load_from_disk(str(tmp_path / "out"))["train"]
+    captions = {name: set(texts) for name, texts in zip(table["image_id"], table["captions"], strict=True)}
+    assert captions == {"a.png": {"a dog"}, "a.jpg": {"a dog"}, "b.png": {"a cat", "an old cat"}}
+    printed = capsys.readouterr().out
+    assert "a.txt" in printed and ("b.txt" in printed or "b.caption" in printed)

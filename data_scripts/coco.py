@@ -1,0 +1,120 @@
+"""Prepare a dataset in COCO's own form: its annotation JSON files and an image folder. Also nocaps, VizWiz-Captions and TextCaps.
+
+    python -m data_scripts.coco captions_train2017.json captions_val2017.json --images coco/ --output_dir data/coco
+
+A file's split is the word train, val or test in its name, or what is given before it: validation=annotations.json.
+
+Sources: Chen et al., Microsoft COCO Captions (https://arxiv.org/abs/1504.00325), section 2; Gurari et al., Captioning Images Taken
+by People Who Are Blind (https://arxiv.org/abs/2002.08565); Sidorov et al., TextCaps (https://arxiv.org/abs/2003.12462).
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from data_scripts.archives import SourceFiles, open_files
+from data_scripts.command_line import add_archive_option, add_table_options, prepare
+from data_scripts.row_checks import SourceRow, note_row, valid_id
+from data_scripts.splits import SPLIT_NAMES
+from data_scripts.text_files import decode_text, parse_json
+from system.errors import UserError, one_line_errors
+
+
+def coco_rows(content: Any, split: str, images: SourceFiles, table_name: str) -> list[SourceRow]:
+    """Return one row per image of an annotation file that has captions. Its ID is the file's own.
+
+    Captions that VizWiz-Captions marks as rejected or written in advance ("quality issues are too severe ...") are left out and
+    counted, as are images without a caption.
+
+    Args:
+        content: Content of the JSON file.
+        split: Split of its images.
+        images: Where the images are, in any folder.
+        table_name: Name of the JSON file, for messages.
+
+    Raises:
+        UserError: The file is not of COCO's form, nor of TextCaps'.
+    """
+    content = _from_textcaps(content)
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), list) for key in ("images", "annotations")
+    ):
+        raise UserError(f"{table_name} has no lists 'images' and 'annotations': it is no caption file of COCO's form")
+    rows, notes = {}, []
+    for number, image in enumerate(content["images"]):
+        image_id = valid_id(image.get("id")) if isinstance(image, dict) else None
+        if image_id is None or not isinstance(image.get("file_name"), str):
+            raise UserError(f"{table_name}, image {number}: 'id' or 'file_name' is missing")
+        place = f"{table_name}, image {image_id}, {image['file_name']}"
+        if image_id in rows:
+            raise UserError(f"{place}: this id is there twice")
+        found = images.find(image["file_name"], anywhere=True)
+        rows[image_id] = SourceRow(split, image_id, [], place, images.reader(image["file_name"], found))
+    for number, annotation in enumerate(content["annotations"]):
+        if not isinstance(annotation, dict) or "caption" not in annotation:
+            raise UserError(f"{table_name}, annotation {number}: 'caption' is missing")
+        image_id = valid_id(annotation.get("image_id"))
+        place = f"{table_name}, annotation {annotation.get('id', number)}"
+        if image_id not in rows:
+            notes.append(note_row(place, "caption of an image that the file does not list"))
+        elif annotation.get("is_rejected") or annotation.get("is_precanned"):
+            notes.append(note_row(place, "rejected caption, not used"))
+        else:
+            rows[image_id].captions.append(annotation["caption"])
+    empty = [row for row in rows.values() if not row.captions]
+    notes += [note_row(row.place, "image without a caption, not used") for row in empty]
+    return [*(row for row in rows.values() if row.captions), *notes]
+
+
+def _from_textcaps(content: Any) -> Any:
+    """TextCaps' list of captions in COCO's form; anything else as it is."""
+    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
+        return content
+    captions = [entry for entry in content["data"] if isinstance(entry, dict)]
+    return {
+        "images": [
+            {"id": image_id, "file_name": f"{image_id}.jpg"}
+            for image_id in dict.fromkeys(entry.get("image_id") for entry in captions)
+        ],
+        "annotations": [
+            {"id": entry.get("caption_id"), "image_id": entry.get("image_id"), "caption": entry.get("caption_str")}
+            for entry in captions
+        ],
+    }
+
+
+def split_and_path(source: str) -> tuple[str, Path]:
+    """The split and the path of `[SPLIT=]FILE`.
+
+    Raises:
+        UserError: There is no such file, or neither the argument nor the file's name tells the split.
+    """
+    name, equals, path = source.rpartition("=")
+    if not equals or name not in SPLIT_NAMES:
+        name, path = "", source
+    if not Path(path).is_file():
+        raise UserError(f"{path} is not a file")
+    words = [name] if name else [word for word in re.findall("[a-z]+", Path(path).stem.lower()) if word in SPLIT_NAMES]
+    if len({SPLIT_NAMES[word] for word in words}) != 1:
+        raise UserError(f"{path}: its name tells no split; give train={path}, validation={path} or test={path}")
+    return SPLIT_NAMES[words[0]], Path(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="[SPLIT=]FILE", help="annotation JSON files")
+    parser.add_argument("--images", required=True, help="folder, zip, or http(s) URL of a zip with the images")
+    add_table_options(parser)
+    add_archive_option(parser)
+    arguments = parser.parse_args(argv)
+    with one_line_errors(), open_files(arguments.images, arguments.max_unpacked_gigabytes) as images:
+        rows = []
+        for split, path in map(split_and_path, arguments.sources):
+            content = parse_json(decode_text(path.read_bytes(), path.name), path.name)
+            rows += coco_rows(content, split, images, path.name)
+        prepare(rows, arguments)
+
+
+if __name__ == "__main__":
+    main()
