@@ -65,7 +65,17 @@ TINY = [
     *("--image_size", "32", "--pretrained_encoder", "false", "--no_repeat_ngram_size", "0", "--report_to", "none"),
     *("--bf16", "false", "--overwrite_output_dir", "true"),  # of the command before into the same folder
 ]
-VIT = [*TINY, "--num_attention_heads", "2", "--freeze_encoder", "false", "--trim_vocabulary", "false"]
+VIT = [
+    *TINY,
+    "--max_steps",
+    "-1",
+    "--num_attention_heads",
+    "2",
+    "--freeze_encoder",
+    "false",
+    "--trim_vocabulary",
+    "false",
+]
 FASTER = {
     "train_lstm": [*TINY, "--encoder", "test_efficientnet", "--image_embed_dim", "16", "--vocab_size", "90"],
     "train_vit_gpt2": [*VIT, "--pretrained_decoder", "false", "--vocab_size", "90"],
@@ -138,6 +148,12 @@ def workshop(tmp_path_factory) -> Path:
         for name, caption, split in zip(names, captions, ["train"] * 6 + ["val"] * 2 + ["test"] * 2, strict=True)
     ]
     (folder / "dataset_coco.json").write_text(json.dumps({"images": entries, "dataset": "coco"}))
+    for split, numbers in (("train", range(6)), ("val", range(6, 10))):
+        coco = {
+            "images": [{"id": number, "file_name": names[number]} for number in numbers],
+            "annotations": [{"image_id": number, "caption": captions[number]} for number in numbers],
+        }
+        (folder / f"captions_{split}2017.json").write_text(json.dumps(coco))
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     with zipfile.ZipFile(folder / "captions.zip", "w") as archive:
         for split, part in (("train", slice(0, 6)), ("val", slice(6, 8)), ("test", slice(8, 10))):
