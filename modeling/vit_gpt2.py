@@ -37,7 +37,6 @@ from transformers import (
 from system.errors import UserError
 
 from .caption_loss import caption_loss, hidden_states_before_head
-from .encoders import LARGE_FEATURES, feature_bytes, is_timm, load_timm_encoder, load_vit_mae
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +171,9 @@ def load_encoder(encoder: str | PreTrainedConfig, image_size: int | None = None)
     Raises:
         UserError: The encoder cannot be loaded, is of no kind that fits, or cannot encode images of this size.
     """
+    # With timm, which a captioner of transformers' parts need not wait for.
+    from .encoders import LARGE_FEATURES, feature_bytes, is_timm, load_timm_encoder
+
     if not isinstance(encoder, str):
         return encoder, vit_image_processor(encoder)
     if is_timm(encoder):
@@ -249,6 +251,8 @@ def _build_encoder(encoder: str | PreTrainedConfig) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(encoder) if isinstance(encoder, str) else encoder
     config = getattr(config, "vision_config", config)
     if isinstance(config, ViTMAEConfig) and isinstance(encoder, str):
+        from .encoders import load_vit_mae
+
         return load_vit_mae(encoder, config)
     model_class = MODEL_MAPPING.get(type(config), None)
     if getattr(model_class, "main_input_name", None) != "pixel_values" or not hasattr(config, "hidden_size"):

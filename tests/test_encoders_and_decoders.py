@@ -146,7 +146,7 @@ def test_an_image_size_that_does_not_fit_and_large_features_are_named(tmp_path, 
     source = timm_folder(tmp_path / "timm", "test_vit")
     with pytest.raises(UserError, match="--image_size 100"):
         load_encoder(source, image_size=100)
-    monkeypatch.setattr("modeling.vit_gpt2.LARGE_FEATURES", 1000)
+    monkeypatch.setattr("modeling.encoders.LARGE_FEATURES", 1000)
     load_encoder(source, image_size=96)
     assert "--image_size" in caplog.text
 

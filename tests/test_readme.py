@@ -216,6 +216,7 @@ def test_a_command_of_the_documentation_runs(command, workshop, tmp_path, monkey
     output = made.get("--output_dir") or made.get("--output")
     if output:
         shutil.rmtree(output, ignore_errors=True)  # another command has made it before
+        Path(output).unlink(missing_ok=True)
     assert importlib.import_module(module).main([*arguments, *faster(module, command)]) in (None, 0)
     if output:
         assert Path(output).exists()

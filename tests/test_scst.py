@@ -237,7 +237,8 @@ def test_what_is_left_in_a_mirror_image_is_right_in_the_references(monkeypatch):
     processor = SimpleNamespace(batch_decode=lambda captions, **_: [texts[caption[0]] for caption in captions])
     monkeypatch.setattr(self_critical, "sample_captions", lambda *_: [[2, EOS], [3, EOS]])
     cider = CiderD([["a dog left of a cat"], ["two birds sing"]], count_end=True)
-    token_ids = [[[[2, EOS]], [[3, 3]]], [[[3, EOS]], [[3, 3]]]]  # of the images, of their mirror images
+    of_rows = [[[[2, EOS]], [[3, 3]]], [[[3, EOS]], [[3, 3]]]]  # of the images, of their mirror images
+    token_ids = [SimpleNamespace(of_row=captions.__getitem__) for captions in of_rows]
     captioner = Captioner(captioner.model, processor)
     critic = SelfCritic(captioner, cider, options(xe_weight=0.5), seed=0, token_ids=token_ids, num_augmentations=2)
     given = []

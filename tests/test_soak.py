@@ -38,7 +38,15 @@ def caption(model: str, folder: str, output: str, peak) -> None:
 
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    script.main(["--model_name_or_path", model, folder, "--output", output, "--batch_size", "16", "--max_length", "8"])
+    options = [
+        "--batch_size",
+        "16",
+        "--max_length",
+        "8",
+        "--encoder_engine",
+        "torch",
+    ]  # onnxruntime is loaded for many alone
+    script.main(["--model_name_or_path", model, folder, "--output", output, *options])
     peak.value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
