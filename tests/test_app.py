@@ -284,6 +284,7 @@ def test_the_app_starts_on_the_demos_models_and_leaves_the_address_to_gradio(cap
     assert launched["max_file_size"] == app.MAX_IMAGE_BYTES and launched["queue"] == app.MAX_WAITING
 
 
+@pytest.mark.slow
 def test_the_environments_address_is_obeyed_and_a_wrong_one_refused(captioners, tmp_path, monkeypatch, capsys):
     captioners["one"].save(tmp_path / "model")
     with socket.socket() as free:

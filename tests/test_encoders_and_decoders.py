@@ -109,6 +109,7 @@ def test_a_timm_encoder_gives_timms_own_states_and_what_it_does_not_read_is_froz
 
 
 @pytest.mark.parametrize("architecture", ["test_efficientnet", "test_vit"])
+@pytest.mark.slow
 def test_a_captioner_with_a_timm_encoder_loads_in_a_fresh_process_without_remote_code(tmp_path, architecture):
     captioner = captioner_of(*load_encoder(timm_folder(tmp_path / "timm", architecture), image_size=96))
     captioner.save(tmp_path / "saved")

@@ -23,6 +23,7 @@ def reference_captions(captioner: Captioner, pixel_values: torch.Tensor) -> list
 @pytest.mark.parametrize(
     ("kind", "prompt"), [("lstm", ""), ("lstm", "attention"), ("vit_gpt2", ""), ("vit_gpt2", "a big")]
 )
+@pytest.mark.slow
 def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatch):
     captioner = build(kind, prompt, num_layers=1 if kind == "vit_gpt2" and not prompt else 2)
     model, processor = captioner.model, captioner.processor
@@ -161,6 +162,7 @@ def test_settings_that_are_left_out_are_named(tmp_path, capsys):
     assert not {"max_length=", "eos_token_id="} & set(told.split())
 
 
+@pytest.mark.slow
 def test_a_plain_vision_encoder_decoder_model_is_exported(tmp_path):
     """As save_pretrained leaves it: no max_length, no pad token, the start token in config.json alone."""
     captioner = build("vit_gpt2", num_layers=1)

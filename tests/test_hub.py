@@ -73,6 +73,7 @@ print(json.dumps(printed_lines))
 
 
 @KINDS
+@pytest.mark.slow
 def test_a_pushed_model_captions_the_same_in_a_fresh_process(kind, runs, hub, small_scenes, tmp_path):
     """Pushed despite a 500, a broken connection and a 503; the Python is that of the model card."""
     hub.fail("POST", ".", first=3, status=500)

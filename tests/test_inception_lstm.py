@@ -366,6 +366,7 @@ print(ids.tolist(), processor.batch_decode(ids, skip_special_tokens=True), model
 
 @pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForImageTextToText"])
 @pytest.mark.parametrize("remote", [True, False], ids=["remote code", "import modeling"])
+@pytest.mark.slow
 def test_a_saved_folder_captions_the_same_in_a_fresh_process(processor, tmp_path, auto, remote):
     model = make_model(vocab_size=9).eval()
     model.generation_config = GenerationConfig.from_model_config(model.config)

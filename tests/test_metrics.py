@@ -268,6 +268,7 @@ def test_diagnostics_count_what_they_say():
         scorer.report(["a", "b"], ended=[True])
 
 
+@pytest.mark.slow
 def test_evaluate_loads_the_metric_offline_in_another_process(tmp_path):
     program = (
         "import evaluate, json, sys\n"

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "caption_your_images.ipynb"
 
 
+@pytest.mark.slow
 def test_it_runs_from_images_to_a_pushed_model(hub, tmp_path, monkeypatch):
     """Every cell as it stands, but for the first, which sets how many images and epochs."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)

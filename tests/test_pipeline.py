@@ -49,6 +49,7 @@ def fresh_captions(model: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", "a big")])
+@pytest.mark.slow
 def test_one_line_captions_in_a_fresh_process_elsewhere(kind, prompt, tmp_path):
     captioner = build(kind, prompt)
     expected = expected_captions(captioner, IMAGES)
@@ -85,6 +86,7 @@ else:
         ("lstm", "Trainer.save_model"),
     ],
 )
+@pytest.mark.slow
 def test_a_model_saved_again_elsewhere_keeps_the_one_line(kind, way, tmp_path):
     captioner = build(kind)
     captioner.save(tmp_path / "saved")
@@ -94,6 +96,7 @@ def test_a_model_saved_again_elsewhere_keeps_the_one_line(kind, way, tmp_path):
     assert fresh_captions(tmp_path / "again", tmp_path) == expected_captions(captioner, IMAGES)
 
 
+@pytest.mark.slow
 def test_an_lstm_captioner_that_was_never_saved_before_keeps_the_one_line(tmp_path):
     captioner = build("lstm")
     captioner.model.save_pretrained(tmp_path / "first")
@@ -101,6 +104,7 @@ def test_an_lstm_captioner_that_was_never_saved_before_keeps_the_one_line(tmp_pa
     assert fresh_captions(tmp_path / "first", tmp_path) == expected_captions(captioner, IMAGES)
 
 
+@pytest.mark.slow
 def test_a_pipeline_saved_here_keeps_the_one_line(tmp_path):
     captioner = build("vit_gpt2")
     parts = {"tokenizer": captioner.tokenizer, "image_processor": captioner.image_processor}

@@ -254,6 +254,7 @@ def test_the_script_with_another_reward_trains(workshop, tmp_path, monkeypatch):
     assert critic.rewards([captions[1], captions[1]], [1, 2], [0, 0]).tolist() == [5, 0]
 
 
+@pytest.mark.slow
 def test_the_lines_of_python_run(workshop):
     lines = "\n".join(lines for lines in PYTHON if not is_script(lines))
     run = subprocess.run(

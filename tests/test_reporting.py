@@ -474,6 +474,7 @@ def test_remote_code_is_asked_for_only_where_it_is_needed(tmp_path):
     ]  # the pipeline is code, the model is not
 
 
+@pytest.mark.slow
 def test_the_python_on_the_card_captions_an_image(tmp_path):
     """A tiny ViT-GPT2 saved as train_vit_gpt2.py saves one, then the card's own lines in a fresh process."""
     import transformers

@@ -35,6 +35,7 @@ class MeanColor(torch.nn.Module):
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.slow
 def test_batches_are_the_same_under_every_start_method(method, small_scenes):
     """From images and from cached features."""
     dataset = load_captions(small_scenes)

@@ -155,6 +155,7 @@ def train(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_trained_resumed_and_loaded_elsewhere(train, tmp_path):
     undisturbed = train("undisturbed", num_train_epochs=3)
     resumed = undisturbed.with_name("resumed")

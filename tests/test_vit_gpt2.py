@@ -292,6 +292,7 @@ print(json.dumps(ids))
 """
 
 
+@pytest.mark.slow
 def test_fresh_process_starts_from_the_prompt_and_captions_the_same(build, tmp_path, rows):
     model, processor = build(width=48)
     Captioner(model, processor).save(tmp_path / "saved")
