@@ -86,9 +86,9 @@ def start_options(script: str, dataset: str, folder: Path) -> list[str]:
 
 
 def start_server() -> multiprocessing.context.BaseContext:
-    """Processes that begin with everything imported, by a fork of one that has run nothing."""
+    """Processes that begin with everything imported, by a fork of one that has run nothing: the one server of all tests."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*SCRIPTS, *IMPORTED_LATE])
+    context.set_forkserver_preload([*SCRIPTS, *IMPORTED_LATE, "caption"])
     return context
 
 

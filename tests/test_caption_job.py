@@ -6,7 +6,6 @@ python tests/test_caption_job.py --images 100000     the long version: 20 kills,
 import argparse
 import io
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from kill_points import start_server
 from PIL import Image
 from small_captioners import build
 
@@ -203,8 +203,7 @@ def captioned(arguments: list[str], peak=None) -> None:
 
 def kill_and_resume(model: str, folder: Path, output: Path, kills: int, options=(), seconds: float = 1.5) -> None:
     """Start a run as often as there are kills, each killed at a random moment, and once more to its end."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["caption", "modeling.captioner", "pyarrow.parquet"])
+    context = start_server()
     arguments = ["--model_name_or_path", model, str(folder), "--batch_size", "4", "--encoder_engine", "torch"]
     arguments += ["--output", str(output), *options]
     moment = random.Random(7)
@@ -466,8 +465,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--kills", type=int, default=20)
     args = parser.parse_args()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["caption", "modeling.captioner", "pyarrow.parquet"])
+    context = start_server()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model, seconds = str(folder / "model"), 0.0

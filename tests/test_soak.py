@@ -5,7 +5,6 @@ python tests/test_soak.py --images 20000     the long version: one image in a hu
 
 import argparse
 import json
-import multiprocessing
 import os
 import resource
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from kill_points import start_server
 from PIL import Image
 from small_captioners import build
 
@@ -66,8 +66,7 @@ def peak_megabytes(context, model: str, folder: Path, number: int) -> float:
 
 
 def test_captioning_five_times_as_many_images_takes_no_more_memory(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["caption"])
+    context = start_server()
     build("lstm").save(tmp_path / "model")
     model = str(tmp_path / "model")
     few, many = (peak_megabytes(context, model, tmp_path, number) for number in (FEW, MANY))
@@ -78,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=20_000)
     number = parser.parse_args().images
-    context = multiprocessing.get_context("forkserver")
+    context = start_server()
     with tempfile.TemporaryDirectory() as folder:
         model = str(Path(folder) / "model")
         build("lstm").save(model)
