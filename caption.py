@@ -5,8 +5,8 @@
     accelerate launch caption.py --model_name_or_path outputs/demo/lstm shards/ --output captions.parquet
 
 The suffix of --output says what it is: text (`name<TAB>caption`), .jsonl, .html, or .parquet, a folder of parts; a folder without a
-suffix gets a sidecar, a text file, for each image. Captions are written as they come: a run that was killed, given again, goes on
-where it was. Images that cannot be read, and files of a folder that are no images, are counted and named on stderr.
+suffix gets a sidecar, a text file, for each image. Captions are written as they come: the same command resumes a run that was
+killed. Images that cannot be read, and files of a folder that are no images, are counted and named on stderr.
 """
 
 import gc
@@ -182,7 +182,7 @@ def quiet_ends() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its exit
         raise SystemExit(128 + 13) from None  # as a program ends that SIGPIPE has ended
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here if it has an --output", file=sys.stderr)
+        print("stopped; with an --output, the same command resumes", file=sys.stderr)
         raise SystemExit(128 + 2) from None
 
 
@@ -252,10 +252,8 @@ def caption_sources(
         doubtful.open()
     on_page = args.output_format == "html"
     job = Job(captioner, output, processes, choose_encoder(captioner, args, total, processes), doubtful)
-    job.min_confidence, job.with_confidence = (
-        args.min_confidence or 0.0,
-        on_page or args.confidence or doubtful is not None,
-    )
+    job.min_confidence = args.min_confidence or 0.0
+    job.with_confidence = on_page or args.confidence or doubtful is not None
     job.num_inspected = Page.num_images if on_page else 0
     refs = refs_for(output, sources)
     if args.num_workers is None:
@@ -268,12 +266,14 @@ def caption_sources(
         output.finish()
         if doubtful:
             doubtful.finish()
-        told = f"{captioned:,} of {total:,} images captioned"
-        told += f", {there:,} were captioned before" if there else ""
-        told += f", {num_bad:,} cannot be" if num_bad else ""
-        told += f"; {num_doubtful:,} of the captions are doubtful: {doubtful.file.path}" if num_doubtful else ""
+        summary = f"{captioned:,} of {total:,} images captioned"
+        summary += f", {there:,} were captioned before" if there else ""
+        summary += f", {num_bad:,} cannot be" if num_bad else ""
+        summary += (
+            f"; {num_doubtful:,} captions are below --min_confidence: {doubtful.file.path}" if num_doubtful else ""
+        )
         if captioned < total or num_doubtful:
-            print(told, file=sys.stderr)
+            print(summary, file=sys.stderr)
     return bool(captioned or there)
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 32  # of a request
 MAX_BODY_BYTES = 2 * MAX_IMAGE_BYTES + 2**20  # the largest image in base64, or many small ones
-MAX_WAITING = 64  # requests at once; more are turned away
+MAX_WAITING = 64  # requests at once; more are refused
 MAX_DOWNLOAD_SECONDS = 20.0
 SECONDS_TO_CAPTION = 600.0
 
@@ -54,7 +54,7 @@ class ServeArguments:
         metadata={"help": "Fetch images from http(s) URLs, private addresses included: for callers you trust."},
     )
     requests_per_minute: int = field(
-        default=600, metadata={"help": "Requests of each address per minute; more are turned away.", "min": 1}
+        default=600, metadata={"help": "Max requests of each address per minute; more are refused.", "min": 1}
     )
     device: str | None = field(
         default=None, metadata={"help": "Device: cpu, cuda, mps; cuda if not given and available, else cpu."}
@@ -128,7 +128,7 @@ def build_server(captioner: "Captioner", args: ServeArguments) -> "FastAPI":
 
 
 class RequestSize:
-    """ASGI middleware that turns away requests over a limit in bytes, before they are in memory, and those over a number at once."""
+    """ASGI middleware that refuses requests over a limit in bytes, before they are in memory, and those over a number at once."""
 
     def __init__(self, app):
         self.app = app

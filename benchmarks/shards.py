@@ -34,7 +34,8 @@ from data_scripts.scenes import scene_rows
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling.inception_lstm import build_inception_lstm
 from training.batches import CaptionCollator, CaptionPairs, CaptionSampler
-from training.shards import CaptionStream, ShardLoader, StreamSampler
+from training.loaders import ShardLoader
+from training.shards import CaptionStream, StreamSampler
 
 BATCH_SIZE = 64
 
@@ -95,8 +96,8 @@ def compare(rows: Dataset, tars: list[str], runs: int) -> dict:
 
     def shards() -> float:
         sampler = StreamSampler(stream, BATCH_SIZE, True, False, 0, 0, 1)
-        loader = ShardLoader(accelerator, stream, sampler, collator, BATCH_SIZE, num_batches=1, num_workers=0)
-        return rate(batch for batches in loader.steps(0) for batch in batches)
+        loader = ShardLoader(accelerator, sampler, 1, collator, BATCH_SIZE, num_workers=0)
+        return rate(batch for batches in loader.steps(epoch=0, done=0) for batch in batches)
 
     def rate(batches) -> float:
         start = time.process_time()  # of all threads; other load on the machine does not count

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BATCHES_AHEAD = 2  # decoded while the model generates
 SECONDS_BEFORE_PROGRESS = 5
-SECONDS_BETWEEN_LINES = 60  # of progress, where nobody watches
+SECONDS_BETWEEN_LINES = 60  # of progress, where there is no terminal
 
 
 @dataclass
@@ -193,7 +193,7 @@ def begin_or_resume(
     Args:
         path: File of the settings, beside the output.
         settings: What captions depend on, of JSON's types.
-        resume: Whether to go on with what is there; otherwise it is removed.
+        resume: Whether to resume what is there; otherwise it is removed.
         is_there: Whether there is something where the output goes.
         in_folder: Whether the output is a folder, of which nothing is removed unless the settings say that it is ours.
 

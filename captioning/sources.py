@@ -140,11 +140,13 @@ class ImageSources:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        from data_scripts.shards import holds_images
+
         try:
             schema = pq.read_schema(path)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{printable(path)} cannot be read as parquet: {str(error).splitlines()[0]}") from error
-        found = [column.name for column in schema if _holds_bytes(column.type)]
+        found = [column.name for column in schema if holds_images(column.type)]
         if self.image_column:
             found = [name for name in schema.names if name == self.image_column]
         if len(found) == 1:
@@ -313,11 +315,3 @@ def _has_image_suffix(name: str) -> bool:
     from data_scripts.row_checks import captioned_formats
 
     return Image.registered_extensions().get(Path(name).suffix.lower()) in captioned_formats()
-
-
-def _holds_bytes(kind) -> bool:
-    import pyarrow.types as types
-
-    if types.is_struct(kind):
-        return any(part.name == "bytes" for part in kind)
-    return types.is_binary(kind) or types.is_large_binary(kind)

@@ -113,7 +113,7 @@ def write_caption_table(
         seed: Random seed of these splits.
         num_proc: Number of processes that read and check images.
 
-    It is written in shards of 10,000 rows. After a kill, the same call goes on with the shards that are missing.
+    It is written in shards of 10,000 rows. After a kill, the same call writes the shards that are missing.
 
     Raises:
         UserError: A fraction is impossible, no row can be used, or with `strict`, one cannot; or `output_dir` is not empty.

@@ -88,7 +88,7 @@ def split_and_path(source: str) -> tuple[str, Path]:
     """The split and the path of `[SPLIT=]FILE`.
 
     Raises:
-        UserError: There is no such file, or neither the argument nor the file's name tells the split.
+        UserError: There is no such file, or neither the argument nor the file's name has the split.
     """
     name, equals, path = source.rpartition("=")
     if not equals or name not in SPLIT_NAMES:
@@ -97,7 +97,7 @@ def split_and_path(source: str) -> tuple[str, Path]:
         raise UserError(f"{path} is not a file")
     words = [name] if name else [word for word in re.findall("[a-z]+", Path(path).stem.lower()) if word in SPLIT_NAMES]
     if len({SPLIT_NAMES[word] for word in words}) != 1:
-        raise UserError(f"{path}: its name tells no split; give train={path}, validation={path} or test={path}")
+        raise UserError(f"{path}: its name has no split; give train={path}, validation={path} or test={path}")
     return SPLIT_NAMES[words[0]], Path(path)
 
 

@@ -133,7 +133,7 @@ def read_shard(
 ) -> Iterator[tuple[int, Sample]]:
     """The samples of a shard and their numbers, from a number on; what cannot be used is counted.
 
-    A connection that breaks is opened again, up to four times in a row, and the reading goes on with the next sample.
+    A connection that breaks is opened again, up to four times in a row, and reading resumes with the next sample.
 
     Raises:
         UserError: With `strict`, a shard is missing or damaged, or a sample cannot be used.
@@ -254,7 +254,7 @@ def _read_parquet(file: io.IOBase, start: int) -> Iterator[dict[str, Any]]:
 
 def _parquet_columns(schema: pa.Schema) -> dict[str, str | None]:
     names = {name.casefold(): name for name in schema.names}
-    images = [field.name for field in schema if _holds_image(field.type)]
+    images = [field.name for field in schema if holds_images(field.type)]
     image = next((name for name in images if name.casefold() in ("image", "jpg", "png")), next(iter(images), None))
     captions = next((names[name] for name in CAPTION_NAMES if name in names), None)
     if image is None or captions is None:
@@ -265,7 +265,8 @@ def _parquet_columns(schema: pa.Schema) -> dict[str, str | None]:
     return {"image": image, "captions": captions, "name": names.get("image_id")}
 
 
-def _holds_image(kind: pa.DataType) -> bool:
+def holds_images(kind: pa.DataType) -> bool:
+    """Whether a column of this type may hold images: bytes, or {bytes, path} as `datasets` has them."""
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

@@ -91,12 +91,12 @@ def load_timm_encoder(encoder: str, image_size: int | None = None) -> tuple[PreT
 
 
 def feature_bytes(encoder: PreTrainedModel, image_processor) -> int:
-    """Bytes that the cached features of one image take, in float32."""
+    """Bytes that the cached features of one image take, in float16."""
     size = dict(image_processor.size)
     height, width = (size.get(name) or max(size.values()) for name in ("height", "width"))
     with torch.inference_mode():
         states = encoder.eval()(torch.zeros(1, 3, height, width)).last_hidden_state
-    return 4 * states.numel()
+    return 2 * states.numel()
 
 
 def _has_positions(model: nn.Module) -> bool:
@@ -158,5 +158,5 @@ def _grid_encoder(encoder: str, architecture: str, side: int) -> DPTModel:
 def load_vit_mae(encoder: str, config: ViTMAEConfig) -> ViTModel:
     """The encoder of a masked autoencoder as a plain ViT, which masks nothing."""
     names = set(ViTConfig().to_dict()) & set(config.to_dict()) - {"model_type", "architectures", "transformers_version"}
-    plain = ViTConfig(**{name: getattr(config, name) for name in names if hasattr(config, name)})
+    plain = ViTConfig(**{name: getattr(config, name) for name in names})
     return ViTModel.from_pretrained(encoder, config=plain, add_pooling_layer=False)

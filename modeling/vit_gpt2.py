@@ -62,8 +62,8 @@ def build_vit_gpt2(
     Args:
         encoder: A model of the ViT kind: Hub id or local folder for pretrained weights, config for random ones, or what
             `load_encoder` returns. Of a model with two towers, such as CLIP, the vision tower is used.
-        decoder: A model of the GPT-2 kind, given as the encoder is; of a captioner saved by `train_vit_gpt2.py`, its decoder.
-            Cross attention is added with random weights unless the decoder has it.
+        decoder: A language model with cross attention, such as GPT-2 or BART: Hub id or local folder, or config for random weights;
+            of a captioner saved by `train_vit_gpt2.py`, its decoder. Cross attention gets random weights unless the decoder has it.
         tokenizer: The decoder's tokenizer; BOS starts a caption, EOS ends it.
         prompt: Text every caption starts with; saved in the generation config, so that `generate()` starts from it.
         freeze_encoder: Whether the encoder's weights stay fixed.
@@ -205,6 +205,11 @@ def vit_image_processor(encoder: str | ViTConfig | DPTConfig):
     return ViTImageProcessor(size={"height": encoder.image_size, "width": encoder.image_size})
 
 
+def set_dropout(config: PreTrainedConfig, dropout: float) -> None:
+    """Set every dropout rate of a language model's config."""
+    config.update({name: dropout for name in DROPOUTS if hasattr(config, name)})
+
+
 def freeze(encoder: nn.Module) -> None:
     """Freeze an encoder: no gradients, and in eval mode whenever it runs, although training puts the model in train mode."""
     encoder.requires_grad_(False)
@@ -315,7 +320,7 @@ def _build_decoder(
         config.encoder_layers = config.decoder_layers
     _check_cross_attention(config, decoder)
     if dropout is not None:
-        config.update({name: dropout for name in DROPOUTS if hasattr(config, name)})
+        set_dropout(config, dropout)
     if source is not config:
         return VisionEncoderDecoderModel.from_pretrained(decoder, config=source).decoder
     if isinstance(decoder, str):

@@ -189,3 +189,6 @@ def test_berts_head_trains():
     ids = torch.randint(4, len(WORDS), (2, 5))
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "decoder_input_ids": ids, "labels": ids}
     vit_gpt2_loss(model, model, batch).backward()
+    trained = {name for name, parameter in model.decoder.named_parameters() if parameter.grad is not None}
+    assert {name.split(".")[0] for name in trained} == {"bert", "cls"}
+    assert "cls.predictions.transform.dense.weight" in trained

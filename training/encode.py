@@ -51,11 +51,11 @@ class EncodeArguments:
     )
     encoder: str = field(
         default="inception_resnet_v2.tf_in1k",
-        metadata={"help": "Encoder: timm name, Hub id or folder for lstm, Hub id or folder for vit_gpt2."},
+        metadata={"help": "timm name, Hub id or local folder of the encoder."},
     )
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Side of the encoder's input in pixels, of lstm; its own if not given.", "min": 1},
+        metadata={"help": "Side of the encoder's input in pixels; its own if not given.", "min": 1},
     )
     center_crop: bool = field(
         default=True,
@@ -103,7 +103,7 @@ def encode_shards(args: EncodeArguments) -> None:
     if not missing:
         return
     set_seed(0)
-    captioner = load_encoder(args)
+    captioner = captioner_with_encoder(args)
     captioner.encoder.to(state.device).eval()
     skipped = Skipped()
     for name, address in missing:
@@ -134,7 +134,7 @@ def target_names(addresses: list[str]) -> dict[str, str]:
     return names
 
 
-def load_encoder(args: EncodeArguments) -> "Captioner":
+def captioner_with_encoder(args: EncodeArguments) -> "Captioner":
     """A captioner with the encoder; all else of it is small and unused."""
     from data_scripts.train_tokenizer import train_tokenizer
     from training.self_critical import load_start
@@ -160,7 +160,7 @@ def load_encoder(args: EncodeArguments) -> "Captioner":
     from modeling.processing import build_processor
     from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, load_encoder
 
-    encoder, image_processor = load_encoder(args.encoder)
+    encoder, image_processor = load_encoder(args.encoder, args.image_size)
     model = build_vit_gpt2(encoder, decoder_config(len(tokenizer), **sizes), tokenizer)
     return Captioner(model, build_processor(image_processor, tokenizer))
 

@@ -284,18 +284,7 @@ def cache_features(
         _check_room(sum(len(part) for part in parts if part.is_missing()), size, shapes["encoder_features"])
         # Dealt by position, not by what is missing: another process may be writing already.
         own = [part for part in parts[number::num_processes] if part.is_missing()]
-        if own:
-            loader = DataLoader(
-                ImagesOfParts(own),
-                batch_sampler=batches_of_parts(list(map(len, own)), batch_size),
-                num_workers=num_workers,
-                collate_fn=to_pixels,
-                generator=torch.Generator(),  # else it draws a number, and a run that finds the features has others after it
-            )
-            with tqdm(
-                total=sum(map(len, own)), unit="image", desc="encoding", disable=not state.is_main_process
-            ) as bar:
-                _write_parts(own, map(encode, loader), shapes, bar)
+        _encode_parts(own, encode, to_pixels, shapes, batch_size, num_workers)
     else:
         folder = features_folder(fingerprint, int8)
         logger.info(f"Features of {sum(file.stop - file.start for file in files):,} images are read from {folder}")
@@ -411,6 +400,30 @@ def batches_of_parts(sizes: Sequence[int], batch_size: int) -> list[range]:
         batches += [range(start, min(start + batch_size, end)) for start in range(first, end, batch_size)]
         first = end
     return batches
+
+
+def _encode_parts(
+    parts: Sequence[Part],
+    encode: Callable[[torch.Tensor], dict[str, np.ndarray]],
+    to_pixels: "PixelCollator",
+    shapes: dict[str, ArrayShape],
+    batch_size: int,
+    num_workers: int,
+) -> None:
+    """Encode the images of parts, and write the parts."""
+    if not parts:
+        return
+    sizes = [len(part) for part in parts]
+    loader = DataLoader(
+        ImagesOfParts(parts),
+        batch_sampler=batches_of_parts(sizes, batch_size),
+        num_workers=num_workers,
+        collate_fn=to_pixels,
+        generator=torch.Generator(),  # else it draws a number, and a run that finds the features has others after it
+    )
+    silent = not PartialState().is_main_process
+    with tqdm(total=sum(sizes), unit="image", desc="encoding", disable=silent) as bar:
+        _write_parts(parts, map(encode, loader), shapes, bar)
 
 
 def _write_parts(

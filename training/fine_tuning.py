@@ -4,7 +4,7 @@ from torch import nn
 from transformers import AutoConfig, VisionEncoderDecoderModel
 
 from modeling.captioner import Captioner
-from modeling.vit_gpt2 import freeze
+from modeling.vit_gpt2 import freeze, set_dropout
 from system.errors import UserError
 
 OWN = (  # what a captioner brings along
@@ -51,7 +51,7 @@ def load_for_fine_tuning(name: str, model_args, tokenizer_name: str | None) -> C
         for module in model.decoder.modules():
             if isinstance(module, nn.Dropout):
                 module.p = model_args.dropout
-        model.config.decoder.update(dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model_args.dropout))
+        set_dropout(model.config.decoder, model_args.dropout)
     if model_args.freeze_encoder:
         freeze(model.encoder)
     return captioner

@@ -42,35 +42,31 @@ class NearDuplicateArguments:
     image_threshold: float = field(
         default=0.9,
         metadata={
-            "help": "Least cosine of two images' features, less their mean, that makes them a pair.",
+            "help": "Min cosine similarity of a pair of images, of their features less the mean.",
             "above": 0,
             "max": 1,
         },
     )
     caption_threshold: float = field(
         default=0.95,
-        metadata={"help": "Least cosine of two captions' words, rare ones weighing more.", "above": 0, "max": 1},
+        metadata={
+            "help": "Min cosine similarity of a pair of captions, of their words weighted by TF-IDF.",
+            "above": 0,
+            "max": 1,
+        },
     )
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Folder for near_duplicates.json and near_duplicates.html; printed only if not given."},
     )
-    cache_features: bool = field(
-        default=True, metadata={"help": "Read the encoder's features from the cache on disk, and write them there."}
-    )
     int8_features: bool = field(
         default=False, metadata={"help": "Cache features as int8; read those that training has cached."}
-    )
-    compile_encoder: bool = field(
-        default=False, metadata={"help": "Compile the encoder with torch.compile before it encodes the images."}
     )
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Number of processes that decode images; 0 decodes in the main process.", "min": 0}
     )
 
-    def __post_init__(self):
-        if not self.cache_features:
-            raise UserError("--cache_features false: images are compared by cached features; leave the option out")
+    cache_features, compile_encoder = True, False  # what `encode_splits` asks of a run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset = load_captions(args.dataset_name)
         if len(dataset) < 2:
             raise UserError(
-                f"{args.dataset_name} has one split, {next(iter(dataset))}: near-duplicates are sought in two"
+                f"{args.dataset_name} has one split, {next(iter(dataset))}: near-duplicates are searched for between two"
             )
         found = {"captions": caption_pairs(dataset, args.caption_threshold)}
         if args.model_name_or_path:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from operator import methodcaller
 from typing import Any
 
@@ -51,8 +50,9 @@ from training.checkpoints import (
 )
 from training.evaluation import caption_images
 from training.launch import refuse_fsdp, start_accelerator
+from training.loaders import ShardLoader, TableLoader
 from training.sharding import FullModel
-from training.shards import ShardLoader, StreamSampler
+from training.shards import StreamSampler
 from training.stop_signal import StopSignal
 from training.training_state import load_training_state, save_training_state
 
@@ -69,7 +69,7 @@ class TrainerState:
     epoch: int = 0  # finished ones
     step: int = 0
     epoch_steps: int = 0  # of the epoch that has begun
-    shards: list[list[dict]] = field(default_factory=list)  # where each process stands in its shards, in that epoch
+    positions: list[list[dict]] = field(default_factory=list)  # in it, of each process; see `StepLoader`
     running_sums: dict[str, float] = field(
         default_factory=dict
     )  # since the last row of the history, over all processes
@@ -175,29 +175,23 @@ class TrainingRun:
         return self.model
 
     def _prepare_loader(self, train_dataset, sampler: Sampler, collator: Callable[[list], dict]) -> None:
-        """The loader of the training batches, and the number of steps; of shards nobody knows how many steps an epoch has."""
-        args, accelerator = self.args, self.accelerator
-        batch_size, num_batches = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        args, num_batches = self.args, self.args.gradient_accumulation_steps
+        batch_size, num_workers = args.per_device_train_batch_size, self.loading["num_workers"]
         if isinstance(sampler, StreamSampler):
             if args.max_steps <= 0:
                 raise UserError(
                     "--max_steps is missing: shards do not say how many captions an epoch has; give the number of steps"
                 )
-            workers = self.loading["num_workers"]
-            self.loader = ShardLoader(accelerator, train_dataset, sampler, collator, batch_size, num_batches, workers)
-            self.num_items = self.steps_per_epoch = None
-            self.num_steps = args.max_steps
-            return
-        self.loader = accelerator.prepare(DataLoader(train_dataset, batch_size, sampler=sampler, **self.loading))
-        self.num_items = len(train_dataset)
-        self.steps_per_epoch = math.ceil(len(self.loader) / num_batches)
-        self.num_steps = args.max_steps if args.max_steps > 0 else self.steps_per_epoch * args.num_train_epochs
+            self.loader = ShardLoader(self.accelerator, sampler, num_batches, collator, batch_size, num_workers)
+        else:
+            loader = DataLoader(train_dataset, batch_size, sampler=sampler, **self.loading)
+            self.loader = TableLoader(self.accelerator, loader, num_batches)
+        self.num_steps = args.max_steps if args.max_steps > 0 else self.loader.steps_per_epoch * args.num_train_epochs
 
     def _resume(self) -> None:
         saved = load_training_state(self, self.resume_from)
         self.state = TrainerState(**saved)
-        if self.steps_per_epoch is None and self.state.epoch_steps:
-            self.loader.resume(self.state.shards, self.state.step)
+        self.loader.resume(self.state.positions, self.state.step)
         copy_best_model(self.resume_from, self.args.output_dir)
 
     def eval_loader(self, items: torch.utils.data.Dataset, collator: Callable | None = None) -> DataLoader:
@@ -226,7 +220,7 @@ class TrainingRun:
                 self._set_train_mode()
                 started = time.perf_counter()
                 with self._epoch_bar() as bar:
-                    for batches in self._batches_of_epoch():
+                    for batches in self.loader.steps(state.epoch, state.epoch_steps):
                         yield batches
                         state.train_seconds += time.perf_counter() - started
                         bar.update(min(self.step_size, bar.total - bar.n))  # the last batch may be short
@@ -282,23 +276,6 @@ class TrainingRun:
     def _wide(self) -> torch.dtype:
         return torch.float32 if self.accelerator.device.type == "mps" else torch.float64
 
-    def _batches_of_epoch(self) -> Iterator[list[dict]]:
-        """Lists of `gradient_accumulation_steps` batches, the last shorter where they do not divide; what is done left out."""
-        num_batches, loader = self.args.gradient_accumulation_steps, self.loader
-        loader.set_epoch(self.state.epoch)
-        if self.steps_per_epoch is None:
-            yield from loader.steps(self.state.epoch_steps)
-            return
-        if self.state.epoch_steps:
-            loader = self.accelerator.skip_first_batches(loader, self.state.epoch_steps * num_batches)
-        # A loader that starts draws a random number; a run resumed inside the epoch would draw it a second time.
-        with torch.random.fork_rng(devices=[]):
-            batches = iter(loader)
-            group = list(islice(batches, num_batches))
-        while group:
-            yield group
-            group = list(islice(batches, num_batches))
-
     def _end_step(self, evaluate: Callable, summarize: Callable, bar: EpochProgressBar) -> None:
         args, state = self.args, self.state
         if state.step % 10 == 0:
@@ -306,8 +283,7 @@ class TrainingRun:
             name, value = next(iter(summarize(sums).items()))
             bar.set_loss(value, name.removeprefix("train_"))
             self._check_finite(sums)
-        streams = self.steps_per_epoch is None
-        epoch_ends = self.loader.ends if streams else state.epoch_steps == self.steps_per_epoch
+        epoch_ends = self.loader.ends
         if epoch_ends:
             state.epoch, state.epoch_steps = state.epoch + 1, 0
         last = state.step >= self.num_steps
@@ -316,7 +292,7 @@ class TrainingRun:
         if evaluates or epoch_ends or every_n_steps(state.step, args.logging_steps):
             sums = self._total_sums()
             check_finite(math.fsum(sums.values()), self.model, state.step, args.learning_rate, args.output_dir)
-            row = {"step": state.step} if streams else {"epoch": self._epochs(), "step": state.step}
+            row = {"epoch": self._epochs(), "step": state.step} if self.loader.steps_per_epoch else {"step": state.step}
             row |= summarize(sums)
             self.sums = {}
             self._log(row | (self._evaluate(evaluate) if evaluates else {}))
@@ -330,9 +306,9 @@ class TrainingRun:
     def _epochs(self) -> float:
         """Epochs trained, the one that has begun as a fraction; of shards the finished ones."""
         state = self.state
-        if self.steps_per_epoch is None or not state.epoch_steps:
+        if not self.loader.steps_per_epoch or not state.epoch_steps:
             return state.epoch
-        return round(state.epoch + state.epoch_steps / self.steps_per_epoch, 4)
+        return round(state.epoch + state.epoch_steps / self.loader.steps_per_epoch, 4)
 
     def _total_sums(self) -> dict[str, float]:
         if not self.sums:
@@ -349,12 +325,12 @@ class TrainingRun:
     def _epoch_bar(self) -> EpochProgressBar:
         args, state = self.args, self.state
         silent = args.disable_tqdm or not self.accelerator.is_local_main_process
-        if self.steps_per_epoch is None:  # one bar for all steps
+        if not self.loader.steps_per_epoch:  # one bar for all steps
             total, done = self.num_steps * self.step_size, state.step * self.step_size
             return EpochProgressBar(1, 1, total, done, self.unit, silent)
-        num_epochs = math.ceil(self.num_steps / self.steps_per_epoch)
-        done = min(state.epoch_steps * self.step_size, self.num_items)
-        return EpochProgressBar(state.epoch + 1, num_epochs, self.num_items, done, self.unit, silent)
+        num_epochs = math.ceil(self.num_steps / self.loader.steps_per_epoch)
+        done = min(state.epoch_steps * self.step_size, self.loader.num_items)
+        return EpochProgressBar(state.epoch + 1, num_epochs, self.loader.num_items, done, self.unit, silent)
 
     def _is_finished(self) -> bool:
         return self.state.step >= self.num_steps or self._stops_early()
@@ -430,8 +406,7 @@ class TrainingRun:
         """Write `checkpoint-STEP`, whole or not at all, remove old ones beyond save_total_limit, push it where it is to go."""
         args, state = self.args, self.state
         state.running_sums = self._total_sums()
-        streams = self.steps_per_epoch is None and state.epoch_steps
-        state.shards = self.loader.position(state.epoch_steps) if streams else []
+        state.positions = self.loader.position(state.epoch_steps)
         loss = math.fsum(state.running_sums.values())
         check_finite(loss, self.model, state.step, args.learning_rate, args.output_dir)
         with new_checkpoint(args.output_dir, state.step) as folder:
@@ -446,7 +421,7 @@ class TrainingRun:
         self,
         dataset: DatasetDict,
         features: dict[str, list],
-        training_captions: CaptionTexts,
+        training_captions: CaptionTexts | list[str],
         *,
         data_args,
         kind: str,
@@ -475,8 +450,8 @@ class TrainingRun:
         if accelerator.is_main_process:
             train = {"epochs": self._epochs(), "seconds": round(state.train_seconds, 3)}
             num_trained = state.step * self.step_size
-            if self.num_items:
-                num_trained = state.epoch * self.num_items + min(state.epoch_steps * self.step_size, self.num_items)
+            if num_items := self.loader.num_items:
+                num_trained = state.epoch * num_items + min(state.epoch_steps * self.step_size, num_items)
             train[f"{self.unit}_per_second"] = round(num_trained / state.train_seconds, 1)
             report_training(
                 args,

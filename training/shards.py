@@ -6,18 +6,16 @@ remembered to be drawn again: a checkpoint holds where in its shards each proces
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from PIL import Image
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from data_scripts.augmentations import augment_caption, augment_image
@@ -249,6 +247,12 @@ class StreamSampler(Sampler[StreamedCaption]):
             for place in sampler.order().tolist()
         ]
 
+    def first_caption(self) -> StreamedCaption | None:
+        """The first caption of all shards, for a process that has none; None where no shard has one."""
+        pieces = [(shard, 0, 0) for shard in range(len(self.stream.shards.addresses))]
+        captions = list(islice(self._read(pieces), 1))
+        return self._ordered(captions, Stretch(pieces, [0, 0], step_captions=1), 0)[0] if captions else None
+
     def position(self, num_captions: int) -> list[dict]:
         """Where this process stands once it has trained on so many captions since it began or resumed the epoch; for JSON."""
         if not self.begun:
@@ -281,85 +285,6 @@ class StreamSampler(Sampler[StreamedCaption]):
         own = pieces[self.process :: self.num_processes]
         tail = Stretch(own, [self.process, step], step_captions=self.step_captions)
         self.resumed = [*heads[self.process :: self.num_processes], tail]
-
-
-class ShardLoader:
-    """The batches of an epoch's steps, as many steps in every process: one that has read its shards repeats its last batch without labels.
-
-    Args:
-        accelerator: The run's.
-        stream, sampler: Of the training captions.
-        num_batches: Batches in one optimizer step.
-        collator, batch_size, num_workers: As of a `DataLoader`; workers decode what their process reads.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        stream: CaptionStream,
-        sampler: StreamSampler,
-        collator: Callable[[list], dict],
-        batch_size: int,
-        num_batches: int,
-        num_workers: int,
-    ):
-        self.accelerator, self.sampler, self.num_batches, self.collator = accelerator, sampler, num_batches, collator
-        self.loader = DataLoader(stream, batch_size, sampler=sampler, collate_fn=collator, num_workers=num_workers)
-        self.step_captions = batch_size * num_batches
-        self.ends = False  # whether the step that was given last is the epoch's last
-        self.steps_before = 0  # of the epoch, when the run was resumed
-
-    def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)
-
-    def steps(self, done: int) -> Iterator[list[dict]]:
-        """The batches of each step of the epoch, of which so many steps are done."""
-        self.steps_before = done
-        with torch.random.fork_rng(devices=[]):  # a loader that starts draws a random number
-            batches = (send_to_device(batch, self.accelerator.device) for batch in self.loader)
-            group = list(islice(batches, self.num_batches))
-        spare = group[-1] if group else self._any_batch()
-        while self._anywhere(group):
-            following = list(islice(batches, self.num_batches))
-            self.ends = not self._anywhere(following)
-            spare = group[-1] if group else spare
-            yield group or [spare | {"labels": torch.full_like(spare["labels"], -100)}]
-            if self.ends:
-                self._tell_skipped()
-                return
-            group = following
-        self.ends = True
-
-    def position(self, epoch_steps: int) -> list[list[dict]]:
-        """Where every process stands; see `StreamSampler.position`."""
-        return gather_object([self.sampler.position((epoch_steps - self.steps_before) * self.step_captions)])
-
-    def resume(self, positions: list[list[dict]], step: int) -> None:
-        self.sampler.resume(positions, step)
-
-    def _anywhere(self, group: list[dict]) -> bool:
-        here = torch.tensor(float(bool(group)), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(here).item() > 0)
-
-    def _any_batch(self) -> dict:
-        """A batch for a process that has no shard: the first caption of all."""
-        sampler = self.sampler
-        pieces = [(shard, 0, 0) for shard in range(len(sampler.stream.shards.addresses))]
-        captions = list(islice(sampler._read(pieces), 1))
-        if not captions:
-            raise UserError("none of the shards has a sample that can be used")
-        one = sampler._ordered(captions, Stretch(pieces, [0, 0], step_captions=1), 0)
-        items = [sampler.stream[caption] for caption in one]
-        return send_to_device(self.collator(items), self.accelerator.device)
-
-    def _tell_skipped(self) -> None:
-        """Name the shards, and count the samples, that no process could use in this epoch."""
-        skipped = gather_object([self.sampler.skipped])
-        samples = sum((of_process.samples for of_process in skipped), type(skipped[0].samples)())
-        for reason, number in sorted(samples.items()):
-            logger.warning(f"Samples skipped, {reason}: {number:,}")
-        for shard, reason in sorted(item for of_process in skipped for item in of_process.shards.items()):
-            logger.warning(f"Shard skipped, {shard} {reason}")
 
 
 def pairs_of_split(

@@ -25,6 +25,11 @@ FORMAT = 1  # of the files; another one is another folder
 ARRAYS = {"ids": np.int32, "starts": np.int64, "lengths": np.int32, "rows": np.int32}
 
 
+def _array(name: str) -> cached_property:
+    """An array of the folder, memory-mapped when it is first read."""
+    return cached_property(lambda store: np.load(store.folder / f"{name}.npy", mmap_mode="r"))
+
+
 class TokenStore(Sequence):
     """The token ids of captions, EOS included; an item is the list of a caption's.
 
@@ -42,21 +47,7 @@ class TokenStore(Sequence):
         """A process that decodes images opens the files itself: a pickled memory map is a copy of all of it."""
         return {name: value for name, value in vars(self).items() if name not in ARRAYS}
 
-    @cached_property
-    def ids(self) -> np.ndarray:
-        return np.load(self.folder / "ids.npy", mmap_mode="r")
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        return np.load(self.folder / "starts.npy", mmap_mode="r")
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        return np.load(self.folder / "lengths.npy", mmap_mode="r")
-
-    @cached_property
-    def rows(self) -> np.ndarray:
-        return np.load(self.folder / "rows.npy", mmap_mode="r")
+    ids, starts, lengths, rows = map(_array, ARRAYS)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,0 +1,152 @@
+"""The batches of a run, step by step, from a table or from shards; see `StepLoader`."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
+from torch.utils.data import DataLoader
+
+from system.errors import UserError
+from training.shards import StreamSampler
+
+logger = logging.getLogger(__name__)
+
+
+class StepLoader(Protocol):
+    """What a run trains on.
+
+    `num_items` and `steps_per_epoch` are those of an epoch, over all processes; None where they are not known before it ends. `ends`
+    says whether the step that was given last is the epoch's last.
+    """
+
+    num_items: int | None
+    steps_per_epoch: int | None
+    ends: bool
+
+    def steps(self, epoch: int, done: int) -> Iterator[list[dict]]:
+        """The batches of each optimizer step of an epoch, without those of its first `done` steps."""
+
+    def position(self, epoch_steps: int) -> list[list[dict]]:
+        """What a checkpoint after so many steps of the epoch has to hold of each process beside their number; for JSON."""
+
+    def resume(self, positions: list[list[dict]], step: int) -> None:
+        """Begin where a checkpoint was taken, after so many steps of the run."""
+
+
+class TableLoader:
+    """The batches of a table: every process knows them all, and skips those that are done.
+
+    Args:
+        accelerator: The run's.
+        loader: Of all processes' batches.
+        num_batches: Batches in one optimizer step.
+    """
+
+    def __init__(self, accelerator: Accelerator, loader: DataLoader, num_batches: int):
+        self.accelerator, self.num_batches = accelerator, num_batches
+        self.num_items = len(loader.dataset)
+        self.loader = accelerator.prepare(loader)
+        self.steps_per_epoch = math.ceil(len(self.loader) / num_batches)
+        self.ends = False
+
+    def steps(self, epoch: int, done: int) -> Iterator[list[dict]]:
+        loader = self.loader
+        loader.set_epoch(epoch)
+        if done:
+            loader = self.accelerator.skip_first_batches(loader, done * self.num_batches)
+        # A loader that starts draws a random number; a run resumed inside the epoch would draw it a second time.
+        with torch.random.fork_rng(devices=[]):
+            batches = iter(loader)
+            group = list(islice(batches, self.num_batches))
+        while group:  # the last one may be shorter
+            done += 1
+            self.ends = done == self.steps_per_epoch
+            yield group
+            group = list(islice(batches, self.num_batches))
+
+    def position(self, epoch_steps: int) -> list[list[dict]]:
+        return []
+
+    def resume(self, positions: list[list[dict]], step: int) -> None: ...
+
+
+class ShardLoader:
+    """The batches of an epoch's steps, as many steps in every process: one that has read its shards repeats its last batch without labels.
+
+    Args:
+        accelerator: The run's.
+        sampler: Of the training captions.
+        num_batches: Batches in one optimizer step.
+        collator, batch_size, num_workers: As of a `DataLoader`; workers decode what their process reads.
+    """
+
+    num_items = steps_per_epoch = None
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        sampler: StreamSampler,
+        num_batches: int,
+        collator: Callable[[list], dict],
+        batch_size: int,
+        num_workers: int,
+    ):
+        self.accelerator, self.sampler, self.num_batches, self.collator = accelerator, sampler, num_batches, collator
+        self.loader = DataLoader(
+            sampler.stream, batch_size, sampler=sampler, collate_fn=collator, num_workers=num_workers
+        )
+        self.step_captions = batch_size * num_batches
+        self.ends = False  # whether the step that was given last is the epoch's last
+        self.steps_before = 0  # of the epoch, when the run was resumed
+
+    def steps(self, epoch: int, done: int) -> Iterator[list[dict]]:
+        self.sampler.set_epoch(epoch)
+        self.steps_before = done
+        with torch.random.fork_rng(devices=[]):  # a loader that starts draws a random number
+            batches = (send_to_device(batch, self.accelerator.device) for batch in self.loader)
+            group = list(islice(batches, self.num_batches))
+        spare = group[-1] if group else self._any_batch()
+        while self._anywhere(group):
+            following = list(islice(batches, self.num_batches))
+            self.ends = not self._anywhere(following)
+            spare = group[-1] if group else spare
+            yield group or [spare | {"labels": torch.full_like(spare["labels"], -100)}]
+            if self.ends:
+                self._log_skipped()
+                return
+            group = following
+        self.ends = True
+
+    def position(self, epoch_steps: int) -> list[list[dict]]:
+        if not epoch_steps:
+            return []
+        return gather_object([self.sampler.position((epoch_steps - self.steps_before) * self.step_captions)])
+
+    def resume(self, positions: list[list[dict]], step: int) -> None:
+        if positions:
+            self.sampler.resume(positions, step)
+
+    def _anywhere(self, group: list[dict]) -> bool:
+        here = torch.tensor(float(bool(group)), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(here).item() > 0)
+
+    def _any_batch(self) -> dict:
+        """A batch for a process that has no shard."""
+        caption = self.sampler.first_caption()
+        if caption is None:
+            raise UserError("none of the shards has a sample that can be used")
+        return send_to_device(self.collator([self.sampler.stream[caption]]), self.accelerator.device)
+
+    def _log_skipped(self) -> None:
+        """Name the shards, and count the samples, that no process could use in this epoch."""
+        skipped = gather_object([self.sampler.skipped])
+        samples = sum((of_process.samples for of_process in skipped), type(skipped[0].samples)())
+        for reason, number in sorted(samples.items()):
+            logger.warning(f"Samples skipped, {reason}: {number:,}")
+        for shard, reason in sorted(item for of_process in skipped for item in of_process.shards.items()):
+            logger.warning(f"Shard skipped, {shard} {reason}")
