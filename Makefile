@@ -1,6 +1,6 @@
 # make demo      draw images, train small captioners on them, score them, write the pages (a few minutes on two cores)
-# make test      run the tests (five minutes on two cores)
-# make test-fast run all but whole training runs (a minute)
+# make test      run the tests (seven minutes on two cores)
+# make test-fast run all but whole runs in processes of their own (three and a half minutes)
 # make quality   ruff check, ruff format --check
 # make bench     the benchmarks (20 to 30 minutes on two cores; the last wants Java)
 # Each sets up .venv by itself; it is made once and reused until setup.cfg or pyproject.toml changes.
