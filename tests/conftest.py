@@ -1,9 +1,10 @@
-"""Every test runs offline, on one thread, with caches of its own."""
+"""Every test runs offline, on one thread of the CPU unless ACCELERATE_USE_CPU=false, with caches of its own."""
 
 import os
 import shutil
 from types import SimpleNamespace
 
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 import pytest
