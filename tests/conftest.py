@@ -12,6 +12,16 @@ import torch
 
 torch.set_num_threads(1)
 
+# Fixtures of tests that take seconds: whole runs, processes of their own, a browser.
+SLOW_FIXTURES = {"alone", "browser", "context", "hub", "runs", "started", "trained", "workshop"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker("slow")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_caches(tmp_path_factory):

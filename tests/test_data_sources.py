@@ -646,6 +646,7 @@ FILE_NAMES = st.sampled_from(["0.png", "./1.png", "2.png", "sure.png"]) | st.tex
 CAPTIONS = st.text(max_size=30)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(lines=st.lists(st.tuples(FILE_NAMES, CAPTIONS), max_size=6))
 @example(lines=[("0.png", "\uf978")])  # a character whose composed form is another
