@@ -91,7 +91,7 @@ class Captioner:
             )
         with loading(name_or_path):
             model, report = AutoModelForImageTextToText.from_pretrained(
-                name_or_path, output_loading_info=True, ignore_mismatched_sizes=True
+                name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32
             )
             processor = load_processor(name_or_path)
         check_weights(name_or_path, report)
