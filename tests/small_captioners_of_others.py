@@ -3,6 +3,7 @@
 All is built from configs: no weights, no tokenizers and no images come from elsewhere.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -37,8 +38,15 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     SiglipImageProcessor,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )
 
 IMAGE, VIDEO, VISION_START, VISION_END = "<image>", "<video>", "<vision>", "</vision>"
@@ -80,7 +88,7 @@ def tokenizer(template: str = "$A", **more) -> PreTrainedTokenizerFast:
 
 
 def blip():
-    text = {**TEXT, "encoder_hidden_size": 32, "sep_token_id": EOS}
+    text = {**TEXT, "encoder_hidden_size": 32, "sep_token_id": EOS, "eos_token_id": IDS["white"]}  # SEP ends captions
     config = BlipConfig(text_config=text, vision_config=VISION, projection_dim=32, image_text_hidden_size=32)
     marks = {"cls_token": "<s>", "sep_token": "</s>"}
     return config, BlipProcessor(BlipImageProcessor(size=SQUARE), tokenizer("<s> $A </s>", **marks))
@@ -174,6 +182,25 @@ def idefics3():
     return config, Idefics3Processor(images, tokenizer(), image_seq_len=4, chat_template=template)
 
 
+def smolvlm():
+    config = SmolVLMConfig(
+        text_config=LlamaConfig(**LLAMA).to_dict(),
+        vision_config={**SIZES, "image_size": SIDE, "patch_size": 8},
+        scale_factor=2,
+        image_token_id=IDS[IMAGE],
+        **SPECIAL,
+    )
+    sizes = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
+    frames = {"fps": 1, "max_frames": 4, "video_size": {"longest_edge": SIDE}}
+    return config, SmolVLMProcessor(
+        SmolVLMImageProcessor(**sizes),
+        tokenizer(extra_special_tokens={"image_token": IMAGE}),
+        SmolVLMVideoProcessor(**sizes, video_sampling=frames),
+        image_seq_len=4,
+        chat_template=chat_template(end="<end_of_utterance>"),
+    )
+
+
 def qwen2_5_vl():
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 8}
@@ -196,6 +223,30 @@ def qwen2_5_vl():
     )
 
 
+def qwen3_vl():
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 8}
+    vision |= {"out_hidden_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    config = Qwen3VLConfig(
+        text_config={**LLAMA, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=IDS[IMAGE],
+        video_token_id=IDS[VIDEO],
+        vision_start_token_id=IDS[VISION_START],
+        vision_end_token_id=IDS[VISION_END],
+    )
+    sizes = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    pixels = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    marks = {"image_token": IMAGE, "video_token": VIDEO}
+    marks |= {"vision_start_token": VISION_START, "vision_end_token": VISION_END}
+    return config, Qwen3VLProcessor(
+        Qwen2VLImageProcessor(size=pixels, **sizes),
+        tokenizer(extra_special_tokens=marks),
+        Qwen3VLVideoProcessor(size=pixels, **sizes),
+        chat_template=chat_template(VISION_START + IMAGE + VISION_END),
+    )
+
+
 def llava():
     config = LlavaConfig(
         text_config=LlamaConfig(**LLAMA).to_dict(),
@@ -214,7 +265,10 @@ def llava():
     )
 
 
-KINDS = {build.__name__: build for build in (blip, git, blip_2, florence2, paligemma, idefics3, qwen2_5_vl, llava)}
+BUILDERS = [blip, git, blip_2, florence2, paligemma, idefics3, qwen2_5_vl, qwen3_vl, llava]
+if find_spec("num2words"):  # without which transformers has no processor of SmolVLM
+    BUILDERS.append(smolvlm)
+KINDS = {build.__name__: build for build in BUILDERS}
 
 
 def save(kind: str, folder: Path) -> Path:

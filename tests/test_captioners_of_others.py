@@ -26,7 +26,7 @@ from reporting.compare import comparison_table
 from reporting.results import read_results
 from system.errors import UserError
 
-CHATS = ("idefics3", "qwen2_5_vl", "llava")
+CHATS = ("idefics3", "smolvlm", "qwen2_5_vl", "qwen3_vl", "llava")
 SIZES = ((50, 40), (30, 70), (64, 64), (100, 30), (40, 40))
 NUMBERS = np.random.default_rng(0)
 IMAGES = [Image.fromarray(NUMBERS.integers(0, 256, (height, width, 3), np.uint8)) for width, height in SIZES]
@@ -182,6 +182,10 @@ def test_any_of_several_eos_tokens_ends_a_caption_and_none_is_forced_to(folders)
         cut = word in old["caption"].split()
         assert new["caption"].split() == (old["caption"].partition(word)[0] + word * cut).split()
         assert new["ended"] == (cut or old["ended"])
+    blip = load_captioner(folders["blip"])
+    with torch.no_grad():
+        blip.model.text_decoder.cls.predictions.bias[EOS] += 1000
+    assert blip.generate(blip.preprocess(IMAGES[:1])) == [{"caption": "", "ended": True}]
     forced = load_captioner(folders["florence2"])
     forced.set_decoding(max_length=4)
     assert [one["ended"] for one in forced.generate(forced.preprocess(IMAGES))] == [False] * len(IMAGES)
