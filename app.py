@@ -311,6 +311,7 @@ def caption_files(
     Yields at each new word what the page shows: the current image, those before it, the file to download.
     """
     import gradio as gr
+    from markupsafe import escape
 
     from reporting.page import image_data_uri
 
@@ -325,7 +326,10 @@ def caption_files(
         note = scenes_note(scene_models) if scene_models and not is_scene else ""
         before, captions = shown + before, dict.fromkeys(captioners, "")
         for name, captioner in captioners.items():
-            inputs = captioner.on_device(captioner.preprocess([image]))
+            try:
+                inputs = captioner.on_device(captioner.preprocess([image]))
+            except UserError as error:
+                raise gr.Error(str(escape(f"{Path(path).name}, {name}: {error}"))) from error
             for captions[name] in captioner.stream(inputs, **generation):
                 yield image_card(source, path, captions, "captions current", note), before, gr.skip()
             lines.append({"image_id": Path(path).name, "model": name, "caption": captions[name]})

@@ -347,7 +347,16 @@ class InputsCollator:
         import torch
 
         images = [item["image"].convert("RGB") for item in items]
-        return {"index": torch.tensor([item["index"] for item in items]), "inputs": self.preprocess(images)}
+        try:
+            inputs = self.preprocess(images)
+        except UserError:
+            for item, image in zip(items, images, strict=True):
+                try:
+                    self.preprocess([image])
+                except UserError as error:
+                    raise UserError(f"image {item['index'] + 1:,} of those that are evaluated: {error}") from error
+            raise
+        return {"index": torch.tensor([item["index"] for item in items]), "inputs": inputs}
 
 
 def caption_by_model_of_others(captioner: "Captioner", loader: "DataLoader", accelerator: "Accelerator") -> list[dict]:

@@ -192,7 +192,10 @@ def caption_images(batching: BatchingCaptioner, images: list[bytes], max_new_tok
     except BadImage as error:
         raise BadRequest(str(error)) from error
     futures = [batching.submit(batching.captioner.prepare(image), max_new_tokens) for image in decoded]
-    return [future.result(SECONDS_TO_CAPTION) for future in futures]
+    try:
+        return [future.result(SECONDS_TO_CAPTION) for future in futures]
+    except UserError as error:
+        raise BadRequest(f"an image cannot be captioned: {error}") from error
 
 
 def from_base64(text: Any) -> bytes:

@@ -5,6 +5,8 @@ from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from system.errors import UserError
+
 if TYPE_CHECKING:
     from modeling.captioner import Captioner
 
@@ -59,13 +61,22 @@ class BatchingCaptioner:
 
     def _work(self) -> None:
         while batch := self._gather():
-            try:
-                inputs = self.captioner.on_device(self.captioner.collate([one[0] for one in batch]))
-                length = {"max_new_tokens": batch[0][1]} if batch[0][1] else {}
-                captions = self.captioner.generate(inputs, **length)
-            except Exception as error:  # whoever asked gets it
-                for *_, future in batch:
-                    future.set_exception(error)
-            else:
-                for (*_, future), caption in zip(batch, captions, strict=True):
-                    future.set_result(caption)
+            self._caption(batch)
+
+    def _caption(self, batch: list[tuple]) -> None:
+        try:
+            inputs = self.captioner.on_device(self.captioner.collate([one[0] for one in batch]))
+            length = {"max_new_tokens": batch[0][1]} if batch[0][1] else {}
+            captions = self.captioner.generate(inputs, **length)
+        except UserError as error:  # of one image, which only who asked for it gets
+            if len(batch) == 1:
+                batch[0][2].set_exception(error)
+                return
+            for one in batch:
+                self._caption([one])
+        except Exception as error:  # whoever asked gets it
+            for *_, future in batch:
+                future.set_exception(error)
+        else:
+            for (*_, future), caption in zip(batch, captions, strict=True):
+                future.set_result(caption)

@@ -51,14 +51,32 @@ class ImageCollator:
     def __call__(self, items: list[dict]) -> tuple[list[dict], dict | None]:
         from PIL import Image
 
-        images = [item["image"] for item in items if "image" in item]
-        inputs = self.preprocess(images) if images else None
+        inputs = self._inputs([item for item in items if "image" in item])
         for item in items:
             if "image" in item and self.image_side:
                 item["image"].thumbnail((self.image_side, self.image_side), Image.Resampling.LANCZOS)
             else:
                 item.pop("image", None)
         return items, inputs
+
+    def _inputs(self, items: list[dict]) -> dict | None:
+        """Inputs of the items' images; one that the model's processor does not take gets a problem in place of its image."""
+        if not items:
+            return None
+        try:
+            return self.preprocess([item["image"] for item in items])
+        except UserError:
+            good = []
+            for item in items:
+                try:
+                    self.preprocess([item["image"]])
+                    good.append(item)
+                except UserError as error:
+                    item["problem"] = str(error)
+                    del item["image"]
+            if len(good) == len(items):
+                raise
+            return self._inputs(good)
 
 
 @dataclass

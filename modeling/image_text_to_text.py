@@ -62,7 +62,18 @@ class PromptedImages:
         self.is_chat = bool(getattr(processor, "chat_template", None)) and kind not in DEFAULT_PROMPTS
 
     def __call__(self, images: list[Image.Image]) -> dict:
-        """Inputs of the model's `generate()`; token ids are padded on the side that the tokenizer says."""
+        """Inputs of the model's `generate()`; token ids are padded on the side that the tokenizer says.
+
+        Raises:
+            UserError: The processor does not take an image, as Qwen-VL's one that is 200 times as wide as high, or the prompt.
+        """
+        try:
+            return self._inputs(images)
+        except Exception as error:  # the processors of others each have their own
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"the processor of the model ({self.kind}) does not take it: {reason}") from error
+
+    def _inputs(self, images: list[Image.Image]) -> dict:
         if self.prompt is None:
             return dict(self.processor(images=images, return_tensors="pt"))
         if self.is_chat:
@@ -148,11 +159,8 @@ class ImageTextToTextCaptioner(Captioner):
         check_prompt(processor, kind, prompt)
         try:  # before weights are loaded
             PromptedImages(processor, kind, prompt)([Image.new("RGB", (64, 64))])
-        except Exception as error:  # the processors of others each have their own
-            raise UserError(
-                f"model {name_or_path}, of the kind {kind}, cannot take an image with the prompt {prompt!r}: "
-                f"{' '.join(str(error).split())[:300]}"
-            ) from error
+        except UserError as error:
+            raise UserError(f"model {name_or_path}, prompt {prompt!r}: {error}") from error
         with loading(name_or_path):
             model, report = AutoModelForImageTextToText.from_pretrained(
                 name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False

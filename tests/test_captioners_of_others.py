@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -269,6 +270,38 @@ def test_the_app_takes_them_and_gives_the_prompt_to_those_that_take_one(folders,
     assert any(f"<dd>{expected}</dd>" in str(current) for current, *_ in shown)
     with pytest.raises(UserError, match="--prompt"):
         app.load_captioners(names[:1], "the dog")
+
+
+def test_an_image_that_a_processor_does_not_take_is_named_and_the_others_are_captioned(
+    tmp_path, folders, images, capsys
+):
+    folder, name = tmp_path / "images", folders["qwen2_5_vl"]
+    folder.mkdir()
+    for number, image in enumerate([IMAGES[0], Image.new("RGB", (600, 2)), IMAGES[1]]):
+        image.save(folder / f"{number}.png")
+    expected = [documented("qwen2_5_vl", name, image) for image in IMAGES[:2]]
+    assert captions_of(tmp_path, name, (folder, None)) == expected
+    *_, counted = lines = capsys.readouterr().err.strip().splitlines()
+    assert any("1.png" in line and "aspect ratio" in line for line in lines) and "1 cannot be" in counted
+    captioner = load_captioner(name)
+    captioner.set_decoding(max_length=8)
+    batching = BatchingCaptioner(captioner, batch_size=8)
+    with ThreadPoolExecutor(3) as threads:
+        futures = [
+            threads.submit(serve.caption_images, batching, [path.read_bytes()]) for path in sorted(folder.iterdir())
+        ]
+    batching.close()
+    assert [futures[place].result()[0]["caption"] for place in (0, 2)] == expected
+    with pytest.raises(serve.BadRequest, match="aspect ratio"):
+        futures[1].result()
+    table = Dataset.from_dict(
+        {"image": [IMAGES[0], Image.new("RGB", (600, 2))], "image_id": ["a", "b"], "captions": [["a dog"]] * 2}
+    )
+    DatasetDict({"test": table}).save_to_disk(tmp_path / "data")
+    options = ["--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "scores")]
+    with pytest.raises(SystemExit):
+        evaluate_captions.main(["--model_name_or_path", name, *options])
+    assert "image 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
