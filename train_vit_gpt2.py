@@ -113,6 +113,11 @@ class ModelArguments:
     def sizes(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
 
+    @property
+    def pretrained_parts(self) -> dict[str, str]:
+        """Names of the parts that are not new ones."""
+        return {part: getattr(self, part) for part in ("encoder", "decoder") if getattr(self, f"pretrained_{part}")}
+
 
 @dataclass
 class TrainingArguments(CaptionTrainingArguments):
@@ -137,6 +142,7 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
     from contextlib import nullcontext
 
     from data_scripts import load_for_training
+    from modeling.vit_gpt2 import check_parts
     from training.batches import CaptionCollator, ImageDataset, subsample_evenly
     from training.checkpoints import check_not_overwriting_start
     from training.evaluation import Evaluator, count_labels
@@ -149,6 +155,8 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     if model_args.model_name_or_path:
         check_not_overwriting_start(model_args.model_name_or_path, args.output_dir)
+    else:
+        check_parts(**model_args.pretrained_parts)
     check_lora(model_args.lora_rank, model_args.pretrained_decoder, args.ema_decay)
     with TrainingRun(args, options, script="train_vit_gpt2") as run:
         # ---- Data ---------------------------------------------------------------------------------------------------
@@ -204,12 +212,8 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
             run.optimizer_step()
 
         # ---- Evaluation and saving ----------------------------------------------------------------------------------
-        parts = (
-            (model_args.encoder, model_args.pretrained_encoder),
-            (model_args.decoder, model_args.pretrained_decoder),
-        )
         start = model_args.model_name_or_path
-        started_from = [start] if start else [name for name, pretrained in parts if pretrained]
+        started_from = [start] if start else [*model_args.pretrained_parts.values()]
         run.finish(
             dataset, features, training_captions, data_args=data_args, kind="vit-gpt2", started_from=started_from
         )

@@ -75,7 +75,7 @@ class ImageDecoder:
         keep_content: Whether an item has the file's bytes, too.
     """
 
-    def __init__(self, min_side: int, keep_content: bool = False):
+    def __init__(self, min_side: int | None, keep_content: bool = False):
         self.min_side = min_side
         self.keep_content = keep_content
 

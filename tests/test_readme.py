@@ -45,6 +45,7 @@ NOT_RUN = (
     "export_onnx",
     "me/",
     "nlpconnect/",
+    "blip",
     "--config_file",
     "--multi_gpu",
     "MODEL",
