@@ -267,9 +267,7 @@ def read_image(path: str):
     Raises:
         BadImage: It cannot be used.
     """
-    from modeling.captioning_pipeline import to_rgb
-
-    return decode_image(Path(path).read_bytes(), to_rgb=to_rgb)
+    return decode_image(Path(path).read_bytes())
 
 
 def caption_files(

@@ -175,15 +175,13 @@ def caption_images(batching: BatchingCaptioner, images: list[bytes], max_new_tok
     Raises:
         BadRequest: There is none, there are too many, or one cannot be used.
     """
-    from modeling.captioning_pipeline import to_rgb
-
     if not 0 < len(images) <= MAX_IMAGES:
         raise BadRequest(f"{len(images)} images: give 1 to {MAX_IMAGES}")
     if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
         raise BadRequest(f"max_tokens {max_new_tokens!r}: give a number from 1 on")
     processor = batching.captioner.processor
     try:
-        decoded = [decode_image(content, to_rgb=to_rgb) for content in images]
+        decoded = [decode_image(content) for content in images]
     except BadImage as error:
         raise BadRequest(str(error)) from error
     pixels = processor(images=decoded, return_tensors="pt")["pixel_values"]

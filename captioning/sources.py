@@ -17,7 +17,7 @@ from system.errors import UserError, printable
 NUM_NAMED = 5  # of the files of a folder that are passed over
 MAX_IMAGE_SECONDS = 60.0  # that one may take to come from the network
 ROWS_AT_ONCE = 64  # of a parquet file
-PLUG_INS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+PLUG_INS = {".heic": "'showtell[heif]'", ".heif": "'showtell[heif]'", ".jxl": "pillow-jxl-plugin"}
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,20 @@ class ImageDecoder:
     Args:
         min_side: See `decode_image`.
         keep_content: Whether an item has the file's bytes, too.
+        window: See `decode_image`.
     """
 
-    def __init__(self, min_side: int, keep_content: bool = False):
+    def __init__(self, min_side: int, keep_content: bool = False, window: tuple[float, float] | None = None):
         self.min_side = min_side
         self.keep_content = keep_content
+        self.window = window
 
     def __getitem__(self, ref: ImageRef) -> dict:
-        from modeling.captioning_pipeline import to_rgb
-
         if ref.problem:
             return {"ref": ref, "problem": ref.problem}
         try:
             content = ref.read()
-            item = {"ref": ref, "image": decode_image(content, self.min_side, to_rgb)}
+            item = {"ref": ref, "image": decode_image(content, self.min_side, self.window)}
         except BadImage as error:
             return {"ref": ref, "problem": str(error)}
         except (OSError, ValueError) as error:
@@ -312,6 +312,6 @@ def safe_parts(name: str) -> list[str]:
 def _has_image_suffix(name: str) -> bool:
     from PIL import Image
 
-    from data_scripts.row_checks import captioned_formats
+    from data_scripts.row_checks import image_formats
 
-    return Image.registered_extensions().get(Path(name).suffix.lower()) in captioned_formats()
+    return Image.registered_extensions().get(Path(name).suffix.lower()) in image_formats()

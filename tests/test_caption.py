@@ -80,7 +80,7 @@ def test_a_folder_gives_every_image_that_pillow_reads_and_names_the_rest(model, 
     expected = {"a.avif", "b.jfif", "c", "d.webp", "e.jp2", "png named.dat"}
     assert captions_of(model, folder).keys() == expected
     error = capsys.readouterr().err
-    assert "3 of 9 files" in error and "pillow-heif" in error
+    assert "3 of 9 files" in error and "showtell[heif]" in error
     assert all(name in error for name in ("notes.txt", "photo.heic", "empty"))
 
 

@@ -347,8 +347,6 @@ BAD_IMAGES = {
     "truncated": (saved(NOISE, "JPEG")[:-900], "does not decode"),
     "truncated png": (saved(NOISE, "PNG")[:-900], "does not decode"),
     "postscript": (saved(NOISE, "EPS"), "does not decode"),
-    "16 bit": (saved(Image.new("I;16", (8, 8), 30000), "PNG"), "8 bits"),
-    "floats": (saved(Image.new("F", (8, 8), 0.5), "TIFF"), "8 bits"),
     "thread": (image(size=(20000, 1)), "times as long"),
     "bomb": (saved(Image.new("1", (12000, 12000)), "PNG"), "pixels"),
     "larger bomb": (saved(Image.new("1", (20000, 20000)), "PNG"), "pixels"),
