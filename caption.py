@@ -98,6 +98,14 @@ class CaptionArguments:
     id_column: str | None = field(
         default=None, metadata={"help": "Column of unique names in parquet files; FILE.parquet#ROW if not given."}
     )
+    window: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Values that become black and white of gray images with more than 8 bits; each image's minimum and maximum if not "
+            "given.",
+            "metavar": ("LOW", "HIGH"),
+        },
+    )
     batch_size: int = field(default=32, metadata={"help": "Images per batch.", "min": 1})
     num_workers: int | None = field(
         default=None,
@@ -134,6 +142,8 @@ class CaptionArguments:
                 )
             self.output_format = FORMATS[suffix]
         self._check_format(suffix)
+        if self.window and not self.window[0] < self.window[1]:
+            raise UserError("--window: the first value must be below the second")
         if self.output_format != "sidecars":
             for name in SIDECAR_OPTIONS:
                 if getattr(self, name) != getattr(CaptionArguments, name):
@@ -258,7 +268,8 @@ def caption_sources(
     refs = refs_for(output, sources)
     if args.num_workers is None:
         args.num_workers = 0 if captioner.model.device.type == "cpu" else min(8, os.cpu_count())
-    decoder = ImageDecoder(2 * resized_side(captioner.image_processor), keep_content=args.output_format == "webdataset")
+    keep_content = args.output_format == "webdataset"
+    decoder = ImageDecoder(2 * resized_side(captioner.image_processor), keep_content, args.window)
     collate = ImageCollator(captioner.processor, Page.image_size() if on_page else 0)
     job.run(load_batches(job.batches(refs, args.batch_size), decoder, collate, args.num_workers), total)
     captioned, there, num_bad, num_doubtful = processes.total(*vars(job.counts).values())
@@ -351,6 +362,7 @@ def settings_of(captioner: "Captioner", args: CaptionArguments) -> dict:
     decoding.pop("transformers_version", None)
     names = ("output_format", "dtype", "confidence", "min_confidence", "id_column", "seed")
     names += SIDECAR_OPTIONS if args.output_format == "sidecars" else ()
+    names += ("window",) if args.window else ()
     weights = weights_digest(captioner.model, captioner.image_processor.to_json_string())
     return {"weights": weights, "decoding": decoding} | {name: getattr(args, name) for name in names}
 

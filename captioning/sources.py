@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image, is_image_file
+from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_with_notes, is_image_file
 from system.errors import UserError, printable
 
 NUM_NAMED = 5  # of the files of a folder that are passed over
@@ -68,7 +68,7 @@ def _download(url: str) -> bytes:
 
 
 class ImageDecoder:
-    """References to images: {"ref", "image"}, or {"ref", "problem"} where one cannot be used; for a `DataLoader`.
+    """References to images: {"ref", "image", "notes"}, or {"ref", "problem"} where one cannot be used; for a `DataLoader`.
 
     Args:
         min_side: See `decode_image`.
@@ -76,7 +76,7 @@ class ImageDecoder:
         window: See `decode_image`.
     """
 
-    def __init__(self, min_side: int, keep_content: bool = False, window: tuple[float, float] | None = None):
+    def __init__(self, min_side: int, keep_content: bool = False, window: Sequence[float] | None = None):
         self.min_side = min_side
         self.keep_content = keep_content
         self.window = window
@@ -86,7 +86,8 @@ class ImageDecoder:
             return {"ref": ref, "problem": ref.problem}
         try:
             content = ref.read()
-            item = {"ref": ref, "image": decode_image(content, self.min_side, self.window)}
+            decoded = decode_with_notes(content, self.min_side, self.window)
+            item = {"ref": ref, "image": decoded.image, "notes": decoded.notes}
         except BadImage as error:
             return {"ref": ref, "problem": str(error)}
         except (OSError, ValueError) as error:
