@@ -30,8 +30,7 @@ TEXT = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
 MORE_PAGES = [ROOT / "RESULTS.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "experiments").glob("*.md"))]
 # What starts with a program and names a script or a module of ours.
 COMMAND = re.compile(
-    r"(?:python|accelerate launch(?: --[\w-]+(?: (?!train_)\S+)?)*) (?:-m )?(?:\w+\.py|(?:data_scripts|reporting|training)\.\w+|data_scripts(?= ))"
-    r"[^`\n#]*"
+    r"(?:python|accelerate launch(?: --[\w-]+(?: (?!train_)\S+)?)*) (?:-m )?(?:\w+\.py|(?:reporting|training)\.\w+|data_scripts(?:\.\w+)?)[^`\n#]*"
 )
 
 
