@@ -30,7 +30,8 @@ TEXT = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
 MORE_PAGES = [ROOT / "RESULTS.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "experiments").glob("*.md"))]
 # What starts with a program and names a script or a module of ours.
 COMMAND = re.compile(
-    r"(?:python|accelerate launch(?: --[\w-]+(?: (?!train_)\S+)?)*) (?:-m )?(?:\w+\.py|(?:reporting|training)\.\w+|data_scripts(?:\.\w+)?)[^`\n#]*"
+    r"(?:python|accelerate launch(?: --[\w-]+(?: (?!train_)\S+)?)*) "
+    r"(?:-m )?(?:\w+\.py|(?:reporting|training)\.\w+|data_scripts(?:\.\w+)?)[^`\n#]*"
 )
 
 
