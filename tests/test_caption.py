@@ -52,6 +52,7 @@ print(sorted({{"torch", "transformers", "datasets", "timm", "accelerate", "gradi
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_one_image_needs_neither_datasets_nor_timm(model, tmp_path):
     IMAGES[0].save(tmp_path / "image.png")
     arguments = ["--model_name_or_path", model, str(tmp_path / "image.png")]

@@ -1,12 +1,11 @@
 """Laws of what fits into a ViT-GPT2: encoders of timm, decoders of other kinds, and what is refused."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
+from fresh import run_fresh
 from safetensors.torch import save_file
 from small_captioners import WORDS, word_tokenizer
 from transformers import (
@@ -113,18 +112,11 @@ def test_a_timm_encoder_gives_timms_own_states_and_what_it_does_not_read_is_froz
 def test_a_captioner_with_a_timm_encoder_loads_in_a_fresh_process_without_remote_code(tmp_path, architecture):
     captioner = captioner_of(*load_encoder(timm_folder(tmp_path / "timm", architecture), image_size=96))
     captioner.save(tmp_path / "saved")
-    made = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, str(tmp_path / "saved")],
-        cwd=tmp_path,
-        env={"PYTHONPATH": "", "PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert made.returncode == 0, made.stderr
+    made = run_fresh(FRESH_PROCESS, tmp_path / "saved", folder=tmp_path / "elsewhere")
     pixels = torch.linspace(-1, 1, 3 * 96 * 96).sin().reshape(1, 3, 96, 96)
     model = Captioner.load(tmp_path / "saved").model
     for one in (model, captioner.model.eval()):
-        states, ids = map(json.loads, made.stdout.splitlines())
+        states, ids = map(json.loads, made.splitlines())
         with torch.inference_mode():
             torch.testing.assert_close(one.encoder(pixels).last_hidden_state.sum(-1), torch.tensor(states))
             assert one.generate(pixel_values=pixels, max_length=8, num_beams=2).tolist() == ids

@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from fresh import run_fresh
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -352,6 +350,7 @@ LOAD_ELSEWHERE = """
 import sys, torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 if "modeling" in sys.argv:
+    sys.path.insert(0, sys.argv[-1])
     import modeling
 folder, auto = sys.argv[1], {"AutoModel": AutoModel, "AutoModelForImageTextToText": AutoModelForImageTextToText}[sys.argv[2]]
 remote = {"trust_remote_code": True} if "modeling" not in sys.argv else {}
@@ -372,22 +371,12 @@ def test_a_saved_folder_captions_the_same_in_a_fresh_process(processor, tmp_path
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.generation_config.update(max_length=9, num_beams=2)
     Captioner(model, processor).save(tmp_path / "saved")
-    environment = {**os.environ, "PYTHONPATH": "" if remote else str(ROOT), "HF_HOME": str(tmp_path / "home")}
-    arguments = [str(tmp_path / "saved"), auto] + ([] if remote else ["modeling"])
-    elsewhere = subprocess.run(
-        [sys.executable, "-c", LOAD_ELSEWHERE, *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert elsewhere.returncode == 0, elsewhere.stderr
+    arguments = [tmp_path / "saved", auto] + ([] if remote else ["modeling", ROOT])
+    elsewhere = run_fresh(LOAD_ELSEWHERE, *arguments, folder=tmp_path / "elsewhere")
     inputs = processor(images=Image.new("RGB", (90, 70), "purple"), return_tensors="pt")
     ids = model.generate(**inputs)
     logits = model(**inputs, decoder_input_ids=ids).logits.sum().item()
-    assert (
-        elsewhere.stdout.strip() == f"{ids.tolist()} {processor.batch_decode(ids, skip_special_tokens=True)} {logits}"
-    )
+    assert elsewhere.strip() == f"{ids.tolist()} {processor.batch_decode(ids, skip_special_tokens=True)} {logits}"
 
 
 @pytest.mark.parametrize("name", ["levit_128s", "eva02_tiny_patch14_224"])

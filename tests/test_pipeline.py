@@ -2,14 +2,12 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fresh import run_fresh
 from PIL import Image
 from small_captioners import COLORS, IMAGES, build
 from transformers import AutoProcessor, VisionEncoderDecoderModel, pipeline
@@ -36,16 +34,7 @@ def fresh_captions(model: Path, tmp_path: Path) -> list[str]:
     names = [str(tmp_path / f"{color}.png") for color in COLORS]
     for image, name in zip(IMAGES, names, strict=True):
         image.save(name)
-    (tmp_path / "elsewhere").mkdir(exist_ok=True)
-    made = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, str(model), *names],
-        cwd=tmp_path / "elsewhere",
-        env=os.environ | {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-    )
-    assert made.returncode == 0, made.stderr
-    return json.loads(made.stdout.splitlines()[-1])
+    return json.loads(run_fresh(FRESH_PROCESS, model, *names, folder=tmp_path / "elsewhere").splitlines()[-1])
 
 
 @pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", "a big")])
@@ -90,9 +79,7 @@ else:
 def test_a_model_saved_again_elsewhere_keeps_the_one_line(kind, way, tmp_path):
     captioner = build(kind)
     captioner.save(tmp_path / "saved")
-    environment = os.environ | {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", SAVE_AGAIN, str(tmp_path / "saved"), str(tmp_path / "again"), way]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    run_fresh(SAVE_AGAIN, tmp_path / "saved", tmp_path / "again", way, folder=tmp_path / "elsewhere")
     assert fresh_captions(tmp_path / "again", tmp_path) == expected_captions(captioner, IMAGES)
 
 

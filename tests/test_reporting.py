@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from datasets import Dataset, Value
+from fresh import run_fresh
 from huggingface_hub import ModelCard
 from matplotlib.axes import Axes
 from PIL import Image
@@ -503,12 +504,9 @@ def test_the_python_on_the_card_captions_an_image(tmp_path):
         tmp_path / "model", kind="vit-gpt2", model_name="model", results=some_results(), command="train", options={}
     )
     _, lines = re.findall(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
-    run = subprocess.run(
-        [sys.executable, "-c", lines], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
-    )
-    assert run.returncode == 0, run.stderr
-    assert set(run.stdout.split()) <= {"dog", "cat"}
-    assert run.stdout.endswith("\n")
+    printed = run_fresh(lines, folder=tmp_path)
+    assert set(printed.split()) <= {"dog", "cat"}
+    assert printed.endswith("\n")
 
 
 def test_the_lines_of_both_kinds_name_what_transformers_has():

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from fresh import run_fresh
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -144,7 +143,7 @@ def train(tmp_path_factory):
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "decoder")
     fixed = {"dataset_name": folder / "data", "decoder": folder / "decoder", "pretrained_encoder": "false"}
     fixed |= {"image_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    fixed |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none", "use_cpu": "true"}
+    fixed |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none"}
     fixed |= {"disable_tqdm": "true", "trim_vocabulary": "true", "load_best_model_at_end": "false"}
 
     def run(name: str, **options) -> Path:
@@ -178,9 +177,8 @@ made = model.generate(**processor(images=images, return_tensors="pt"))
 skip = len(model.generation_config.decoder_start_token_id[0])
 print(json.dumps([text.strip() for text in processor.batch_decode(made[:, skip:], skip_special_tokens=True)]))
 """
-    command = [sys.executable, "-c", code, str(undisturbed), json.dumps(list(COLORS.values()))]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert json.loads(result.stdout.splitlines()[-1]) == written and any(written)
+    printed = run_fresh(code, undisturbed, json.dumps(list(COLORS.values())), folder=tmp_path / "elsewhere")
+    assert json.loads(printed.splitlines()[-1]) == written and any(written)
 
 
 def test_another_tokenizer_is_refused_in_one_sentence(train, capsys):

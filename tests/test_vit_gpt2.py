@@ -3,12 +3,11 @@
 import json
 import math
 import re
-import subprocess
-import sys
 
 import datasets
 import pytest
 import torch
+from fresh import run_fresh
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -296,18 +295,10 @@ print(json.dumps(ids))
 def test_fresh_process_starts_from_the_prompt_and_captions_the_same(build, tmp_path, rows):
     model, processor = build(width=48)
     Captioner(model, processor).save(tmp_path / "saved")
-    (tmp_path / "elsewhere").mkdir()
-    made = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, str(tmp_path / "saved")],
-        cwd=tmp_path / "elsewhere",
-        env={"PYTHONPATH": "", "PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert made.returncode == 0, made.stderr
+    made = run_fresh(FRESH_PROCESS, tmp_path / "saved", folder=tmp_path / "elsewhere")
     pixels = batch_of(rows, processor, model, [0])["pixel_values"]
     ours = [model.eval().generate(pixel_values=pixels, **options).tolist() for options in ({}, {"num_beams": 3})]
-    assert json.loads(made.stdout) == ours * 2
+    assert json.loads(made) == ours * 2
     start_ids = [processor.tokenizer.bos_token_id, *processor.tokenizer(PROMPT).input_ids]
     assert ours[0][0][: len(start_ids)] == start_ids
 

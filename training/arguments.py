@@ -70,19 +70,18 @@ class DataArguments:
             "max": MAX_AUGMENTATIONS,
         },
     )
-    cache_features: bool = field(
-        default=True, metadata={"help": "Cache the features of a frozen encoder on disk, in float16."}
-    )
-    int8_features: bool = field(
-        default=False,
-        metadata={"help": "Cache features as int8: half the disk, lossy.", "needs": {"cache_features": [True]}},
+    feature_cache: Literal["float16", "int8", "none"] = field(
+        default="float16",
+        metadata={
+            "help": "Type in which the features of a frozen encoder are cached on disk; int8 takes half of it, lossy."
+        },
     )
     compile_encoder: bool = field(
         default=False,
         metadata={
             "help": "Compile a frozen encoder with torch.compile before it encodes the images: takes minutes, saves about 8 % on "
             "a CPU.",
-            "needs": {"cache_features": [True]},
+            "needs": {"feature_cache": ["float16", "int8"]},
         },
     )
     publish_images: bool | None = field(
@@ -108,12 +107,12 @@ class CaptionDataArguments(DataArguments):
             "help": "Folder or Hub id of the tokenizer; trained on the captions, or the decoder's, if not given."
         },
     )
-    train_sampling_strategy: Literal["group_by_length", "random"] = field(
+    train_sampling_strategy: Literal["group_by_length", "group_by_image", "random"] = field(
         default="group_by_length",
-        metadata={"help": "Batches of captions of similar length, which saves padding, or of any length."},
-    )
-    group_by_image: bool = field(
-        default=False, metadata={"help": "Put all captions of an image into one batch, which encodes it once."}
+        metadata={
+            "help": "Batches of captions of similar length, which saves padding; of all captions of images, which are encoded "
+            "once; or of any captions."
+        },
     )
 
 
@@ -239,7 +238,6 @@ class TrainingArguments:
     fp16: bool = field(
         default=False, metadata={"help": "Train in float16 mixed precision.", "needs": {"bf16": [False]}}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU although there is an accelerator."})
     seed: int = field(default=42, metadata={"help": "Seed of weights, order and dropout.", "min": 0, "below": 2**32})
     logging_steps: int | None = field(
         default=None,

@@ -321,9 +321,10 @@ def sampler_of(pairs: CaptionPairs | CaptionStream, run, data_args) -> CaptionSa
 
     Args:
         run: The `TrainingRun`.
-        data_args: `train_sampling_strategy`, `group_by_image` and `num_augmentations`.
+        data_args: `train_sampling_strategy` and `num_augmentations`.
     """
-    by_length, by_image = data_args.train_sampling_strategy == "group_by_length", data_args.group_by_image
+    by_image = data_args.train_sampling_strategy == "group_by_image"
+    by_length = data_args.train_sampling_strategy != "random"
     seed = run.args.seed
     if isinstance(pairs, CaptionStream):
         process, num_processes = run.accelerator.process_index, run.accelerator.num_processes
