@@ -17,9 +17,10 @@ def has_deep_color(image: Image.Image) -> bool:
 
 
 def is_misread(image: Image.Image) -> bool:
-    """Whether a TIFF has 16 bits a channel in separate, uncompressed planes, the first half of which Pillow takes for 8 bits."""
+    """Whether a TIFF is of the uncompressed kinds that Pillow takes for others: 16 bits a channel in separate planes, and YCbCr."""
     tags = getattr(image, "tag_v2", {})
-    return tags.get(284) == 2 and tags.get(259, 1) == 1 and max(tags.get(258, (8,))) > 8
+    is_planar_and_deep = tags.get(284) == 2 and max(tags.get(258, (8,))) > 8
+    return tags.get(259) == 1 and (is_planar_and_deep or tags.get(262) == 6)
 
 
 def to_rgb(image: Image.Image, window: tuple[float, float] | None = None) -> Image.Image:

@@ -177,7 +177,7 @@ def decode_with_notes(
             if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
                 raise BadImage(f"image more than {MAX_ASPECT_RATIO} times as long as it is wide")
             if is_misread(image):
-                raise BadImage("16 bits a channel in separate planes, which Pillow misreads: save it anew, as PNG")
+                raise BadImage("uncompressed TIFF of a kind that Pillow misreads: save it anew, as PNG")
             is_deep_gray, notes = has_deep_gray(image), _notes(image)
             if min_side:
                 image.draft(None, (min_side, min_side))

@@ -80,9 +80,8 @@ def find_shards(source: str, revision: str | None = None) -> dict[str, list[str]
     from datasets import load_dataset_builder
 
     try:
-        if any(
-            Path(source).rglob("*.tar")
-        ):  # else those of the commonest suffix, which may be the tables beside the tars
+        # `datasets` takes the files of the commonest suffix, and of a draw Parquet: beside img2dataset's tars, its tables of URLs.
+        if any(Path(source).rglob("*.tar")):
             data_files = load_dataset_builder("webdataset", data_dir=source).config.data_files
         else:
             data_files = load_dataset_builder(source, revision=revision).config.data_files or {}

@@ -133,9 +133,16 @@ def test_color_of_16_bits_is_counted_and_its_upper_8_are_used(tmp_path, capsys):
 def test_16_bits_in_planes_are_refused_where_pillow_misreads_them():
     values = np.stack([(SHADES * 65535).round().astype(np.uint16)] * 3, axis=-1)
     assert np.array_equal(np.asarray(decode_image(tiff(values))), values >> 8)
-    with pytest.raises(BadImage, match="planes"):
+    with pytest.raises(BadImage, match="misreads"):
         decode_image(tiff(values, planar=True))
     assert np.array_equal(np.asarray(decode_image(tiff((values >> 8).astype(np.uint8), planar=True))), values >> 8)
+
+
+def test_ycbcr_is_refused_where_pillow_misreads_it():
+    image = Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("YCbCr")
+    with pytest.raises(BadImage, match="misreads"):
+        decode_image(saved(image, "TIFF", save_all=True, append_images=[image]))
+    assert np.array_equal(decode_image(saved(image, "TIFF", compression="tiff_lzw")), image.convert("RGB"))
 
 
 def test_the_first_page_is_used_and_the_others_are_counted(tmp_path, capsys):
