@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
+from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_image
 from system.errors import UserError, one_line_errors
 from system.request_rate import RequestRate
 from training.arguments import parse_recipe

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioning.batching import BatchingCaptioner
-from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
+from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_image
 from system.errors import UserError, one_line_errors
 from system.request_rate import RequestRate
 from training.arguments import GenerationArguments, parse_recipe

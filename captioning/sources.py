@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_with_notes, is_image_file
+from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_with_notes, is_image_file
 from system.errors import UserError, printable
 
 NUM_NAMED = 5  # of the files of a folder that are passed over
@@ -313,6 +313,6 @@ def safe_parts(name: str) -> list[str]:
 def _has_image_suffix(name: str) -> bool:
     from PIL import Image
 
-    from data_scripts.row_checks import image_formats
+    from data_scripts.images import image_formats
 
     return Image.registered_extensions().get(Path(name).suffix.lower()) in image_formats()

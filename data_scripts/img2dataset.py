@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from data_scripts.archives import SourceFiles, open_files, read_file
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
-from data_scripts.row_checks import MAX_IMAGE_BYTES, SourceRow, note_row, problem_row
+from data_scripts.images import MAX_IMAGE_BYTES
+from data_scripts.row_checks import SourceRow, note_row, problem_row
 from data_scripts.splits import SPLIT_NAMES
 from data_scripts.text_files import IMAGE_SUFFIXES
 from system.errors import UserError, one_line_errors

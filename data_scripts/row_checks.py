@@ -4,35 +4,16 @@ import ast
 import hashlib
 import io
 import json
-import os
-import re
 import tokenize
 import unicodedata
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from PIL import Image as PillowImage
+from typing import Any
 
 from data_scripts.archives import SeveralFiles
-from data_scripts.pixels import has_deep_color, has_deep_gray, is_misread, to_rgb
+from data_scripts.images import BadImage, table_image
 
 MAX_CAPTION_CHARACTERS = 10_000  # the longest paragraph of Stanford's set has some 1,500
-MAX_IMAGE_BYTES = 20 * 2**20  # a hundred of them, as `datasets` writes at once, fit Arrow's 2 GiB
-MAX_PIXELS = 64 * 10**6  # below this Pillow, too, sees no decompression bomb when the image is read again
-MAX_ASPECT_RATIO = 100  # resized by its short side, a longer image would fill the memory
-# The readers that need neither another program nor a network; PostScript, say, would start Ghostscript.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
-# Besides: most Pillows that decode a dataset elsewhere have no plug-in for these, or they are easily mistaken. A table has them anew.
-MORE_FORMATS = ("ICNS", "TGA", "QOI", "HEIF", "JXL")
-LOSSY_FORMATS = (
-    "HEIF",
-    "JXL",
-)  # anew as JPEG, at a quality that loses less than they have lost; as PNG they would be ten times as large
-JPEG_QUALITY = 95
 
 
 class OutsideSource(OSError):
@@ -102,154 +83,6 @@ def caption_problem(caption: Any) -> str | None:
     if len(caption) > MAX_CAPTION_CHARACTERS:
         return f"caption longer than {MAX_CAPTION_CHARACTERS:,} characters"
     return None
-
-
-class BadImage(ValueError):
-    """An image that cannot be used; the message says why."""
-
-
-@cache
-def image_formats() -> tuple[str, ...]:
-    """The formats that Pillow reads here, with its plug-ins for HEIC and JPEG XL where they are installed; AVIF came with 11.3."""
-    with suppress(ImportError):
-        from pillow_heif import register_heif_opener
-
-        register_heif_opener()
-    with suppress(ImportError):
-        import pillow_jxl  # noqa: F401 (registers itself)
-    PillowImage.init()
-    return tuple(name for name in IMAGE_FORMATS + MORE_FORMATS if name in PillowImage.OPEN)
-
-
-def is_image_file(path: str | os.PathLike) -> bool:
-    """Whether a file is an image that can be captioned, or would be if it were whole: by its suffix, else by its first bytes."""
-    formats = image_formats()
-    if PillowImage.registered_extensions().get(Path(path).suffix.lower()) in formats:
-        return True
-    try:
-        with PillowImage.open(path, formats=formats):
-            return True
-    except Exception:  # on other files Pillow's readers raise almost anything
-        return False
-
-
-@dataclass(frozen=True)
-class DecodedImage:
-    """An image as 8-bit RGB, upright; its file's format, whether its gray has more than 8 bits, and what a user should know of it."""
-
-    image: PillowImage.Image
-    format: str
-    is_deep_gray: bool
-    notes: list[str]
-
-
-def decode_image(
-    content: bytes, min_side: int | None = None, window: tuple[float, float] | None = None
-) -> PillowImage.Image:
-    """Decode an image as for training: 8-bit RGB, with EXIF orientation applied.
-
-    Args:
-        content: The file's bytes.
-        min_side: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, in a fraction of the time, as long as its sides stay above
-            this many pixels; None decodes at full size.
-        window: Values that become black and white of an image with more than 8 bits, see `to_rgb`.
-
-    Raises:
-        BadImage: It cannot be used.
-    """
-    return decode_with_notes(content, min_side, window).image
-
-
-def decode_with_notes(
-    content: bytes, min_side: int | None = None, window: tuple[float, float] | None = None
-) -> DecodedImage:
-    """As `decode_image`, and what the file has that the image has not."""
-    if not content:
-        raise BadImage("image file is empty")
-    if len(content) > MAX_IMAGE_BYTES:
-        raise BadImage(f"image file larger than {MAX_IMAGE_BYTES // 2**20} MiB")
-    try:
-        with PillowImage.open(io.BytesIO(content), formats=image_formats()) as image:
-            width, height = image.size
-            # Size and mode are in the header: a bomb is refused before it is unpacked.
-            if width * height > MAX_PIXELS:
-                raise BadImage(f"image of more than {MAX_PIXELS:,} pixels")
-            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-                raise BadImage(f"image more than {MAX_ASPECT_RATIO} times as long as it is wide")
-            if is_misread(image):
-                raise BadImage("uncompressed TIFF of a kind that Pillow misreads: save it anew, as PNG")
-            is_deep_gray, notes = has_deep_gray(image), _notes(image)
-            if min_side:
-                image.draft(None, (min_side, min_side))
-            image.load()
-            return DecodedImage(to_rgb(image, window), image.format, is_deep_gray, notes)
-    except PillowImage.DecompressionBombError as error:
-        raise BadImage(f"image of more than {MAX_PIXELS:,} pixels") from error
-    except BadImage:
-        raise
-    except Exception as error:  # on broken bytes Pillow's readers raise almost anything
-        raise BadImage(f"image does not decode{_known_format(content)}") from error
-
-
-def _notes(image: PillowImage.Image) -> list[str]:
-    """What of an image file that is open is not used."""
-    notes = []
-    if has_deep_gray(image):
-        notes.append("gray of more than 8 bits, scaled to 8")
-    if has_deep_color(image):
-        notes.append("color of 16 bits a channel, the upper 8 used")
-    # The further images of a photo (MPO) are its depth or another exposure.
-    if image.format not in ("MPO", "ICO", "ICNS") and getattr(image, "n_frames", 1) > 1:
-        notes.append("image of several pages or frames, the first used")
-    return notes
-
-
-def table_image(content: bytes, window: tuple[float, float] | None = None) -> tuple[bytes, list[str]]:
-    """The bytes of an image as a caption table has them, and notes: its own; anew where Pillow elsewhere decodes another image or none.
-
-    Raises:
-        BadImage: It cannot be used.
-    """
-    decoded = decode_with_notes(content, window=window)
-    if decoded.format in (*IMAGE_FORMATS, "MPO") and not decoded.is_deep_gray:
-        return content, decoded.notes
-    buffer = io.BytesIO()
-    if decoded.format in LOSSY_FORMATS:
-        decoded.image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-        return buffer.getvalue(), [*decoded.notes, f"{decoded.format}, stored as JPEG of quality {JPEG_QUALITY}"]
-    image = decoded.image.convert("L") if decoded.is_deep_gray else decoded.image
-    image.save(buffer, "PNG")
-    return buffer.getvalue(), decoded.notes if decoded.is_deep_gray else [
-        *decoded.notes,
-        f"{decoded.format}, stored as PNG",
-    ]
-
-
-class PlugIn(NamedTuple):
-    """A package that reads a format for Pillow."""
-
-    format: str
-    package: str
-
-
-PLUG_INS = {"HEIC": PlugIn("HEIF", "'showtell[heif]'"), "JPEG XL": PlugIn("JXL", "pillow-jxl-plugin")}
-# First bytes, from an offset on, of what people take for images of a common kind.
-UNREADABLE_FORMATS = (
-    (4, rb"ftyp(hei[cxs]|hev[cx]|mif1|msf1)", "HEIC"),
-    (0, rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL"),
-    (0, rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<svg", "SVG"),
-    (4, rb"ftypavi[fs]", "AVIF"),
-)
-
-
-def _known_format(content: bytes) -> str:
-    for offset, pattern, name in UNREADABLE_FORMATS:
-        if re.match(pattern, content[offset : offset + 1000], re.DOTALL):
-            plug_in = PLUG_INS.get(name)
-            if plug_in and plug_in.format not in image_formats():
-                return f": it is {name}, which needs `pip install {plug_in.package}`"
-            return f": it is {name}, which Pillow does not read here; convert it to JPEG or PNG"
-    return ""
 
 
 def valid_id(value: Any) -> str | None:

@@ -15,7 +15,7 @@ import caption
 import evaluate_captions
 import export_onnx
 import serve
-from data_scripts import load_captions, row_checks
+from data_scripts import images, load_captions
 from modeling.captioning_pipeline import to_rgb
 
 REPOSITORY = Path(caption.__file__).parent
@@ -63,8 +63,8 @@ def test_one_image_needs_neither_datasets_nor_timm(model, tmp_path):
 
 
 def test_a_folder_gives_every_image_that_pillow_reads_and_names_the_rest(model, tmp_path, capsys, monkeypatch):
-    formats = tuple(name for name in row_checks.image_formats() if name != "HEIF")  # as without the plug-in
-    monkeypatch.setattr(row_checks, "image_formats", lambda: formats)
+    formats = tuple(name for name in images.image_formats() if name != "HEIF")  # as without the plug-in
+    monkeypatch.setattr(images, "image_formats", lambda: formats)
     folder = tmp_path / "images"
     (folder / "below.png").mkdir(parents=True)  # a folder, whatever its name
     red = IMAGES[0]

@@ -34,14 +34,8 @@ from data_scripts import (
     recaption,
 )
 from data_scripts.caption_table import FEATURES, write_caption_table
-from data_scripts.row_checks import (
-    MAX_CAPTION_CHARACTERS,
-    BadImage,
-    SourceRow,
-    caption_problem,
-    check_row,
-    decode_image,
-)
+from data_scripts.images import BadImage, decode_image
+from data_scripts.row_checks import MAX_CAPTION_CHARACTERS, SourceRow, caption_problem, check_row
 from data_scripts.splits import cut_missing_splits
 from system.downloads import download
 

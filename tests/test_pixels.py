@@ -10,9 +10,9 @@ import pytest
 from datasets import load_from_disk
 from PIL import Image
 
-import data_scripts.row_checks as row_checks
-from data_scripts import image_folder, pixels
-from data_scripts.row_checks import BadImage, decode_image
+import data_scripts.images as image_files
+from data_scripts import image_folder
+from data_scripts.images import BadImage, decode_image
 from modeling import captioning_pipeline
 from modeling.captioning_pipeline import to_rgb
 
@@ -138,6 +138,36 @@ def test_16_bits_in_planes_are_refused_where_pillow_misreads_them():
     assert np.array_equal(np.asarray(decode_image(tiff((values >> 8).astype(np.uint8), planar=True))), values >> 8)
 
 
+COLORS = np.stack([TWELVE_BITS, TWELVE_BITS[:, ::-1], TWELVE_BITS // 2], axis=-1)
+DEEP_COLOR = {
+    "png": png_of_16_bits(COLORS),
+    "png with alpha": png_of_16_bits(np.concatenate([COLORS, COLORS[..., :1]], axis=-1)),
+    "tiff": tiff(COLORS),
+    "tiff, turned": tiff(COLORS, tag_274=3),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP_COLOR)
+def test_a_window_of_16_bit_color_uses_all_of_its_bits(tmp_path, capsys, kind):
+    (image,) = table_of(tmp_path, {"x.png": DEEP_COLOR[kind]}, "--window", "100", "4000").values()
+    expected = np.clip((COLORS.astype(np.float64) - 100) / 3900, 0, 1)
+    expected = expected[::-1, ::-1] if "turned" in kind else expected
+    assert np.abs(shades_of(image) - expected).max() < 0.51 / 255
+    assert "scaled to 8: 1" in capsys.readouterr().out
+
+
+def test_compressed_tiffs_of_16_bit_color_and_gray_with_alpha_under_a_window():
+    tifffile = pytest.importorskip("tifffile", reason="needs tifffile, to write such a TIFF")
+    expected = np.clip((COLORS.astype(np.float64) - 100) / 3900, 0, 1)
+    for options in ({"compression": "zlib"}, {"byteorder": ">"}, {"compression": "zlib", "byteorder": ">"}):
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, COLORS, photometric="rgb", **options)
+        image = decode_image(buffer.getvalue(), window=(100, 4000))
+        assert np.abs(shades_of(image) - expected).max() < 0.51 / 255
+    with pytest.raises(BadImage, match="no window"):
+        decode_image(png_of_16_bits(COLORS[..., :2]), window=(100, 4000))
+
+
 def test_ycbcr_is_refused_where_pillow_misreads_it():
     image = Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("YCbCr")
     with pytest.raises(BadImage, match="misreads"):
@@ -170,7 +200,7 @@ def test_palettes_keep_their_colors(tmp_path):
 
 
 def test_what_travels_with_a_model_converts_as_the_table_does():
-    assert inspect.getsource(captioning_pipeline.to_rgb) == inspect.getsource(pixels.to_rgb)
+    assert inspect.getsource(captioning_pipeline.to_rgb) == inspect.getsource(image_files.to_rgb)
 
 
 # ---- Formats of plug-ins ---------------------------------------------------------------------------------------------
@@ -178,7 +208,7 @@ def test_what_travels_with_a_model_converts_as_the_table_does():
 
 def test_heic_is_stored_so_that_all_can_decode_it(tmp_path, capsys):
     pytest.importorskip("pillow_heif", reason="needs pillow-heif (the extra heif)")
-    row_checks.image_formats()
+    image_files.image_formats()
     smooth = Image.effect_mandelbrot((160, 120), (-2, -1.5, 1, 1.5), 50).convert("RGB")
     content = saved(smooth, "HEIF", quality=95)
     (image,) = table_of(tmp_path, {"x.heic": content}).values()
@@ -188,6 +218,6 @@ def test_heic_is_stored_so_that_all_can_decode_it(tmp_path, capsys):
 
 
 def test_heic_without_its_plug_in_is_named_with_the_extra_that_reads_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(row_checks, "image_formats", lambda: ("PNG", "JPEG"))
+    monkeypatch.setattr(image_files, "image_formats", lambda: ("PNG", "JPEG"))
     table_of(tmp_path, {"x.heic": b"\0\0\0\x18ftypheic" + bytes(99), "y.png": DEEP["png of 16 bits"]})
     assert "heif" in capsys.readouterr().out
