@@ -26,12 +26,12 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def png_of_16_bits(values: np.ndarray) -> bytes:
+def png_of_16_bits(values: np.ndarray, exif: bytes = b"") -> bytes:
     """A PNG of color type 2 (RGB), 4 (gray and alpha) or 6 (RGBA), which Pillow cannot write."""
     height, width, channels = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    chunks = (b"IHDR", header), *([(b"eXIf", exif)] if exif else []), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
@@ -138,10 +138,17 @@ def test_16_bits_in_planes_are_refused_where_pillow_misreads_them():
     assert np.array_equal(np.asarray(decode_image(tiff((values >> 8).astype(np.uint8), planar=True))), values >> 8)
 
 
+def turned_by_half() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    return exif.tobytes().removeprefix(b"Exif\0\0")
+
+
 COLORS = np.stack([TWELVE_BITS, TWELVE_BITS[:, ::-1], TWELVE_BITS // 2], axis=-1)
 DEEP_COLOR = {
     "png": png_of_16_bits(COLORS),
     "png with alpha": png_of_16_bits(np.concatenate([COLORS, COLORS[..., :1]], axis=-1)),
+    "png, turned": png_of_16_bits(COLORS, exif=turned_by_half()),
     "tiff": tiff(COLORS),
     "tiff, turned": tiff(COLORS, tag_274=3),
 }
