@@ -386,7 +386,9 @@ def _settings(option: dataclasses.Field, kind: Any) -> dict[str, Any]:
         settings["nargs"] = option.metadata["positional"]
     else:
         settings |= {"required": option.default is dataclasses.MISSING, "default": option.default}
-        settings["metavar"] = option.name.rpartition("_")[2].upper()
+        settings["metavar"] = option.metadata.get("metavar", option.name.rpartition("_")[2].upper())
+        if isinstance(settings["metavar"], tuple):  # a name for each of several values
+            settings["nargs"] = len(settings["metavar"])
     if kind is bool:
         return settings | {"type": _boolean, "nargs": "?", "const": True, "metavar": "{true,false}"}
     if get_origin(kind) is Literal:

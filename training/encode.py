@@ -231,7 +231,7 @@ def _encoded(address: str, captioner: "Captioner", args: EncodeArguments, device
 
 
 def _decoded(address: str, strict: bool, skipped) -> Iterator[tuple["Sample", object]]:
-    from data_scripts.row_checks import BadImage, decode_image
+    from data_scripts.images import BadImage, decode_image
     from data_scripts.shards import read_shard, shown
 
     for _, sample in read_shard(address, 0, strict, skipped):

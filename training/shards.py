@@ -19,8 +19,8 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from data_scripts.augmentations import augment_caption, augment_image
+from data_scripts.images import BadImage, decode_image
 from data_scripts.load import Shards
-from data_scripts.row_checks import BadImage, decode_image
 from data_scripts.shards import Sample, Skipped, feature_shards, read_shard, shown
 from modeling.captioner import Captioner
 from system.errors import UserError, printable
