@@ -9,9 +9,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from system.errors import UserError, one_line_errors
-from training.arguments import CaptionDataArguments, CaptionTrainingArguments, NewDecodingArguments, parse_recipe
+from training.arguments import (
+    CaptionDataArguments,
+    CaptionTrainingArguments,
+    NewDecodingArguments,
+    parse_recipe,
+    refuse_what_it_brings,
+)
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
+
+BROUGHT_BY_A_CAPTIONER = (
+    *("encoder", "pretrained_encoder", "image_size", "center_crop", "output_stride", "image_embed_dim", "hidden_size"),
+    *("num_hidden_layers", "attention", "num_attention_heads", "vocab_size"),
+)
 
 
 @dataclass
@@ -71,12 +82,14 @@ class ModelArguments:
         default=8000,
         metadata={
             "help": "Vocabulary size of the tokenizer that is trained.",
-            "min": 8,  # four special tokens, and something to say
+            "min": 8,  # four special tokens and four others
             "needs": {"tokenizer_name": [None]},
         },
     )
 
     def __post_init__(self):
+        if self.model_name_or_path:
+            refuse_what_it_brings(self, self.model_name_or_path, BROUGHT_BY_A_CAPTIONER)
         if self.attention_dropout and not self.attention and not self.model_name_or_path:
             raise UserError(f"--attention_dropout {self.attention_dropout} has no effect without --attention true")
 
@@ -89,7 +102,6 @@ class TrainingArguments(CaptionTrainingArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    # ---- Arguments --------------------------------------------------------------------------------------------------
     kinds = (CaptionDataArguments, ModelArguments, NewDecodingArguments, TrainingArguments)
     data_args, model_args, decoding_args, args = parse_recipe(kinds, argv, __doc__)
     options = {**vars(data_args), **vars(model_args), **vars(decoding_args), **vars(args)}
@@ -97,7 +109,13 @@ def main(argv: list[str] | None = None) -> None:
         train(data_args, model_args, decoding_args, args, options)
 
 
-def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArguments, args, options: dict) -> None:
+def train(
+    data_args: CaptionDataArguments,
+    model_args: ModelArguments,
+    decoding_args: NewDecodingArguments,
+    args: TrainingArguments,
+    options: dict,
+) -> None:
     from data_scripts import load_for_training
     from training.batches import CaptionCollator, ImageDataset, subsample_evenly
     from training.checkpoints import check_not_overwriting_start
@@ -188,9 +206,9 @@ def build_captioner(
         )
     else:
         tokenizer = load_or_train_tokenizer(tokenizer_name, training_captions, model_args.vocab_size, accelerator)
-        not_sizes = ("model_name_or_path", "num_trainable_encoder_blocks", "vocab_size")
+        used_here = ("model_name_or_path", "num_trainable_encoder_blocks", "vocab_size")
         captioner = build_inception_lstm(
-            tokenizer=tokenizer, **{name: value for name, value in vars(model_args).items() if name not in not_sizes}
+            tokenizer=tokenizer, **{name: value for name, value in vars(model_args).items() if name not in used_here}
         )
     unfreeze_last_blocks(captioner.encoder, model_args.num_trainable_encoder_blocks)
     freeze_unused(captioner)
@@ -201,13 +219,11 @@ def build_captioner(
 
 def start_names(args: ModelArguments) -> list[str]:
     """Folder or Hub id of the pretrained weights it starts from, for the model card; none for random weights."""
-    import os
+    from modeling.encoders import hub_name
 
     if args.model_name_or_path:
         return [args.model_name_or_path]
-    if not args.pretrained_encoder:
-        return []
-    return [args.encoder if "/" in args.encoder or os.path.isdir(args.encoder) else f"timm/{args.encoder}"]
+    return [hub_name(args.encoder)] if args.pretrained_encoder else []
 
 
 if __name__ == "__main__":

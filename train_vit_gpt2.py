@@ -6,6 +6,7 @@ A recipe sets the options, the command line overrides it, `--help` lists them.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from system.errors import UserError, one_line_errors
@@ -86,7 +87,7 @@ class ModelArguments:
         default=8000,
         metadata={
             "help": "Vocabulary size of the tokenizer that is trained for a new GPT-2.",
-            "min": 8,  # four special tokens, and something to say
+            "min": 8,  # four special tokens, and four others
             "needs": {"tokenizer_name": [None], "pretrained_decoder": [False]},
         },
     )
@@ -130,7 +131,6 @@ class TrainingArguments(CaptionTrainingArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    # ---- Arguments --------------------------------------------------------------------------------------------------
     kinds = (CaptionDataArguments, ModelArguments, NewDecodingArguments, TrainingArguments)
     data_args, model_args, decoding_args, args = parse_recipe(kinds, argv, __doc__)
     options = {**vars(data_args), **vars(model_args), **vars(decoding_args), **vars(args)}
@@ -138,10 +138,15 @@ def main(argv: list[str] | None = None) -> None:
         train(data_args, model_args, decoding_args, args, options)
 
 
-def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArguments, args, options: dict) -> None:
-    from contextlib import nullcontext
-
+def train(
+    data_args: CaptionDataArguments,
+    model_args: ModelArguments,
+    decoding_args: NewDecodingArguments,
+    args: TrainingArguments,
+    options: dict,
+) -> None:
     from data_scripts import load_for_training
+    from modeling.encoders import hub_name
     from modeling.vit_gpt2 import check_parts
     from training.batches import CaptionCollator, ImageDataset, subsample_evenly
     from training.checkpoints import check_not_overwriting_start
@@ -213,18 +218,14 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
 
         # ---- Evaluation and saving ----------------------------------------------------------------------------------
         start = model_args.model_name_or_path
-        started_from = [start] if start else [*model_args.pretrained_parts.values()]
+        started_from = [start] if start else [*map(hub_name, model_args.pretrained_parts.values())]
         run.finish(
             dataset, features, training_captions, data_args=data_args, kind="vit-gpt2", started_from=started_from
         )
 
 
 def forward(wrapped, model, batch: dict, label_smoothing: float = 0.0):
-    """Cross entropy of a batch of captions, in nats, summed over its tokens.
-
-    Args:
-        wrapped: What Accelerate has made of `model`.
-    """
+    """Cross entropy of a batch of captions, in nats, summed over its tokens; `wrapped` is what Accelerate has made of the model."""
     from modeling.vit_gpt2 import vit_gpt2_loss
 
     inputs = {name: value for name, value in batch.items() if name != "index"}
@@ -245,7 +246,8 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
 
     if start := model_args.model_name_or_path:
         captioner = load_for_fine_tuning(start, model_args, data_args.tokenizer_name)
-        return adapted(captioner, model_args, fresh_cross_attention=False)
+        set_trainable(captioner, model_args, fresh_cross_attention=False)
+        return captioner
     encoder, decoder, prompt = model_args.encoder, model_args.decoder, model_args.prompt
     tokenizer_name = data_args.tokenizer_name or (decoder if model_args.pretrained_decoder else None)
     tokenizer = load_or_train_tokenizer(tokenizer_name, training_captions, model_args.vocab_size, accelerator)
@@ -261,7 +263,7 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
             convolutional_stem=model_args.convolutional_stem,
         )
     if not model_args.pretrained_decoder:
-        decoder, token_ids = decoder_config(len(tokenizer), **model_args.sizes), None
+        decoder, token_ids = decoder_config(len(tokenizer), **model_args.sizes), None  # nothing to trim in a new one
     try:
         encoder, image_processor = load_encoder(encoder, model_args.image_size)
         model = build_vit_gpt2(
@@ -277,11 +279,12 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
     if num_start_ids >= positions:
         raise UserError(f"--prompt has {num_start_ids - 1:,} tokens, and the decoder {positions:,} positions")
     fresh_cross_attention = bool(model_args.lora_rank) and not brings_cross_attention(model_args.decoder)
-    return adapted(captioner, model_args, fresh_cross_attention)
+    set_trainable(captioner, model_args, fresh_cross_attention)
+    return captioner
 
 
-def adapted(captioner, model_args: ModelArguments, fresh_cross_attention: bool):
-    """The captioner with what is trained of it, adapters included."""
+def set_trainable(captioner, model_args: ModelArguments, fresh_cross_attention: bool) -> None:
+    """Choose what is trained of a captioner: LoRA's adapters in place of the decoder, and the encoder's last blocks."""
     from training.encoder_training import freeze_unused, unfreeze_last_blocks
     from training.lora import add_lora
 
@@ -289,7 +292,6 @@ def adapted(captioner, model_args: ModelArguments, fresh_cross_attention: bool):
         add_lora(captioner.model.decoder, model_args.lora_rank, fresh_cross_attention=fresh_cross_attention)
     unfreeze_last_blocks(captioner.model.encoder, model_args.num_trainable_encoder_blocks)
     freeze_unused(captioner)
-    return captioner
 
 
 if __name__ == "__main__":

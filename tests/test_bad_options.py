@@ -259,17 +259,22 @@ def test_an_lstm_captioner_is_no_decoder_of_vit_gpt2(arguments, starts, capsys):
         ("vit_gpt2", [], "--model_name_or_path"),
         ("lstm", ["--tokenizer_name", "mine", "--vocab_size", "8000"], "--tokenizer_name"),
         ("lstm", ["--attention_dropout", "0.2"], "--attention_dropout"),
+        ("lstm", ["--hidden_size", "99"], "--hidden_size"),
+        ("lstm", ["--encoder", "test_resnet"], "--encoder"),
     ],
 )
-def test_what_does_not_go_with_a_captioner_to_fine_tune_is_named(arguments, starts, capsys, start, options, named):
-    more = ["--model_name_or_path", starts.get(start, start), *options]
-    assert named in refused(capsys, train_lstm.main, arguments("train_lstm", *more))
+def test_what_does_not_go_with_a_captioner_to_fine_tune_is_named(
+    small_scenes, tmp_path, starts, capsys, start, options, named
+):
+    run = ["--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run"), "--report_to", "none"]
+    sentence = refused(capsys, train_lstm.main, [*run, "--model_name_or_path", starts.get(start, start), *options])
+    assert named in sentence and not (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("script", ["train_lstm", "train_scst"])
-def test_a_run_does_not_overwrite_the_captioner_it_starts_from(arguments, starts, capsys, script):
+def test_a_run_does_not_overwrite_the_captioner_it_starts_from(small_scenes, starts, capsys, script):
     start = ["--model_name_or_path", starts["lstm"], "--output_dir", starts["lstm"]]
-    sentence = refused(capsys, MAINS[script], arguments(script, *start))
+    sentence = refused(capsys, MAINS[script], ["--dataset_name", small_scenes, *start])
     assert "--output_dir" in sentence and "--model_name_or_path" in sentence
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -332,6 +332,17 @@ class CaptionTrainingArguments(TrainingArguments):
             "below": 1,
         },
     )
+
+
+def refuse_what_it_brings(model_args, start: str, brought: Iterable[str]) -> None:
+    """Refuse options that a captioner to fine-tune decides, where they are given.
+
+    Raises:
+        UserError: One is not at its default.
+    """
+    for name in brought:
+        if getattr(model_args, name) != getattr(type(model_args), name):
+            raise UserError(f"--{name} does not go with --model_name_or_path {start}, which has its own")
 
 
 def parse_recipe(kinds: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:

@@ -32,7 +32,7 @@ class StepLoader(Protocol):
     def steps(self, epoch: int, done: int) -> Iterator[list[dict]]:
         """The batches of each optimizer step of an epoch, without those of its first `done` steps."""
 
-    def position(self, epoch_steps: int) -> list[list[dict]]:
+    def positions(self, epoch_steps: int) -> list[list[dict]]:
         """What a checkpoint after so many steps of the epoch has to hold of each process beside their number; for JSON."""
 
     def resume(self, positions: list[list[dict]], step: int) -> None:
@@ -70,7 +70,7 @@ class TableLoader:
             yield group
             group = list(islice(batches, self.num_batches))
 
-    def position(self, epoch_steps: int) -> list[list[dict]]:
+    def positions(self, epoch_steps: int) -> list[list[dict]]:
         return []
 
     def resume(self, positions: list[list[dict]], step: int) -> None: ...
@@ -122,7 +122,7 @@ class ShardLoader:
             group = following
         self._log_skipped()
 
-    def position(self, epoch_steps: int) -> list[list[dict]]:
+    def positions(self, epoch_steps: int) -> list[list[dict]]:
         if not epoch_steps:
             return []
         return gather_object([self.sampler.position((epoch_steps - self.steps_before) * self.step_captions)])
