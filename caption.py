@@ -48,7 +48,13 @@ class CaptionArguments:
         }
     )
     model_name_or_path: str = field(
-        metadata={"help": "Folder, training checkpoint or Hub id of a captioner of either kind."}
+        metadata={"help": "Folder, training checkpoint or Hub id of a captioner, of ours or of others."}
+    )
+    prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt of a model of others: request of a chat model, or text to continue; by its kind if not given."
+        },
     )
     output: str | None = field(
         default=None,
@@ -236,7 +242,8 @@ def load_captioner(args: CaptionArguments, generation_args: GenerationArguments,
         import torch
         import transformers
 
-        from modeling.captioner import Captioner
+        from modeling.image_text_to_text import load_captioner as load
+        from modeling.loading import is_trained_here
 
         transformers.logging.disable_progress_bar()
         torch.manual_seed(args.seed)
@@ -245,7 +252,12 @@ def load_captioner(args: CaptionArguments, generation_args: GenerationArguments,
         )
         if device == "cuda" and processes.number > 1:
             device = f"cuda:{processes.local_index % torch.cuda.device_count()}"
-        captioner = Captioner.load(args.model_name_or_path).to(device, args.dtype)
+        if (args.confidence or args.min_confidence is not None) and not is_trained_here(args.model_name_or_path):
+            option = "confidence" if args.confidence else "min_confidence"
+            raise UserError(
+                f"--{option} does not go with {args.model_name_or_path}, a model of others, whose probabilities are not computed"
+            )
+        captioner = load(args.model_name_or_path, args.prompt).to(device, args.dtype)
     finally:
         gc.enable()
     captioner.set_decoding(**generation_args.settings())
@@ -258,7 +270,7 @@ def caption_sources(
     """Caption the images, say what became of them, and return whether there is a caption."""
     from modeling.processing import resized_side
 
-    num_captions = captioner.model.generation_config.num_return_sequences or 1
+    num_captions = captioner.generation_config.num_return_sequences or 1
     output, doubtful = open_outputs(args, processes, num_captions)
     if processes.is_first and settings_path(args):
         settings, in_folder = settings_of(captioner, args), args.output_format in FOLDERS
@@ -272,14 +284,15 @@ def caption_sources(
     on_page = args.output_format == "html"
     job = Job(captioner, output, processes, choose_encoder(captioner, args, total, processes), doubtful)
     job.min_confidence = args.min_confidence or 0.0
-    job.with_confidence = on_page or args.confidence or doubtful is not None
-    job.num_inspected = Page.num_images if on_page else 0
+    job.with_confidence = (on_page and not captioner.of_others) or args.confidence or doubtful is not None
+    job.num_inspected = Page.num_images if on_page and not captioner.of_others else 0
     refs = refs_for(output, sources)
     if args.num_workers is None:
         args.num_workers = 0 if captioner.model.device.type == "cpu" else min(8, os.cpu_count())
-    keep_content = args.output_format == "webdataset"
-    decoder = ImageDecoder(2 * resized_side(captioner.image_processor), keep_content, args.window)
-    collate = ImageCollator(captioner.processor, Page.image_size() if on_page else 0)
+    # Models of others cut images by the size they are stored in.
+    min_side = None if captioner.of_others else 2 * resized_side(captioner.image_processor)
+    decoder = ImageDecoder(min_side, args.output_format == "webdataset", args.window)
+    collate = ImageCollator(captioner.preprocess, Page.image_size() if on_page else 0)
     job.run(load_batches(job.batches(refs, args.batch_size), decoder, collate, args.num_workers), total)
     captioned, there, num_bad, num_doubtful = processes.total(*vars(job.counts).values())
     if processes.is_first:
@@ -310,7 +323,7 @@ def choose_encoder(captioner: "Captioner", args: CaptionArguments, total: int, p
     """The encoder by the fastest engine; None where the captioner encodes by itself."""
     from modeling.onnx_encoder import fastest_encoder
 
-    if args.encoder_engine == "torch":
+    if args.encoder_engine == "torch" or captioner.of_others:
         return None
     report = partial(print, file=sys.stderr) if processes.is_first else lambda sentence: None
     encoder = fastest_encoder(captioner.encoder, total // processes.number, report)
@@ -371,7 +384,7 @@ def settings_of(captioner: "Captioner", args: CaptionArguments) -> dict:
     """What captions and their output depend on."""
     from modeling.fingerprint import weights_digest
 
-    decoding = captioner.model.generation_config.to_diff_dict()
+    decoding = captioner.decoding.to_diff_dict()
     decoding.pop("transformers_version", None)
     names = ("output_format", "dtype", "confidence", "min_confidence", "id_column", "seed")
     names += SIDECAR_OPTIONS if args.output_format in BESIDE else ()

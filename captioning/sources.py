@@ -76,7 +76,7 @@ class ImageDecoder:
         window: See `decode_image`.
     """
 
-    def __init__(self, min_side: int, keep_content: bool = False, window: Sequence[float] | None = None):
+    def __init__(self, min_side: int | None, keep_content: bool = False, window: Sequence[float] | None = None):
         self.min_side = min_side
         self.keep_content = keep_content
         self.window = window

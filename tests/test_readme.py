@@ -46,6 +46,7 @@ NOT_RUN = (
     "export_onnx",
     "me/",
     "nlpconnect/",
+    "blip",
     "--config_file",
     "--multi_gpu",
     "MODEL",

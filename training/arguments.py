@@ -379,7 +379,7 @@ def _settings(option: dataclasses.Field, kind: Any) -> dict[str, Any]:
     """What argparse is told of an option of type `kind`: bool, int, float, str, Literal, a list of them, or None as well."""
     kind = next((part for part in get_args(kind) if part is not NoneType), kind) if NoneType in get_args(kind) else kind
     help_text = option.metadata["help"].replace("%", "%%")
-    if option.default not in (None, dataclasses.MISSING):
+    if option.default not in (None, "", dataclasses.MISSING):
         help_text += f" (default: {str(option.default).lower() if kind is bool else option.default})"
     settings = {"help": help_text}
     if "positional" in option.metadata:

@@ -292,14 +292,15 @@ def pairs_of_split(
     captioner: Captioner,
     max_length: int | None,
     features: Sequence[Features | None],
-    start_ids: Sequence[int] | None = None,
     loss_on_prompt: bool = False,
 ) -> CaptionPairs | CaptionStream:
-    """The (image, caption) pairs of a split, a table or shards; arguments as of `CaptionPairs`.
+    """The (image, caption) pairs of a split, a table or shards, whose captions fit the decoder; arguments as of `CaptionPairs`.
 
     Raises:
         UserError: The shards have features of another encoder, or augmentations are wanted of them.
     """
+    start_ids = captioner.start_token_ids
+    max_length = min(filter(None, (max_length, captioner.max_caption_tokens)), default=None)
     if not isinstance(rows, Shards):
         return CaptionPairs(rows, captioner.tokenizer, max_length, features, start_ids, loss_on_prompt)
     about = feature_shards(rows.addresses)
