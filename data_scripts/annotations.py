@@ -3,7 +3,7 @@
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -11,7 +11,7 @@ from data_scripts.archives import SourceFiles, open_files, read_file
 from data_scripts.text_files import IMAGE_SUFFIXES, read_text
 from system.errors import UserError
 
-IMAGES_HELP = "folder, zip, or http(s) URL of a zip with the images (default: SOURCE, or the folder of the first file)"
+IMAGES_HELP = "folder, zip, or http(s) URL of a zip with the images (default: SOURCE or the first file's folder, or the one zip in it)"
 
 
 def is_file_of_its_own(source: str) -> bool:
@@ -42,18 +42,44 @@ def open_annotations(
             if not names:
                 raise UserError(f"{sources[0]} has no annotation file of this layout")
             readers = {name: partial(read_text, files, name) for name in names}
-            if images is None:
-                yield readers, files
-                return
-            with open_files(images, max_unpacked_gigabytes) as image_files:
+            with open_images(images, sources[0], files, max_unpacked_gigabytes) as image_files:
                 yield readers, image_files
         return
     for source in sources:
         if not is_file_of_its_own(source):
             raise UserError(f"{source} is not a file")
     own = SourceFiles("", {source: partial(read_file, Path(source)) for source in sources})
-    with open_files(images or Path(sources[0]).parent, max_unpacked_gigabytes) as image_files:
+    beside = Path(sources[0]).parent
+    with ExitStack() as stack:
+        files = None if images else stack.enter_context(open_files(beside, max_unpacked_gigabytes))
+        image_files = stack.enter_context(open_images(images, beside, files, max_unpacked_gigabytes))
         yield {source: partial(read_text, own, source) for source in sources}, image_files
+
+
+@contextmanager
+def open_images(
+    images: str | None, source: str | Path, files: SourceFiles | None, max_unpacked_gigabytes: float
+) -> Iterator[SourceFiles]:
+    """Open the images of annotation files.
+
+    Args:
+        images: Where they are; None for `source`, or the one zip in it.
+        source: Folder or zip of the annotation files.
+        files: Its files.
+
+    Raises:
+        UserError: `source` has no images.
+    """
+    if images is None and any(PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES for name in files.names):
+        yield files
+        return
+    if images is None:
+        zips = [name for name in files.names if name.lower().endswith(".zip")]
+        if len(zips) != 1 or not Path(source).is_dir():
+            raise UserError(f"{source} has no images: give their folder or zip by --images")
+        images = str(Path(source, zips[0]))
+    with open_files(images, max_unpacked_gigabytes) as image_files:
+        yield image_files
 
 
 JSON_FORMS = {  # keys that a file of each form has

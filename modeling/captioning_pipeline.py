@@ -98,7 +98,8 @@ def to_rgb(image: Image.Image, window: tuple[float, float] | None = None) -> Ima
     becomes black and its maximum white, as ImageJ and matplotlib show it; or those of `window`, beyond which it is black or white.
     """
     tags = getattr(image, "tag_v2", {})  # of a TIFF; the upright copy has none
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(0x0112, 1) != 1:  # else the same is a copy
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         if image.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,):

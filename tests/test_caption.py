@@ -131,7 +131,7 @@ def test_depth_and_orientation_change_no_caption(tmp_path):
 
 def test_a_window_changes_captions_and_pages_are_counted(model, tmp_path, capsys):
     Image.fromarray((GRADIENT * 65535).round().astype(np.uint16)).save(tmp_path / "deep.tif")
-    IMAGES[0].save(tmp_path / "pages.tif", save_all=True, append_images=[IMAGES[1]])
+    IMAGES[0].save(tmp_path / "pages.tif", save_all=True, append_images=[IMAGES[1].copy()])
     IMAGES[0].save(tmp_path / "plain.png")
     made = captions_of(model, tmp_path)
     error = capsys.readouterr().err

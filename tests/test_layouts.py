@@ -115,6 +115,13 @@ def flickr30k_hub(folder: Path) -> list[str]:
     return [str(folder / "flickr_annotations_30k.csv"), "--images", images]
 
 
+def flickr30k_zip(folder: Path) -> list[str]:
+    """As it is downloaded from the Hub."""
+    flickr30k_hub(folder)
+    shutil.rmtree(folder / "flickr30k-images")
+    return [str(folder)]
+
+
 def coco_annotations(names: list[str]) -> dict:
     images = [{"id": number + 7, "file_name": name} for number, name in enumerate(names)]
     texts = [(number + 7, text) for number, texts in enumerate(CAPTIONS) for text in texts]
@@ -247,6 +254,7 @@ LAYOUTS = {  # what makes it: what it is recognized as, how many captions each i
     flickr8k: ("Flickr8k", 2),
     flickr30k_kaggle: ("Flickr30k csv", 2),
     flickr30k_hub: ("Flickr30k csv", 2),
+    flickr30k_zip: ("Flickr30k csv", 2),
     coco_folder: ("COCO", 2),
     coco_file: ("COCO", 2),
     textcaps: ("COCO", 2),
@@ -343,18 +351,23 @@ def test_a_folder_of_two_layouts_is_refused_until_one_is_named(tmp_path, capsys)
         assert len(load_captions(str(tmp_path / layout))["train"]) == num_images
 
 
-@pytest.mark.parametrize("kind", ["no layout", "missing", "url", "boxes", "metadata file", "no source", "wrong layout"])
+@pytest.mark.parametrize(
+    "kind", ["no layout", "missing", "url", "boxes", "metadata file", "no images", "no source", "wrong layout"]
+)
 def test_what_has_no_layout_is_refused(tmp_path, capsys, kind):
     save_images(tmp_path / "in")
     boxes, metadata = tmp_path / "boxes.json", tmp_path / "metadata.csv"
     boxes.write_text(json.dumps({"images": [], "annotations": [{"bbox": [0, 0, 1, 1]}]}))
     metadata.write_text("file_name,caption\n")
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "captions_train2017.json").write_text(json.dumps(coco_annotations(["a.png"])))
     words, part = {
         "no layout": ([tmp_path / "in"], "no layout"),
         "missing": ([tmp_path / "gone"], "gone"),
         "url": (["https://127.0.0.1:9/a.zip"], "--layout"),
         "boxes": ([boxes], "boxes.json"),
         "metadata file": ([metadata], "folder"),
+        "no images": ([tmp_path / "coco"], "--images"),
         "no source": ([], "SOURCE"),
         "wrong layout": ([tmp_path / "in", "--layout", "sidecars"], "text file"),
     }[kind]
