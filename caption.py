@@ -76,12 +76,14 @@ class CaptionArguments:
             "help": "Caption only what the output does not have yet, if it was begun with the same settings; false begins it anew."
         },
     )
-    dry_run: bool = field(default=False, metadata={"help": "Only say what would be captioned, and where to."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print what would be captioned and where it would be saved, and exit."}
+    )
     existing: Literal["skip", "overwrite", "append", "prepend"] = field(
-        default="skip", metadata={"help": "What to do where an image has a sidecar already."}
+        default="skip", metadata={"help": "Action for an image that has a sidecar already."}
     )
     prefix: str = field(default="", metadata={"help": "Text before the caption in a sidecar."})
-    suffix: str = field(default="", metadata={"help": "Text behind the caption in a sidecar."})
+    suffix: str = field(default="", metadata={"help": "Text after the caption in a sidecar."})
     separator: str = field(
         default=", ", metadata={"help": "Text between a caption and what was there, with existing append or prepend."}
     )
@@ -136,8 +138,8 @@ class CaptionArguments:
     encoder_engine: Literal["auto", "torch"] = field(
         default="auto",
         metadata={
-            "help": "Engine of the encoder on a CPU; auto is onnxruntime where it is installed, equal and faster, for 256 images "
-            "or more."
+            "help": "Engine of the encoder on a CPU; auto is onnxruntime where it is installed and measured faster with equal "
+            "features, for 256 images or more."
         },
     )
     seed: int = field(default=42, metadata={"help": "Seed of sampling.", "min": 0, "below": 2**32})

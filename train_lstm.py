@@ -40,7 +40,7 @@ class ModelArguments:
         default="inception_resnet_v2.tf_in1k", metadata={"help": "timm name, Hub id or local folder of the encoder."}
     )
     pretrained_encoder: bool = field(default=True, metadata={"help": "Load the pretrained weights of the encoder."})
-    freeze_encoder: bool = field(default=True, metadata={"help": "Train nothing of the encoder."})
+    freeze_encoder: bool = field(default=True, metadata={"help": "Freeze the encoder."})
     num_trainable_encoder_blocks: int = field(
         default=0, metadata={"help": "Last N encoder blocks to train although the rest is frozen.", "min": 0}
     )

@@ -38,7 +38,7 @@ class ModelArguments:
         default=True,
         metadata={"help": "Load `decoder`; otherwise create a GPT-2 of the sizes below with random weights."},
     )
-    freeze_encoder: bool = field(default=True, metadata={"help": "Train nothing of the encoder."})
+    freeze_encoder: bool = field(default=True, metadata={"help": "Freeze the encoder."})
     num_trainable_encoder_blocks: int = field(
         default=0, metadata={"help": "Last N encoder blocks to train although the rest is frozen.", "min": 0}
     )
@@ -52,7 +52,7 @@ class ModelArguments:
         metadata={"help": "Train LoRA adapters of this rank instead of the decoder; needs peft.", "min": 1},
     )
     trim_vocabulary: bool = field(
-        default=False, metadata={"help": "Keep only the tokens, of tokenizer and decoder, that training captions use."}
+        default=False, metadata={"help": "Trim the vocabulary to the tokens of the training captions and single bytes."}
     )
     image_size: int | None = field(
         default=None,
@@ -73,7 +73,7 @@ class ModelArguments:
         },
     )
     hidden_size: int = field(default=768, metadata={"help": "Hidden size of a new ViT and a new GPT-2.", "min": 1})
-    num_hidden_layers: int = field(default=12, metadata={"help": "Number of layers of either.", "min": 1})
+    num_hidden_layers: int = field(default=12, metadata={"help": "Number of layers of each new part.", "min": 1})
     num_encoder_layers: int | None = field(
         default=None,
         metadata={
@@ -82,7 +82,7 @@ class ModelArguments:
             "needs": {"pretrained_encoder": [False]},
         },
     )
-    num_attention_heads: int = field(default=12, metadata={"help": "Number of attention heads of either.", "min": 1})
+    num_attention_heads: int = field(default=12, metadata={"help": "Attention heads of each new part.", "min": 1})
     vocab_size: int = field(
         default=8000,
         metadata={

@@ -64,11 +64,14 @@ RUN = [
     if not any(part in command for part in NOT_RUN) and ("--" in command or "app.py" in command)
 ]
 # Added to a command, so that it ends in seconds; the last value of an option counts.
-TINY = [
-    *("--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--hidden_size", "16"),
-    *("--num_hidden_layers", "1", "--max_train_samples", "6", "--max_eval_samples", "2", "--publish_images", "true"),
-    *("--image_size", "32", "--pretrained_encoder", "false", "--no_repeat_ngram_size", "0", "--report_to", "none"),
+SHORT = [
+    *("--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--no_repeat_ngram_size", "0"),
+    *("--max_train_samples", "6", "--max_eval_samples", "2", "--publish_images", "true", "--report_to", "none"),
     *("--bf16", "false", "--overwrite_output_dir", "true"),  # of the command before into the same folder
+]
+TINY = [
+    *SHORT,
+    *("--hidden_size", "16", "--num_hidden_layers", "1", "--image_size", "32", "--pretrained_encoder", "false"),
 ]
 VIT = [
     *TINY,
@@ -103,6 +106,8 @@ def split_command(command: str) -> tuple[str, list[str]]:
 def faster(module: str, command: str) -> list[str]:
     if "--decoder" in command:
         return VIT
+    if module == "train_lstm" and ("--model_name_or_path" in command or "recaptioned.yaml" in command):
+        return SHORT  # the captioner's sizes stay
     more = ["--dataset_name", "data/mine"] if "_demo.yaml" in command else []
     if "--resume_from_checkpoint" in command:
         more += ["--num_train_epochs", "2"]  # one more than the run that is resumed

@@ -73,7 +73,7 @@ class DataArguments:
     feature_cache: Literal["float16", "int8", "none"] = field(
         default="float16",
         metadata={
-            "help": "Type in which the features of a frozen encoder are cached on disk; int8 takes half of it, lossy."
+            "help": "Data type of the cached features of a frozen encoder; int8 takes half the disk, lossy; none disables the cache."
         },
     )
     compile_encoder: bool = field(
@@ -123,8 +123,7 @@ class DecodingArguments:
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Max length of a generated caption in tokens, prompt excluded; for a new model the 99th percentile of the "
-            "training captions if not given.",
+            "help": "Max length of a generated caption in tokens, prompt excluded; the captioner's own if not given.",
             "min": 1,
         },
     )
@@ -173,6 +172,14 @@ class DecodingArguments:
 class NewDecodingArguments(DecodingArguments):
     """How a captioner that is trained from here on generates captions."""
 
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Max length of a generated caption in tokens, prompt excluded; the 99th percentile of the training captions "
+            "if not given.",
+            "min": 1,
+        },
+    )
     num_beams: int = field(default=1, metadata={"help": "Number of beams; 1 is greedy.", "min": 1})
 
 
@@ -206,7 +213,8 @@ class TrainingArguments:
     output_dir: str = field(default="outputs/run", metadata={"help": "Folder for model, results and checkpoints."})
     num_train_epochs: int = field(default=300, metadata={"help": "Number of epochs.", "min": 1})
     max_steps: int = field(
-        default=-1, metadata={"help": "Number of optimizer steps, over num_train_epochs; -1 disables.", "min": -1}
+        default=-1,
+        metadata={"help": "Number of optimizer steps, in place of num_train_epochs; -1 disables.", "min": -1},
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Captions per batch and device.", "min": 1})
     per_device_eval_batch_size: int = field(
