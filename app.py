@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
+from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_image
 from system.errors import UserError, one_line_errors
 from system.request_rate import RequestRate
 from training.arguments import parse_recipe
@@ -289,9 +289,7 @@ def read_image(path: str):
     Raises:
         BadImage: It cannot be used.
     """
-    from modeling.captioning_pipeline import to_rgb
-
-    return decode_image(Path(path).read_bytes(), to_rgb=to_rgb)
+    return decode_image(Path(path).read_bytes())
 
 
 def caption_files(

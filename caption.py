@@ -14,11 +14,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from captioning.descriptions import Descriptions, load_exiv2
 from captioning.job import ImageCollator, Job, begin_or_resume, load_batches
 from captioning.outputs import Lines, Output, Page, Parquet, Screen, Sidecars, WebDataset
 from captioning.processes import Processes
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
 
 FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".html": "html", ".parquet": "parquet", "": "sidecars"}
-FOLDERS = ("parquet", "sidecars", "webdataset")
+FOLDERS = ("parquet", "sidecars", "webdataset", "xmp")
+BESIDE = ("sidecars", "xmp")  # may go to where the images are
 NUM_NAMED = 5  # images of a dry run
 SIDECAR_OPTIONS = ("existing", "prefix", "suffix", "separator", "sidecar_suffix")
 
@@ -61,10 +63,11 @@ class CaptionArguments:
             "given."
         },
     )
-    output_format: Literal["txt", "jsonl", "html", "parquet", "sidecars", "webdataset"] | None = field(
+    output_format: Literal["txt", "jsonl", "html", "parquet", "sidecars", "webdataset", "xmp"] | None = field(
         default=None,
         metadata={
-            "help": "Format of the output; by its suffix if not given. sidecars without --output stand beside the images."
+            "help": "Format of the output; by its suffix if not given. sidecars without --output stand beside the images; "
+            "xmp is the description in the images' own metadata."
         },
     )
     resume: bool = field(
@@ -104,6 +107,14 @@ class CaptionArguments:
     id_column: str | None = field(
         default=None, metadata={"help": "Column of unique names in parquet files; FILE.parquet#ROW if not given."}
     )
+    window: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Values that become black and white of gray images with more than 8 bits; each image's minimum and maximum if not "
+            "given.",
+            "metavar": ("LOW", "HIGH"),
+        },
+    )
     batch_size: int = field(default=32, metadata={"help": "Images per batch.", "min": 1})
     num_workers: int | None = field(
         default=None,
@@ -140,7 +151,9 @@ class CaptionArguments:
                 )
             self.output_format = FORMATS[suffix]
         self._check_format(suffix)
-        if self.output_format != "sidecars":
+        if self.window and not self.window[0] < self.window[1]:
+            raise UserError("--window: the first value must be below the second")
+        if self.output_format not in BESIDE:
             for name in SIDECAR_OPTIONS:
                 if getattr(self, name) != getattr(CaptionArguments, name):
                     raise UserError(f"--{name} has no effect without --output_format sidecars")
@@ -148,7 +161,11 @@ class CaptionArguments:
             raise UserError(f"--sidecar_suffix {self.sidecar_suffix}: give one like .txt or .caption")
 
     def _check_format(self, suffix: str | None) -> None:
-        if self.output_format not in (None, "sidecars") and not self.output:
+        if self.output_format == "xmp" and (self.output or self.sidecar_suffix != ".txt"):
+            raise UserError(
+                "--output_format xmp goes into the images themselves: leave out --output and --sidecar_suffix"
+            )
+        if self.output_format not in (None, *BESIDE) and not self.output:
             raise UserError(f"--output_format {self.output_format} needs --output")
         if self.output_format in ("txt", "jsonl", "html") and suffix != f".{self.output_format}":
             raise UserError(f"--output {self.output}: the name of this format must end in .{self.output_format}")
@@ -200,10 +217,12 @@ def check_sources(args: CaptionArguments, sources: ImageSources, processes: Proc
     """
     if processes.number > 1 and args.output_format == "html":
         raise UserError("a page needs one process: caption into a .jsonl")
-    if args.output_format != "sidecars":
+    if args.output_format == "xmp":
+        load_exiv2()
+    if args.output_format not in BESIDE:
         return
     if not args.output and (others := [name for name in sources.names if not is_local_image(name)]):
-        raise UserError(f"{printable(others[0])} has no place for sidecars beside its images: give --output FOLDER")
+        raise UserError(f"{printable(others[0])} has no place for captions beside its images: give --output FOLDER")
     tops = [os.path.basename(os.path.normpath(name)) for name in sources.names]
     if args.output and len(set(tops)) < len(tops):
         raise UserError(
@@ -272,7 +291,7 @@ def caption_sources(
         args.num_workers = 0 if captioner.model.device.type == "cpu" else min(8, os.cpu_count())
     # Models of others cut images by the size they are stored in.
     min_side = None if captioner.of_others else 2 * resized_side(captioner.image_processor)
-    decoder = ImageDecoder(min_side, keep_content=args.output_format == "webdataset")
+    decoder = ImageDecoder(min_side, args.output_format == "webdataset", args.window)
     collate = ImageCollator(captioner.preprocess, Page.image_size() if on_page else 0)
     job.run(load_batches(job.batches(refs, args.batch_size), decoder, collate, args.num_workers), total)
     captioned, there, num_bad, num_doubtful = processes.total(*vars(job.counts).values())
@@ -293,6 +312,8 @@ def caption_sources(
 
 def refs_for(output: Output, sources: ImageSources) -> Iterable[ImageRef]:
     """The images, with a problem where they cannot have a sidecar."""
+    if isinstance(output, Descriptions):
+        return (replace(ref, problem=output.problem_of(ref)) for ref in sources)
     if not isinstance(output, Sidecars):
         return sources
     return one_for_each_sidecar(sources, output.path_of, beside=output.folder is None)
@@ -321,10 +342,12 @@ def open_outputs(args: CaptionArguments, processes: Processes, num_captions: int
         doubtful = Lines(Path(f"{os.path.normpath(place)}.doubtful.jsonl"), process=index)
     if args.output_format is None:
         return Screen(), None
-    if args.output_format == "sidecars":
+    if args.output_format in BESIDE:
         folder = Path(args.output) if args.output else None
         texts = (args.prefix, args.suffix, args.separator)
         journal = beside_output(args, "journal")
+        if args.output_format == "xmp":
+            return Descriptions(None, journal, args.existing, texts=texts, process=index), doubtful
         return Sidecars(folder, journal, args.existing, args.sidecar_suffix, texts, index), doubtful
     path = Path(args.output)
     if args.output_format == "html":
@@ -351,7 +374,7 @@ def settings_path(args: CaptionArguments) -> Path | None:
 
 def is_there(args: CaptionArguments) -> bool:
     """Whether the output has something already; sidecars are judged one by one."""
-    if args.output_format == "sidecars":
+    if args.output_format in BESIDE:
         return False
     path = Path(args.output)
     return path.exists() and (args.output_format not in FOLDERS or any(path.iterdir()))
@@ -364,7 +387,8 @@ def settings_of(captioner: "Captioner", args: CaptionArguments) -> dict:
     decoding = captioner.decoding.to_diff_dict()
     decoding.pop("transformers_version", None)
     names = ("output_format", "dtype", "confidence", "min_confidence", "id_column", "seed")
-    names += SIDECAR_OPTIONS if args.output_format == "sidecars" else ()
+    names += SIDECAR_OPTIONS if args.output_format in BESIDE else ()
+    names += ("window",) if args.window else ()
     weights = weights_digest(captioner.model, captioner.image_processor.to_json_string())
     return {"weights": weights, "decoding": decoding} | {name: getattr(args, name) for name in names}
 

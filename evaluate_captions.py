@@ -66,21 +66,15 @@ class EvaluationArguments:
         },
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per batch and device.", "min": 1})
-    cache_features: bool = field(
-        default=True, metadata={"help": "Read the encoder's features from the cache on disk, and write them there."}
-    )
-    int8_features: bool = field(
-        default=False,
-        metadata={
-            "help": "Cache features as int8: half the disk, lossy; read those that training has cached.",
-            "needs": {"cache_features": [True]},
-        },
+    feature_cache: Literal["float16", "int8", "none"] = field(
+        default="float16",
+        metadata={"help": "Type in which the encoder's features are cached on disk, and those of training are read."},
     )
     compile_encoder: bool = field(
         default=False,
         metadata={
             "help": "Compile the encoder with torch.compile before it encodes the images.",
-            "needs": {"cache_features": [True]},
+            "needs": {"feature_cache": ["float16", "int8"]},
         },
     )
     dataloader_num_workers: int = field(

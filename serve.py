@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioning.batching import BatchingCaptioner
-from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
+from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_image
 from system.errors import UserError, one_line_errors
 from system.request_rate import RequestRate
 from training.arguments import GenerationArguments, parse_recipe
@@ -181,14 +181,12 @@ def caption_images(batching: BatchingCaptioner, images: list[bytes], max_new_tok
     Raises:
         BadRequest: There is none, there are too many, or one cannot be used.
     """
-    from modeling.captioning_pipeline import to_rgb
-
     if not 0 < len(images) <= MAX_IMAGES:
         raise BadRequest(f"{len(images)} images: give 1 to {MAX_IMAGES}")
     if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
         raise BadRequest(f"max_tokens {max_new_tokens!r}: give a number from 1 on")
     try:
-        decoded = [decode_image(content, to_rgb=to_rgb) for content in images]
+        decoded = [decode_image(content) for content in images]
     except BadImage as error:
         raise BadRequest(str(error)) from error
     futures = [batching.submit(batching.captioner.prepare(image), max_new_tokens) for image in decoded]

@@ -144,13 +144,13 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
             images=run.eval_loader(ImageDataset(val_rows, val_features)),
             rows=val_rows,
             training_captions=training_captions,
-            loss_of=lambda model, batch: forward(model, batch, num_tokens=1),
+            loss_of=forward,
         )
         for batches in run.steps(evaluate, summarize=lambda sums: {"train_loss": sums["loss"] / sums["tokens"]}):
             num_tokens = run.total(count_labels(batches))
             for batch in run.micro_batches(batches):
-                loss = forward(model, batch, num_tokens, args.label_smoothing_factor)
-                run.backward(loss, loss=loss.detach() * num_tokens, tokens=count_labels([batch]))
+                loss = forward(model, batch, args.label_smoothing_factor)
+                run.backward(loss / num_tokens, loss=loss.detach(), tokens=count_labels([batch]))
             run.optimizer_step()
 
         # ---- Evaluation and saving ----------------------------------------------------------------------------------
@@ -160,10 +160,10 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
         )
 
 
-def forward(model, batch: dict, num_tokens, label_smoothing: float = 0.0):
-    """Summed cross entropy of a batch over the tokens of the whole step, so that accumulated batches are one big batch."""
+def forward(model, batch: dict, label_smoothing: float = 0.0):
+    """Cross entropy of a batch of captions, in nats, summed over its tokens."""
     inputs = {name: value for name, value in batch.items() if name != "index"}
-    return model(**inputs, num_items_in_batch=num_tokens, label_smoothing=label_smoothing, skip_logits=True).loss
+    return model(**inputs, num_items_in_batch=1, label_smoothing=label_smoothing, skip_logits=True).loss
 
 
 def build_captioner(
@@ -178,13 +178,14 @@ def build_captioner(
     from training.encoder_training import checkpoint_blocks, freeze_unused, unfreeze_last_blocks
     from training.tokenizers import load_or_train_tokenizer
 
-    start, training = model_args.model_name_or_path, ("freeze_encoder", "dropout", "attention_dropout")
-    if start:
+    if start := model_args.model_name_or_path:
         if tokenizer_name:
             raise UserError(
                 f"--tokenizer_name {tokenizer_name} does not go with --model_name_or_path {start}, which has its own"
             )
-        captioner = load_for_fine_tuning(start, **{name: getattr(model_args, name) for name in training})
+        captioner = load_for_fine_tuning(
+            start, model_args.freeze_encoder, model_args.dropout, model_args.attention_dropout
+        )
     else:
         tokenizer = load_or_train_tokenizer(tokenizer_name, training_captions, model_args.vocab_size, accelerator)
         not_sizes = ("model_name_or_path", "num_trainable_encoder_blocks", "vocab_size")

@@ -141,7 +141,6 @@ def train(data_args, scst_args: SCSTArguments, decoding_args: DecodingArguments,
     from training.batches import (
         AugmentedImages,
         CaptionCollator,
-        CaptionPairs,
         CaptionSampler,
         ImageDataset,
         subsample_evenly,
@@ -154,7 +153,7 @@ def train(data_args, scst_args: SCSTArguments, decoding_args: DecodingArguments,
     from training.run import TrainingRun
     from training.sampling import set_sampling_mode, share_images_by
     from training.self_critical import SelfCritic, load_start, set_decoding, summed_cross_entropy
-    from training.shards import refuse_shards
+    from training.shards import pairs_of_split, refuse_shards
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     refuse_fsdp("train_scst.py")
@@ -172,10 +171,8 @@ def train(data_args, scst_args: SCSTArguments, decoding_args: DecodingArguments,
         model, processor = captioner.model.to(run.accelerator.device), captioner.processor
         num_augmentations = data_args.num_augmentations
         features = encode_splits(dataset, captioner.encoder, processor.image_processor, data_args, num_augmentations)
-        limits = [limit for limit in (data_args.max_caption_length, captioner.max_caption_tokens) if limit is not None]
-        max_length, start_ids = min(limits, default=None), captioner.start_token_ids
         train_pairs, val_pairs = (
-            CaptionPairs(dataset[split], processor.tokenizer, max_length, features[split], start_ids)
+            pairs_of_split(dataset[split], captioner, data_args.max_caption_length, features[split])
             for split in ("train", "validation")
         )
         set_decoding(captioner, decoding_args, train_pairs, scst_args.sample_min_length)

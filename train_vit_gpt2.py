@@ -5,7 +5,6 @@
 A recipe sets the options, the command line overrides it, `--help` lists them.
 """
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -13,8 +12,6 @@ from system.errors import UserError, one_line_errors
 from training.arguments import CaptionDataArguments, CaptionTrainingArguments, NewDecodingArguments, parse_recipe
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -107,7 +104,7 @@ class ModelArguments:
                 f"--num_attention_heads {self.num_attention_heads} does not divide --hidden_size {self.hidden_size}"
             )
         for name, size in self.sizes.items():
-            if not new and size != type(self).__dataclass_fields__[name].default:
+            if not new and size != getattr(ModelArguments, name):
                 raise UserError(
                     f"--{name} {size} has no effect without --pretrained_encoder false or --pretrained_decoder false"
                 )
@@ -145,7 +142,7 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
     from contextlib import nullcontext
 
     from data_scripts import load_for_training
-    from modeling.vit_gpt2 import check_parts, vit_gpt2_loss
+    from modeling.vit_gpt2 import check_parts
     from training.batches import CaptionCollator, ImageDataset, subsample_evenly
     from training.checkpoints import check_not_overwriting_start
     from training.evaluation import Evaluator, count_labels
@@ -175,14 +172,12 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
         num_augmentations = data_args.num_augmentations
         features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_augmentations)
         start_digest = weights_digest(model) if model_args.lora_rank else ""
-        max_tokens = captioner.max_caption_tokens
-        max_length = min(data_args.max_caption_length or max_tokens, max_tokens)
-        start_ids, loss_on_prompt = captioner.start_token_ids, model_args.loss_on_prompt
+        max_length, loss_on_prompt = data_args.max_caption_length, model_args.loss_on_prompt
         train_pairs, val_pairs = (
-            pairs_of_split(dataset[split], captioner, max_length, features[split], start_ids, loss_on_prompt)
+            pairs_of_split(dataset[split], captioner, max_length, features[split], loss_on_prompt)
             for split in ("train", "validation")
         )
-        captioner.set_decoding(**decoding_args.within(train_pairs.lengths, max_tokens))
+        captioner.set_decoding(**decoding_args.within(train_pairs.lengths, captioner.max_caption_tokens))
 
         # ---- Optimizer ----------------------------------------------------------------------------------------------
         sampler = sampler_of(train_pairs, run, data_args)
@@ -198,11 +193,6 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
         )
 
         # ---- Training -----------------------------------------------------------------------------------------------
-        def forward(forward, model, batch: dict, num_tokens, label_smoothing: float = 0.0):
-            """Summed cross entropy of a batch over the tokens of the whole step: accumulated batches are one big batch."""
-            inputs = {name: value for name, value in batch.items() if name != "index"}
-            return vit_gpt2_loss(forward, model, inputs, num_tokens, label_smoothing)
-
         val_rows, val_features = subsample_evenly(
             data_args.max_eval_samples, dataset["validation"], *features["validation"]
         )
@@ -212,13 +202,13 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
             images=run.eval_loader(ImageDataset(val_rows, val_features)),
             rows=val_rows,
             training_captions=training_captions,
-            loss_of=lambda model, batch: forward(model, model, batch, num_tokens=1),
+            loss_of=lambda model, batch: forward(model, model, batch),
         )
         for batches in run.steps(evaluate, summarize=lambda sums: {"train_loss": sums["loss"] / sums["tokens"]}):
             num_tokens = run.total(count_labels(batches))
             for batch in run.micro_batches(batches):
-                loss = forward(wrapped, model, batch, num_tokens, args.label_smoothing_factor)
-                run.backward(loss, loss=loss.detach() * num_tokens, tokens=count_labels([batch]))
+                loss = forward(wrapped, model, batch, args.label_smoothing_factor)
+                run.backward(loss / num_tokens, loss=loss.detach(), tokens=count_labels([batch]))
             run.optimizer_step()
 
         # ---- Evaluation and saving ----------------------------------------------------------------------------------
@@ -227,6 +217,18 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
         run.finish(
             dataset, features, training_captions, data_args=data_args, kind="vit-gpt2", started_from=started_from
         )
+
+
+def forward(wrapped, model, batch: dict, label_smoothing: float = 0.0):
+    """Cross entropy of a batch of captions, in nats, summed over its tokens.
+
+    Args:
+        wrapped: What Accelerate has made of `model`.
+    """
+    from modeling.vit_gpt2 import vit_gpt2_loss
+
+    inputs = {name: value for name, value in batch.items() if name != "index"}
+    return vit_gpt2_loss(wrapped, model, inputs, num_items_in_batch=1, label_smoothing=label_smoothing)
 
 
 def build_captioner(model_args: ModelArguments, data_args, training_captions: Iterable[str], accelerator):

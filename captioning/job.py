@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -103,6 +103,7 @@ class Job:
     with_confidence: bool = False
     num_inspected: int = 0
     counts: Counts = field(default_factory=Counts)
+    notes: Counter = field(default_factory=Counter)  # what of image files is not used
 
     def is_there(self, ref: ImageRef) -> bool:
         """Whether a run before has captioned an image."""
@@ -135,6 +136,7 @@ class Job:
                 for item in items:
                     if "problem" in item:
                         bar.write(f"{printable(item['ref'].name)}: {item['problem']}", file=sys.stderr)
+                    self.notes.update(item.pop("notes", ()))
                 good = [item for item in items if "problem" not in item]
                 self.counts.bad += len(items) - len(good)
                 if good:
@@ -143,6 +145,8 @@ class Job:
                 bar.initial = self.counts.there  # which took no time
                 bar.set_postfix({"bad": self.counts.bad} if self.counts.bad else {}, refresh=False)
                 bar.update(done - bar.n)
+        for note, number in sorted(self.notes.items()):
+            print(f"{note}: {number:,}", file=sys.stderr)
         self.output.close()
         if self.doubtful:
             self.doubtful.close()

@@ -151,8 +151,8 @@ def test_an_impossible_value_is_refused_and_its_option_named(arguments, tmp_path
 WITHOUT_EFFECT = [
     ("train_lstm", ["--warmup_steps", "5"], "--lr_scheduler_type"),
     ("train_lstm", ["--fp16", "true", "--bf16", "true"], "--bf16"),
-    ("train_lstm", ["--int8_features", "true", "--cache_features", "false"], "--cache_features"),
-    ("train_lstm", ["--compile_encoder", "true", "--cache_features", "false"], "--cache_features"),
+    ("train_lstm", ["--feature_cache", "int8", "--freeze_encoder", "false"], "--feature_cache"),
+    ("train_lstm", ["--compile_encoder", "true", "--feature_cache", "none"], "--feature_cache"),
     ("train_lstm", ["--compile_encoder", "true", "--freeze_encoder", "false"], "--compile_encoder"),
     ("train_lstm", ["--hub_strategy", "checkpoint"], "--push_to_hub"),
     ("train_lstm", ["--num_attention_heads", "2"], "--attention"),
@@ -418,7 +418,7 @@ def test_too_little_room_for_the_features_is_found_before_they_are_encoded(argum
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 100, 100))
-    assert "--cache_features false" in refused(capsys, train_lstm.main, arguments("train_lstm"))
+    assert "--feature_cache" in refused(capsys, train_lstm.main, arguments("train_lstm"))
     assert not list((tmp_path / "cache").rglob("*.npy"))
 
 

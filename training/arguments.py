@@ -70,19 +70,18 @@ class DataArguments:
             "max": MAX_AUGMENTATIONS,
         },
     )
-    cache_features: bool = field(
-        default=True, metadata={"help": "Cache the features of a frozen encoder on disk, in float16."}
-    )
-    int8_features: bool = field(
-        default=False,
-        metadata={"help": "Cache features as int8: half the disk, lossy.", "needs": {"cache_features": [True]}},
+    feature_cache: Literal["float16", "int8", "none"] = field(
+        default="float16",
+        metadata={
+            "help": "Type in which the features of a frozen encoder are cached on disk; int8 takes half of it, lossy."
+        },
     )
     compile_encoder: bool = field(
         default=False,
         metadata={
             "help": "Compile a frozen encoder with torch.compile before it encodes the images: takes minutes, saves about 8 % on "
             "a CPU.",
-            "needs": {"cache_features": [True]},
+            "needs": {"feature_cache": ["float16", "int8"]},
         },
     )
     publish_images: bool | None = field(
@@ -108,12 +107,12 @@ class CaptionDataArguments(DataArguments):
             "help": "Folder or Hub id of the tokenizer; trained on the captions, or the decoder's, if not given."
         },
     )
-    train_sampling_strategy: Literal["group_by_length", "random"] = field(
+    train_sampling_strategy: Literal["group_by_length", "group_by_image", "random"] = field(
         default="group_by_length",
-        metadata={"help": "Batches of captions of similar length, which saves padding, or of any length."},
-    )
-    group_by_image: bool = field(
-        default=False, metadata={"help": "Put all captions of an image into one batch, which encodes it once."}
+        metadata={
+            "help": "Batches of captions of similar length, which saves padding; of all captions of images, which are encoded "
+            "once; or of any captions."
+        },
     )
 
 
@@ -239,7 +238,6 @@ class TrainingArguments:
     fp16: bool = field(
         default=False, metadata={"help": "Train in float16 mixed precision.", "needs": {"bf16": [False]}}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU although there is an accelerator."})
     seed: int = field(default=42, metadata={"help": "Seed of weights, order and dropout.", "min": 0, "below": 2**32})
     logging_steps: int | None = field(
         default=None,
@@ -381,14 +379,16 @@ def _settings(option: dataclasses.Field, kind: Any) -> dict[str, Any]:
     """What argparse is told of an option of type `kind`: bool, int, float, str, Literal, a list of them, or None as well."""
     kind = next((part for part in get_args(kind) if part is not NoneType), kind) if NoneType in get_args(kind) else kind
     help_text = option.metadata["help"].replace("%", "%%")
-    if option.default not in (None, dataclasses.MISSING):
+    if option.default not in (None, "", dataclasses.MISSING):
         help_text += f" (default: {str(option.default).lower() if kind is bool else option.default})"
     settings = {"help": help_text}
     if "positional" in option.metadata:
         settings["nargs"] = option.metadata["positional"]
     else:
         settings |= {"required": option.default is dataclasses.MISSING, "default": option.default}
-        settings["metavar"] = option.name.rpartition("_")[2].upper()
+        settings["metavar"] = option.metadata.get("metavar", option.name.rpartition("_")[2].upper())
+        if isinstance(settings["metavar"], tuple):  # a name for each of several values
+            settings["nargs"] = len(settings["metavar"])
     if kind is bool:
         return settings | {"type": _boolean, "nargs": "?", "const": True, "metavar": "{true,false}"}
     if get_origin(kind) is Literal:

@@ -170,8 +170,11 @@ class TrainingRun:
         self.state = TrainerState(self.script, self.step_size, start_digest)
         if self.resume_from:
             self._resume()
-        shares = self.state.running_sums.items()
-        self.sums = {name: torch.tensor(value / accelerator.num_processes, dtype=self._wide) for name, value in shares}
+        # Saved over all processes, and added up over them again: each takes an equal part.
+        self.sums = {
+            name: torch.tensor(value / accelerator.num_processes, dtype=self._sum_dtype)
+            for name, value in self.state.running_sums.items()
+        }
         return self.model
 
     def _prepare_loader(self, train_dataset, sampler: Sampler, collator: Callable[[list], dict]) -> None:
@@ -228,7 +231,7 @@ class TrainingRun:
                         if self._is_finished():
                             break
                         started = time.perf_counter()
-        if self._stops_early():
+        if self._should_stop_early():
             logger.info(f"No better validation CIDEr since step {state.best_step}: stopped.")
 
     def micro_batches(self, batches: list[dict]) -> Iterator[dict]:
@@ -249,10 +252,10 @@ class TrainingRun:
             loss: This batch's part of the step's loss, in which batches and processes are summed, not averaged.
             sums: Added up until the next row of the history, over batches, steps and processes; see `steps`.
         """
-        # Several processes average their gradients, where the sum is wanted.
+        # DDP and FSDP2 average the gradients of the processes; the loss is a sum over them.
         self.accelerator.backward(loss * self.accelerator.num_processes)
         for name, value in sums.items():
-            value = torch.as_tensor(value, dtype=self._wide).detach()
+            value = torch.as_tensor(value, dtype=self._sum_dtype).detach()
             self.sums[name] = value + self.sums[name] if name in self.sums else value
 
     def optimizer_step(self) -> None:
@@ -273,7 +276,8 @@ class TrainingRun:
         return self.ema is not None or self.export is not nullcontext
 
     @property
-    def _wide(self) -> torch.dtype:
+    def _sum_dtype(self) -> torch.dtype:
+        # Thousands of batches are added up; MPS has no float64.
         return torch.float32 if self.accelerator.device.type == "mps" else torch.float64
 
     def _end_step(self, evaluate: Callable, summarize: Callable, bar: EpochProgressBar) -> None:
@@ -287,20 +291,20 @@ class TrainingRun:
         if epoch_ends:
             state.epoch, state.epoch_steps = state.epoch + 1, 0
         last = state.step >= self.num_steps
-        evaluates = last or every_n_steps(state.step, args.eval_steps)
-        evaluates |= epoch_ends and state.epoch % args.eval_epochs == 0
-        if evaluates or epoch_ends or every_n_steps(state.step, args.logging_steps):
+        should_evaluate = last or every_n_steps(state.step, args.eval_steps)
+        should_evaluate |= epoch_ends and state.epoch % args.eval_epochs == 0
+        if should_evaluate or epoch_ends or every_n_steps(state.step, args.logging_steps):
             sums = self._total_sums()
-            check_finite(math.fsum(sums.values()), self.model, state.step, args.learning_rate, args.output_dir)
+            check_finite(sum(sums.values()), self.model, state.step, args.learning_rate, args.output_dir)
             row = {"epoch": self._epochs(), "step": state.step} if self.loader.steps_per_epoch else {"step": state.step}
             row |= summarize(sums)
             self.sums = {}
-            self._log(row | (self._evaluate(evaluate) if evaluates else {}))
-        stops = self.stop_signal.confirm(self.accelerator)
-        saves = last or stops or self._stops_early() or every_n_steps(state.step, args.save_steps)
-        if saves or (epoch_ends and state.epoch % args.save_epochs == 0):
+            self._log(row | (self._evaluate(evaluate) if should_evaluate else {}))
+        should_stop = self.stop_signal.confirm(self.accelerator)
+        should_save = last or should_stop or self._should_stop_early() or every_n_steps(state.step, args.save_steps)
+        if should_save or (epoch_ends and state.epoch % args.save_epochs == 0):
             self._save_checkpoint()
-        if stops:
+        if should_stop:
             self.stop_signal.exit_after_checkpoint(self.accelerator, state.step)
 
     def _epochs(self) -> float:
@@ -333,9 +337,9 @@ class TrainingRun:
         return EpochProgressBar(state.epoch + 1, num_epochs, self.loader.num_items, done, self.unit, silent)
 
     def _is_finished(self) -> bool:
-        return self.state.step >= self.num_steps or self._stops_early()
+        return self.state.step >= self.num_steps or self._should_stop_early()
 
-    def _stops_early(self) -> bool:
+    def _should_stop_early(self) -> bool:
         """Whether there were too many evaluations without a better one; true of a run that is resumed after that, too."""
         patience = self.args.early_stopping_patience
         return bool(patience) and self.state.evaluations_since_best >= patience
@@ -407,7 +411,7 @@ class TrainingRun:
         args, state = self.args, self.state
         state.running_sums = self._total_sums()
         state.positions = self.loader.position(state.epoch_steps)
-        loss = math.fsum(state.running_sums.values())
+        loss = sum(state.running_sums.values())
         check_finite(loss, self.model, state.step, args.learning_rate, args.output_dir)
         with new_checkpoint(args.output_dir, state.step) as folder:
             save_training_state(self, folder, asdict(state))
@@ -475,5 +479,5 @@ class TrainingRun:
 
 
 def every_n_steps(step: int, num_steps: int | None) -> bool:
-    """Whether so many steps have passed since the last time; never where there is no such number."""
+    """Whether `step` is a multiple of `num_steps`; False where that is None."""
     return bool(num_steps) and step % num_steps == 0
