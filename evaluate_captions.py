@@ -265,8 +265,8 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
     set_seed(args.seed, device_specific=True)
 
     # ---- Data and model ---------------------------------------------------------------------------------------------
-    if not is_trained_here(args.model_name_or_path) and (args.int8_features or args.compile_encoder):
-        option = "int8_features" if args.int8_features else "compile_encoder"
+    if not is_trained_here(args.model_name_or_path) and (args.feature_cache == "int8" or args.compile_encoder):
+        option = "compile_encoder true" if args.compile_encoder else "feature_cache int8"
         raise UserError(f"--{option} has no effect: features of {args.model_name_or_path}, of others, are not cached")
     optional = optional_metrics(args) if accelerator.is_main_process else None
     dataset, rows = load_split(args)

@@ -326,8 +326,8 @@ def test_ours_take_no_prompt_and_others_are_neither_trained_nor_cached(tmp_path,
         load_captioner(starts["lstm"], "the dog")
     with pytest.raises(UserError, match="of the kind llava"):  # as train_scst.py, export_onnx.py and others load
         Captioner.load(folders["llava"])
-    for option in ("--int8_features", "--compile_encoder"):
-        options = ["--dataset_name", images[1], "--output_dir", str(tmp_path), option, "true"]
+    for option, value in {"--feature_cache": "int8", "--compile_encoder": "true"}.items():
+        options = ["--dataset_name", images[1], "--output_dir", str(tmp_path), option, value]
         with pytest.raises(SystemExit) as ended:
             evaluate_captions.main(["--model_name_or_path", folders["git"], *options])
         assert ended.value.code == 2 and option in capsys.readouterr().err
