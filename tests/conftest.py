@@ -67,7 +67,9 @@ def colors(tmp_path_factory) -> str:
 
     captions = [[f"a {color} dog", f"the small cat sits on a {color} big dog and runs"] for color in COLORS]
     features = Features({"image": Image(mode="RGB"), "image_id": Value("string"), "captions": List(Value("string"))})
-    table = Dataset.from_dict({"image": IMAGES, "image_id": list(COLORS), "captions": captions}, features=features)
+    table = Dataset.from_dict(
+        {"image": [image.copy() for image in IMAGES], "image_id": list(COLORS), "captions": captions}, features=features
+    )
     folder = tmp_path_factory.mktemp("data") / "colors"
     DatasetDict({"train": table, "validation": table, "test": table}).save_to_disk(folder)
     return str(folder)
