@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,6 +46,10 @@ class ExportArguments:
     output_dir: str = field(
         metadata={"help": "Folder for the exported model; must be new or empty.", "positional": None}
     )
+    format: Literal["showtell", "transformers.js"] = field(
+        default="showtell",
+        metadata={"help": "Files of the export: for caption_images here, or ViT-GPT2's for transformers.js 4."},
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,14 +64,33 @@ def main(argv: list[str] | None = None) -> None:
 
         transformers.logging.disable_progress_bar()
         captioner = Captioner.load(args.model_name_or_path)
+        settings = captioner.model.generation_config.to_diff_dict()  # as saved, before any is left out
         with atomic_folder(args.output_dir) as (folder, _):
-            export_captioner(captioner, folder)
-    for path in sorted(Path(args.output_dir).glob("*.onnx")):
+            if args.format == "showtell":
+                export_captioner(captioner, folder)
+            else:
+                export_for_transformers_js(captioner, folder, args.model_name_or_path)
+    for path in sorted(Path(args.output_dir).rglob("*.onnx")):
         print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
-    settings = json.loads((Path(args.output_dir) / "generation_config.json").read_text(encoding="utf-8"))
     if ignored := ignored_settings(settings):
         listed = ", ".join(f"{name}={json.dumps(value)[:60]}" for name, value in ignored.items())
         print(f"warning: captions of the exported model are generated greedily, without {listed}", file=sys.stderr)
+
+
+def export_for_transformers_js(captioner, folder: Path, name: str) -> None:
+    """Write the files of `--format transformers.js`.
+
+    Raises:
+        UserError: transformers.js has no such captioner, or its image processor cannot be put into the encoder's graph.
+    """
+    from modeling.transformers_js import export_transformers_js
+
+    if captioner.model.config.model_type != "vision-encoder-decoder":
+        raise UserError(f"model {name}: transformers.js runs ViT-GPT2 captioners alone; leave out --format")
+    try:
+        export_transformers_js(captioner, folder)
+    except ValueError as error:
+        raise UserError(f"model {name} cannot be exported for transformers.js: {error}; leave out --format") from error
 
 
 def ignored_settings(settings: dict[str, Any]) -> dict[str, Any]:

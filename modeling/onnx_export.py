@@ -123,12 +123,12 @@ def export_captioner(captioner: Captioner, folder: Path) -> None:
     image, state = encoder(pixels), step.state()
     batch = torch.export.Dim("batch", min=1, max=4096)
     names = [f"image.{name}" for name in encoder.names()]
-    _export(encoder, (pixels,), folder / "encoder.onnx", ["pixel_values"], names, ({0: batch},))
+    export_module(encoder, (pixels,), folder / "encoder.onnx", ["pixel_values"], names, ({0: batch},))
 
     length, past = torch.export.Dim("length", min=1, max=1024), torch.export.Dim("past", min=0, max=4096)
     ids = torch.ones(BATCH, 1 if is_lstm else 2, dtype=torch.int64)
     of_state = {1: batch} if is_lstm else {0: batch, 2: past}
-    _export(
+    export_module(
         step,
         (ids, torch.tensor(PAST), image, [*state.values()]),
         folder / "step.onnx",
@@ -140,7 +140,9 @@ def export_captioner(captioner: Captioner, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
-def _export(module: nn.Module, inputs: tuple, path: Path, input_names: list, output_names: list, shapes: tuple) -> None:
+def export_module(
+    module: nn.Module, inputs: tuple, path: Path, input_names: list, output_names: list, shapes: tuple
+) -> None:
     num_bytes = sum(parameter.nbytes for parameter in module.parameters())
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
