@@ -5,23 +5,26 @@ Its own resizing does not average when it shrinks an image, so the encoder's gra
 """
 
 import json
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
-from onnx import helper, numpy_helper
+from onnx import compose
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, VisionEncoderDecoderModel
 
 from .captioner import Captioner
-from .onnx_export import BATCH, PAST, export_module
+from .onnx_export import BATCH, PAST, causal_mask
+from .onnx_files import MAX_BYTES_IN_FILE, convert, export_module
+from .onnx_pixels import export_pixel_processor
 
-RESIZE = {0: ("nearest", {}), 2: ("linear", {"antialias": 1}), 3: ("cubic", {"antialias": 1, "cubic_coeff_a": -0.5})}
 # Settings of a generation config that the npm package accepts and ignores: beams and sampling.
 GREEDY = {"num_beams": 1, "do_sample": False} | dict.fromkeys(
     ("length_penalty", "num_return_sequences", "early_stopping", "top_p", "top_k", "temperature", "sequence_bias")
 )
+ENCODER, DECODER = "encoder_model", "decoder_model_merged"
 
 
 class ImageStates(nn.Module):
@@ -45,110 +48,97 @@ class MergedDecoder(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, encoder_hidden_states: torch.Tensor, past: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        read = DynamicCache([*zip(past[::2], past[1::2], strict=True)])
         num_tokens, num_read = input_ids.shape[1], past[0].shape[2]
-        # Each token sees those before it and itself: (length, read and length)
-        visible = torch.arange(num_read + num_tokens) <= (num_read + torch.arange(num_tokens)).unsqueeze(1)
         outputs = self.decoder(
             input_ids=input_ids,
             position_ids=num_read + torch.arange(num_tokens).unsqueeze(0),  # (1, length)
-            attention_mask=torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None],
+            attention_mask=causal_mask(num_read, num_tokens),
             encoder_hidden_states=encoder_hidden_states,
             use_cache=True,
-            cache=EncoderDecoderCache(read, DynamicCache()),
+            cache=EncoderDecoderCache(DynamicCache([*zip(past[::2], past[1::2], strict=True)]), DynamicCache()),
         )
         layers = outputs.cache.self_attention_cache.layers
         return [outputs.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))]
 
 
-def export_transformers_js(captioner: Captioner, folder: Path) -> None:
-    """Write onnx/, both configs, the tokenizer and preprocessor_config.json into a folder.
+def export_transformers_js(captioner: Captioner, folder: Path, suffixes: Mapping[str, str]) -> None:
+    """Write onnx/, the configs, the tokenizer and the preprocessor's settings into a folder.
+
+    Args:
+        suffixes: Of the names of the files of each data type: fp32, fp16, q8.
 
     Raises:
-        ValueError: The image processor crops, pads or resizes in a way that the encoder's graph does not have.
+        ValueError: The decoder is no GPT-2, the weights are too many for one file, or the image processor does what the encoder's
+            graph cannot.
     """
-    model, processor = captioner.model.eval().float(), captioner.processor
-    check_image_processor(processor.image_processor)
+    model = captioner.model.eval().float()
+    if model.config.decoder.model_type != "gpt2":
+        raise ValueError(f"its decoder is of the kind {model.config.decoder.model_type}, not gpt2")
+    if sum(weight.nbytes for weight in model.parameters()) > MAX_BYTES_IN_FILE:
+        raise ValueError("its weights are too many for one file")
     model.set_attn_implementation("eager")
-    size, decoder = processor.image_processor.size, model.config.decoder
-    batch = torch.export.Dim("batch_size", min=1, max=4096)
-    length, past_length = torch.export.Dim("length", min=1, max=1024), torch.export.Dim("past", min=0, max=4096)
-    encoder = ImageStates(model)
-    pixels = torch.randn(BATCH, 3, size["height"], size["width"])
-    with torch.no_grad():
-        states = encoder(pixels)
     (folder / "onnx").mkdir()
-    path = folder / "onnx" / "encoder_model.onnx"
-    export_module(encoder, (pixels,), path, ["pixel_values"], ["last_hidden_state"], ({0: batch},))
-    resize_in_graph(path, processor.image_processor)
-    shape = (BATCH, decoder.num_attention_heads, PAST, decoder.hidden_size // decoder.num_attention_heads)
-    names = [f"{layer}.{kind}" for layer in range(decoder.num_hidden_layers) for kind in ("key", "value")]
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        pixels, encoder, decoder = (Path(beside) / f"{name}.onnx" for name in ("pixels", "encoder", "decoder"))
+        size = export_pixel_processor(captioner.image_processor, pixels)
+        export_encoder(model, size, encoder)
+        export_decoder(model, decoder)
+        for dtype, suffix in suffixes.items():
+            converted = Path(beside) / f"converted{suffix}.onnx"
+            convert(encoder, converted, dtype)
+            join(pixels, converted, folder / "onnx" / f"{ENCODER}{suffix}.onnx")
+            convert(decoder, folder / "onnx" / f"{DECODER}{suffix}.onnx", dtype)
+    save_settings(captioner, folder)
+
+
+def export_encoder(model: VisionEncoderDecoderModel, size: tuple[int, int], path: Path) -> None:
+    batch = torch.export.Dim("batch_size", min=1, max=4096)
+    pixels = torch.randn(BATCH, 3, *size)
+    export_module(ImageStates(model), (pixels,), path, ["pixel_values"], ["last_hidden_state"], ({0: batch},))
+
+
+def export_decoder(model: VisionEncoderDecoderModel, path: Path) -> None:
+    config = model.config.decoder
+    shape = (BATCH, config.num_attention_heads, PAST, config.hidden_size // config.num_attention_heads)
+    names = [f"{layer}.{kind}" for layer in range(config.num_hidden_layers) for kind in ("key", "value")]
+    # The package replaces this name of a dimension by the batch's size; others become 0.
+    batch, positions = (torch.export.Dim(name, min=1, max=65_536) for name in ("batch_size", "positions"))
+    length, past_length = torch.export.Dim("length", min=1, max=1024), torch.export.Dim("past", min=0, max=4096)
+    states = torch.randn(BATCH, 5, config.hidden_size)
     export_module(
         MergedDecoder(model),
         (torch.ones(BATCH, 2, dtype=torch.int64), states, [torch.randn(shape) for _ in names]),
-        folder / "onnx" / "decoder_model_merged.onnx",
+        path,
         ["input_ids", "encoder_hidden_states", *(f"past_key_values.{name}" for name in names)],
         ["logits", *(f"present.{name}" for name in names)],
-        ({0: batch, 1: length}, {0: batch}, [{0: batch, 2: past_length}] * len(names)),
+        ({0: batch, 1: length}, {0: batch, 1: positions}, [{0: batch, 2: past_length}] * len(names)),
     )
-    save_settings(captioner, folder)
+
+
+def join(pixels: Path, encoder: Path, target: Path) -> None:
+    """Write the image processor and the encoder as one graph: pixels of any size, 0 to 255, to the encoder's states."""
+    first = compose.add_prefix(onnx.load(pixels), "pixels.")
+    joined = compose.merge_models(first, onnx.load(encoder), io_map=[("pixels.pixel_values", "pixel_values")])
+    (given,) = joined.graph.input
+    for node in joined.graph.node:
+        node.input[:] = ["pixel_values" if name == given.name else name for name in node.input]
+    given.name = "pixel_values"
+    onnx.save(joined, target)
 
 
 def save_settings(captioner: Captioner, folder: Path) -> None:
     """Write the configs, the tokenizer, and a preprocessor that hands over an image's pixels as they are, 0 to 255."""
     captioner.model.config.save_pretrained(folder)
-    captioner.processor.tokenizer.save_pretrained(folder)
+    captioner.tokenizer.save_pretrained(folder)
     settings = captioner.model.generation_config.to_diff_dict() | GREEDY
     settings = {name: value for name, value in settings.items() if value is not None}
     image_processor = {"image_processor_type": "ViTImageProcessor", "do_convert_rgb": True}
     image_processor |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), False)
-    for name, content in (("generation_config", settings), ("preprocessor_config", image_processor)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def check_image_processor(image_processor) -> None:
-    """Raise ValueError for an image processor that does more than resize to one size, rescale and normalize."""
-    kind = int(getattr(image_processor, "resample", 2))
-    sides = {side for side, pixels in dict(image_processor.size).items() if pixels}
-    if getattr(image_processor, "do_center_crop", False) or not {"height", "width"} <= sides:
-        raise ValueError("its image processor crops or keeps the aspect ratio")
-    if kind not in RESIZE or not (image_processor.do_resize and image_processor.do_rescale):
-        raise ValueError("its image processor does not resize by nearest, bilinear or bicubic and rescale")
-
-
-def resize_in_graph(path: Path, image_processor) -> None:
-    """Put resizing (antialiased), rounding to gray levels, rescaling and normalizing before an encoder's first node.
-
-    Its pixel_values become float32 (batch, 3, any height, any width) from 0 to 255.
-    """
-    proto = onnx.load(path)
-    graph = proto.graph
-    mode, attributes = RESIZE[int(image_processor.resample)]
-    size, normalizes = image_processor.size, image_processor.do_normalize
-    mean, std = (image_processor.image_mean, image_processor.image_std) if normalizes else ([0.0] * 3, [1.0] * 3)
-    per_channel = (1, 3, 1, 1)
-    constants = {
-        "resize.start": np.array([size["height"], size["width"]], dtype=np.int64),
-        "resize.low": np.float32(0),
-        "resize.high": np.float32(255),
-        "resize.factor": (image_processor.rescale_factor / np.array(std, dtype=np.float32)).reshape(per_channel),
-        "resize.shift": (np.array(mean, dtype=np.float32) / np.array(std, dtype=np.float32)).reshape(per_channel),
+    processor = {"processor_class": "VisionTextDualEncoderProcessor", "image_processor": image_processor}
+    files = {
+        "generation_config": settings,
+        "preprocessor_config": image_processor,  # the one that the package reads
+        "processor_config": processor,
     }
-    for name, value in constants.items():
-        graph.initializer.append(numpy_helper.from_array(np.asarray(value, dtype=value.dtype), name))
-    for node in graph.node:
-        node.input[:] = ["resize.normalized" if name == "pixel_values" else name for name in node.input]
-    steps = [
-        helper.make_node(
-            "Resize", ["pixel_values", "", "", "resize.start"], ["resize.size"], mode=mode, axes=[2, 3], **attributes
-        ),
-        helper.make_node("Round", ["resize.size"], ["resize.round"]),
-        helper.make_node("Clip", ["resize.round", "resize.low", "resize.high"], ["resize.clip"]),
-        helper.make_node("Mul", ["resize.clip", "resize.factor"], ["resize.mul"]),
-        helper.make_node("Sub", ["resize.mul", "resize.shift"], ["resize.normalized"]),
-    ]
-    for number, node in enumerate(steps):
-        graph.node.insert(number, node)
-    for axis, name in ((2, "height"), (3, "width")):
-        graph.input[0].type.tensor_type.shape.dim[axis].dim_param = name
-    onnx.save(proto, path)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,8 @@ from small_captioners import IMAGES, build
 from transformers import GenerationConfig
 
 import export_onnx
-from modeling import onnx_export
+from captioning.onnx_decoding import ExportedCaptioner
+from modeling import onnx_files
 from modeling.captioner import Captioner
 
 
@@ -29,7 +30,7 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
     model, processor = captioner.model, captioner.processor
     captioner.save(tmp_path / "model")
     if prompt == "attention":  # weights beside the file, as of a model too large for one
-        monkeypatch.setattr(onnx_export, "MAX_BYTES_IN_FILE", 0)
+        monkeypatch.setattr(onnx_files, "MAX_BYTES_IN_FILE", 0)
     export_onnx.main([str(tmp_path / "model"), str(tmp_path / "exported")])
     assert (tmp_path / "exported" / "step.onnx.data").exists() == (prompt == "attention")
     for name in ("encoder", "step"):
@@ -119,7 +120,7 @@ def test_what_must_be_installed_is_said(tmp_path, monkeypatch, capsys):
 def exported(request, tmp_path_factory):
     captioner, folder = build(request.param, num_layers=1), tmp_path_factory.mktemp(request.param)
     captioner.save(folder / "model")
-    export_onnx.main([str(folder / "model"), str(folder / "exported")])
+    export_onnx.main([str(folder / "model"), str(folder / "exported"), "--dtype", "fp32,fp16,q8"])
     return captioner, folder / "exported"
 
 
@@ -137,6 +138,12 @@ def exported(request, tmp_path_factory):
         {"max_length": 12, "repetition_penalty": 0.4, "sequence_bias": [[[7], 3.0], [[9], -2.0]]},
         {"max_length": 12, "suppress_tokens": [4, 6, 10]},
         {"max_length": 12, "bad_words_ids": [[6], [10], [2]]},
+        {"num_beams": 3},
+        {"max_length": 12, "num_beams": 4, "length_penalty": 2.0, "no_repeat_ngram_size": 2, "min_length": 5},
+        {"max_length": 12, "num_beams": 4, "length_penalty": -1.5, "early_stopping": True},
+        {"max_length": 12, "num_beams": 2, "early_stopping": "never", "repetition_penalty": 1.5},
+        {"max_length": 12, "num_beams": 3, "early_stopping": True, "eos_token_id": [2, 6, 10], "pad_token_id": 3},
+        {"max_length": 9, "num_beams": 3, "eos_token_id": None, "pad_token_id": None, "suppress_tokens": [4, 6]},
     ],
     ids=str,
 )
@@ -152,14 +159,47 @@ def test_every_setting_is_that_of_generate(exported, settings):
     assert captions == captioner.model.generate(pixel_values=pixels)[:, 1:].tolist()
 
 
+@pytest.mark.parametrize(("dtype", "suffix", "fraction"), [("fp16", "_fp16", 0.51), ("q8", "_quantized", 0.3)])
+def test_smaller_weights_are_smaller_and_nearly_the_same(exported, dtype, suffix, fraction):
+    captioner, folder = exported
+    pixels = captioner.processor(images=IMAGES, return_tensors="pt")["pixel_values"]
+    model = ExportedCaptioner(folder, dtype)
+    start = torch.tensor([captioner.start_token_ids] * len(IMAGES))
+    logits, _ = model.step(start.numpy(), 0, model.encode(pixels.numpy()), model.first_state(len(IMAGES)))
+    with torch.no_grad():
+        expected = captioner.model(pixel_values=pixels, decoder_input_ids=start).logits[:, -1].numpy()
+    assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.99
+
+    def weights(path) -> dict[str, int]:  # bytes; the tiny models of tests have half of theirs in biases and norms
+        graph = onnx.load(path).graph
+        return {weight.name: len(weight.raw_data) for weight in graph.initializer if np.prod(weight.dims) >= 512}
+
+    for name in ("encoder", "step"):
+        whole, small = weights(folder / f"{name}.onnx"), weights(folder / f"{name}{suffix}.onnx")
+        assert sum(small.values()) <= fraction * sum(whole.values())
+    operators = {node.op_type for node in onnx.load(folder / f"step{suffix}.onnx").graph.node}
+    assert dtype != "q8" or "LSTM" not in operators  # onnxruntime's tool leaves the exporter's in float32
+
+
+def test_the_exported_image_processor_gives_the_pixels_of_the_captioners_own(exported):
+    captioner, folder = exported
+    model, noise = ExportedCaptioner(folder), np.random.default_rng(0)
+    for shape in ((64, 64), (70, 301), (40, 31)):
+        image = noise.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        expected = captioner.processor(images=[image], return_tensors="np")["pixel_values"]
+        step = 1 / 255 / np.array(captioner.image_processor.image_std).reshape(3, 1, 1)  # of a gray level
+        differences = np.abs(model.preprocess(image) - expected) / step
+        assert differences.max() < 1.01 and (differences > 0.01).mean() < 0.03
+
+
 def test_settings_that_are_left_out_are_named(tmp_path, capsys):
     captioner = build("lstm", num_layers=1)
-    captioner.model.generation_config.update(num_beams=4, length_penalty=0.7, bad_words_ids=[[3, 4], [5]])
+    captioner.model.generation_config.update(do_sample=True, top_p=0.7, num_beams=4, bad_words_ids=[[3, 4], [5]])
     captioner.save(tmp_path / "model")
     export_onnx.main([str(tmp_path / "model"), str(tmp_path / "exported")])
     told = capsys.readouterr().err
-    assert all(f"{name}=" in told for name in ("num_beams", "length_penalty", "bad_words_ids of several tokens"))
-    assert not {"max_length=", "eos_token_id="} & set(told.split())
+    assert all(f"{name}=" in told for name in ("do_sample", "top_p", "bad_words_ids of several tokens"))
+    assert not any(f"{name}=" in told for name in ("max_length", "eos_token_id", "num_beams"))
 
 
 @pytest.mark.slow
