@@ -73,7 +73,34 @@ class ExportArguments:
     )
     split: str = field(default="validation", metadata={"help": "Split of the dataset: train, validation or test."})
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Number of images to score, evenly spread; all if not given.", "min": 1}
+        default=None,
+        metadata={
+            "help": "Number of images to score, evenly spread; all if not given.",
+            "min": 1,
+        },
+    )
+    web: bool = field(
+        default=False,
+        metadata={
+            "help": "Add a static page that captions in the browser, ready for any host.",
+            "needs": {"format": ["showtell"]},
+        },
+    )
+    onnxruntime_web: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the npm package onnxruntime-web; installed by npm if not given.",
+            "needs": {"web": [True]},
+        },
+    )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push the page to the Hub as a static Space.", "needs": {"web": [True]}}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Space to push to; the name of output_dir if not given."}
+    )
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Create the Space as a private one.", "needs": {"push_to_hub": [True]}}
     )
 
     def __post_init__(self):
@@ -121,18 +148,25 @@ def write_export(captioner: "Captioner", folder: Path, args: ExportArguments) ->
     """Write the files of the chosen format.
 
     Raises:
-        UserError: transformers.js has no such captioner, or its image processor cannot be put into the encoder's graph.
+        UserError: The format or the data type does not suit the captioner.
     """
     from modeling.onnx_export import export_captioner
     from modeling.transformers_js import export_transformers_js
 
     suffixes = {dtype: SUFFIXES[dtype] for dtype in args.dtypes}
+    name, is_vit_gpt2 = args.model_name_or_path, captioner.model.config.model_type == "vision-encoder-decoder"
     if args.format == "showtell":
+        if "fp16" in args.dtypes and not is_vit_gpt2:
+            raise UserError(f"--dtype {args.dtype}: onnxruntime crashes on LSTMs in float16; give fp32 or q8")
         if reason := export_captioner(captioner, folder, suffixes):
             print(f"warning: there is no preprocess.onnx: {reason}", file=sys.stderr)
+        if args.web:
+            from modeling.onnx_page import write_page
+
+            title = Path(args.model_name_or_path).name
+            write_page(captioner, folder, title, suffixes, args.onnxruntime_web)
         return
-    name = args.model_name_or_path
-    if captioner.model.config.model_type != "vision-encoder-decoder":
+    if not is_vit_gpt2:
         raise UserError(f"model {name}: transformers.js runs ViT-GPT2 captioners alone; leave out --format")
     try:
         export_transformers_js(captioner, folder, suffixes)

@@ -13,7 +13,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 ZERO = 128
-MIN_WEIGHTS = 1024  # below these a tensor is not worth its scales
+MIN_WEIGHTS = 512  # below these a tensor is not worth its scales
 
 
 def to_float16(source: Path, target: Path) -> None:

@@ -120,7 +120,8 @@ def test_what_must_be_installed_is_said(tmp_path, monkeypatch, capsys):
 def exported(request, tmp_path_factory):
     captioner, folder = build(request.param, num_layers=1), tmp_path_factory.mktemp(request.param)
     captioner.save(folder / "model")
-    export_onnx.main([str(folder / "model"), str(folder / "exported"), "--dtype", "fp32,fp16,q8"])
+    dtypes = "fp32,q8" if request.param == "lstm" else "fp32,fp16,q8"
+    export_onnx.main([str(folder / "model"), str(folder / "exported"), "--dtype", dtypes])
     return captioner, folder / "exported"
 
 
@@ -162,6 +163,8 @@ def test_every_setting_is_that_of_generate(exported, settings):
 @pytest.mark.parametrize(("dtype", "suffix", "fraction"), [("fp16", "_fp16", 0.51), ("q8", "_quantized", 0.3)])
 def test_smaller_weights_are_smaller_and_nearly_the_same(exported, dtype, suffix, fraction):
     captioner, folder = exported
+    if dtype == "fp16" and not (folder / "step_fp16.onnx").exists():
+        pytest.skip("LSTM captioners have no float16")
     pixels = captioner.processor(images=IMAGES, return_tensors="pt")["pixel_values"]
     model = ExportedCaptioner(folder, dtype)
     start = torch.tensor([captioner.start_token_ids] * len(IMAGES))
@@ -192,7 +195,8 @@ def test_the_exported_image_processor_gives_the_pixels_of_the_captioners_own(exp
         assert differences.max() < 1.01 and (differences > 0.01).mean() < 0.03
 
 
-def test_settings_that_are_left_out_are_named(tmp_path, capsys):
+def test_settings_that_are_left_out_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export_onnx, "write_export", lambda *_: None)
     captioner = build("lstm", num_layers=1)
     captioner.model.generation_config.update(do_sample=True, top_p=0.7, num_beams=4, bad_words_ids=[[3, 4], [5]])
     captioner.save(tmp_path / "model")
