@@ -136,6 +136,8 @@ def main(argv: list[str] | None = None) -> None:
         print_scores(scores)
     elif args.dtypes != ["fp32"]:
         print("warning: not scored: give --dataset_name to compare its CIDEr with torch's", file=sys.stderr)
+    if args.push_to_hub:
+        print(push_space(args))
     ignored = ignored_settings(settings)
     if args.format == "transformers.js":
         ignored |= {name: settings[name] for name in (*BEAMS, "sequence_bias") if settings.get(name) not in (None, 1)}
@@ -172,6 +174,28 @@ def write_export(captioner: "Captioner", folder: Path, args: ExportArguments) ->
         export_transformers_js(captioner, folder, suffixes)
     except ValueError as error:
         raise UserError(f"model {name} cannot be exported for transformers.js: {error}; leave out --format") from error
+
+
+def push_space(args: ExportArguments) -> str:
+    """Push the page as a static Space, created if it does not exist, and return the commit's address.
+
+    Raises:
+        UserError: The Hub refuses it or cannot be reached; the page is complete on disk.
+    """
+    from huggingface_hub import HfApi
+
+    from reporting.push import HUB_ERRORS
+    from system.retries import error_summary, retried
+
+    api, space = HfApi(), args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        created = retried(api.create_repo)(
+            space, repo_type="space", space_sdk="static", private=args.hub_private_repo, exist_ok=True
+        )
+        upload = retried(api.upload_folder)
+        return str(upload(repo_id=created.repo_id, repo_type="space", folder_path=args.output_dir))
+    except HUB_ERRORS as error:
+        raise UserError(f"{args.output_dir} was not pushed to {space}: {error_summary(error, space)}") from error
 
 
 def score_exports(captioner: "Captioner", folder: Path, args: ExportArguments) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class ExportedCaptioner:
         self.has_pixel_processor = self.is_transformers_js or self.pixel_processor is not None
         self.settings = read_settings(folder / "generation_config.json")
         inputs = {wanted.name: wanted.shape for wanted in self.decoder.get_inputs()}
+        encoded = {"encoder_hidden_states"} if self.is_transformers_js else {o.name for o in self.encoder.get_outputs()}
+        if missing := ({"input_ids"} | encoded) - inputs.keys():
+            raise UserError(f"{self.files[1]} has no input {min(missing)}: it is not of the encoder beside it")
         self.states = {name: shape for name, shape in inputs.items() if name.startswith(("state.", "past_key_values."))}
         self.has_position = "position" in inputs
 

@@ -1,6 +1,8 @@
 """An exported model generates the captions of the model it came from, with logits within 1e-4."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +16,7 @@ import export_onnx
 from captioning.onnx_decoding import ExportedCaptioner
 from modeling import onnx_files
 from modeling.captioner import Captioner
+from system.errors import UserError
 
 
 def reference_captions(captioner: Captioner, pixel_values: torch.Tensor) -> list[list[int]]:
@@ -204,6 +207,45 @@ def test_settings_that_are_left_out_are_named(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().err
     assert all(f"{name}=" in told for name in ("do_sample", "top_p", "bad_words_ids of several tokens"))
     assert not any(f"{name}=" in told for name in ("max_length", "eos_token_id", "num_beams"))
+
+
+def strange_model(name: str, folder: Path) -> None:
+    """An encoder.onnx that adds weights, or an operator's output, to its input."""
+    weights, domain = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[2]), ""
+    if name == "foreign operator":
+        domain, weights = "com.stranger", onnx.numpy_helper.from_array(np.ones(2, dtype=np.float32), "w")
+    else:
+        weights.data_location = onnx.TensorProto.EXTERNAL
+        place = {"outside": "../weights.bin", "absolute": str(folder.parent / "weights.bin")}.get(name, f"{name}.bin")
+        weights.external_data.add(key="location", value=place)
+    (folder.parent / "weights.bin").write_bytes(bytes(8))
+    (folder / "link.bin").symlink_to(folder.parent / "weights.bin")
+    x, y = (onnx.helper.make_tensor_value_info(one, onnx.TensorProto.FLOAT, [2]) for one in "xy")
+    node = onnx.helper.make_node("Add", ["x", "w"], ["y"], domain=domain)
+    graph = onnx.helper.make_graph([node], "strange", [x], [y], [weights])
+    imports = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.stranger", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=9)
+    (folder / "encoder.onnx").write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("name", ["foreign operator", "outside", "absolute", "link", "gone", "damaged", "no file"])
+def test_files_of_strangers_are_refused_in_one_sentence(name, tmp_path):
+    (tmp_path / "model").mkdir()
+    if name == "damaged":
+        (tmp_path / "model" / "encoder.onnx").write_bytes(b"no model")
+    elif name != "no file":
+        strange_model(name, tmp_path / "model")
+    with pytest.raises(UserError, match=r"encoder\.onnx") as refused:
+        export_onnx.caption_images(tmp_path / "model", np.zeros((1, 3, 8, 8), dtype=np.float32))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_step_of_another_model_is_refused(exported, tmp_path):
+    _, folder = exported
+    shutil.copytree(folder, tmp_path / "mixed")
+    shutil.copy(folder / "encoder.onnx", tmp_path / "mixed" / "step.onnx")
+    with pytest.raises(UserError, match=r"step\.onnx"):
+        ExportedCaptioner(tmp_path / "mixed")
 
 
 @pytest.mark.slow

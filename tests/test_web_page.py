@@ -59,6 +59,19 @@ def test_a_missing_runtime_is_one_sentence_and_nothing_is_left(starts, tmp_path,
         assert not (tmp_path / "page").exists()
 
 
+def test_the_page_is_pushed_as_a_static_space(starts, tmp_path, hub, monkeypatch):
+    def export(captioner, folder, args):
+        (folder / "index.html").write_text("page")
+        (folder / "README.md").write_text(onnx_page.SPACE_CARD.format(title="page"))
+
+    monkeypatch.setattr(export_onnx, "write_export", export)
+    options = ["--web", "--push_to_hub", "--hub_model_id", "me/page", "--hub_private_repo", "true"]
+    export_onnx.main([starts["lstm"], str(tmp_path / "page"), *options])
+    space = hub.repositories["space", "me/page"]
+    assert space.private and set(space.files("main")) >= {"index.html", "README.md"}
+    assert b"sdk: static" in space.files("main")["README.md"].content
+
+
 @pytest.fixture
 def served():
     """Serve a folder on the loopback address for one test."""
