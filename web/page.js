@@ -29,16 +29,18 @@ async function fetchBytes({ name, bytes }, onBytes) {
   return content;
 }
 
-// WebGPU where there is one, else WASM; ?device=wasm chooses.
+const asked = new URLSearchParams(location.search); // ?device=wasm&dtype=fp32 chooses both
+
+// WebGPU where there is one, else WASM.
 async function chooseDevice() {
-  if (new URLSearchParams(location.search).get("device") === "wasm") return { name: "wasm", hasFloat16: false };
+  if (asked.get("device") === "wasm") return { name: "wasm", hasFloat16: false };
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   return adapter ? { name: "webgpu", hasFloat16: adapter.features.has("shader-f16") } : { name: "wasm", hasFloat16: false };
 }
 
 function chooseDtype(files, device) {
   const wanted = device.name === "wasm" ? ["q8", "fp32"] : device.hasFloat16 ? ["fp16", "fp32"] : ["fp32"];
-  return wanted.find((dtype) => dtype in files) ?? Object.keys(files)[0];
+  return [asked.get("dtype"), ...wanted].find((dtype) => dtype in files) ?? Object.keys(files)[0];
 }
 
 async function load() {
