@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.dataset_name:
                 scores = score_exports(captioner, folder, args)
                 (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+            if args.format == "transformers.js":
+                write_card(folder, Path(args.model_name_or_path).name, scores if args.dataset_name else None)
     for path in sorted(Path(args.output_dir).rglob("*.onnx")):
         print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
     if args.dataset_name:
@@ -240,6 +242,23 @@ def by_onnxruntime(exported: ExportedCaptioner, captioner: "Captioner", image) -
         pixels = captioner.processor(images=[image], return_tensors="np")["pixel_values"]
     (token_ids,) = exported.generate(pixels)
     return captioner.processor.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def write_card(folder: Path, title: str, scores: dict[str, Any] | None) -> None:
+    """Write the README.md of a folder for transformers.js, with the scores of each data type where there are any."""
+    lines = ["---", "library_name: transformers.js", "pipeline_tag: image-to-text", "---", f"# {title}", ""]
+    lines += ["```js", 'import { pipeline } from "@huggingface/transformers";', ""]
+    lines += ['const captioner = await pipeline("image-to-text", FOLDER, { dtype: "fp32" });']
+    lines += ["const [{ generated_text }] = await captioner(IMAGE);", "```", ""]
+    lines += ["transformers.js generates greedily: it ignores beams. Images are resized inside the encoder's graph."]
+    if scores:
+        lines += ["", f"CIDEr on {scores['num_images']:,} images of {scores['dataset']}, {scores['split']} split:", ""]
+        lines += ["| Captions by | CIDEr | MB |", "|---|---:|---:|"]
+        # Torch generates as saved, with beams where there are any; the rest is greedy.
+        names = {"torch": "torch, saved decoding"}
+        for name, row in scores["scores"].items():
+            lines.append(f"| {names.get(name, name)} | {row['cider']:.3f} | {row.get('megabytes', '')} |")
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def print_scores(scores: dict[str, Any]) -> None:

@@ -89,6 +89,9 @@ def test_captions_are_scored_beside_torchs(exported, capsys):
     assert (saved["split"], saved["num_images"]) == ("validation", 3)
     assert list(saved["scores"]) == ["torch", "torch, greedy", "fp32", "q8"]  # the saved decoding has beams
     assert saved["scores"]["fp32"]["cider"] == saved["scores"]["torch, greedy"]["cider"]
+    card = (folder / "README.md").read_text()
+    for name, row in {"torch, saved decoding": saved["scores"]["torch"], "q8": saved["scores"]["q8"]}.items():
+        assert f"| {name} | {row['cider']:.3f} |" in card
     size = sum(path.stat().st_size for path in (folder / "onnx").glob("*_quantized.onnx"))
     assert saved["scores"]["q8"]["megabytes"] == round(size / 1e6, 2)
     for fall, warns in ((0.01, False), (0.03, True)):
