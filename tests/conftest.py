@@ -1,16 +1,27 @@
-"""Every test runs offline, on one thread, with caches of its own."""
+"""Every test runs offline, on one thread of the CPU unless ACCELERATE_USE_CPU=false, with caches of its own."""
 
 import os
 import shutil
 import subprocess
 from types import SimpleNamespace
 
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Fixtures of tests that take seconds: whole runs, processes of their own, a browser.
+SLOW_FIXTURES = {"alone", "browser", "context", "hub", "runs", "started", "trained", "workshop"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)
