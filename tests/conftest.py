@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -45,6 +46,27 @@ def browser():
         started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         yield started
         started.close()
+
+
+@pytest.fixture(scope="session")
+def node_modules(tmp_path_factory) -> str:
+    """A node_modules with transformers.js and, which it needs, onnxruntime-web; tests are skipped where it cannot be had.
+
+    SHOWTELL_NODE_MODULES names one that is there already.
+    """
+    if shutil.which("node") is None:
+        pytest.skip("needs Node (on Debian and Ubuntu: apt install nodejs npm)")
+    if named := os.environ.get("SHOWTELL_NODE_MODULES"):
+        return named
+    package = "@huggingface/transformers@4.3.1"
+    if shutil.which("npm") is None:
+        pytest.skip(f"needs npm, or SHOWTELL_NODE_MODULES naming a node_modules with {package}")
+    folder = str(tmp_path_factory.mktemp("npm"))
+    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--prefix", folder]
+    done = subprocess.run(["npm", "install", *options, package], capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.skip(f"npm cannot install {package}: {(done.stderr.strip() or 'no reason').splitlines()[-1]}")
+    return f"{folder}/node_modules"
 
 
 @pytest.fixture(scope="session")
