@@ -24,6 +24,7 @@ from . import captioning_pipeline
 from .caption_loss import computes_in_bfloat16
 from .confidence import caption_confidences, token_texts
 from .processing import center_crop, load_processor
+from .transformers_versions import CACHE
 from .vit_gpt2 import BeamCache
 
 POOLER = "encoder.pooler."  # weights that no captioner reads
@@ -217,7 +218,7 @@ class Captioner:
             states = given["encoder_outputs"][0].to(self.model.dtype)
             given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
         if isinstance(getattr(self.model, "decoder", None), GPT2LMHeadModel):
-            given["cache"] = BeamCache()
+            given[CACHE] = BeamCache()
         sequences = self.model.generate(**given, **generation)  # (batch x returned, start tokens and caption)
         token_ids = sequences[:, len(self.start_token_ids) :]
         ended = (token_ids == self.tokenizer.eos_token_id).any(dim=1).tolist()

@@ -9,6 +9,7 @@ from transformers import DynamicCache, EncoderDecoderCache, VisionEncoderDecoder
 
 from . import InceptionLSTMForConditionalGeneration
 from .captioner import Captioner
+from .transformers_versions import CACHE
 
 OPSET = 20
 MAX_BYTES_IN_FILE = 1_800_000_000  # of weights; an .onnx file ends at 2 GiB, and more goes into a .data file beside it
@@ -63,7 +64,7 @@ class TransformerEncoder(nn.Module):
         # The decoder reads one token to fill its cache; what of it the keys and values do not need falls out of the export.
         token = torch.zeros(pixel_values.shape[0], 1, dtype=torch.int64)
         outputs = self.model(pixel_values=pixel_values, decoder_input_ids=token, use_cache=True)
-        layers = outputs.cache.cross_attention_cache.layers
+        layers = outputs[CACHE].cross_attention_cache.layers
         return [tensor for layer in layers for tensor in (layer.keys, layer.values)]  # (batch, heads, positions, size)
 
     def names(self) -> list[str]:
@@ -92,9 +93,9 @@ class TransformerStep(nn.Module):
             attention_mask=torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None],
             encoder_hidden_states=image[0][:, 0],  # only for its length: keys and values are there already
             use_cache=True,
-            cache=cache,
+            **{CACHE: cache},
         )
-        layers = outputs.cache.self_attention_cache.layers
+        layers = outputs[CACHE].self_attention_cache.layers
         return [outputs.logits[:, -1], *(tensor for layer in layers for tensor in (layer.keys, layer.values))]
 
     def state(self) -> dict[str, torch.Tensor]:
