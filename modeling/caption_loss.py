@@ -22,7 +22,9 @@ def computes_in_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot say, and float32 is right anywhere
+    capabilities = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # an older torch cannot say, and float32 is right anywhere
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
@@ -142,7 +144,11 @@ def _fused_cross_entropy(
         )
     else:
         if hidden.device.type == "cpu" and not fast:
-            hidden, weight, bias = hidden.to(sum_dtype), weight.to(sum_dtype), None if bias is None else bias.to(sum_dtype)
+            hidden, weight, bias = (
+                hidden.to(sum_dtype),
+                weight.to(sum_dtype),
+                None if bias is None else bias.to(sum_dtype),
+            )
         with torch.autocast(hidden.device.type, enabled=False):
             nats = ChunkedCrossEntropy.apply(hidden, labels, weight, bias, size)
     if label_smoothing:

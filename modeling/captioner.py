@@ -24,7 +24,7 @@ from . import captioning_pipeline
 from .caption_loss import computes_in_bfloat16
 from .confidence import caption_confidences, token_texts
 from .processing import center_crop, load_processor
-from .transformers_versions import CACHE
+from .transformers_versions import CACHE, set_attn_implementation
 from .vit_gpt2 import BeamCache
 
 POOLER = "encoder.pooler."  # weights that no captioner reads
@@ -261,7 +261,7 @@ class Captioner:
         )  # the LSTM captioner has none, and returns its weights in any case
         implementation = decoder and decoder.config._attn_implementation
         if decoder:
-            decoder.set_attn_implementation("eager")  # the fused kernels return no weights
+            set_attn_implementation(decoder, "eager")  # the fused kernels return no weights
         captions = []
         for state, ids in zip(states, sequences, strict=True):
             token_ids = ids[first:].tolist()
@@ -284,7 +284,7 @@ class Captioner:
                 tokens.append(token)
             captions.append({"tokens": tokens, "center_crop": center_crop(self.image_processor)})
         if decoder:
-            decoder.set_attn_implementation(implementation)
+            set_attn_implementation(decoder, implementation)
         return captions
 
     def stream(self, inputs: dict, **generation) -> Iterator[str]:

@@ -59,7 +59,7 @@ def test_loss_and_gradients_are_the_plain_ones(batch, monkeypatch, has_bias, lab
 
 
 def test_a_frozen_head_gets_no_gradient_and_evaluation_needs_none(batch):
-    hidden, labels, head = batch
+    hidden, _, head = batch
     loss, expected, *_ = loss_and_gradients(caption_loss, *batch)
     head.requires_grad_(False)
     (gradient,) = torch.autograd.grad(2 * caption_loss(*batch), [hidden])
