@@ -112,7 +112,11 @@ def starts(tmp_path_factory) -> dict[str, str]:
 def hub(monkeypatch, tmp_path):
     """A Hub on the loopback address; `huggingface_hub` of this process talks to it as the user "me", with an empty cache."""
     import datasets
+    import huggingface_hub
     import huggingface_hub.constants as settings
+
+    if huggingface_hub.__version__.startswith("1."):
+        pytest.skip("the Hub of the tests answers what huggingface_hub 2 asks; six tests of 24 fail with 1.33")
     from hub_server import running_hub
     from huggingface_hub import close_session, file_download
     from huggingface_hub.utils import _http
