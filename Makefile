@@ -1,6 +1,7 @@
 # make demo      draw images, train small captioners on them, score them, write the pages (a few minutes on two cores)
 # make test      run the tests (seven minutes on two cores)
 # make test-fast run all but whole runs in processes of their own (three and a half minutes)
+# make npm       install transformers.js into node_modules, with which the tests try the exports; they are skipped without
 # make quality   ruff check, ruff format --check
 # make bench     the benchmarks (20 to 30 minutes on two cores; the last wants Java)
 # Each sets up .venv by itself; it is made once and reused until setup.cfg or pyproject.toml changes.
@@ -14,7 +15,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast quality bench clean
+.PHONY: demo test test-fast npm quality bench clean
 
 # Both captioners train at the same time, with half of the cores each.
 THREADS := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null | awk '{print ($$1 > 1) ? int($$1 / 2) : 1}')
@@ -39,6 +40,10 @@ test: $(READY)
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
+# Without npm, or a network, the tests that need it are skipped.
+npm:
+	-npm install --ignore-scripts --no-audit --no-fund --no-save --no-package-lock @huggingface/transformers@4.3.1
+
 quality: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +61,4 @@ $(READY): setup.cfg pyproject.toml
 	@touch $(READY)
 
 clean:
-	rm -rf .venv
+	rm -rf .venv node_modules
