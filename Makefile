@@ -2,20 +2,27 @@
 # make test      run the tests (seven minutes on two cores)
 # make test-fast run all but whole runs in processes of their own (three and a half minutes)
 # make npm       install transformers.js into node_modules, with which the tests try the exports; they are skipped without
+# make test-floors  run the tests with the oldest releases of torch, transformers and the like, in .venv-floors (of 6 GB)
 # make quality   ruff check, ruff format --check
 # make bench     the benchmarks (20 to 30 minutes on two cores; the last wants Java)
-# Each sets up .venv by itself; it is made once and reused until setup.cfg or pyproject.toml changes.
+# make gpu-check check and time everything on a CUDA card (at most 8 minutes)
+# Each sets up .venv by itself; it is made once and reused until setup.cfg or pyproject.toml changes. Where uv is installed it does
+# that. For an install of 1 GB in place of 6, without CUDA: make TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
-BIN := .venv/bin
-READY := .venv/.ready
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+FLOORS := .venv-floors
+INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install)
 
 # glibc gives big blocks back to the system after every layer and faults them in again: up to four times slower on a CPU.
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast npm quality bench clean
+.PHONY: demo test test-fast test-floors npm quality bench gpu-check clean
 
 # Both captioners train at the same time, with half of the cores each.
 THREADS := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null | awk '{print ($$1 > 1) ? int($$1 / 2) : 1}')
@@ -44,21 +51,29 @@ test-fast: $(READY)
 npm:
 	-npm install --ignore-scripts --no-audit --no-fund --no-save --no-package-lock @huggingface/transformers@4.3.1
 
+# The same target in an environment of its own, whose packages are held to the lower bounds.
+test-floors:
+	$(MAKE) VENV=$(FLOORS) PIP_CONSTRAINT=$(CURDIR)/tests/floors.txt UV_CONSTRAINT=$(CURDIR)/tests/floors.txt test
+
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu --json gpu.json
+
 quality: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 bench: $(READY)
-	$(BIN)/python -m pip install --quiet --editable '.[java]'
+	$(INSTALL) --quiet --editable '.[java]'
 	@for name in images decoder_step generate train_epoch metrics; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit; done
 
 $(READY): setup.cfg pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "showtell needs Python 3.10 or newer; $(PYTHON) was not found. Name one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "showtell needs Python 3.10 or newer; $(PYTHON) is older. Name one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade --editable '.[dev]'
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(INSTALL) --quiet torch torchvision --index-url $(TORCH_INDEX))
+	$(INSTALL) --quiet --upgrade --editable '.[dev]'
 	@touch $(READY)
 
 clean:
-	rm -rf .venv node_modules
+	rm -rf .venv .venv-floors node_modules

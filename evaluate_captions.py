@@ -266,7 +266,7 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
 
     # ---- Data and model ---------------------------------------------------------------------------------------------
     if not is_trained_here(args.model_name_or_path) and (args.feature_cache == "int8" or args.compile_encoder):
-        option = "compile_encoder" if args.compile_encoder else "feature_cache"
+        option = "compile_encoder true" if args.compile_encoder else "feature_cache int8"
         raise UserError(f"--{option} has no effect: features of {args.model_name_or_path}, of others, are not cached")
     optional = optional_metrics(args) if accelerator.is_main_process else None
     dataset, rows = load_split(args)

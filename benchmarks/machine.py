@@ -33,7 +33,7 @@ def describe_machine(device: str = "cpu") -> dict:
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # which Windows has not
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers")},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -8,6 +8,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from data_scripts.row_checks import CheckedRow, SourceRow, check_row
 from system.errors import UserError, printable
 from system.files import write_file
 
+CAN_FORK = sys.platform == "linux"  # Windows has no fork, and macOS none that a process with threads survives
 ROWS_PER_SHARD = 10_000  # what a kill can cost each process
 # A table keeps some kilobytes in memory for each batch of its files. A batch of images has to fit Arrow's 2 GiB.
 ROWS_PER_BATCH, BATCH_BYTES = 1000, 2**26
@@ -66,7 +68,12 @@ def write_shards(
     with tqdm(total=len(rows), unit="image", desc="Checking") as progress:
         progress.update(sum(len(rows[start : start + ROWS_PER_SHARD]) for start in starts if start not in set(missing)))
         work = _Work(rows, folder, strict, schema, threads=max(1, (os.cpu_count() or 1) // max(num_proc, 1)))
-        if num_proc > 1 and len(missing) > 1:
+        if num_proc > 1 and len(missing) > 1 and not CAN_FORK:
+            progress.write(
+                f"--num_proc {num_proc} needs Linux: one process does it, with a thread for each core", sys.stderr
+            )
+            work.threads = os.cpu_count() or 1
+        if num_proc > 1 and len(missing) > 1 and CAN_FORK:
             # By fork: readers of rows hold open files and cannot be sent to a process.
             global _work
             _work = work

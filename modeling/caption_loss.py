@@ -7,6 +7,7 @@ from torch import nn
 
 FLOAT16_TOKENS = 1024  # of up to 64 nats each
 MAX_LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32; smaller chunks make slow matrix products
+HAS_LINEAR_CROSS_ENTROPY = hasattr(nn, "LinearCrossEntropyOptions")  # torch 2.14 and newer
 
 
 def chunk_size(num_tokens: int, vocab_size: int) -> int:
@@ -19,7 +20,12 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     """Whether a device has bfloat16 instructions, so that it is faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type != "cpu":
+        return False
+    capabilities = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # an older torch cannot say, and float32 is right anywhere
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def hidden_states_before_head(forward: nn.Module, model: nn.Module, **inputs) -> tuple[torch.Tensor, nn.Module]:
@@ -77,7 +83,7 @@ def caption_loss(
     """Cross entropy of the next token, in nats per token.
 
     Logits are computed chunk by chunk, only where there is a label, and their gradient replaces them at once (torch's
-    `linear_cross_entropy`); loss and gradients equal those of the plain computation.
+    `linear_cross_entropy`, or `ChunkedCrossEntropy` where it has none); loss and gradients equal those of the plain computation.
 
     Args:
         hidden: Inputs of the head, float (batch, length, hidden size).
@@ -120,22 +126,31 @@ def _fused_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):  # which torch's op ignores
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    # On a CPU torch's op computes in float32 unless it is told that bfloat16 is fast there.
+    # On a CPU bfloat16 is slow without instructions for it: the products are float32's then.
     fast = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and computes_in_bfloat16(hidden.device)
-    options = nn.LinearCrossEntropyOptions(
-        batch_chunk_size=chunk_size(len(hidden), len(weight)),
-        chunking_method=None,
-        acc_policy="compact" if fast else "auto",
-    )
-    # The op's sum has the operands' dtype, and float16 ends at 65,504 nats.
-    sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    size = FLOAT16_TOKENS if hidden.dtype == torch.float16 else max(1, len(hidden))
-    nats = sum(
-        nn.functional.linear_cross_entropy(
-            *(hidden_part, weight, labels_part), linear_bias=bias, reduction="sum", options=options
-        ).to(sum_dtype)
-        for hidden_part, labels_part in zip(hidden.split(size), labels.split(size), strict=True)
-    )
+    sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # float16 ends at 65,504 nats
+    size = chunk_size(len(hidden), len(weight))
+    if HAS_LINEAR_CROSS_ENTROPY:
+        options = nn.LinearCrossEntropyOptions(
+            batch_chunk_size=size, chunking_method=None, acc_policy="compact" if fast else "auto"
+        )
+        # The op's sum has the operands' dtype.
+        part = FLOAT16_TOKENS if hidden.dtype == torch.float16 else max(1, len(hidden))
+        nats = sum(
+            nn.functional.linear_cross_entropy(
+                *(hidden_part, weight, labels_part), linear_bias=bias, reduction="sum", options=options
+            ).to(sum_dtype)
+            for hidden_part, labels_part in zip(hidden.split(part), labels.split(part), strict=True)
+        )
+    else:
+        if hidden.device.type == "cpu" and not fast:
+            hidden, weight, bias = (
+                hidden.to(sum_dtype),
+                weight.to(sum_dtype),
+                None if bias is None else bias.to(sum_dtype),
+            )
+        with torch.autocast(hidden.device.type, enabled=False):
+            nats = ChunkedCrossEntropy.apply(hidden, labels, weight, bias, size)
     if label_smoothing:
         # (1 - s) (logsumexp - label's logit) + s (logsumexp - mean logit); the mean over the vocabulary is linear as well.
         label_logits = (hidden * weight[labels]).sum(dtype=sum_dtype)
@@ -145,3 +160,52 @@ def _fused_cross_entropy(
             mean_logits = mean_logits + len(hidden) * bias.mean(dtype=sum_dtype)
         nats = nats + label_smoothing * (label_logits - mean_logits)
     return nats
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross entropy of a linear head, whose gradients are computed with it, chunk by chunk.
+
+    For torch before 2.14, which has no `linear_cross_entropy`; to go with it. The gradients are summed in float32, as torch's op
+    sums them. `backward` may be called once, and has no gradient itself.
+
+    Args, of `apply`: hidden states (tokens, hidden size), labels (tokens,), weight (vocabulary, hidden size), bias
+        (vocabulary,) or None, and the number of tokens whose logits are in memory at once.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, labels, weight, bias, size: int) -> torch.Tensor:
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        needs_hidden, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        nats = hidden.new_zeros((), dtype=sum_dtype)
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None
+        for start in range(0, len(hidden), size):
+            part, targets = hidden[start : start + size], labels[start : start + size, None]
+            logits = nn.functional.linear(part, weight, bias).to(sum_dtype)  # (chunk, vocabulary)
+            label_logits = logits.gather(1, targets)  # (chunk, 1)
+            log_sums = logits.logsumexp(1, keepdim=True)  # (chunk, 1)
+            nats += (log_sums - label_logits).sum()
+            if needs_hidden or needs_weight or needs_bias:
+                logits_grad = logits.sub_(log_sums).exp_()  # the softmax, and one less at the label
+                logits_grad.scatter_add_(1, targets, torch.full_like(label_logits, -1))
+                if needs_bias:
+                    bias_grad += logits_grad.sum(0)
+                logits_grad = logits_grad.to(hidden.dtype)
+                if needs_hidden:
+                    torch.mm(logits_grad, weight, out=hidden_grad[start : start + size])
+                if needs_weight:
+                    weight_grad += logits_grad.T @ part
+        ctx.gradients = hidden_grad, weight_grad, bias_grad
+        ctx.dtypes = hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype
+        return nats
+
+    @staticmethod
+    def backward(ctx, gradient):
+        scaled = [
+            value if value is None else value.mul_(gradient).to(dtype)
+            for value, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        del ctx.gradients
+        hidden, weight, bias = scaled
+        return hidden, None, weight, bias, None

@@ -33,6 +33,7 @@ from .caption_loss import computes_in_bfloat16
 from .confidence import caption_confidences, token_texts
 from .loading import POOLER, check_weights, is_trained_here, kind_of, loading
 from .processing import ImagesToPixels, center_crop, load_processor
+from .transformers_versions import CACHE, set_attn_implementation
 from .vit_gpt2 import BeamCache
 
 
@@ -240,7 +241,7 @@ class Captioner:
             states = given["encoder_outputs"][0].to(self.model.dtype)
             given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
         if isinstance(getattr(self.model, "decoder", None), GPT2LMHeadModel):
-            given["cache"] = BeamCache()
+            given[CACHE] = BeamCache()
         sequences = self.model.generate(**given, **generation)  # (batch x returned, start tokens and caption)
         token_ids = sequences[:, len(self.start_token_ids) :]
         returned = self._num_returned(generation)
@@ -292,7 +293,7 @@ class Captioner:
         )  # the LSTM captioner has none, and returns its weights in any case
         implementation = decoder and decoder.config._attn_implementation
         if decoder:
-            decoder.set_attn_implementation("eager")  # the fused kernels return no weights
+            set_attn_implementation(decoder, "eager")  # the fused kernels return no weights
         captions = []
         for state, ids in zip(states, sequences, strict=True):
             token_ids = ids[first:].tolist()
@@ -315,7 +316,7 @@ class Captioner:
                 tokens.append(token)
             captions.append({"tokens": tokens, "center_crop": center_crop(self.image_processor)})
         if decoder:
-            decoder.set_attn_implementation(implementation)
+            set_attn_implementation(decoder, implementation)
         return captions
 
     def stream(self, inputs: dict, **generation) -> Iterator[str]:

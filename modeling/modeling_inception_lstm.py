@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from .caption_loss import caption_loss
 from .captioning_pipeline import CUSTOM_PIPELINES
+from .transformers_versions import CACHE
 
 
 class InceptionLSTMConfig(PreTrainedConfig):
@@ -40,7 +41,7 @@ class InceptionLSTMConfig(PreTrainedConfig):
 
     model_type = "inception_lstm"
     # Of the outputs in evaluation, transformers' Trainer then takes the logits alone for predictions.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "encoder_last_hidden_state"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE, "encoder_last_hidden_state"]
 
     def __init__(
         self,
@@ -161,7 +162,7 @@ class TimmEncoder(nn.Module):
 
 @dataclass
 class LSTMState:
-    """State of the LSTM between two decoding steps: what `generate()` keeps as the `cache`.
+    """State of the LSTM between two decoding steps: what `generate()` keeps as the cache.
 
     hidden, cell: (layers, batch, hidden size); num_tokens: decoder positions decoded so far; keys_values: of the feature map,
     each (batch, positions, hidden size), or None without attention.
@@ -334,6 +335,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         decoder_input_ids: torch.Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
         cache: LSTMState | None = None,
+        past_key_values: LSTMState | None = None,
         labels: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -352,7 +354,8 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 from `labels` where absent. With `cache`, only the tokens not yet decoded.
             encoder_outputs: In place of `pixel_values`, the encoder's output: (batch, positions, encoder size); one position
                 without attention.
-            cache: State of the LSTM after the tokens decoded before.
+            cache, past_key_values: State of the LSTM after the tokens decoded before, under the name that transformers has for it,
+                see `CACHE`; either is taken.
             labels: int64 (batch, length), caption and EOS, -100 where a caption has ended.
             image_index: int64 (batch,). Index of each caption's image, where captions share images; their order where absent.
             use_cache: Whether to return the state; by default where there are no `labels`.
@@ -367,7 +370,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Returns:
             loss: Nats per token, where `labels` are given.
             logits: (batch, length, vocabulary), unless skipped.
-            cache: The state, where `use_cache`.
+            cache or past_key_values, see `CACHE`: The state, where `use_cache`.
             decoder_hidden_states: Inputs of the LSTM, its outputs and, with attention, those of the attention, each (batch,
                 length, size), where `output_hidden_states`.
             cross_attentions: Of the one attention layer, (batch, heads, length, positions), where `output_attentions`.
@@ -391,6 +394,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         inputs = self.token_embedding(decoder_input_ids)  # (batch, length, image embedding)
+        cache = past_key_values if cache is None else cache
         if cache is None:
             if encoder_outputs is None:
                 if pixel_values is None:
@@ -420,7 +424,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output = Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            cache=LSTMState(*lstm_state, num_tokens, keys_values) if use_cache else None,
+            **{CACHE: LSTMState(*lstm_state, num_tokens, keys_values) if use_cache else None},
             decoder_hidden_states=hidden_states,
             cross_attentions=cross_attentions,
             encoder_last_hidden_state=encoder_states,
@@ -428,22 +432,20 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         return output if return_dict else output.to_tuple()
 
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, cache: LSTMState | None = None, **kwargs
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs) -> dict[str, Any]:
         """Arguments of `forward` at a decoding step: of the tokens (batch, length), those that the cache has not decoded.
 
         Raises:
             ValueError: It has decoded them all.
         """
-        if cache is not None:
+        if (cache := kwargs.get(CACHE)) is not None:
             input_ids = input_ids[:, cache.num_tokens :]  # (batch, tokens to decode)
             if not input_ids.shape[1]:
                 raise ValueError(
                     f"the cache has decoded all {cache.num_tokens} tokens given: it must not have the last one"
                 )
         kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(input_ids, cache=cache, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def prepend_image(
         self, states: torch.Tensor, inputs: torch.Tensor, image_index: torch.Tensor | None = None

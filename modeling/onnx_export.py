@@ -12,6 +12,7 @@ from . import InceptionLSTMForConditionalGeneration
 from .captioner import Captioner
 from .onnx_files import convert, export_module
 from .onnx_pixels import export_pixel_processor
+from .transformers_versions import CACHE, set_attn_implementation
 
 BATCH, PAST = 2, 3  # of the example that is traced; the exported model takes any
 
@@ -67,7 +68,7 @@ class TransformerEncoder(nn.Module):
         # The decoder reads one token to fill its cache; what of it the keys and values do not need falls out of the export.
         token = torch.zeros(pixel_values.shape[0], 1, dtype=torch.int64)
         outputs = self.model(pixel_values=pixel_values, decoder_input_ids=token, use_cache=True)
-        layers = outputs.cache.cross_attention_cache.layers
+        layers = outputs[CACHE].cross_attention_cache.layers
         return [tensor for layer in layers for tensor in (layer.keys, layer.values)]  # (batch, heads, positions, size)
 
     def names(self) -> list[str]:
@@ -94,10 +95,10 @@ class TransformerStep(nn.Module):
             attention_mask=causal_mask(num_read, num_tokens),
             encoder_hidden_states=image[0][:, 0],  # only for its length: keys and values are there already
             use_cache=True,
-            cache=cache,
+            **{CACHE: cache},
             output_attentions=True,
         )
-        layers = outputs.cache.self_attention_cache.layers
+        layers = outputs[CACHE].self_attention_cache.layers
         attention = torch.stack(outputs.cross_attentions)[:, :, :, -1].mean((0, 2))  # (batch, positions)
         return [
             outputs.logits[:, -1],
@@ -152,7 +153,7 @@ def export_encoder_and_step(captioner: Captioner, folder: Path) -> None:
     is_lstm = isinstance(model, InceptionLSTMForConditionalGeneration)
     attends = not is_lstm or model.attention is not None
     if not is_lstm:
-        model.set_attn_implementation("eager")
+        set_attn_implementation(model, "eager")
     encoder, step = (
         (LSTMEncoder(model), LSTMStep(model)) if is_lstm else (TransformerEncoder(model), TransformerStep(model))
     )

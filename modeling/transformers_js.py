@@ -19,6 +19,7 @@ from .captioner import Captioner
 from .onnx_export import BATCH, PAST, causal_mask
 from .onnx_files import MAX_BYTES_IN_FILE, convert, export_module
 from .onnx_pixels import export_pixel_processor
+from .transformers_versions import CACHE, set_attn_implementation
 
 # Settings of a generation config that the npm package accepts and ignores: beams and sampling.
 GREEDY = {"num_beams": 1, "do_sample": False} | dict.fromkeys(
@@ -55,9 +56,9 @@ class MergedDecoder(nn.Module):
             attention_mask=causal_mask(num_read, num_tokens),
             encoder_hidden_states=encoder_hidden_states,
             use_cache=True,
-            cache=EncoderDecoderCache(DynamicCache([*zip(past[::2], past[1::2], strict=True)]), DynamicCache()),
+            **{CACHE: EncoderDecoderCache(DynamicCache([*zip(past[::2], past[1::2], strict=True)]), DynamicCache())},
         )
-        layers = outputs.cache.self_attention_cache.layers
+        layers = outputs[CACHE].self_attention_cache.layers
         return [outputs.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values))]
 
 
@@ -76,7 +77,7 @@ def export_transformers_js(captioner: Captioner, folder: Path, suffixes: Mapping
         raise ValueError(f"its decoder is of the kind {model.config.decoder.model_type}, not gpt2")
     if sum(weight.nbytes for weight in model.parameters()) > MAX_BYTES_IN_FILE:
         raise ValueError("its weights are too many for one file")
-    model.set_attn_implementation("eager")
+    set_attn_implementation(model, "eager")
     (folder / "onnx").mkdir()
     with tempfile.TemporaryDirectory(dir=folder) as beside:
         pixels, encoder, decoder = (Path(beside) / f"{name}.onnx" for name in ("pixels", "encoder", "decoder"))

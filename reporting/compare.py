@@ -8,12 +8,14 @@ import sys
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING
 
 from reporting.curves import COLORS, draw_line, finish_axis, new_figure, points, save_figure, time_key
 from reporting.results import METRIC_TITLES, OPTIONAL_TITLES, TRUTH_TITLES, read_history, read_results
 from system.errors import UserError, one_line_errors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Runs = dict[str, dict]  # output directory -> its results
 
@@ -127,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def _draw_final_scores(axis: Axes, runs: Runs) -> None:
+def _draw_final_scores(axis: "Axes", runs: Runs) -> None:
     for index, results in enumerate(runs.values()):
         color = COLORS[index % len(COLORS)]
         interval = (results.get("intervals") or {}).get("cider")

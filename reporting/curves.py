@@ -5,12 +5,13 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING
 
 from system.files import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Distinct to color-blind readers too (after Okabe and Ito), and dark enough on white for small text.
 COLORS = ("#0072b2", "#c04a00", "#00805f", "#a3407f", "#6b5b00", "#444444")
@@ -73,15 +74,17 @@ def points(history: Sequence[dict], key: str) -> tuple[list[float], list[float]]
     return [row[time] for row in rows], [row[key] for row in rows]
 
 
-def new_figure(num_panels: int) -> tuple[Figure, list[Axes]]:
+def new_figure(num_panels: int) -> "tuple[Figure, list[Axes]]":
     """A figure with panels side by side. Not by pyplot, which would keep every figure of a long run in memory."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4.2 * num_panels, 3.4), dpi=160, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
 
 
 def draw_line(
-    axis: Axes, times: list[float], values: list[float], label: str | None, color: str, style: str = "-"
+    axis: "Axes", times: list[float], values: list[float], label: str | None, color: str, style: str = "-"
 ) -> None:
     """Draw one curve; up to 30 points are marked, so that a run of one epoch shows something."""
     if values:
@@ -89,10 +92,12 @@ def draw_line(
         axis.plot(times, values, style, color=color, label=label, marker=marker, markersize=3.2, linewidth=1.6)
 
 
-def finish_axis(axis: Axes, title: str, time: str, from_zero: bool = False) -> None:
+def finish_axis(axis: "Axes", title: str, time: str, from_zero: bool = False) -> None:
     """Add title, legend and frame, the same in every panel."""
     axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color="#222222")
     if time == "epoch":
+        from matplotlib.ticker import MaxNLocator
+
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_xlabel(time, fontsize=9, color="#555555")
     axis.tick_params(labelsize=8.5, colors="#555555", length=3)
@@ -108,7 +113,7 @@ def finish_axis(axis: Axes, title: str, time: str, from_zero: bool = False) -> N
         axis.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=2, **style)
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
+def save_figure(figure: "Figure", path: Path) -> Path:
     """Write the figure as PNG, atomically."""
     content = io.BytesIO()
     figure.savefig(content, format="png")

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reporting.page import TEMPLATES, known_facts, score_rows
 from reporting.results import ALL_TITLES, METRIC_TITLES, TRUTH_TITLES, is_hub_id
@@ -77,6 +76,8 @@ def write_model_card(
     Returns:
         The path of the card.
     """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     model_name = without_path(model_name)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"line": markdown_line, "number": _number}

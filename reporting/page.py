@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -46,6 +45,8 @@ def write_page(
     Raises:
         ValueError: There are fewer images than records.
     """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     shown = records[:num_images]
     cards = _cards(shown, images)
     script = (TEMPLATES / "captions.js").read_text(encoding="utf-8")

@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from PIL import Image
 
 from reporting.samples import read_samples
@@ -31,6 +30,8 @@ def draw_sheet(path: Path, output_dir: str | Path, num_images: int) -> Path:
         raise UserError(f"{output_dir} has no samples/: train there with --publish_images true")
     columns = min(COLUMNS, len(samples))
     rows = -(-len(samples) // columns)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(2.1 * columns, 2.65 * rows), dpi=100, layout="constrained", facecolor="white")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:

@@ -78,7 +78,9 @@ def colors(tmp_path_factory) -> str:
 
     captions = [[f"a {color} dog", f"the small cat sits on a {color} big dog and runs"] for color in COLORS]
     features = Features({"image": Image(mode="RGB"), "image_id": Value("string"), "captions": List(Value("string"))})
-    table = Dataset.from_dict({"image": IMAGES, "image_id": list(COLORS), "captions": captions}, features=features)
+    table = Dataset.from_dict(
+        {"image": [image.copy() for image in IMAGES], "image_id": list(COLORS), "captions": captions}, features=features
+    )
     folder = tmp_path_factory.mktemp("data") / "colors"
     DatasetDict({"train": table, "validation": table, "test": table}).save_to_disk(folder)
     return str(folder)
@@ -99,7 +101,11 @@ def starts(tmp_path_factory) -> dict[str, str]:
 def hub(monkeypatch, tmp_path):
     """A Hub on the loopback address; `huggingface_hub` of this process talks to it as the user "me", with an empty cache."""
     import datasets
+    import huggingface_hub
     import huggingface_hub.constants as settings
+
+    if huggingface_hub.__version__.startswith("1."):
+        pytest.skip("the Hub of the tests answers what huggingface_hub 2 asks; six tests of 24 fail with 1.33")
     from hub_server import running_hub
     from huggingface_hub import close_session, file_download
     from huggingface_hub.utils import _http

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 from small_captioners import IMAGES, build
 
-from benchmarks import full_size, generate, train_epoch
+from benchmarks import full_size, generate, gpu, train_epoch
 
 KINDS = ("lstm", "vit_gpt2")
 
@@ -37,3 +38,37 @@ def test_a_training_epoch_has_the_loss_of_the_reference_implementation(kind, tmp
     assert result["relative_difference_of_losses"] < 1e-5
     assert result["growth"][-1]["images"] == 8
     assert result["seconds_per_caption"]["showtell"][0] >= 0
+
+
+def test_the_check_of_a_card_runs_on_a_cpu(tmp_path, capsys):
+    """Every part, on small captioners; without the tests of a card."""
+    gpu.main(["--device", "cpu", "--tiny", "--json", str(tmp_path / "gpu.json")])
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    for kind in KINDS:
+        assert result[f"training step, {kind}"]["per_second"] > 0
+        assert result[f"encoder, {kind}"]["loaded_and_encoded_per_second"] > 0
+        assert result[f"decoding, {kind}"]["per_second_4_beams"] > 0
+        assert result[f"loss, {kind}"]["of_ours"]["nats"] == pytest.approx(
+            result[f"loss, {kind}"]["plain"]["nats"], rel=1e-5
+        )
+        assert result[f"adamw, {kind}"]["difference"] < 1e-5
+    printed = capsys.readouterr().out
+    assert all(f"| {part} |" in printed for part in result)
+
+
+def test_operations_of_a_training_step_are_those_of_its_products():
+    """Of ViT-GPT2's head alone, three products; counted they are more, for the layers below it."""
+    captions = ["a red dog", "the small cat sits on it"] * 10
+    for kind in KINDS:
+        captioner = gpu.tiny_captioner(kind, captions)
+        args = gpu.Namespace(device="cpu", tiny=True, sizes=gpu.Namespace(**gpu.SIZES[True]))
+        head = captioner.model.get_output_embeddings()
+        of_head = 6 * args.sizes.tokens * head.in_features * head.out_features
+        assert of_head < gpu.plain_operations(captioner, args) < 50 * of_head
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_the_check_says_so(capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([])
+    assert ended.value.code == 2 and "no CUDA card" in capsys.readouterr().err

@@ -20,7 +20,13 @@ ROOMS = {  # what each may import besides itself
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 OUTER = {"benchmarks", "tests"}  # these may import everything
 # Saved beside a model and run by transformers on a machine without this repository.
-TRAVELS = {"modeling_inception_lstm", "caption_loss", "captioning_pipeline", "image_processing_timm"}
+TRAVELS = {
+    "modeling_inception_lstm",
+    "caption_loss",
+    "captioning_pipeline",
+    "image_processing_timm",
+    "transformers_versions",
+}
 OURS = {*ROOMS, *SCRIPTS, *OUTER, "recipes"}
 
 

@@ -32,7 +32,8 @@ def test_pixels_are_timms_for_all_its_pretrained_configurations():
         for use_test_size in (False, True):
             data = resolve_data_config(pretrained_cfg=pretrained_cfg, use_test_size=use_test_size)
             different[repr(data)] = (pretrained_cfg, use_test_size, data["crop_mode"])
-    assert len(different) > 190 and {mode for *_, mode in different.values()} == {"center", "squash", "border"}
+    # timm has had configurations with a border since 1.0.29; below they are tried with every version.
+    assert len(different) >= 182 and {mode for *_, mode in different.values()} >= {"center", "squash"}
     for pretrained_cfg, use_test_size, _ in different.values():
         assert gray_levels_apart(pretrained_cfg, (320, 200), use_test_size) <= 2.01, (pretrained_cfg, use_test_size)
 
@@ -53,12 +54,14 @@ def test_pixels_are_timms_for_images_of_any_size(changes):
     pretrained_cfg = timm.get_pretrained_cfg("inception_resnet_v2.tf_in1k").to_dict() | changes
     sizes = [(500, 334), (334, 500), (640, 480), (50, 40), (7, 300), *((320 + step, 200) for step in range(9))]
     for size in sizes:
-        assert gray_levels_apart(pretrained_cfg, size) <= 2.01, size
+        # torchvision 0.21 resizes an image 7 pixels wide by up to four gray levels otherwise than Pillow does.
+        assert gray_levels_apart(pretrained_cfg, size) <= (4.01 if min(size) < 8 else 2.01), size
 
 
 def test_a_saved_image_processor_comes_back(tmp_path):
-    backbone = SimpleNamespace(pretrained_cfg=timm.get_pretrained_cfg("vit_base_patch16_sapiens2.fb").to_dict())
-    processor = timm_image_processor(backbone)
+    changes = {"input_size": (3, 1024, 768), "crop_pct": 1.0, "crop_mode": "squash"}
+    pretrained_cfg = timm.get_pretrained_cfg("inception_resnet_v2.tf_in1k").to_dict() | changes
+    processor = timm_image_processor(SimpleNamespace(pretrained_cfg=pretrained_cfg))
     processor.save_pretrained(tmp_path)
     loaded = TimmImageProcessor.from_pretrained(tmp_path)
     assert loaded.to_dict() == processor.to_dict()

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling import InceptionLSTMForConditionalGeneration, LSTMState
 from modeling.modeling_inception_lstm import TimmEncoder
+from modeling.transformers_versions import CACHE
 
 CAPTIONS = ["red", "a green dog", "the blue cat sits", "a small cat", "big"]
 KINDS = pytest.mark.parametrize("prompt", ["", "attention"], ids=["plain", "attention"])
@@ -162,12 +163,12 @@ def test_generation_goes_on_from_a_state_and_decodes_no_token_twice(prompt):
     model, processor = build_lstm(prompt)
     pixels = batch_of(processor)["pixel_values"]
     whole = model.generate(pixel_values=pixels, max_length=9, eos_token_id=None)
-    state = model(pixel_values=pixels, decoder_input_ids=whole[:, :4]).cache
+    state = model(pixel_values=pixels, decoder_input_ids=whole[:, :4])[CACHE]
     given = {"pixel_values": pixels, "decoder_input_ids": whole[:, :5], "max_length": 9, "eos_token_id": None}
-    assert torch.equal(model.generate(cache=state, **given), whole)
-    state = model(pixel_values=pixels, decoder_input_ids=whole[:, :5]).cache
+    assert torch.equal(model.generate(**{CACHE: state}, **given), whole)
+    state = model(pixel_values=pixels, decoder_input_ids=whole[:, :5])[CACHE]
     with pytest.raises(ValueError, match="has decoded all 5 tokens"):
-        model.generate(cache=state, **given)
+        model.generate(**{CACHE: state}, **given)
 
 
 @KINDS
@@ -176,12 +177,12 @@ def test_a_state_is_a_tree_of_tensors_and_the_model_can_be_exported(prompt):
     batch = batch_of(processor)
     inputs = {"pixel_values": batch["pixel_values"], "decoder_input_ids": batch["labels"].clamp(min=0)}
     outputs = model(**inputs)
-    state = outputs.cache
+    state = outputs[CACHE]
     doubled = _pytree.tree_map(lambda value: 2 * value, state)
     assert isinstance(doubled, LSTMState) and torch.equal(doubled.hidden, 2 * state.hidden)
     exported = torch.export.export(model, (), inputs).module()(**inputs)
     torch.testing.assert_close(exported.logits, outputs.logits)
-    torch.testing.assert_close(exported.cache.hidden, state.hidden)
+    torch.testing.assert_close(exported[CACHE].hidden, state.hidden)
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ def test_a_captions_probability_is_what_generate_says_token_by_token(kind, promp
         states = model.get_encoder()(processor(images=IMAGES, return_tensors="pt")["pixel_values"]).last_hidden_state
         torch.manual_seed(1)
         shortest = rules.min_length + len(captioner.start_token_ids)
-        sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": 6, "min_length": shortest}
+        sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": 12, "min_length": shortest}
         with plain_decoding(model, **sampling, no_repeat_ngram_size=rules.no_repeat_ngram_size):
             made = model.generate(
                 encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -282,7 +282,7 @@ def test_a_captions_probability_is_what_generate_says_token_by_token(kind, promp
         expected.append(of_caption[range(length), words[:length]].sum())
     ended = [caption[-1] == 2 for caption in captions]
     assert any(ended) and not all(ended) and len(set(map(len, captions))) > 1
-    image_index = [place for place in range(len(IMAGES)) for _ in range(6)]
+    image_index = [place for place in range(len(IMAGES)) for _ in range(12)]
     whole = caption_log_probs(model, captioner, states, captions, image_index, [rules] * len(captions))
     assert torch.allclose(whole, torch.stack(expected), atol=1e-4)
     gradient = torch.autograd.grad(whole.sum(), model.get_output_embeddings().weight)[0]

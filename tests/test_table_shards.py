@@ -33,9 +33,14 @@ def content(folder: Path) -> dict[str, list[tuple]]:
     }
 
 
-@pytest.mark.parametrize("num_proc", [1, 3])
-def test_the_table_does_not_depend_on_shards_or_processes(rows, tmp_path, monkeypatch, num_proc):
+@pytest.mark.parametrize(("num_proc", "can_fork"), [(1, True), (3, True), (3, False)])
+def test_the_table_does_not_depend_on_shards_or_processes(rows, tmp_path, monkeypatch, capsys, num_proc, can_fork):
+    """Nor on whether the system can fork a process, as macOS and Windows cannot."""
+    monkeypatch.setattr(table_shards, "CAN_FORK", can_fork)
+    if not can_fork:
+        monkeypatch.setattr(table_shards.multiprocessing, "get_context", None)
     ours = write_caption_table(rows, tmp_path / "shards", num_proc=num_proc)
+    assert ("--num_proc" in capsys.readouterr().err) == (not can_fork)
     monkeypatch.setattr(table_shards, "ROWS_PER_SHARD", 1000)
     theirs = write_caption_table(rows, tmp_path / "whole")
     assert content(tmp_path / "shards") == content(tmp_path / "whole") and str(ours) == str(theirs)

@@ -16,6 +16,7 @@ import train_vit_gpt2
 import training.run
 from data_scripts.caption_table import FEATURES
 from modeling.captioner import Captioner
+from modeling.transformers_versions import CACHE
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
 
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220), "white": (250, 250, 250)}
@@ -112,7 +113,7 @@ def test_gold_captions_never_reach_generate_and_the_prompt_does(train, monkeypat
     def watched(model, *args, **kwargs):
         if set(kwargs) == {"encoder_outputs", "decoder_input_ids", "max_new_tokens", "num_beams"}:
             return plain_generate(model, *args, **kwargs)  # the trial of a decoder, before there are captions
-        given.append((args, set(kwargs), kwargs["cache"].get_seq_length()))
+        given.append((args, set(kwargs), kwargs[CACHE].get_seq_length()))
         sequences = plain_generate(model, *args, **kwargs)
         starts.append(sequences[:, 1:-1].tolist())
         return sequences
@@ -120,7 +121,7 @@ def test_gold_captions_never_reach_generate_and_the_prompt_does(train, monkeypat
     starts = []
     monkeypatch.setattr(VisionEncoderDecoderModel, "generate", watched)
     folder = train("watched", prompt="red green", max_length=2)
-    assert given and all(call == ((), {"encoder_outputs", "cache"}, 0) for call in given)  # a cache, empty
+    assert given and all(call == ((), {"encoder_outputs", CACHE}, 0) for call in given)  # a cache, empty
     prompt_ids = Captioner.load(folder).tokenizer("red green", add_special_tokens=False).input_ids
     assert all(row[: len(prompt_ids)] == prompt_ids for rows in starts for row in rows)
 

@@ -179,7 +179,10 @@ def _put_in_place(partial: Path, folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    is_windows = os.name == "nt"  # which opens no folders, and flushes no file that is open for reading alone
+    if is_windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

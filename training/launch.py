@@ -11,7 +11,6 @@ from importlib.util import find_spec
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.tracking import TrackioTracker
 from accelerate.utils import LoggerType, parse_flag_from_env, set_seed
 
 from modeling.caption_loss import computes_in_bfloat16
@@ -42,6 +41,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     check_trackers(trackers)
     run_name = args.run_name or args.output_dir
     if "trackio" in trackers:  # by its name alone, its project would bear that of TensorBoard's folder
+        from accelerate.tracking import TrackioTracker  # of accelerate 1.10 and newer
+
         trackers[trackers.index("trackio")] = TrackioTracker(args.project, name=run_name)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else os.environ.get("ACCELERATE_MIXED_PRECISION")
     in_float32 = precision == "bf16" and not has_bfloat16()

@@ -1,0 +1,45 @@
+"""What is imported only where it is used: captions come without the packages of pages, curves, trackers, the app and the server."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_captioners import IMAGES
+
+ROOT = Path(__file__).parent.parent
+OPTIONAL = [
+    "fastapi",
+    "gradio",
+    "jinja2",
+    "limits",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openai",
+    "peft",
+]
+OPTIONAL += ["tensorboard", "trackio", "uvicorn", "wandb"]
+CODE = f"""
+import importlib, sys
+for name in {OPTIONAL}:
+    sys.modules[name] = None  # importing it is a ModuleNotFoundError
+scripts, modules, arguments = eval(sys.argv[1])
+for name in scripts + modules:
+    importlib.import_module(name)
+import caption
+caption.main(arguments)
+"""
+
+
+@pytest.mark.slow
+def test_every_script_is_imported_and_captions_come_without_them(starts, tmp_path):
+    IMAGES[0].save(tmp_path / "red.png")
+    scripts = sorted(path.stem for path in ROOT.glob("*.py"))
+    modules = ["training.run", "training.features", "reporting.page", "reporting.curves", "reporting.model_card"]
+    arguments = ["--model_name_or_path", starts["lstm"], str(tmp_path / "red.png")]
+    command = [sys.executable, "-c", CODE, repr((scripts, modules, arguments))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(str(tmp_path / "red.png"))
