@@ -1,6 +1,7 @@
 # make demo      draw images, train small captioners on them, score them, write the pages (a few minutes on two cores)
 # make test      run the tests (seven minutes on two cores)
 # make test-fast run all but whole runs in processes of their own (three and a half minutes)
+# make npm       install transformers.js into node_modules, with which the tests try the exports; they are skipped without
 # make test-floors  run the tests with the oldest releases of torch, transformers and the like, in .venv-floors (of 6 GB)
 # make quality   ruff check, ruff format --check
 # make bench     the benchmarks (20 to 30 minutes on two cores; the last wants Java)
@@ -21,7 +22,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast test-floors quality bench gpu-check clean
+.PHONY: demo test test-fast test-floors npm quality bench gpu-check clean
 
 # Both captioners train at the same time, with half of the cores each.
 THREADS := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null | awk '{print ($$1 > 1) ? int($$1 / 2) : 1}')
@@ -45,6 +46,10 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Without npm, or a network, the tests that need it are skipped.
+npm:
+	-npm install --ignore-scripts --no-audit --no-fund --no-save --no-package-lock @huggingface/transformers@4.3.1
 
 # The same target in an environment of its own, whose packages are held to the lower bounds.
 test-floors:
@@ -71,4 +76,4 @@ $(READY): setup.cfg pyproject.toml
 	@touch $(READY)
 
 clean:
-	rm -rf .venv .venv-floors
+	rm -rf .venv .venv-floors node_modules

@@ -73,7 +73,7 @@ class PixelProcessor(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1) / factor)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        rows, columns = (torch.arange(pixels.shape[axis], dtype=torch.float64) + 0.5 for axis in (2, 3))
+        rows, columns = (torch.arange(pixels.shape[axis], dtype=torch.float32) + 0.5 for axis in (2, 3))
         height, width = rows[-1:] + 0.5, columns[-1:] + 0.5  # (1,) each: an image's own size, unknown to the graph
         new_height, new_width = self.resized(height, width)
         across = self.weights(columns, width, new_width, self.output_size[1])  # (new width, width)
@@ -83,7 +83,7 @@ class PixelProcessor(nn.Module):
         return (pixels - self.mean) / self.std
 
     def resized(self, height: torch.Tensor, width: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Height and width before the crop, float64 (1,) each, as transformers and timm compute them."""
+        """Height and width before the crop, float32 (1,) each, as transformers and timm compute them."""
         short = self.size.get("shortest_edge")
         if short:
             shorter = torch.minimum(height, width)
@@ -97,16 +97,16 @@ class PixelProcessor(nn.Module):
         """What each pixel of an axis adds to each pixel of the result, float32 (kept, length).
 
         Args:
-            centers: float64 (length,), of the image's pixels.
-            length, resized: float64 (1,), pixels along the axis.
+            centers: float32 (length,), of the image's pixels.
+            length, resized: float32 (1,), pixels along the axis.
             kept: Pixels of the crop.
         """
         scale = length / resized
         margin = (resized - kept) / 2
         first = margin.round() if self.is_timm else margin.floor()
-        positions = (first + torch.arange(kept, dtype=torch.float64) + 0.5) * scale  # (kept,)
+        positions = (first + torch.arange(kept, dtype=torch.float32) + 0.5) * scale  # (kept,)
         weights = self.kernel((centers - positions[:, None]) / scale.clamp(min=1.0))  # (kept, length)
-        return (weights / weights.sum(dim=1, keepdim=True)).float()
+        return weights / weights.sum(dim=1, keepdim=True)
 
 
 def gray_levels(pixels: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 from types import SimpleNamespace
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -49,24 +48,14 @@ def browser():
 
 
 @pytest.fixture(scope="session")
-def node_modules(tmp_path_factory) -> str:
-    """A node_modules with transformers.js and, which it needs, onnxruntime-web; tests are skipped where it cannot be had.
-
-    SHOWTELL_NODE_MODULES names one that is there already.
-    """
+def node_modules() -> str:
+    """A node_modules with transformers.js and, which it needs, onnxruntime-web; tests that need it are skipped without."""
     if shutil.which("node") is None:
         pytest.skip("needs Node (on Debian and Ubuntu: apt install nodejs npm)")
-    if named := os.environ.get("SHOWTELL_NODE_MODULES"):
-        return named
-    package = "@huggingface/transformers@4.3.1"
-    if shutil.which("npm") is None:
-        pytest.skip(f"needs npm, or SHOWTELL_NODE_MODULES naming a node_modules with {package}")
-    folder = str(tmp_path_factory.mktemp("npm"))
-    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--prefix", folder]
-    done = subprocess.run(["npm", "install", *options, package], capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        pytest.skip(f"npm cannot install {package}: {(done.stderr.strip() or 'no reason').splitlines()[-1]}")
-    return f"{folder}/node_modules"
+    folder = os.environ.get("SHOWTELL_NODE_MODULES") or os.path.join(os.path.dirname(__file__), "..", "node_modules")
+    if not os.path.isdir(os.path.join(folder, "@huggingface", "transformers")):
+        pytest.skip("needs transformers.js: `make npm`, or SHOWTELL_NODE_MODULES naming the node_modules that has it")
+    return os.path.abspath(folder)
 
 
 @pytest.fixture(scope="session")

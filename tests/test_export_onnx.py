@@ -189,13 +189,16 @@ def test_smaller_weights_are_smaller_and_nearly_the_same(exported, dtype, suffix
 
 def test_the_exported_image_processor_gives_the_pixels_of_the_captioners_own(exported):
     captioner, folder = exported
+    graph = onnx.shape_inference.infer_shapes(onnx.load(folder / "preprocess.onnx")).graph
+    # onnxruntime-web's build with WebGPU has no kernels of float64.
+    assert all(value.type.tensor_type.elem_type != onnx.TensorProto.DOUBLE for value in graph.value_info)
     model, noise = ExportedCaptioner(folder), np.random.default_rng(0)
     for shape in ((64, 64), (70, 301), (40, 31)):
         image = noise.integers(0, 256, (*shape, 3), dtype=np.uint8)
         expected = captioner.processor(images=[image], return_tensors="np")["pixel_values"]
         step = 1 / 255 / np.array(captioner.image_processor.image_std).reshape(3, 1, 1)  # of a gray level
         differences = np.abs(model.preprocess(image) - expected) / step
-        assert differences.max() < 1.01 and (differences > 0.01).mean() < 0.03
+        assert differences.max() < 1.01 and (differences > 0.01).mean() < 0.05
 
 
 def test_settings_that_are_left_out_are_named(tmp_path, capsys, monkeypatch):

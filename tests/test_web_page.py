@@ -100,7 +100,8 @@ def test_the_page_captions_as_onnxruntime_does_in_python(kind, prompt, browser, 
     from playwright.sync_api import expect
 
     captioner = build(kind, prompt, num_layers=1)
-    captioner.model.generation_config.update(no_repeat_ngram_size=2, min_length=5, num_beams=3, length_penalty=0.5)
+    rules = {"no_repeat_ngram_size": 2, "min_length": 5, "max_length": 14, "sequence_bias": [[[2], 3.0]]}
+    captioner.model.generation_config.update(num_beams=3, length_penalty=3.0, **rules)
     captioner.save(tmp_path / "model")
     runtime = f"{node_modules}/onnxruntime-web"
     export_onnx.main([str(tmp_path / "model"), str(tmp_path / "page"), "--web", "--onnxruntime_web", runtime])
