@@ -41,10 +41,10 @@ demo: $(READY)
 	@$(BIN)/python -m reporting.compare $(DEMO)/lstm $(DEMO)/vit_gpt2 --output $(DEMO)/compare.png --min_true_captions 0.95
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # The same target in an environment of its own, whose packages are held to the lower bounds.
 test-floors:

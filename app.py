@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
+from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_image
 from system.errors import UserError, one_line_errors
 from system.request_rate import RequestRate
 from training.arguments import parse_recipe
@@ -60,7 +60,15 @@ CSS = """
 
 @dataclass
 class AppArguments:
-    models: list[str] = field(metadata={"help": "Folders or Hub ids of captioners of either kind.", "positional": "*"})
+    models: list[str] = field(
+        metadata={"help": "Folders or Hub ids of captioners, of ours or of others.", "positional": "*"}
+    )
+    prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt of models of others: request of chat models, or text to continue; by their kinds if not given."
+        },
+    )
     port: int | None = field(
         default=None, metadata={"help": "Port; the first free one from 7860 on if not given.", "min": 1, "max": 65535}
     )
@@ -84,12 +92,11 @@ def main(argv: list[str] | None = None) -> None:
         import torch
         import transformers
 
-        from modeling.captioner import Captioner
         from reporting.model_card import training_data_of
 
         transformers.logging.disable_progress_bar()
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        captioners = {name: Captioner.load(name).to(device) for name in names}
+        captioners = {name: captioner.to(device) for name, captioner in load_captioners(names, args.prompt).items()}
         try:
             app = build_app(captioners, {name: training_data_of(name) for name in names})
             launch(app, server_name=args.host, server_port=args.port, share=args.share)
@@ -110,6 +117,21 @@ def check_environment() -> None:
     port = os.environ.get("GRADIO_SERVER_PORT", "7860")
     if not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"GRADIO_SERVER_PORT is {port!r} in the environment: it must be a number from 1 to 65535")
+
+
+def load_captioners(names: Collection[str], prompt: str | None) -> "dict[str, Captioner]":
+    """The captioners by their names; the prompt is that of those which take one.
+
+    Raises:
+        UserError: One cannot be loaded, or none takes a prompt.
+    """
+    from modeling.image_text_to_text import load_captioner
+    from modeling.loading import is_trained_here
+
+    own = {name: is_trained_here(name) for name in names}
+    if prompt is not None and all(own.values()):
+        raise UserError("--prompt has no effect: these captioners take none but those that they were trained with")
+    return {name: load_captioner(name, None if own[name] else prompt) for name in names}
 
 
 def demo_models() -> list[str]:
@@ -267,9 +289,7 @@ def read_image(path: str):
     Raises:
         BadImage: It cannot be used.
     """
-    from modeling.captioning_pipeline import to_rgb
-
-    return decode_image(Path(path).read_bytes(), to_rgb=to_rgb)
+    return decode_image(Path(path).read_bytes())
 
 
 def caption_files(
@@ -289,6 +309,7 @@ def caption_files(
     Yields at each new word what the page shows: the current image, those before it, the file to download.
     """
     import gradio as gr
+    from markupsafe import escape
 
     from reporting.page import image_data_uri
 
@@ -303,8 +324,10 @@ def caption_files(
         note = scenes_note(scene_models) if scene_models and not is_scene else ""
         before, captions = shown + before, dict.fromkeys(captioners, "")
         for name, captioner in captioners.items():
-            pixels = captioner.processor(images=[image], return_tensors="pt")["pixel_values"]
-            inputs = {"pixel_values": pixels.to(captioner.model.device)}
+            try:
+                inputs = captioner.on_device(captioner.preprocess([image]))
+            except UserError as error:
+                raise gr.Error(str(escape(f"{Path(path).name}, {name}: {error}"))) from error
             for captions[name] in captioner.stream(inputs, **generation):
                 yield image_card(source, path, captions, "captions current", note), before, gr.skip()
             lines.append({"image_id": Path(path).name, "model": name, "caption": captions[name]})

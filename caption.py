@@ -14,11 +14,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from captioning.descriptions import Descriptions, load_exiv2
 from captioning.job import ImageCollator, Job, begin_or_resume, load_batches
 from captioning.outputs import Lines, Output, Page, Parquet, Screen, Sidecars, WebDataset
 from captioning.processes import Processes
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
 
 FORMATS = {".txt": "txt", ".jsonl": "jsonl", ".html": "html", ".parquet": "parquet", "": "sidecars"}
-FOLDERS = ("parquet", "sidecars", "webdataset")
+FOLDERS = ("parquet", "sidecars", "webdataset", "xmp")
+BESIDE = ("sidecars", "xmp")  # may go to where the images are
 NUM_NAMED = 5  # images of a dry run
 SIDECAR_OPTIONS = ("existing", "prefix", "suffix", "separator", "sidecar_suffix")
 
@@ -46,7 +48,13 @@ class CaptionArguments:
         }
     )
     model_name_or_path: str = field(
-        metadata={"help": "Folder, training checkpoint or Hub id of a captioner of either kind."}
+        metadata={"help": "Folder, training checkpoint or Hub id of a captioner, of ours or of others."}
+    )
+    prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt of a model of others: request of a chat model, or text to continue; by its kind if not given."
+        },
     )
     output: str | None = field(
         default=None,
@@ -55,10 +63,11 @@ class CaptionArguments:
             "given."
         },
     )
-    output_format: Literal["txt", "jsonl", "html", "parquet", "sidecars", "webdataset"] | None = field(
+    output_format: Literal["txt", "jsonl", "html", "parquet", "sidecars", "webdataset", "xmp"] | None = field(
         default=None,
         metadata={
-            "help": "Format of the output; by its suffix if not given. sidecars without --output stand beside the images."
+            "help": "Format of the output; by its suffix if not given. sidecars without --output stand beside the images; "
+            "xmp is the description in the images' own metadata."
         },
     )
     resume: bool = field(
@@ -67,12 +76,14 @@ class CaptionArguments:
             "help": "Caption only what the output does not have yet, if it was begun with the same settings; false begins it anew."
         },
     )
-    dry_run: bool = field(default=False, metadata={"help": "Only say what would be captioned, and where to."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print what would be captioned and where it would be saved, and exit."}
+    )
     existing: Literal["skip", "overwrite", "append", "prepend"] = field(
-        default="skip", metadata={"help": "What to do where an image has a sidecar already."}
+        default="skip", metadata={"help": "Action for an image that has a sidecar already."}
     )
     prefix: str = field(default="", metadata={"help": "Text before the caption in a sidecar."})
-    suffix: str = field(default="", metadata={"help": "Text behind the caption in a sidecar."})
+    suffix: str = field(default="", metadata={"help": "Text after the caption in a sidecar."})
     separator: str = field(
         default=", ", metadata={"help": "Text between a caption and what was there, with existing append or prepend."}
     )
@@ -98,6 +109,14 @@ class CaptionArguments:
     id_column: str | None = field(
         default=None, metadata={"help": "Column of unique names in parquet files; FILE.parquet#ROW if not given."}
     )
+    window: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Values that become black and white of gray images with more than 8 bits; each image's minimum and maximum if not "
+            "given.",
+            "metavar": ("LOW", "HIGH"),
+        },
+    )
     batch_size: int = field(default=32, metadata={"help": "Images per batch.", "min": 1})
     num_workers: int | None = field(
         default=None,
@@ -119,8 +138,8 @@ class CaptionArguments:
     encoder_engine: Literal["auto", "torch"] = field(
         default="auto",
         metadata={
-            "help": "Engine of the encoder on a CPU; auto is onnxruntime where it is installed, equal and faster, for 256 images "
-            "or more."
+            "help": "Engine of the encoder on a CPU; auto is onnxruntime where it is installed and measured faster with equal "
+            "features, for 256 images or more."
         },
     )
     seed: int = field(default=42, metadata={"help": "Seed of sampling.", "min": 0, "below": 2**32})
@@ -134,7 +153,9 @@ class CaptionArguments:
                 )
             self.output_format = FORMATS[suffix]
         self._check_format(suffix)
-        if self.output_format != "sidecars":
+        if self.window and not self.window[0] < self.window[1]:
+            raise UserError("--window: the first value must be below the second")
+        if self.output_format not in BESIDE:
             for name in SIDECAR_OPTIONS:
                 if getattr(self, name) != getattr(CaptionArguments, name):
                     raise UserError(f"--{name} has no effect without --output_format sidecars")
@@ -142,7 +163,11 @@ class CaptionArguments:
             raise UserError(f"--sidecar_suffix {self.sidecar_suffix}: give one like .txt or .caption")
 
     def _check_format(self, suffix: str | None) -> None:
-        if self.output_format not in (None, "sidecars") and not self.output:
+        if self.output_format == "xmp" and (self.output or self.sidecar_suffix != ".txt"):
+            raise UserError(
+                "--output_format xmp goes into the images themselves: leave out --output and --sidecar_suffix"
+            )
+        if self.output_format not in (None, *BESIDE) and not self.output:
             raise UserError(f"--output_format {self.output_format} needs --output")
         if self.output_format in ("txt", "jsonl", "html") and suffix != f".{self.output_format}":
             raise UserError(f"--output {self.output}: the name of this format must end in .{self.output_format}")
@@ -194,10 +219,12 @@ def check_sources(args: CaptionArguments, sources: ImageSources, processes: Proc
     """
     if processes.number > 1 and args.output_format == "html":
         raise UserError("a page needs one process: caption into a .jsonl")
-    if args.output_format != "sidecars":
+    if args.output_format == "xmp":
+        load_exiv2()
+    if args.output_format not in BESIDE:
         return
     if not args.output and (others := [name for name in sources.names if not is_local_image(name)]):
-        raise UserError(f"{printable(others[0])} has no place for sidecars beside its images: give --output FOLDER")
+        raise UserError(f"{printable(others[0])} has no place for captions beside its images: give --output FOLDER")
     tops = [os.path.basename(os.path.normpath(name)) for name in sources.names]
     if args.output and len(set(tops)) < len(tops):
         raise UserError(
@@ -217,7 +244,8 @@ def load_captioner(args: CaptionArguments, generation_args: GenerationArguments,
         import torch
         import transformers
 
-        from modeling.captioner import Captioner
+        from modeling.image_text_to_text import load_captioner as load
+        from modeling.loading import is_trained_here
 
         transformers.logging.disable_progress_bar()
         torch.manual_seed(args.seed)
@@ -226,7 +254,12 @@ def load_captioner(args: CaptionArguments, generation_args: GenerationArguments,
         )
         if device == "cuda" and processes.number > 1:
             device = f"cuda:{processes.local_index % torch.cuda.device_count()}"
-        captioner = Captioner.load(args.model_name_or_path).to(device, args.dtype)
+        if (args.confidence or args.min_confidence is not None) and not is_trained_here(args.model_name_or_path):
+            option = "confidence" if args.confidence else "min_confidence"
+            raise UserError(
+                f"--{option} does not go with {args.model_name_or_path}, a model of others, whose probabilities are not computed"
+            )
+        captioner = load(args.model_name_or_path, args.prompt).to(device, args.dtype)
     finally:
         gc.enable()
     captioner.set_decoding(**generation_args.settings())
@@ -239,7 +272,7 @@ def caption_sources(
     """Caption the images, say what became of them, and return whether there is a caption."""
     from modeling.processing import resized_side
 
-    num_captions = captioner.model.generation_config.num_return_sequences or 1
+    num_captions = captioner.generation_config.num_return_sequences or 1
     output, doubtful = open_outputs(args, processes, num_captions)
     if processes.is_first and settings_path(args):
         settings, in_folder = settings_of(captioner, args), args.output_format in FOLDERS
@@ -253,13 +286,15 @@ def caption_sources(
     on_page = args.output_format == "html"
     job = Job(captioner, output, processes, choose_encoder(captioner, args, total, processes), doubtful)
     job.min_confidence = args.min_confidence or 0.0
-    job.with_confidence = on_page or args.confidence or doubtful is not None
-    job.num_inspected = Page.num_images if on_page else 0
+    job.with_confidence = (on_page and not captioner.of_others) or args.confidence or doubtful is not None
+    job.num_inspected = Page.num_images if on_page and not captioner.of_others else 0
     refs = refs_for(output, sources)
     if args.num_workers is None:
         args.num_workers = 0 if captioner.model.device.type == "cpu" else min(8, os.cpu_count())
-    decoder = ImageDecoder(2 * resized_side(captioner.image_processor), keep_content=args.output_format == "webdataset")
-    collate = ImageCollator(captioner.processor, Page.image_size() if on_page else 0)
+    # Models of others cut images by the size they are stored in.
+    min_side = None if captioner.of_others else 2 * resized_side(captioner.image_processor)
+    decoder = ImageDecoder(min_side, args.output_format == "webdataset", args.window)
+    collate = ImageCollator(captioner.preprocess, Page.image_size() if on_page else 0)
     job.run(load_batches(job.batches(refs, args.batch_size), decoder, collate, args.num_workers), total)
     captioned, there, num_bad, num_doubtful = processes.total(*vars(job.counts).values())
     if processes.is_first:
@@ -279,6 +314,8 @@ def caption_sources(
 
 def refs_for(output: Output, sources: ImageSources) -> Iterable[ImageRef]:
     """The images, with a problem where they cannot have a sidecar."""
+    if isinstance(output, Descriptions):
+        return (replace(ref, problem=output.problem_of(ref)) for ref in sources)
     if not isinstance(output, Sidecars):
         return sources
     return one_for_each_sidecar(sources, output.path_of, beside=output.folder is None)
@@ -288,7 +325,7 @@ def choose_encoder(captioner: "Captioner", args: CaptionArguments, total: int, p
     """The encoder by the fastest engine; None where the captioner encodes by itself."""
     from modeling.onnx_encoder import fastest_encoder
 
-    if args.encoder_engine == "torch":
+    if args.encoder_engine == "torch" or captioner.of_others:
         return None
     report = partial(print, file=sys.stderr) if processes.is_first else lambda sentence: None
     encoder = fastest_encoder(captioner.encoder, total // processes.number, report)
@@ -307,10 +344,12 @@ def open_outputs(args: CaptionArguments, processes: Processes, num_captions: int
         doubtful = Lines(Path(f"{os.path.normpath(place)}.doubtful.jsonl"), process=index)
     if args.output_format is None:
         return Screen(), None
-    if args.output_format == "sidecars":
+    if args.output_format in BESIDE:
         folder = Path(args.output) if args.output else None
         texts = (args.prefix, args.suffix, args.separator)
         journal = beside_output(args, "journal")
+        if args.output_format == "xmp":
+            return Descriptions(None, journal, args.existing, texts=texts, process=index), doubtful
         return Sidecars(folder, journal, args.existing, args.sidecar_suffix, texts, index), doubtful
     path = Path(args.output)
     if args.output_format == "html":
@@ -337,7 +376,7 @@ def settings_path(args: CaptionArguments) -> Path | None:
 
 def is_there(args: CaptionArguments) -> bool:
     """Whether the output has something already; sidecars are judged one by one."""
-    if args.output_format == "sidecars":
+    if args.output_format in BESIDE:
         return False
     path = Path(args.output)
     return path.exists() and (args.output_format not in FOLDERS or any(path.iterdir()))
@@ -347,10 +386,11 @@ def settings_of(captioner: "Captioner", args: CaptionArguments) -> dict:
     """What captions and their output depend on."""
     from modeling.fingerprint import weights_digest
 
-    decoding = captioner.model.generation_config.to_diff_dict()
+    decoding = captioner.decoding.to_diff_dict()
     decoding.pop("transformers_version", None)
     names = ("output_format", "dtype", "confidence", "min_confidence", "id_column", "seed")
-    names += SIDECAR_OPTIONS if args.output_format == "sidecars" else ()
+    names += SIDECAR_OPTIONS if args.output_format in BESIDE else ()
+    names += ("window",) if args.window else ()
     weights = weights_digest(captioner.model, captioner.image_processor.to_json_string())
     return {"weights": weights, "decoding": decoding} | {name: getattr(args, name) for name in names}
 

@@ -19,11 +19,14 @@ from system.errors import UserError, one_line_errors
 from training.arguments import GenerationArguments, parse_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from accelerate import Accelerator
     from datasets import Dataset
+    from torch.utils.data import DataLoader
 
     from metrics import CaptionScorer
+    from modeling.captioner import Captioner
     from reporting.optional_metrics import OptionalMetrics
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
@@ -36,7 +39,15 @@ class EvaluationArguments:
     )
     predictions: str | None = field(default=None, metadata={"help": "File of captions to score: .jsonl or .json."})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder, training checkpoint or Hub id of a captioner to score."}
+        default=None,
+        metadata={"help": "Folder, training checkpoint or Hub id of a captioner to score, of ours or of others."},
+    )
+    prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt of a model of others: request of a chat model, or text to continue; by its kind if not given.",
+            "needs": {"predictions": [None]},
+        },
     )
     dataset_name: str = field(
         default="scenes",
@@ -55,21 +66,15 @@ class EvaluationArguments:
         },
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per batch and device.", "min": 1})
-    cache_features: bool = field(
-        default=True, metadata={"help": "Read the encoder's features from the cache on disk, and write them there."}
-    )
-    int8_features: bool = field(
-        default=False,
-        metadata={
-            "help": "Cache features as int8: half the disk, lossy; read those that training has cached.",
-            "needs": {"cache_features": [True]},
-        },
+    feature_cache: Literal["float16", "int8", "none"] = field(
+        default="float16",
+        metadata={"help": "Type in which the encoder's features are cached on disk, and those of training are read."},
     )
     compile_encoder: bool = field(
         default=False,
         metadata={
             "help": "Compile the encoder with torch.compile before it encodes the images.",
-            "needs": {"cache_features": [True]},
+            "needs": {"feature_cache": ["float16", "int8"]},
         },
     )
     dataloader_num_workers: int = field(
@@ -241,20 +246,15 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
     """Caption a split and score the captions, under any number of processes."""
     import transformers
     from accelerate import Accelerator
-    from accelerate.data_loader import prepare_data_loader
     from accelerate.utils import set_seed
-    from datasets import DatasetDict
-    from torch.utils.data import DataLoader
 
     from data_scripts.caption_texts import CaptionTexts
     from data_scripts.scene_truth import scene_truths
-    from modeling.captioner import Captioner
-    from reporting.page import NUM_IMAGES
+    from modeling.image_text_to_text import load_captioner
+    from modeling.loading import is_trained_here
     from reporting.report import report_captions
     from reporting.results import write_captions
-    from training.batches import CaptionCollator, ImageDataset, subsample_evenly
-    from training.evaluation import caption_images
-    from training.features import encode_splits
+    from training.batches import subsample_evenly
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     transformers.logging.disable_progress_bar()
@@ -265,27 +265,17 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
     set_seed(args.seed, device_specific=True)
 
     # ---- Data and model ---------------------------------------------------------------------------------------------
+    if not is_trained_here(args.model_name_or_path) and (args.feature_cache == "int8" or args.compile_encoder):
+        option = "compile_encoder true" if args.compile_encoder else "feature_cache int8"
+        raise UserError(f"--{option} has no effect: features of {args.model_name_or_path}, of others, are not cached")
     optional = optional_metrics(args) if accelerator.is_main_process else None
     dataset, rows = load_split(args)
     (rows,) = subsample_evenly(args.max_eval_samples, rows)
     if optional:
         optional.objects_of(rows["image_id"])  # before captions are generated
-    captioner = Captioner.load(args.model_name_or_path)
+    captioner = load_captioner(args.model_name_or_path, args.prompt)
     captioner.set_decoding(**generation_args.settings())
-    captioner.to(accelerator.device)  # cached features are float32, whatever the captions are generated in
-    encoder = captioner.encoder.requires_grad_(False)
-    features = encode_splits(DatasetDict({args.split: rows}), encoder, captioner.image_processor, args)[args.split]
-
-    # ---- Captions ---------------------------------------------------------------------------------------------------
-    loader = DataLoader(
-        ImageDataset(rows, features[0]),
-        args.per_device_eval_batch_size,
-        collate_fn=CaptionCollator(captioner.processor),
-        num_workers=args.dataloader_num_workers,
-    )
-    loader = prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
-    captioner.to(accelerator.device, args.dtype)
-    captions = caption_images(captioner, loader, accelerator, NUM_IMAGES)
+    captions = caption_split(captioner, rows, accelerator, args)
 
     # ---- Scores -----------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
@@ -298,13 +288,81 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
             split=args.split,
             captions=captions,
             scorer=scorer,
-            decoding=captioner.model.generation_config,
+            decoding=captioner.decoding,
             publish_images=args.dataset_name == "scenes" if args.publish_images is None else args.publish_images,
             truth=scene_truths([made["caption"] for made in captions], rows["captions"]),
             optional=optional,
         )
         if generation_args.num_return_sequences:
             print(write_captions(args.output_dir, best_captions(rows, captions, scorer), "best_captions.jsonl"))
+
+
+def caption_split(
+    captioner: "Captioner", rows: "Dataset", accelerator: "Accelerator", args: EvaluationArguments
+) -> list[dict]:
+    """What the captioner generates for each row, under any number of processes."""
+    from accelerate.data_loader import prepare_data_loader
+    from datasets import DatasetDict
+    from torch.utils.data import DataLoader
+
+    from reporting.page import NUM_IMAGES
+    from training.batches import CaptionCollator, ImageDataset
+    from training.evaluation import caption_images
+    from training.features import encode_splits
+
+    if captioner.of_others:
+        features, collate = None, InputsCollator(captioner.preprocess)
+    else:
+        # Cached features are float32, whatever the captions are generated in.
+        encoder = captioner.to(accelerator.device).encoder.requires_grad_(False)
+        splits = DatasetDict({args.split: rows})
+        features = encode_splits(splits, encoder, captioner.image_processor, args)[args.split][0]
+        collate = CaptionCollator(captioner.processor)
+    loader = DataLoader(
+        ImageDataset(rows, features),
+        args.per_device_eval_batch_size,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+    )
+    loader = prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
+    captioner.to(accelerator.device, args.dtype)
+    if captioner.of_others:
+        return caption_by_model_of_others(captioner, loader, accelerator)
+    return caption_images(captioner, loader, accelerator, NUM_IMAGES)
+
+
+class InputsCollator:
+    """Items of `ImageDataset` as one batch of a model of others: {"index", "inputs"}."""
+
+    def __init__(self, preprocess: "Callable[[list], dict]"):
+        self.preprocess = preprocess
+
+    def __call__(self, items: list[dict]) -> dict:
+        import torch
+
+        images = [item["image"].convert("RGB") for item in items]
+        try:
+            inputs = self.preprocess(images)
+        except UserError:
+            for item, image in zip(items, images, strict=True):
+                try:
+                    self.preprocess([image])
+                except UserError as error:
+                    raise UserError(f"image {item['index'] + 1:,} of those that are evaluated: {error}") from error
+            raise
+        return {"index": torch.tensor([item["index"] for item in items]), "inputs": inputs}
+
+
+def caption_by_model_of_others(captioner: "Captioner", loader: "DataLoader", accelerator: "Accelerator") -> list[dict]:
+    """The captions of a prepared loader's images, on every process all of them; see `training.evaluation.caption_images`."""
+    from accelerate.utils import gather_object
+    from tqdm.auto import tqdm
+
+    captions = {}
+    for batch in tqdm(loader, desc="captioning", leave=False, disable=not accelerator.is_local_main_process):
+        captions.update(zip(batch["index"].tolist(), captioner.generate(batch["inputs"]), strict=True))
+    captions = dict(gather_object(list(captions.items())))  # an image dealt to two processes counts once
+    return [captions[index] for index in sorted(captions)]
 
 
 def best_captions(rows: "Dataset", captions: list[dict], scorer: "CaptionScorer") -> list[dict]:

@@ -3,8 +3,8 @@
     python serve.py outputs/demo/lstm
 
 POST /v1/chat/completions takes images as OpenAI's clients send them (image_url, a data URL), POST /api/generate as Ollama's do
-(images, base64). The text of a request is ignored: a captioner captions. Requests that arrive together are captioned together. It
-listens on this machine alone and fetches nothing, unless options say otherwise.
+(images, base64). The text of a request is ignored: a captioner captions, and a model of others by --prompt. Requests that arrive
+together are captioned together. It listens on this machine alone and fetches nothing, unless options say otherwise.
 """
 
 import base64
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioning.batching import BatchingCaptioner
-from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image
+from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_image
 from system.errors import UserError, one_line_errors
 from system.request_rate import RequestRate
 from training.arguments import GenerationArguments, parse_recipe
@@ -42,7 +42,13 @@ SECONDS_TO_CAPTION = 600.0
 @dataclass
 class ServeArguments:
     model_name_or_path: str = field(
-        metadata={"help": "Folder or Hub id of a captioner of either kind.", "positional": None}
+        metadata={"help": "Folder or Hub id of a captioner, of ours or of others.", "positional": None}
+    )
+    prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompt of a model of others: request of a chat model, or text to continue; by its kind if not given."
+        },
     )
     port: int = field(default=8000, metadata={"help": "Port.", "min": 1, "max": 65535})
     host: str = field(
@@ -76,11 +82,11 @@ def main(argv: list[str] | None = None) -> None:
         import transformers
         import uvicorn
 
-        from modeling.captioner import Captioner
+        from modeling.image_text_to_text import load_captioner
 
         transformers.logging.disable_progress_bar()
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        captioner = Captioner.load(args.model_name_or_path).to(device, "auto")
+        captioner = load_captioner(args.model_name_or_path, args.prompt).to(device, "auto")
         captioner.set_decoding(**generation_args.settings())
         app = build_server(captioner, args)
         print(f"OpenAI: http://{args.host}:{args.port}/v1  Ollama: http://{args.host}:{args.port}", flush=True)
@@ -175,20 +181,19 @@ def caption_images(batching: BatchingCaptioner, images: list[bytes], max_new_tok
     Raises:
         BadRequest: There is none, there are too many, or one cannot be used.
     """
-    from modeling.captioning_pipeline import to_rgb
-
     if not 0 < len(images) <= MAX_IMAGES:
         raise BadRequest(f"{len(images)} images: give 1 to {MAX_IMAGES}")
     if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
         raise BadRequest(f"max_tokens {max_new_tokens!r}: give a number from 1 on")
-    processor = batching.captioner.processor
     try:
-        decoded = [decode_image(content, to_rgb=to_rgb) for content in images]
+        decoded = [decode_image(content) for content in images]
     except BadImage as error:
         raise BadRequest(str(error)) from error
-    pixels = processor(images=decoded, return_tensors="pt")["pixel_values"]
-    futures = [batching.submit(one, max_new_tokens) for one in pixels]
-    return [future.result(SECONDS_TO_CAPTION) for future in futures]
+    futures = [batching.submit(batching.captioner.prepare(image), max_new_tokens) for image in decoded]
+    try:
+        return [future.result(SECONDS_TO_CAPTION) for future in futures]
+    except UserError as error:
+        raise BadRequest(f"an image cannot be captioned: {error}") from error
 
 
 def from_base64(text: Any) -> bytes:

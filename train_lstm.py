@@ -9,9 +9,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from system.errors import UserError, one_line_errors
-from training.arguments import CaptionDataArguments, CaptionTrainingArguments, NewDecodingArguments, parse_recipe
+from training.arguments import (
+    CaptionDataArguments,
+    CaptionTrainingArguments,
+    NewDecodingArguments,
+    parse_recipe,
+    refuse_what_it_brings,
+)
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
+
+BROUGHT_BY_A_CAPTIONER = (
+    *("encoder", "pretrained_encoder", "image_size", "center_crop", "output_stride", "image_embed_dim", "hidden_size"),
+    *("num_hidden_layers", "attention", "num_attention_heads", "vocab_size"),
+)
 
 
 @dataclass
@@ -29,7 +40,7 @@ class ModelArguments:
         default="inception_resnet_v2.tf_in1k", metadata={"help": "timm name, Hub id or local folder of the encoder."}
     )
     pretrained_encoder: bool = field(default=True, metadata={"help": "Load the pretrained weights of the encoder."})
-    freeze_encoder: bool = field(default=True, metadata={"help": "Train nothing of the encoder."})
+    freeze_encoder: bool = field(default=True, metadata={"help": "Freeze the encoder."})
     num_trainable_encoder_blocks: int = field(
         default=0, metadata={"help": "Last N encoder blocks to train although the rest is frozen.", "min": 0}
     )
@@ -71,12 +82,14 @@ class ModelArguments:
         default=8000,
         metadata={
             "help": "Vocabulary size of the tokenizer that is trained.",
-            "min": 8,  # four special tokens, and something to say
+            "min": 8,  # four special tokens and four others
             "needs": {"tokenizer_name": [None]},
         },
     )
 
     def __post_init__(self):
+        if self.model_name_or_path:
+            refuse_what_it_brings(self, self.model_name_or_path, BROUGHT_BY_A_CAPTIONER)
         if self.attention_dropout and not self.attention and not self.model_name_or_path:
             raise UserError(f"--attention_dropout {self.attention_dropout} has no effect without --attention true")
 
@@ -89,7 +102,6 @@ class TrainingArguments(CaptionTrainingArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    # ---- Arguments --------------------------------------------------------------------------------------------------
     kinds = (CaptionDataArguments, ModelArguments, NewDecodingArguments, TrainingArguments)
     data_args, model_args, decoding_args, args = parse_recipe(kinds, argv, __doc__)
     options = {**vars(data_args), **vars(model_args), **vars(decoding_args), **vars(args)}
@@ -97,7 +109,13 @@ def main(argv: list[str] | None = None) -> None:
         train(data_args, model_args, decoding_args, args, options)
 
 
-def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArguments, args, options: dict) -> None:
+def train(
+    data_args: CaptionDataArguments,
+    model_args: ModelArguments,
+    decoding_args: NewDecodingArguments,
+    args: TrainingArguments,
+    options: dict,
+) -> None:
     from data_scripts import load_for_training
     from training.batches import CaptionCollator, ImageDataset, subsample_evenly
     from training.checkpoints import check_not_overwriting_start
@@ -144,13 +162,13 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
             images=run.eval_loader(ImageDataset(val_rows, val_features)),
             rows=val_rows,
             training_captions=training_captions,
-            loss_of=lambda model, batch: forward(model, batch, num_tokens=1),
+            loss_of=forward,
         )
         for batches in run.steps(evaluate, summarize=lambda sums: {"train_loss": sums["loss"] / sums["tokens"]}):
             num_tokens = run.total(count_labels(batches))
             for batch in run.micro_batches(batches):
-                loss = forward(model, batch, num_tokens, args.label_smoothing_factor)
-                run.backward(loss, loss=loss.detach() * num_tokens, tokens=count_labels([batch]))
+                loss = forward(model, batch, args.label_smoothing_factor)
+                run.backward(loss / num_tokens, loss=loss.detach(), tokens=count_labels([batch]))
             run.optimizer_step()
 
         # ---- Evaluation and saving ----------------------------------------------------------------------------------
@@ -160,10 +178,10 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
         )
 
 
-def forward(model, batch: dict, num_tokens, label_smoothing: float = 0.0):
-    """Summed cross entropy of a batch over the tokens of the whole step, so that accumulated batches are one big batch."""
+def forward(model, batch: dict, label_smoothing: float = 0.0):
+    """Cross entropy of a batch of captions, in nats, summed over its tokens."""
     inputs = {name: value for name, value in batch.items() if name != "index"}
-    return model(**inputs, num_items_in_batch=num_tokens, label_smoothing=label_smoothing, skip_logits=True).loss
+    return model(**inputs, num_items_in_batch=1, label_smoothing=label_smoothing, skip_logits=True).loss
 
 
 def build_captioner(
@@ -178,18 +196,19 @@ def build_captioner(
     from training.encoder_training import checkpoint_blocks, freeze_unused, unfreeze_last_blocks
     from training.tokenizers import load_or_train_tokenizer
 
-    start, training = model_args.model_name_or_path, ("freeze_encoder", "dropout", "attention_dropout")
-    if start:
+    if start := model_args.model_name_or_path:
         if tokenizer_name:
             raise UserError(
                 f"--tokenizer_name {tokenizer_name} does not go with --model_name_or_path {start}, which has its own"
             )
-        captioner = load_for_fine_tuning(start, **{name: getattr(model_args, name) for name in training})
+        captioner = load_for_fine_tuning(
+            start, model_args.freeze_encoder, model_args.dropout, model_args.attention_dropout
+        )
     else:
         tokenizer = load_or_train_tokenizer(tokenizer_name, training_captions, model_args.vocab_size, accelerator)
-        not_sizes = ("model_name_or_path", "num_trainable_encoder_blocks", "vocab_size")
+        used_here = ("model_name_or_path", "num_trainable_encoder_blocks", "vocab_size")
         captioner = build_inception_lstm(
-            tokenizer=tokenizer, **{name: value for name, value in vars(model_args).items() if name not in not_sizes}
+            tokenizer=tokenizer, **{name: value for name, value in vars(model_args).items() if name not in used_here}
         )
     unfreeze_last_blocks(captioner.encoder, model_args.num_trainable_encoder_blocks)
     freeze_unused(captioner)
@@ -200,13 +219,11 @@ def build_captioner(
 
 def start_names(args: ModelArguments) -> list[str]:
     """Folder or Hub id of the pretrained weights it starts from, for the model card; none for random weights."""
-    import os
+    from modeling.encoders import hub_name
 
     if args.model_name_or_path:
         return [args.model_name_or_path]
-    if not args.pretrained_encoder:
-        return []
-    return [args.encoder if "/" in args.encoder or os.path.isdir(args.encoder) else f"timm/{args.encoder}"]
+    return [hub_name(args.encoder)] if args.pretrained_encoder else []
 
 
 if __name__ == "__main__":

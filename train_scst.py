@@ -5,7 +5,10 @@
 A recipe sets the options, the command line overrides it, `--help` lists them.
 """
 
+import copy
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from system.errors import UserError, one_line_errors
@@ -19,7 +22,7 @@ from training.arguments import DataArguments, parse_recipe
 class SCSTArguments:
     """The captioner to fine-tune, and its reward."""
 
-    model_name_or_path: str | None = field(
+    model_name_or_path: str | None = field(  # needed, on the command line or in the recipe
         default=None, metadata={"help": "Folder or Hub id of the captioner to fine-tune, of either kind."}
     )
     num_samples: int = field(default=5, metadata={"help": "Number of captions sampled per image and step.", "min": 1})
@@ -120,7 +123,6 @@ class TrainingArguments(arguments.TrainingArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    # ---- Arguments --------------------------------------------------------------------------------------------------
     kinds = (DataArguments, SCSTArguments, DecodingArguments, TrainingArguments)
     data_args, scst_args, decoding_args, args = parse_recipe(kinds, argv, __doc__)
     options = {**vars(data_args), **vars(scst_args), **vars(decoding_args), **vars(args)}
@@ -128,11 +130,13 @@ def main(argv: list[str] | None = None) -> None:
         train(data_args, scst_args, decoding_args, args, options)
 
 
-def train(data_args, scst_args: SCSTArguments, decoding_args: DecodingArguments, args, options: dict) -> None:
-    import copy
-    from contextlib import nullcontext
-    from functools import partial
-
+def train(
+    data_args: DataArguments,
+    scst_args: SCSTArguments,
+    decoding_args: DecodingArguments,
+    args: TrainingArguments,
+    options: dict,
+) -> None:
     import numpy as np
 
     from data_scripts import load_for_training
@@ -141,7 +145,6 @@ def train(data_args, scst_args: SCSTArguments, decoding_args: DecodingArguments,
     from training.batches import (
         AugmentedImages,
         CaptionCollator,
-        CaptionPairs,
         CaptionSampler,
         ImageDataset,
         subsample_evenly,
@@ -154,7 +157,7 @@ def train(data_args, scst_args: SCSTArguments, decoding_args: DecodingArguments,
     from training.run import TrainingRun
     from training.sampling import set_sampling_mode, share_images_by
     from training.self_critical import SelfCritic, load_start, set_decoding, summed_cross_entropy
-    from training.shards import refuse_shards
+    from training.shards import pairs_of_split, refuse_shards
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     refuse_fsdp("train_scst.py")
@@ -172,10 +175,8 @@ def train(data_args, scst_args: SCSTArguments, decoding_args: DecodingArguments,
         model, processor = captioner.model.to(run.accelerator.device), captioner.processor
         num_augmentations = data_args.num_augmentations
         features = encode_splits(dataset, captioner.encoder, processor.image_processor, data_args, num_augmentations)
-        limits = [limit for limit in (data_args.max_caption_length, captioner.max_caption_tokens) if limit is not None]
-        max_length, start_ids = min(limits, default=None), captioner.start_token_ids
         train_pairs, val_pairs = (
-            CaptionPairs(dataset[split], processor.tokenizer, max_length, features[split], start_ids)
+            pairs_of_split(dataset[split], captioner, data_args.max_caption_length, features[split])
             for split in ("train", "validation")
         )
         set_decoding(captioner, decoding_args, train_pairs, scst_args.sample_min_length)

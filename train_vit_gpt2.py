@@ -5,16 +5,14 @@
 A recipe sets the options, the command line overrides it, `--help` lists them.
 """
 
-import logging
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from system.errors import UserError, one_line_errors
 from training.arguments import CaptionDataArguments, CaptionTrainingArguments, NewDecodingArguments, parse_recipe
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -40,7 +38,7 @@ class ModelArguments:
         default=True,
         metadata={"help": "Load `decoder`; otherwise create a GPT-2 of the sizes below with random weights."},
     )
-    freeze_encoder: bool = field(default=True, metadata={"help": "Train nothing of the encoder."})
+    freeze_encoder: bool = field(default=True, metadata={"help": "Freeze the encoder."})
     num_trainable_encoder_blocks: int = field(
         default=0, metadata={"help": "Last N encoder blocks to train although the rest is frozen.", "min": 0}
     )
@@ -54,7 +52,7 @@ class ModelArguments:
         metadata={"help": "Train LoRA adapters of this rank instead of the decoder; needs peft.", "min": 1},
     )
     trim_vocabulary: bool = field(
-        default=False, metadata={"help": "Keep only the tokens, of tokenizer and decoder, that training captions use."}
+        default=False, metadata={"help": "Trim the vocabulary to the tokens of the training captions and single bytes."}
     )
     image_size: int | None = field(
         default=None,
@@ -75,7 +73,7 @@ class ModelArguments:
         },
     )
     hidden_size: int = field(default=768, metadata={"help": "Hidden size of a new ViT and a new GPT-2.", "min": 1})
-    num_hidden_layers: int = field(default=12, metadata={"help": "Number of layers of either.", "min": 1})
+    num_hidden_layers: int = field(default=12, metadata={"help": "Number of layers of each new part.", "min": 1})
     num_encoder_layers: int | None = field(
         default=None,
         metadata={
@@ -84,12 +82,12 @@ class ModelArguments:
             "needs": {"pretrained_encoder": [False]},
         },
     )
-    num_attention_heads: int = field(default=12, metadata={"help": "Number of attention heads of either.", "min": 1})
+    num_attention_heads: int = field(default=12, metadata={"help": "Attention heads of each new part.", "min": 1})
     vocab_size: int = field(
         default=8000,
         metadata={
             "help": "Vocabulary size of the tokenizer that is trained for a new GPT-2.",
-            "min": 8,  # four special tokens, and something to say
+            "min": 8,  # four special tokens, and four others
             "needs": {"tokenizer_name": [None], "pretrained_decoder": [False]},
         },
     )
@@ -107,7 +105,7 @@ class ModelArguments:
                 f"--num_attention_heads {self.num_attention_heads} does not divide --hidden_size {self.hidden_size}"
             )
         for name, size in self.sizes.items():
-            if not new and size != type(self).__dataclass_fields__[name].default:
+            if not new and size != getattr(ModelArguments, name):
                 raise UserError(
                     f"--{name} {size} has no effect without --pretrained_encoder false or --pretrained_decoder false"
                 )
@@ -115,6 +113,11 @@ class ModelArguments:
     @property
     def sizes(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+
+    @property
+    def pretrained_parts(self) -> dict[str, str]:
+        """Names of the parts that are not new ones."""
+        return {part: getattr(self, part) for part in ("encoder", "decoder") if getattr(self, f"pretrained_{part}")}
 
 
 @dataclass
@@ -128,7 +131,6 @@ class TrainingArguments(CaptionTrainingArguments):
 
 
 def main(argv: list[str] | None = None) -> None:
-    # ---- Arguments --------------------------------------------------------------------------------------------------
     kinds = (CaptionDataArguments, ModelArguments, NewDecodingArguments, TrainingArguments)
     data_args, model_args, decoding_args, args = parse_recipe(kinds, argv, __doc__)
     options = {**vars(data_args), **vars(model_args), **vars(decoding_args), **vars(args)}
@@ -136,11 +138,16 @@ def main(argv: list[str] | None = None) -> None:
         train(data_args, model_args, decoding_args, args, options)
 
 
-def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArguments, args, options: dict) -> None:
-    from contextlib import nullcontext
-
+def train(
+    data_args: CaptionDataArguments,
+    model_args: ModelArguments,
+    decoding_args: NewDecodingArguments,
+    args: TrainingArguments,
+    options: dict,
+) -> None:
     from data_scripts import load_for_training
-    from modeling.vit_gpt2 import vit_gpt2_loss
+    from modeling.encoders import hub_name
+    from modeling.vit_gpt2 import check_parts
     from training.batches import CaptionCollator, ImageDataset, subsample_evenly
     from training.checkpoints import check_not_overwriting_start
     from training.evaluation import Evaluator, count_labels
@@ -153,6 +160,8 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     if model_args.model_name_or_path:
         check_not_overwriting_start(model_args.model_name_or_path, args.output_dir)
+    else:
+        check_parts(**model_args.pretrained_parts)
     check_lora(model_args.lora_rank, model_args.pretrained_decoder, args.ema_decay)
     with TrainingRun(args, options, script="train_vit_gpt2") as run:
         # ---- Data ---------------------------------------------------------------------------------------------------
@@ -168,14 +177,12 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
         num_augmentations = data_args.num_augmentations
         features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_augmentations)
         start_digest = weights_digest(model) if model_args.lora_rank else ""
-        max_tokens = captioner.max_caption_tokens
-        max_length = min(data_args.max_caption_length or max_tokens, max_tokens)
-        start_ids, loss_on_prompt = captioner.start_token_ids, model_args.loss_on_prompt
+        max_length, loss_on_prompt = data_args.max_caption_length, model_args.loss_on_prompt
         train_pairs, val_pairs = (
-            pairs_of_split(dataset[split], captioner, max_length, features[split], start_ids, loss_on_prompt)
+            pairs_of_split(dataset[split], captioner, max_length, features[split], loss_on_prompt)
             for split in ("train", "validation")
         )
-        captioner.set_decoding(**decoding_args.within(train_pairs.lengths, max_tokens))
+        captioner.set_decoding(**decoding_args.within(train_pairs.lengths, captioner.max_caption_tokens))
 
         # ---- Optimizer ----------------------------------------------------------------------------------------------
         sampler = sampler_of(train_pairs, run, data_args)
@@ -191,11 +198,6 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
         )
 
         # ---- Training -----------------------------------------------------------------------------------------------
-        def forward(forward, model, batch: dict, num_tokens, label_smoothing: float = 0.0):
-            """Summed cross entropy of a batch over the tokens of the whole step: accumulated batches are one big batch."""
-            inputs = {name: value for name, value in batch.items() if name != "index"}
-            return vit_gpt2_loss(forward, model, inputs, num_tokens, label_smoothing)
-
         val_rows, val_features = subsample_evenly(
             data_args.max_eval_samples, dataset["validation"], *features["validation"]
         )
@@ -205,25 +207,29 @@ def train(data_args, model_args: ModelArguments, decoding_args: NewDecodingArgum
             images=run.eval_loader(ImageDataset(val_rows, val_features)),
             rows=val_rows,
             training_captions=training_captions,
-            loss_of=lambda model, batch: forward(model, model, batch, num_tokens=1),
+            loss_of=lambda model, batch: forward(model, model, batch),
         )
         for batches in run.steps(evaluate, summarize=lambda sums: {"train_loss": sums["loss"] / sums["tokens"]}):
             num_tokens = run.total(count_labels(batches))
             for batch in run.micro_batches(batches):
-                loss = forward(wrapped, model, batch, num_tokens, args.label_smoothing_factor)
-                run.backward(loss, loss=loss.detach() * num_tokens, tokens=count_labels([batch]))
+                loss = forward(wrapped, model, batch, args.label_smoothing_factor)
+                run.backward(loss / num_tokens, loss=loss.detach(), tokens=count_labels([batch]))
             run.optimizer_step()
 
         # ---- Evaluation and saving ----------------------------------------------------------------------------------
-        parts = (
-            (model_args.encoder, model_args.pretrained_encoder),
-            (model_args.decoder, model_args.pretrained_decoder),
-        )
         start = model_args.model_name_or_path
-        started_from = [start] if start else [name for name, pretrained in parts if pretrained]
+        started_from = [start] if start else [*map(hub_name, model_args.pretrained_parts.values())]
         run.finish(
             dataset, features, training_captions, data_args=data_args, kind="vit-gpt2", started_from=started_from
         )
+
+
+def forward(wrapped, model, batch: dict, label_smoothing: float = 0.0):
+    """Cross entropy of a batch of captions, in nats, summed over its tokens; `wrapped` is what Accelerate has made of the model."""
+    from modeling.vit_gpt2 import vit_gpt2_loss
+
+    inputs = {name: value for name, value in batch.items() if name != "index"}
+    return vit_gpt2_loss(wrapped, model, inputs, num_items_in_batch=1, label_smoothing=label_smoothing)
 
 
 def build_captioner(model_args: ModelArguments, data_args, training_captions: Iterable[str], accelerator):
@@ -240,7 +246,8 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
 
     if start := model_args.model_name_or_path:
         captioner = load_for_fine_tuning(start, model_args, data_args.tokenizer_name)
-        return adapted(captioner, model_args, fresh_cross_attention=False)
+        set_trainable(captioner, model_args, fresh_cross_attention=False)
+        return captioner
     encoder, decoder, prompt = model_args.encoder, model_args.decoder, model_args.prompt
     tokenizer_name = data_args.tokenizer_name or (decoder if model_args.pretrained_decoder else None)
     tokenizer = load_or_train_tokenizer(tokenizer_name, training_captions, model_args.vocab_size, accelerator)
@@ -256,7 +263,7 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
             convolutional_stem=model_args.convolutional_stem,
         )
     if not model_args.pretrained_decoder:
-        decoder, token_ids = decoder_config(len(tokenizer), **model_args.sizes), None
+        decoder, token_ids = decoder_config(len(tokenizer), **model_args.sizes), None  # nothing to trim in a new one
     try:
         encoder, image_processor = load_encoder(encoder, model_args.image_size)
         model = build_vit_gpt2(
@@ -272,11 +279,12 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
     if num_start_ids >= positions:
         raise UserError(f"--prompt has {num_start_ids - 1:,} tokens, and the decoder {positions:,} positions")
     fresh_cross_attention = bool(model_args.lora_rank) and not brings_cross_attention(model_args.decoder)
-    return adapted(captioner, model_args, fresh_cross_attention)
+    set_trainable(captioner, model_args, fresh_cross_attention)
+    return captioner
 
 
-def adapted(captioner, model_args: ModelArguments, fresh_cross_attention: bool):
-    """The captioner with what is trained of it, adapters included."""
+def set_trainable(captioner, model_args: ModelArguments, fresh_cross_attention: bool) -> None:
+    """Choose what is trained of a captioner: LoRA's adapters in place of the decoder, and the encoder's last blocks."""
     from training.encoder_training import freeze_unused, unfreeze_last_blocks
     from training.lora import add_lora
 
@@ -284,7 +292,6 @@ def adapted(captioner, model_args: ModelArguments, fresh_cross_attention: bool):
         add_lora(captioner.model.decoder, model_args.lora_rank, fresh_cross_attention=fresh_cross_attention)
     unfreeze_last_blocks(captioner.model.encoder, model_args.num_trainable_encoder_blocks)
     freeze_unused(captioner)
-    return captioner
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from benchmarks.full_size import build_captioner, paragraphs
 from benchmarks.machine import benchmark_parser, describe_machine, in_turns, medians, ratio_of_medians, write_result
 from captioning.job import ImageCollator, load_batches
 from captioning.sources import ImageDecoder, ImageSources
-from modeling.processing import resized_side
+from modeling.processing import ImagesToPixels, resized_side
 
 BATCH_SIZE = 32
 SIZES = {"small": (500, 375), "photograph": (4000, 3000)}  # width and height in pixels of the images that are drawn
@@ -68,7 +68,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare(paths: list[str], processor, args) -> dict:
     """Images per second of both sides, in turns."""
-    decoder, collate = ImageDecoder(2 * resized_side(processor.image_processor)), ImageCollator(processor)
+    decoder, collate = (
+        ImageDecoder(2 * resized_side(processor.image_processor)),
+        ImageCollator(ImagesToPixels(processor)),
+    )
     bare = DataLoader(BareImages(paths, processor.image_processor), BATCH_SIZE, num_workers=args.num_workers)
 
     def showtell():

@@ -174,15 +174,15 @@ def start(checkout: Path, folder: Path, table: str, cache: str) -> dict[str, flo
         "model_name_or_path": folder / "captioner",
         "dataset_name": folder / table,
         "output_dir": folder / "run",
-        "cache_features": "false",
+        "feature_cache": "none",
         "max_steps": 1,
         "report_to": "none",
-        "use_cpu": "true",
         "max_length": 10,
         "overwrite_output_dir": "true",
     }
     words = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     environment = {**os.environ, "HF_DATASETS_CACHE": cache, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    environment["ACCELERATE_USE_CPU"] = "true"
     command = [sys.executable, "-c", CHILD, json.dumps(words)]
     child = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     lines = [line for line in child.stdout.splitlines() if line.startswith("measured ")]

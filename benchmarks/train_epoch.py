@@ -9,6 +9,7 @@ growing numbers of images.
 
 import json
 import math
+import os
 import tempfile
 import time
 from functools import partial
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset_name", help="folder of a prepared dataset; made-up paragraphs if not given")
     parser.add_argument("--steps", type=int, default=1, help="number of steps of the reference implementation per run")
     args = parser.parse_args(argv)
+    os.environ["ACCELERATE_USE_CPU"] = str(args.device == "cpu")
     result = {"machine": describe_machine(args.device)}
     captions = paragraphs(args.dataset_name, EPOCH_CAPTIONS)
     for kind in args.captioners:
@@ -126,7 +128,6 @@ def ours(kind: str, rows: datasets.Dataset, size: int, folder: Path, args, bf16:
         "overwrite_output_dir": "true",
         "report_to": "none",
         "max_length": 4,
-        "use_cpu": args.device == "cpu",
         "bf16": bf16,
     }
     if kind == "lstm":

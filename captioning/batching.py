@@ -3,11 +3,11 @@
 import threading
 from collections import deque
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from system.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from modeling.captioner import Captioner
 
 SECONDS_TO_GATHER = 0.01  # that the first image of a batch waits for others
@@ -23,22 +23,22 @@ class BatchingCaptioner:
 
     def __init__(self, captioner: "Captioner", batch_size: int):
         self.captioner, self.batch_size = captioner, batch_size
-        self._waiting: deque[tuple[torch.Tensor, int | None, Future]] = deque()
+        self._waiting: deque[tuple[Any, int | None, Future]] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def submit(self, pixels: "torch.Tensor", max_new_tokens: int | None = None) -> Future:
+    def submit(self, prepared: Any, max_new_tokens: int | None = None) -> Future:
         """The future of one image's caption, as `Captioner.generate` returns it.
 
         Args:
-            pixels: (3, height, width).
+            prepared: What the captioner's `prepare` makes of the image.
             max_new_tokens: Of the caption; None for the captioner's own.
         """
         future: Future = Future()
         with self._changed:
-            self._waiting.append((pixels, max_new_tokens, future))
+            self._waiting.append((prepared, max_new_tokens, future))
             self._changed.notify()
         return future
 
@@ -60,16 +60,23 @@ class BatchingCaptioner:
             return batch
 
     def _work(self) -> None:
-        import torch
-
         while batch := self._gather():
-            try:
-                pixels = torch.stack([one[0] for one in batch]).to(self.captioner.model.device)
-                length = {"max_new_tokens": batch[0][1]} if batch[0][1] else {}
-                captions = self.captioner.generate({"pixel_values": pixels}, **length)
-            except Exception as error:  # whoever asked gets it
-                for *_, future in batch:
-                    future.set_exception(error)
-            else:
-                for (*_, future), caption in zip(batch, captions, strict=True):
-                    future.set_result(caption)
+            self._caption(batch)
+
+    def _caption(self, batch: list[tuple]) -> None:
+        try:
+            inputs = self.captioner.on_device(self.captioner.collate([one[0] for one in batch]))
+            length = {"max_new_tokens": batch[0][1]} if batch[0][1] else {}
+            captions = self.captioner.generate(inputs, **length)
+        except UserError as error:  # of one image, which only who asked for it gets
+            if len(batch) == 1:
+                batch[0][2].set_exception(error)
+                return
+            for one in batch:
+                self._caption([one])
+        except Exception as error:  # whoever asked gets it
+            for *_, future in batch:
+                future.set_exception(error)
+        else:
+            for (*_, future), caption in zip(batch, captions, strict=True):
+                future.set_result(caption)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,28 +37,46 @@ class Counts:
 
 
 class ImageCollator:
-    """Items of `ImageDecoder` as one batch, made where the images are decoded: (items, pixels of those without a problem).
+    """Items of `ImageDecoder` as one batch, made where the images are decoded: (items, inputs of those without a problem).
 
     Args:
-        processor: The captioner's.
+        preprocess: The captioner's.
         image_side: Longest side of the images that the items keep, in pixels; 0 keeps none.
     """
 
-    def __init__(self, processor, image_side: int = 0):
-        self.processor = processor
+    def __init__(self, preprocess: Callable[[list], dict], image_side: int = 0):
+        self.preprocess = preprocess
         self.image_side = image_side
 
-    def __call__(self, items: list[dict]) -> "tuple[list[dict], torch.Tensor | None]":
+    def __call__(self, items: list[dict]) -> tuple[list[dict], dict | None]:
         from PIL import Image
 
-        images = [item["image"] for item in items if "image" in item]
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
+        inputs = self._inputs([item for item in items if "image" in item])
         for item in items:
             if "image" in item and self.image_side:
                 item["image"].thumbnail((self.image_side, self.image_side), Image.Resampling.LANCZOS)
             else:
                 item.pop("image", None)
-        return items, pixels
+        return items, inputs
+
+    def _inputs(self, items: list[dict]) -> dict | None:
+        """Inputs of the items' images; one that the model's processor does not take gets a problem in place of its image."""
+        if not items:
+            return None
+        try:
+            return self.preprocess([item["image"] for item in items])
+        except UserError:
+            good = []
+            for item in items:
+                try:
+                    self.preprocess([item["image"]])
+                    good.append(item)
+                except UserError as error:
+                    item["problem"] = str(error)
+                    del item["image"]
+            if len(good) == len(items):
+                raise
+            return self._inputs(good)
 
 
 @dataclass
@@ -85,6 +103,7 @@ class Job:
     with_confidence: bool = False
     num_inspected: int = 0
     counts: Counts = field(default_factory=Counts)
+    notes: Counter = field(default_factory=Counter)  # what of image files is not used
 
     def is_there(self, ref: ImageRef) -> bool:
         """Whether a run before has captioned an image."""
@@ -106,32 +125,36 @@ class Job:
         if batch:
             yield batch
 
-    def run(self, batches: "Iterable[tuple[list[dict], torch.Tensor | None]]", total: int) -> None:
+    def run(self, batches: Iterable[tuple[list[dict], dict | None]], total: int) -> None:
         """Caption what `ImageCollator` makes, and write it as it comes.
 
         Args:
             total: Number of images of all processes, for the progress.
         """
         with progress_bar(total // self.processes.number, self.processes.is_first) as bar:
-            for items, pixels in batches:
+            for items, inputs in batches:
                 for item in items:
                     if "problem" in item:
                         bar.write(f"{printable(item['ref'].name)}: {item['problem']}", file=sys.stderr)
+                    self.notes.update(item.pop("notes", ()))
                 good = [item for item in items if "problem" not in item]
                 self.counts.bad += len(items) - len(good)
                 if good:
-                    self._write([item | caption for item, caption in zip(good, self._captions(pixels), strict=True)])
+                    self._write([item | caption for item, caption in zip(good, self._captions(inputs), strict=True)])
                 done = self.counts.there + self.counts.captioned + self.counts.bad
                 bar.initial = self.counts.there  # which took no time
                 bar.set_postfix({"bad": self.counts.bad} if self.counts.bad else {}, refresh=False)
                 bar.update(done - bar.n)
+        for note, number in sorted(self.notes.items()):
+            print(f"{note}: {number:,}", file=sys.stderr)
         self.output.close()
         if self.doubtful:
             self.doubtful.close()
 
-    def _captions(self, pixels: "torch.Tensor") -> list[dict]:
-        pixels = pixels.to(self.captioner.model.device)
-        inputs = {"encoder_outputs": self.encode(pixels)} if self.encode else {"pixel_values": pixels}
+    def _captions(self, inputs: dict) -> list[dict]:
+        inputs = self.captioner.on_device(inputs)
+        if self.encode:
+            inputs = {"encoder_outputs": self.encode(inputs["pixel_values"])}
         options = {"confidence": True} if self.with_confidence else {}
         return self.captioner.generate(inputs, self.counts.captioned < self.num_inspected, **options)
 

@@ -247,7 +247,7 @@ class Sidecars:
                 entry = json.loads(line)
                 batch = [] if "done" in entry else [*batch, entry]
         for entry in batch:
-            write_file(entry["sidecar"], entry["text"].encode("utf-8", "backslashreplace"), sync=False)
+            self.write_text(Path(entry["sidecar"]), entry["text"])
         with open(path, "a", encoding="utf-8") as file:
             file.write(json_line({"done": len(batch)}) if batch else "")
 
@@ -264,7 +264,7 @@ class Sidecars:
             entries.append({"image_id": item["ref"].name, "sidecar": str(path), "text": self.text(path, item)})
         self.journal.append(map(json_line, entries))
         for entry in entries:
-            write_file(entry["sidecar"], entry["text"].encode("utf-8", "backslashreplace"), sync=False)
+            self.write_text(Path(entry["sidecar"]), entry["text"])
         self.journal.append([json_line({"done": len(entries)})])
 
     def close(self) -> None:
@@ -276,10 +276,16 @@ class Sidecars:
         captions = [f"{before}{caption}{behind}" for caption in [item["caption"], *item.get("others", [])]]
         new = "\n".join(captions)
         if self.existing in ("append", "prepend") and path.exists():
-            old = path.read_text(encoding="utf-8", errors="surrogateescape").strip()
+            old = self.read_text(path).strip()
             parts = [old, new] if self.existing == "append" else [new, old]
             new = between.join(part for part in parts if part)
         return new + "\n"
+
+    def read_text(self, path: Path) -> str:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+    def write_text(self, path: Path, text: str) -> None:
+        write_file(path, text.encode("utf-8", "backslashreplace"), sync=False)
 
     def finish(self) -> None:
         self.recover()

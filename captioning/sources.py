@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data_scripts.row_checks import MAX_IMAGE_BYTES, BadImage, decode_image, is_image_file
+from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_with_notes, is_image_file
 from system.errors import UserError, printable
 
 NUM_NAMED = 5  # of the files of a folder that are passed over
 MAX_IMAGE_SECONDS = 60.0  # that one may take to come from the network
 ROWS_AT_ONCE = 64  # of a parquet file
-PLUG_INS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+PLUG_INS = {".heic": "'showtell[heif]'", ".heif": "'showtell[heif]'", ".jxl": "pillow-jxl-plugin"}
 
 
 @dataclass(frozen=True)
@@ -68,25 +68,26 @@ def _download(url: str) -> bytes:
 
 
 class ImageDecoder:
-    """References to images: {"ref", "image"}, or {"ref", "problem"} where one cannot be used; for a `DataLoader`.
+    """References to images: {"ref", "image", "notes"}, or {"ref", "problem"} where one cannot be used; for a `DataLoader`.
 
     Args:
         min_side: See `decode_image`.
         keep_content: Whether an item has the file's bytes, too.
+        window: See `decode_image`.
     """
 
-    def __init__(self, min_side: int, keep_content: bool = False):
+    def __init__(self, min_side: int | None, keep_content: bool = False, window: Sequence[float] | None = None):
         self.min_side = min_side
         self.keep_content = keep_content
+        self.window = window
 
     def __getitem__(self, ref: ImageRef) -> dict:
-        from modeling.captioning_pipeline import to_rgb
-
         if ref.problem:
             return {"ref": ref, "problem": ref.problem}
         try:
             content = ref.read()
-            item = {"ref": ref, "image": decode_image(content, self.min_side, to_rgb)}
+            decoded = decode_with_notes(content, self.min_side, self.window)
+            item = {"ref": ref, "image": decoded.image, "notes": decoded.notes}
         except BadImage as error:
             return {"ref": ref, "problem": str(error)}
         except (OSError, ValueError) as error:
@@ -312,6 +313,6 @@ def safe_parts(name: str) -> list[str]:
 def _has_image_suffix(name: str) -> bool:
     from PIL import Image
 
-    from data_scripts.row_checks import captioned_formats
+    from data_scripts.images import image_formats
 
-    return Image.registered_extensions().get(Path(name).suffix.lower()) in captioned_formats()
+    return Image.registered_extensions().get(Path(name).suffix.lower()) in image_formats()

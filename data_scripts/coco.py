@@ -2,7 +2,8 @@
 
     python -m data_scripts.coco captions_train2017.json captions_val2017.json --images coco/ --output_dir data/coco
 
-A file's split is the word train, val or test in its name, or what is given before it: validation=annotations.json.
+A file's split is the word train, val or test in its name, or what is given before it: validation=annotations.json. In a folder or zip of
+both, the files are recognized by what they hold: `python -m data_scripts.coco coco/ --output_dir data/coco`.
 
 Sources: Chen et al., Microsoft COCO Captions (https://arxiv.org/abs/1504.00325), section 2; Gurari et al., Captioning Images Taken
 by People Who Are Blind (https://arxiv.org/abs/2002.08565); Sidorov et al., TextCaps (https://arxiv.org/abs/2003.12462).
@@ -10,14 +11,15 @@ by People Who Are Blind (https://arxiv.org/abs/2002.08565); Sidorov et al., Text
 
 import argparse
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_scripts.archives import SourceFiles, open_files
+from data_scripts.annotations import IMAGES_HELP, find_json, open_annotations
+from data_scripts.archives import SourceFiles
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow, note_row, valid_id
 from data_scripts.splits import SPLIT_NAMES
-from data_scripts.text_files import decode_text, parse_json
+from data_scripts.text_files import parse_json
 from system.errors import UserError, one_line_errors
 
 
@@ -84,36 +86,53 @@ def _from_textcaps(content: Any) -> Any:
     }
 
 
-def split_and_path(source: str) -> tuple[str, Path]:
-    """The split and the path of `[SPLIT=]FILE`.
+def find_tables(files: SourceFiles) -> list[str]:
+    """The annotation files in a source."""
+    return find_json(files, "coco", "textcaps")
+
+
+def split_and_path(source: str) -> tuple[str, str]:
+    """The split, "" if none is given, and the path of `[SPLIT=]FILE`."""
+    name, equals, path = source.rpartition("=")
+    return (name, path) if equals and name in SPLIT_NAMES else ("", source)
+
+
+def split_of(name: str, path: str) -> str:
+    """The split of an annotation file.
 
     Raises:
-        UserError: There is no such file, or neither the argument nor the file's name has the split.
+        UserError: Neither is it given as `name`, nor has the file's name one.
     """
-    name, equals, path = source.rpartition("=")
-    if not equals or name not in SPLIT_NAMES:
-        name, path = "", source
-    if not Path(path).is_file():
-        raise UserError(f"{path} is not a file")
     words = [name] if name else [word for word in re.findall("[a-z]+", Path(path).stem.lower()) if word in SPLIT_NAMES]
     if len({SPLIT_NAMES[word] for word in words}) != 1:
         raise UserError(f"{path}: its name has no split; give train={path}, validation={path} or test={path}")
-    return SPLIT_NAMES[words[0]], Path(path)
+    return SPLIT_NAMES[words[0]]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="+", metavar="[SPLIT=]FILE", help="annotation JSON files")
-    parser.add_argument("--images", required=True, help="folder, zip, or http(s) URL of a zip with the images")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="[SPLIT=]FILE",
+        help="annotation JSON files; or folder, zip or URL of a zip that has them",
+    )
+    parser.add_argument("--images", help=IMAGES_HELP)
     add_table_options(parser)
     add_archive_option(parser)
     arguments = parser.parse_args(argv)
-    with one_line_errors(), open_files(arguments.images, arguments.max_unpacked_gigabytes) as images:
+    given, sources = zip(*map(split_and_path, arguments.sources), strict=True)
+    opened = open_annotations(sources, arguments.images, find_tables, arguments.max_unpacked_gigabytes)
+    with one_line_errors(), opened as (tables, images):
+        splits = [
+            split_of(*named)
+            for named in zip(given if len(given) == len(tables) else [""] * len(tables), tables, strict=True)
+        ]
         rows = []
-        for split, path in map(split_and_path, arguments.sources):
-            content = parse_json(decode_text(path.read_bytes(), path.name), path.name)
-            rows += coco_rows(content, split, images, path.name)
-        prepare(rows, arguments)
+        for split, (path, read) in zip(splits, tables.items(), strict=True):
+            name = PurePosixPath(path).name
+            rows += coco_rows(parse_json(read(), name), split, images, name)
+        prepare(rows, arguments, f"annotation files of COCO's or TextCaps' form ({', '.join(tables)})")
 
 
 if __name__ == "__main__":

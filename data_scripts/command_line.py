@@ -2,10 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from data_scripts.archives import MAX_UNPACKED_GIGABYTES
-from data_scripts.row_checks import SourceRow
+from data_scripts.row_checks import SourceRow, listed_captions
 from data_scripts.splits import DEFAULT_SHARE
+from system.errors import UserError
 
 
 def add_output_option(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,13 @@ def add_table_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num_proc", type=int, default=1, help="number of processes that read and check images (default: %(default)s)"
     )
+    parser.add_argument(
+        "--window",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="values that become black and white of gray images with more than 8 bits (default: each image's minimum and maximum)",
+    )
 
 
 def add_split_options(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +63,18 @@ def add_archive_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prepare(rows: Sequence[SourceRow], arguments: argparse.Namespace) -> None:
-    """Write the caption table that the command line asks for and print the closing summary."""
+def prepare(rows: Sequence[SourceRow], arguments: argparse.Namespace, layout: str) -> None:
+    """Write the caption table that the command line asks for; print what the source is taken for, and the closing summary.
+
+    Args:
+        layout: The source's layout, in words.
+    """
+    print(f"recognized: {layout}, {_numbers(rows)}", flush=True)
+    if arguments.window:
+        low, high = arguments.window
+        if not low < high:
+            raise UserError(f"--window {low:g} {high:g}: the first must be below the second")
+        rows = [replace(row, window=(low, high)) for row in rows]
     write_table(
         rows,
         arguments.output_dir,
@@ -65,6 +84,16 @@ def prepare(rows: Sequence[SourceRow], arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         num_proc=arguments.num_proc,
     )
+
+
+def _numbers(rows: Sequence[SourceRow]) -> str:
+    """How many images a source has, and captions for each."""
+    captions = [sum(len(listed_captions(cell)) for cell in row.captions) for row in rows if row.read]
+    low, high = min(captions, default=0), max(captions, default=0)
+    each = (
+        f"{low:,} {'caption' if low == 1 else 'captions'} each" if low == high else f"{low:,} to {high:,} captions each"
+    )
+    return f"{len(captions):,} {'image' if len(captions) == 1 else 'images'}, {each}"
 
 
 def write_table(rows: Sequence[SourceRow], output_dir: str, **options) -> None:

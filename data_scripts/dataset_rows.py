@@ -25,7 +25,7 @@ BINARY = ("binary", "large_binary")
 
 
 def open_dataset(source: str, revision: str | None = None, config_name: str | None = None) -> DatasetDict:
-    """Open a dataset on the Hub, a folder saved with `save_to_disk`, or a folder of Parquet files or the like.
+    """Open a dataset on the Hub, a folder saved with `save_to_disk`, a folder of Parquet files or the like, or one Parquet file.
 
     Raises:
         UserError: There is no such dataset, or it cannot be read.
@@ -44,6 +44,8 @@ def _load(source: str, config_name: str | None, revision: str | None) -> Dataset
     """`load_dataset`, and all images of WebDataset shards: `datasets` takes their columns from the first five samples."""
     suffixes = [suffix.removeprefix(".") for suffix in sorted(IMAGE_SUFFIXES)]
     images = {name: Image() for suffix in suffixes for name in (suffix, suffix.upper())}
+    if source.endswith(".parquet") and Path(source).is_file():
+        return load_dataset("parquet", data_files=source)
     try:
         dataset = load_dataset(source, config_name, revision=revision)
     except Exception as error:

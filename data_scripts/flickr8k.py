@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--text is needed, because {arguments.source} is not a folder that holds both")
         parts = (arguments.source, arguments.text) if arguments.text else find_parts(Path(arguments.source))
         images, text_files = (stack.enter_context(open_files(part, arguments.max_unpacked_gigabytes)) for part in parts)
-        prepare(flickr8k_rows(images, text_files), arguments)
+        prepare(flickr8k_rows(images, text_files), arguments, "Flickr8k as distributed")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from system.errors import one_line_errors
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="ID of a dataset on the Hub, or a folder")
+    parser.add_argument("source", help="ID of a dataset on the Hub, a folder, or a Parquet file")
     parser.add_argument("--image_column", default="image", help="image column (default: image)")
     parser.add_argument("--caption_column", nargs="+", help="caption columns (default: captions, caption or text)")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     columns = arguments.caption_column, arguments.split_column, arguments.splits
     if has_metadata(arguments.source):
         with one_line_errors(), open_files(arguments.source) as files:
-            prepare(image_folder_rows(files, *columns), arguments)
+            prepare(image_folder_rows(files, *columns), arguments, "images beside a metadata file")
         return
     with one_line_errors():
         from data_scripts.dataset_rows import (  # here, so that --help need not import datasets
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
         )
 
         dataset = open_dataset(arguments.source, arguments.revision, arguments.config_name)
-        prepare(dataset_rows(dataset, arguments.source, arguments.image_column, *columns), arguments)
+        rows = dataset_rows(dataset, arguments.source, arguments.image_column, *columns)
+        prepare(rows, arguments, "dataset that `datasets` reads")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prepare a folder of images with a `metadata.csv` or `metadata.jsonl`, in the Hub's layout.
+"""Prepare a folder of images with a `metadata.csv`, `metadata.jsonl` or `metadata.parquet`, in the Hub's layout.
 
     python -m data_scripts.image_folder images/ --output_dir data/mine
 
@@ -22,7 +22,7 @@ from data_scripts.splits import SplitNames
 from data_scripts.text_files import ImageRef, Table, find_column, gather_images, read_table
 from system.errors import UserError, one_line_errors
 
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTION_COLUMNS = ("captions", "caption", "text")
 
 
@@ -38,6 +38,11 @@ def has_metadata(source: str | Path) -> bool:
     return any(path.name.casefold() in METADATA_NAMES for folder in folders for path in folder.iterdir())
 
 
+def has_metadata_file(files: SourceFiles) -> bool:
+    """Whether there is a metadata file in any folder."""
+    return any(PurePosixPath(name).name.casefold() in METADATA_NAMES for name in files.names)
+
+
 def find_metadata(files: SourceFiles, split_of: SplitNames) -> tuple[PurePosixPath, list[PurePosixPath], list[str]]:
     """Return the outermost folder of the dataset, its metadata files and those of its split folders, and all others.
 
@@ -47,7 +52,7 @@ def find_metadata(files: SourceFiles, split_of: SplitNames) -> tuple[PurePosixPa
     paths = [PurePosixPath(name) for name in files.names if PurePosixPath(name).name.casefold() in METADATA_NAMES]
     roots = {path: path.parent.parent if split_of(path.parent.name) else path.parent for path in paths}
     if not roots:
-        raise UserError(f"{files.location} has no metadata.csv or metadata.jsonl")
+        raise UserError(f"{files.location} has no {' or '.join(METADATA_NAMES)}")
     depth = min(len(root.parts) for root in roots.values())
     used = [path for path, root in roots.items() if len(root.parts) == depth]
     folders: dict[PurePosixPath, PurePosixPath] = {}
@@ -150,6 +155,11 @@ def image_folder_rows(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder, zip, or http(s) URL of a zip")
+    parser.add_argument(
+        "--layout",
+        choices=("metadata", "sidecars"),
+        help="where the captions are (default: metadata if there is a metadata file, else sidecars)",
+    )
     parser.add_argument("--caption_column", nargs="+", help="caption columns (default: captions, caption or text)")
     parser.add_argument(
         "--one_caption", action="store_true", help="all lines of a text file beside an image as one caption"
@@ -159,19 +169,23 @@ def main(argv: list[str] | None = None) -> None:
     add_archive_option(parser)
     arguments = parser.parse_args(argv)
     with one_line_errors(), open_files(arguments.source, arguments.max_unpacked_gigabytes) as files:
-        metadata = any(PurePosixPath(name).name.casefold() in METADATA_NAMES for name in files.names)
+        metadata = has_metadata_file(files) and arguments.layout != "sidecars"
         num_sidecars = 0 if metadata else sum(map(bool, pair_sidecars(files).values()))
+        if arguments.layout == "sidecars" and not num_sidecars:
+            raise UserError(f"{arguments.source} has no text file of an image's name")
+        num_sidecars = 0 if arguments.layout == "metadata" else num_sidecars
         unused = ("caption_column", "split_column") if num_sidecars else ("one_caption",)
         for name in unused:
             if getattr(arguments, name):
                 layout = "captions in text files beside the images" if num_sidecars else "metadata files"
                 raise UserError(f"--{name} has no effect: {arguments.source} has {layout}")
         if num_sidecars:
-            print(f"{arguments.source}: images with captions in {num_sidecars:,} text files of the same name")
+            layout = f"images with captions in {num_sidecars:,} text files of the same name"
             rows = sidecar_rows(files, arguments.one_caption, arguments.splits)
         else:
+            layout = "images beside a metadata file"
             rows = image_folder_rows(files, arguments.caption_column, arguments.split_column, arguments.splits)
-        prepare(rows, arguments)
+        prepare(rows, arguments, layout)
 
 
 if __name__ == "__main__":

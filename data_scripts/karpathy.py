@@ -7,14 +7,15 @@ files are those of https://cs.stanford.edu/people/karpathy/deepimagesent/caption
 """
 
 import argparse
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
-from data_scripts.archives import SourceFiles, open_files
+from data_scripts.annotations import IMAGES_HELP, find_json, open_annotations
+from data_scripts.archives import SourceFiles
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow, note_row, valid_id
 from data_scripts.splits import SPLIT_NAMES
-from data_scripts.text_files import decode_text, parse_json
+from data_scripts.text_files import parse_json
 from system.errors import UserError, one_line_errors
 
 
@@ -67,10 +68,18 @@ def karpathy_rows(entries: Any, images: SourceFiles, table_name: str, restval: s
     return [*rows.values(), *notes]
 
 
+def find_tables(files: SourceFiles) -> list[str]:
+    """Karpathy's files in a source."""
+    return find_json(files, "karpathy")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json")
-    parser.add_argument("--images", required=True, help="folder, zip, or http(s) URL of a zip with the images")
+    parser.add_argument(
+        "source",
+        help="dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json; or folder, zip or URL of a zip that has it",
+    )
+    parser.add_argument("--images", help=IMAGES_HELP)
     parser.add_argument(
         "--restval",
         choices=("train", "none"),
@@ -80,12 +89,16 @@ def main(argv: list[str] | None = None) -> None:
     add_table_options(parser)
     add_archive_option(parser)
     arguments = parser.parse_args(argv)
-    with one_line_errors(), open_files(arguments.images, arguments.max_unpacked_gigabytes) as images:
-        table = Path(arguments.source)
-        if not table.is_file():
-            raise UserError(f"{table} is not a file")
-        entries = parse_json(decode_text(table.read_bytes(), table.name), table.name)
-        prepare(karpathy_rows(entries, images, table.name, arguments.restval), arguments)
+    opened = open_annotations([arguments.source], arguments.images, find_tables, arguments.max_unpacked_gigabytes)
+    with one_line_errors(), opened as (tables, images):
+        if len(tables) > 1:
+            raise UserError(
+                f"{arguments.source} has several files of Karpathy's, {', '.join(tables)}: name one, and --images"
+            )
+        ((path, read),) = tables.items()
+        name = PurePosixPath(path).name
+        rows = karpathy_rows(parse_json(read(), name), images, name, arguments.restval)
+        prepare(rows, arguments, f"Karpathy's json ({name})")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import datasets
 from datasets import Dataset, DatasetDict, Features, load_from_disk
 from filelock import FileLock
 
-from data_scripts import caption_table, dataset_rows, image_folder, row_checks, scenes, shards
+from data_scripts import caption_table, dataset_rows, image_folder, images, row_checks, scenes, shards
 from data_scripts.archives import open_files
 from data_scripts.caption_table import DEFAULT_SHARE, FEATURES, write_caption_table
 from data_scripts.caption_texts import CaptionTexts
@@ -188,7 +188,7 @@ def _load_captions(
 
 def _code(*readers) -> str:
     """The text of what makes a table's rows: what an older version prepared is not taken for this one's."""
-    return "".join(Path(module.__file__).read_text() for module in (caption_table, row_checks, *readers))
+    return "".join(Path(module.__file__).read_text() for module in (caption_table, row_checks, images, *readers))
 
 
 def _cached(

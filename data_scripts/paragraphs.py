@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     add_archive_option(parser)
     arguments = parser.parse_args(argv)
     with one_line_errors(), open_files(arguments.source, arguments.max_unpacked_gigabytes) as files:
-        prepare(paragraph_rows(files), arguments)
+        prepare(paragraph_rows(files), arguments, "a csv and an image folder per split")
 
 
 if __name__ == "__main__":

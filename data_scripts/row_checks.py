@@ -4,31 +4,16 @@ import ast
 import hashlib
 import io
 import json
-import os
-import re
 import tokenize
 import unicodedata
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from PIL import Image as PillowImage
-from PIL import ImageOps
-
 from data_scripts.archives import SeveralFiles
+from data_scripts.images import BadImage, table_image
 
 MAX_CAPTION_CHARACTERS = 10_000  # the longest paragraph of Stanford's set has some 1,500
-MAX_IMAGE_BYTES = 20 * 2**20  # a hundred of them, as `datasets` writes at once, fit Arrow's 2 GiB
-MAX_PIXELS = 64 * 10**6  # below this Pillow, too, sees no decompression bomb when the image is read again
-MAX_ASPECT_RATIO = 100  # resized by its short side, a longer image would fill the memory
-# The readers that need neither another program nor a network; PostScript, say, would start Ghostscript.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
-# What captioning takes besides: most Pillows that decode a dataset elsewhere have no plug-in for these, or they are easily mistaken.
-MORE_FORMATS = ("ICNS", "TGA", "QOI", "HEIF", "JXL")
-EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa")
 
 
 class OutsideSource(OSError):
@@ -47,6 +32,7 @@ class SourceRow:
         read: Returns the image's bytes, or raises OSError. None if there is no image.
         problem: Why nothing of the row can be used, as far as its reader knows; an error with `--strict`.
         note: What the summary should say of this place otherwise.
+        window: Values that become black and white of an image with more than 8 bits, see `to_rgb`.
     """
 
     split: str
@@ -56,6 +42,7 @@ class SourceRow:
     read: Callable[[], bytes] | None
     problem: str = ""
     note: str = ""
+    window: tuple[float, float] | None = None
 
 
 def problem_row(place: str, problem: str) -> SourceRow:
@@ -96,104 +83,6 @@ def caption_problem(caption: Any) -> str | None:
     if len(caption) > MAX_CAPTION_CHARACTERS:
         return f"caption longer than {MAX_CAPTION_CHARACTERS:,} characters"
     return None
-
-
-class BadImage(ValueError):
-    """An image that cannot be used; the message says why."""
-
-
-@cache
-def table_formats() -> tuple[str, ...]:
-    """Those of `IMAGE_FORMATS` that this Pillow reads: AVIF came with Pillow 11.3, and a build can lack others."""
-    PillowImage.init()
-    return tuple(name for name in IMAGE_FORMATS if name in PillowImage.OPEN)
-
-
-@cache
-def captioned_formats() -> tuple[str, ...]:
-    """The formats that Pillow reads here, with its plug-ins for HEIC and JPEG XL where they are installed."""
-    with suppress(ImportError):
-        from pillow_heif import register_heif_opener
-
-        register_heif_opener()
-    with suppress(ImportError):
-        import pillow_jxl  # noqa: F401 (registers itself)
-    PillowImage.init()
-    return tuple(name for name in IMAGE_FORMATS + MORE_FORMATS if name in PillowImage.OPEN)
-
-
-def is_image_file(path: str | os.PathLike) -> bool:
-    """Whether a file is an image that can be captioned, or would be if it were whole: by its suffix, else by its first bytes."""
-    formats = captioned_formats()
-    if PillowImage.registered_extensions().get(Path(path).suffix.lower()) in formats:
-        return True
-    try:
-        with PillowImage.open(path, formats=formats):
-            return True
-    except Exception:  # on other files Pillow's readers raise almost anything
-        return False
-
-
-def decode_image(
-    content: bytes,
-    min_side: int | None = None,
-    to_rgb: Callable[[PillowImage.Image], PillowImage.Image] | None = None,
-) -> PillowImage.Image:
-    """Decode an image as the caption table does it for training: RGB, with EXIF orientation applied.
-
-    Args:
-        content: The file's bytes.
-        min_side: A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, in a fraction of the time, as long as its sides stay above
-            this many pixels; None decodes at full size.
-        to_rgb: Converts an image of any mode, upright; `captioned_formats` are then taken. None takes only what `datasets`
-            decodes alike everywhere.
-
-    Raises:
-        BadImage: It cannot be used.
-    """
-    if not content:
-        raise BadImage("image file is empty")
-    if len(content) > MAX_IMAGE_BYTES:
-        raise BadImage(f"image file larger than {MAX_IMAGE_BYTES // 2**20} MiB")
-    try:
-        with PillowImage.open(io.BytesIO(content), formats=captioned_formats() if to_rgb else table_formats()) as image:
-            width, height = image.size
-            # Size and mode are in the header: a bomb is refused before it is unpacked.
-            if width * height > MAX_PIXELS:
-                raise BadImage(f"image of more than {MAX_PIXELS:,} pixels")
-            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-                raise BadImage(f"image more than {MAX_ASPECT_RATIO} times as long as it is wide")
-            if image.mode not in EIGHT_BIT_MODES and to_rgb is None:
-                raise BadImage("image has more than 8 bits a channel, which Pillow would clip to white")
-            if min_side:
-                image.draft(None, (min_side, min_side))
-            image.load()
-            if to_rgb:
-                return to_rgb(image)
-            ImageOps.exif_transpose(image, in_place=True)
-            return image if image.mode == "RGB" else image.convert("RGB")
-    except PillowImage.DecompressionBombError as error:
-        raise BadImage(f"image of more than {MAX_PIXELS:,} pixels") from error
-    except BadImage:
-        raise
-    except Exception as error:  # on broken bytes Pillow's readers raise almost anything
-        raise BadImage(f"image does not decode{_known_format(content)}") from error
-
-
-# First bytes, from an offset on, of what people take for images of a common kind.
-UNREADABLE_FORMATS = (
-    (4, rb"ftyp(hei[cxs]|hev[cx]|mif1|msf1)", "HEIC"),
-    (0, rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL"),
-    (0, rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<svg", "SVG"),
-    (4, rb"ftypavi[fs]", "AVIF"),
-)
-
-
-def _known_format(content: bytes) -> str:
-    for offset, pattern, name in UNREADABLE_FORMATS:
-        if re.match(pattern, content[offset : offset + 1000], re.DOTALL):
-            return f": it is {name}, which Pillow does not read here; convert it to JPEG or PNG"
-    return ""
 
 
 def valid_id(value: Any) -> str | None:
@@ -282,10 +171,11 @@ def check_row(row: SourceRow) -> CheckedRow:
         checked.problems.append("image file cannot be read")
         return checked
     try:
-        decode_image(checked.image)
+        checked.image, notes = table_image(checked.image, row.window)
     except BadImage as error:
         checked.problems.append(str(error))
         return checked
+    checked.notes += notes
     checked.content_hash = hashlib.sha256(checked.image).hexdigest()
     checked.usable = True
     return checked

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -79,11 +80,21 @@ def find_shards(source: str, revision: str | None = None) -> dict[str, list[str]
     from datasets import load_dataset_builder
 
     try:
-        data_files = load_dataset_builder(source, revision=revision).config.data_files or {}
+        # `datasets` takes the files of the commonest suffix, and of a draw Parquet: beside img2dataset's tars, its tables of URLs.
+        if any(Path(source).rglob("*.tar")):
+            data_files = load_dataset_builder("webdataset", data_dir=source).config.data_files
+        else:
+            data_files = load_dataset_builder(source, revision=revision).config.data_files or {}
     except Exception as error:  # datasets and the Hub's client each have their own
         raise UserError(f"dataset '{source}' cannot be opened: {SECRETS.sub('...', str(error))}") from error
     splits = {
         split: [str(path) for path in paths if str(path).endswith(SUFFIXES)] for split, paths in data_files.items()
+    }
+    # Beside each tar, img2dataset has a table of the same name with what it could not download, and no images.
+    tars = {path for paths in splits.values() for path in paths if path.endswith(".tar")}
+    splits = {
+        split: [path for path in paths if f"{os.path.splitext(path)[0]}.tar" not in tars or path in tars]
+        for split, paths in splits.items()
     }
     splits = {split: paths for split, paths in splits.items() if paths}
     if "train" not in splits:

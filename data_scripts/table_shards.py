@@ -41,7 +41,16 @@ def rows_digest(rows: Sequence[SourceRow], options: Any) -> str:
     """A digest of what a source says of its rows, images excepted."""
     digest = hashlib.sha256(repr(options).encode())
     for row in rows:
-        about = (row.split, row.image_id, list(row.captions), row.place, row.read is None, row.problem, row.note)
+        about = (
+            row.split,
+            row.image_id,
+            list(row.captions),
+            row.place,
+            row.read is None,
+            row.problem,
+            row.note,
+            row.window,
+        )
         digest.update(repr(about).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()[:16]
 

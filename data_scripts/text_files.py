@@ -1,4 +1,4 @@
-"""Read caption files (csv, jsonl, json) whole, with errors that name file and line."""
+"""Read caption files (csv, jsonl, json, Parquet) whole, with errors that name file and line."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ TOO_MANY_CELLS = "more cells than columns: a caption that holds commas needs quo
 
 @dataclass
 class Table:
-    """A csv or jsonl file.
+    """A csv, jsonl or Parquet file.
 
     Args:
         name: File name, for messages.
@@ -79,11 +79,13 @@ def find_column(columns: Iterable[str], *names: str) -> str | None:
 
 
 def read_table(files: SourceFiles, name: str) -> Table:
-    """Read a csv or jsonl file of a source.
+    """Read a csv, jsonl or Parquet file of a source.
 
     Raises:
         UserError: It is damaged, or not what its name says.
     """
+    if name.lower().endswith(".parquet"):
+        return parse_parquet(_content(files, name), name)
     text = read_text(files, name)
     if name.lower().endswith(".csv"):
         return parse_csv(text, name)
@@ -97,11 +99,38 @@ def read_text(files: SourceFiles, name: str) -> str:
     Raises:
         UserError: It is missing, damaged or not UTF-8.
     """
+    return decode_text(_content(files, name), name)
+
+
+def first_line(files: SourceFiles, name: str) -> str:
+    """The first line of a text file as far as it can be read, to tell what the file is."""
     try:
-        content = files.read(name)
+        return files.read(name)[:1000].decode("utf-8-sig", "replace").splitlines()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _content(files: SourceFiles, name: str) -> bytes:
+    try:
+        return files.read(name)
     except OSError as error:
         raise UserError(str(error)) from error
-    return decode_text(content, name)
+
+
+def parse_parquet(content: bytes, name: str) -> Table:
+    """Read the table of a Parquet file, whose lines are its rows from 1 on.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    import pyarrow as pa  # here, so that --help need not import it
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{name} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+    return Table(name, table.column_names, list(enumerate(table.to_pylist(), start=1)))
 
 
 def decode_text(content: bytes, name: str) -> str:

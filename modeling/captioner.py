@@ -1,6 +1,7 @@
 """A captioner is a model and its processor: load, save, generate, inspect, stream.
 
-Both kinds of captioner go through this class, in scripts, app and evaluation alike.
+Both kinds of captioner go through this class, in scripts, app and evaluation alike; models of others through its subclass in
+image_text_to_text.py.
 """
 
 import copy
@@ -9,13 +10,20 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import AutoModel, AutoModelForImageTextToText, GPT2LMHeadModel, PreTrainedModel, TextIteratorStreamer
+from PIL.Image import Image
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    TextIteratorStreamer,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from system.errors import UserError
@@ -23,11 +31,10 @@ from system.errors import UserError
 from . import captioning_pipeline
 from .caption_loss import computes_in_bfloat16
 from .confidence import caption_confidences, token_texts
-from .processing import center_crop, load_processor
+from .loading import POOLER, check_weights, is_trained_here, kind_of, loading
+from .processing import ImagesToPixels, center_crop, load_processor
 from .transformers_versions import CACHE, set_attn_implementation
 from .vit_gpt2 import BeamCache
-
-POOLER = "encoder.pooler."  # weights that no captioner reads
 
 
 class Captioner:
@@ -37,6 +44,8 @@ class Captioner:
         model: An encoder-decoder with `generate()`; its generation config holds the decoding settings.
         processor: Image processor and tokenizer in one, see `build_processor`.
     """
+
+    of_others = False  # see image_text_to_text.py
 
     def __init__(self, model: PreTrainedModel, processor):
         self.model = model
@@ -54,40 +63,39 @@ class Captioner:
     def encoder(self) -> torch.nn.Module:
         return self.model.get_encoder()
 
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The decoding settings, which `set_decoding` changes and options of `generate` override."""
+        return self.model.generation_config
+
+    @property
+    def decoding(self) -> GenerationConfig:
+        """What a report says of how captions are generated."""
+        return self.generation_config
+
+    @property
+    def preprocess(self) -> Callable[[list[Image]], dict]:
+        """RGB images to what `generate` takes; without the model, so that processes which decode images can have it."""
+        return ImagesToPixels(self.processor)
+
     @classmethod
     def load(cls, name_or_path: str | os.PathLike) -> "Captioner":
         """The captioner of a folder or Hub repository, in eval. No code that came with the weights is run.
 
         Raises:
-            UserError: There is no captioner, it is damaged, or its weights are not exactly those of its config.
+            UserError: There is no captioner, it is damaged, of a kind of others, or its weights are not exactly those of its config.
         """
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # its table of missing and unexpected weights: they are judged here
-        try:
+        if not is_trained_here(name_or_path):
+            raise UserError(
+                f"model {name_or_path} is of the kind {kind_of(name_or_path)}, which caption.py, evaluate_captions.py, app.py and "
+                "serve.py take: give a captioner of train_lstm.py or train_vit_gpt2.py, or another vision-encoder-decoder"
+            )
+        with loading(name_or_path):
             model, report = AutoModelForImageTextToText.from_pretrained(
-                name_or_path, output_loading_info=True, ignore_mismatched_sizes=True
+                name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32
             )
             processor = load_processor(name_or_path)
-        except Exception as error:  # transformers, safetensors, tokenizers and the Hub's client each have their own
-            reason = str(error).strip().splitlines()[0]
-            if str(name_or_path).count("/") > 1 and not os.path.exists(name_or_path):  # no name on the Hub
-                reason = "there is no such folder; `make demo` and the training scripts make them"
-            raise UserError(f"model {name_or_path} cannot be loaded: {reason}") from error
-        finally:
-            transformers.logging.set_verbosity(verbosity)
-        problems = {
-            "lacks weights": report["missing_keys"],
-            "has unknown weights": report["unexpected_keys"],
-            "has weights of other sizes": [name for name, *_ in report["mismatched_keys"]],
-        }
-        for problem, names in problems.items():
-            names = sorted(name for name in names if not name.startswith(POOLER))
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise UserError(
-                    f"model {name_or_path} {problem}: {', '.join(names[:3])}{more}; its weights and its config.json "
-                    "are not of one model"
-                )
+        check_weights(name_or_path, report)
         if getattr(getattr(model, "encoder", None), "pooler", None) is not None:
             # It may be of random weights, which would give the same encoder another fingerprint each time.
             model.encoder.pooler = None
@@ -130,6 +138,21 @@ class Captioner:
             raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
         return self
 
+    def prepare(self, image: Image) -> torch.Tensor:
+        """What `collate` needs of one RGB image."""
+        return self.preprocess([image])["pixel_values"][0]
+
+    def collate(self, prepared: list) -> dict:
+        """Images, each from `prepare`, as one batch that `generate` takes."""
+        return {"pixel_values": torch.stack(prepared)}
+
+    def on_device(self, inputs: dict) -> dict:
+        """Inputs of `generate` where the model is."""
+        return {
+            name: values.to(self.model.device) if isinstance(values, torch.Tensor) else values
+            for name, values in inputs.items()
+        }
+
     def set_decoding(
         self,
         max_length: int | None = None,
@@ -155,7 +178,7 @@ class Captioner:
             "max_length": max_length and max_length + num_start,
             "min_length": min_length and min_length + num_start,
         }
-        decoding = self.model.generation_config
+        decoding = self.generation_config
         settings = {name: value for name, value in settings.items() if value is not None}
         num_beams = settings.get("num_beams", decoding.num_beams) or 1
         if num_beams == 1:
@@ -221,13 +244,9 @@ class Captioner:
             given[CACHE] = BeamCache()
         sequences = self.model.generate(**given, **generation)  # (batch x returned, start tokens and caption)
         token_ids = sequences[:, len(self.start_token_ids) :]
+        returned = self._num_returned(generation)
         ended = (token_ids == self.tokenizer.eos_token_id).any(dim=1).tolist()
-        texts = [text.strip() for text in self.processor.batch_decode(token_ids, skip_special_tokens=True)]
-        returned = generation.get("num_return_sequences") or self.model.generation_config.num_return_sequences or 1
-        captions = []
-        for first in range(0, len(texts), returned):  # an image's captions follow each other
-            others = {"others": texts[first + 1 : first + returned]} if returned > 1 else {}
-            captions.append({"caption": texts[first], "ended": ended[first], **others})
+        captions = self._captions(token_ids, ended, returned)
         if inspect:
             details = self.inspect(inputs, sequences[::returned])
             captions = [caption | more for caption, more in zip(captions, details, strict=True)]
@@ -237,6 +256,19 @@ class Captioner:
                 self.model, self.tokenizer, states, sequences[::returned], len(self.start_token_ids)
             )
             captions = [caption | more for caption, more in zip(captions, found, strict=True)]
+        return captions
+
+    def _num_returned(self, generation: dict) -> int:
+        """Number of captions of each image."""
+        return generation.get("num_return_sequences") or self.generation_config.num_return_sequences or 1
+
+    def _captions(self, token_ids: torch.Tensor, ended: list[bool], returned: int) -> list[dict]:
+        """What `generate` returns, of generated tokens (batch x returned, length)."""
+        texts = [text.strip() for text in self.processor.batch_decode(token_ids, skip_special_tokens=True)]
+        captions = []
+        for first in range(0, len(texts), returned):  # an image's captions follow each other
+            others = {"others": texts[first + 1 : first + returned]} if returned > 1 else {}
+            captions.append({"caption": texts[first], "ended": ended[first], **others})
         return captions
 
     @torch.inference_mode()
@@ -292,7 +324,7 @@ class Captioner:
 
         Args as in `generate`, with one image.
         """
-        if (generation.get("num_beams") or self.model.generation_config.num_beams or 1) > 1:
+        if (generation.get("num_beams") or self.generation_config.num_beams or 1) > 1:
             yield self.generate(inputs, **generation)[0]["caption"]
             return
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -92,15 +92,24 @@ def open_image(image: Any, timeout: float | None = None) -> Image.Image:
         raise ValueError(f"{image[:200]} is no image: it is neither a URL, nor a file, nor base64") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, window: tuple[float, float] | None = None) -> Image.Image:
     """An image as 8-bit RGB, with its EXIF orientation applied.
 
-    Gray values of more than 8 bits, which Pillow clips to white, are scaled: 16 bits by their range, integers of 32 bits and
-    floats by the larger of 16 bits, or 1.0, and their maximum.
+    Gray values of more than 8 bits (integers of 16 or 32 bits, floats), which Pillow clips to white, are scaled: the image's minimum
+    becomes black and its maximum white, as ImageJ and matplotlib show it; or those of `window`, beyond which it is black or white.
     """
-    image = ImageOps.exif_transpose(image)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF; the upright copy has none
+    if image.getexif().get(0x0112, 1) != 1:  # else the same is a copy
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        low, high = min(values.min(), 0.0), max(values.max(), 1.0 if image.mode == "F" else 65535.0)
-        image = Image.fromarray(((values - low) / (high - low) * 255).round().astype(np.uint8))
-    return image.convert("RGB")
+        values = np.asarray(image)
+        if image.mode == "I" and tags.get(258) == (32,) and tags.get(339, (1,)) == (1,):
+            values = values.view(np.uint32)  # Pillow reads 32 bits without a sign as if they had one
+        finite = values[np.isfinite(values)]
+        low, high = window or ((float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0))
+        values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+        values = np.clip((values - low) / ((high - low) or 1.0), 0, 1)
+        if tags.get(262) == 0:  # WhiteIsZero, which Pillow inverts at 8 bits only
+            values = 1 - values
+        image = Image.fromarray((values * 255).round().astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -5,6 +5,8 @@ CNN of timm gives a grid (batch, channels, height, width), and cross attention r
 of a DPT encoder without Transformer layers, which makes positions of the grid and normalizes them.
 """
 
+import os
+
 import torch
 from torch import nn
 from transformers import (
@@ -35,6 +37,13 @@ def is_timm(encoder: str) -> bool:
     import timm
 
     return timm.is_model(encoder.split(":")[-1]) or isinstance(AutoConfig.from_pretrained(encoder), TimmWrapperConfig)
+
+
+def hub_name(encoder: str) -> str:
+    """The Hub id of a pretrained encoder; one of timm's names is that of a repository under `timm/`."""
+    import timm
+
+    return f"timm/{encoder}" if timm.is_model(encoder) and not os.path.isdir(encoder) else encoder
 
 
 def load_timm_encoder(encoder: str, image_size: int | None = None) -> tuple[PreTrainedModel, ViTImageProcessor]:

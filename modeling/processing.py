@@ -2,6 +2,7 @@
 
 import math
 
+from PIL.Image import Image
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
@@ -64,6 +65,16 @@ def build_processor(image_processor, tokenizer) -> VisionTextDualEncoderProcesso
     """
     image_processor.do_convert_rgb = True
     return VisionTextDualEncoderProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+class ImagesToPixels:
+    """RGB images as inputs of a captioner, {"pixel_values": (batch, 3, height, width)}."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, images: list[Image]) -> dict:
+        return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
 
 
 def load_processor(name_or_path: str):

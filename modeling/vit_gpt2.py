@@ -33,12 +33,15 @@ from transformers import (
     ViTImageProcessor,
     ViTMAEConfig,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from system.errors import UserError
 
 from .caption_loss import caption_loss, hidden_states_before_head
 
 logger = logging.getLogger(__name__)
+
+FITTING = "give one with cross attention, of the kind GPT-2, BART, mBART, XGLM, TrOCR or RoBERTa"
 
 # How configs of language models name their dropout rates: GPT-2, BART and XGLM, BERT.
 DROPOUTS = (
@@ -71,8 +74,8 @@ def build_vit_gpt2(
         token_ids: Where the tokenizer has been trimmed, the id of each of its tokens in `decoder`, ascending.
 
     Raises:
-        UserError: The tokenizer has more tokens than the decoder, the decoder is no language model, or the encoder is not of
-            the ViT kind.
+        UserError: The tokenizer has more tokens than the decoder, the decoder is no language model that attends to images, or the
+            encoder is not of the ViT kind.
     """
     special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     num_tokens = token_ids[-1] + 1 if token_ids else len(tokenizer)
@@ -84,14 +87,42 @@ def build_vit_gpt2(
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         encoder_model.config, decoder_model.config, decoder_start_token_id=start_ids[0], **special_ids
     )
-    model = VisionEncoderDecoderModel(config=config, encoder=encoder_model, decoder=decoder_model)
+    # Weights are trained in float32, also those that were saved in half precision; a mixture does not even run.
+    model = VisionEncoderDecoderModel(config=config, encoder=encoder_model, decoder=decoder_model).float()
     # `generate()` multiplies a column of ones with this: a list in a list starts every caption with all its tokens.
     model.generation_config = GenerationConfig(
         decoder_start_token_id=[start_ids] if prompt else start_ids[0], **special_ids
     )
     if freeze_encoder:
         freeze(model.encoder)
+    if model.device.type != "meta":  # where nothing can be computed
+        _try_decoder(model, decoder)
     return model
+
+
+def check_parts(encoder: str | None = None, decoder: str | None = None) -> None:
+    """Refuse pretrained parts that do not fit by their configs alone, before data or weights are loaded.
+
+    Args:
+        encoder, decoder: Hub ids or local folders; None where the part is a new one.
+
+    Raises:
+        UserError: One cannot be found, or does not fit.
+    """
+    from .encoders import is_timm
+
+    for option, name in {"encoder": encoder, "decoder": decoder}.items():
+        if name is None:
+            continue
+        try:
+            config = None if option == "encoder" and is_timm(name) else AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:  # not there, or of no kind that transformers has
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--{option} {name}: {reason}; give a Hub id that can be reached, or a folder") from error
+        if option == "decoder":
+            _check_decoder(getattr(config, "decoder", config), name)
+        elif config is not None:
+            _check_encoder(getattr(config, "vision_config", config), name)
 
 
 def encoder_config(
@@ -259,13 +290,7 @@ def _build_encoder(encoder: str | PreTrainedConfig) -> PreTrainedModel:
         from .encoders import load_vit_mae
 
         return load_vit_mae(encoder, config)
-    model_class = MODEL_MAPPING.get(type(config), None)
-    if getattr(model_class, "main_input_name", None) != "pixel_values" or not hasattr(config, "hidden_size"):
-        name = f"{encoder} " if isinstance(encoder, str) else ""
-        raise UserError(
-            f"encoder {name}is of the kind {config.model_type}, which gives no sequence of states for an image: give one of "
-            "the ViT kind, or a timm model, ViT or CNN"
-        )
+    _check_encoder(config, encoder)
     # No captioner reads the pooler. Models without the option have none.
     options = (
         {"add_pooling_layer": False} if config.model_type in ("vit", "deit", "beit", "data2vec-vision", "dpt") else {}
@@ -276,6 +301,17 @@ def _build_encoder(encoder: str | PreTrainedConfig) -> PreTrainedModel:
     if config.model_type in ("vit", "dpt"):
         _initialize_positions(model.embeddings.position_embeddings, config.image_size // config.patch_size)
     return model
+
+
+def _check_encoder(config: PreTrainedConfig, encoder: str | PreTrainedConfig) -> None:
+    """Raise UserError where a model encodes no images into a sequence."""
+    model_class = MODEL_MAPPING.get(type(config), None)
+    if getattr(model_class, "main_input_name", None) != "pixel_values" or not hasattr(config, "hidden_size"):
+        name = f"{encoder} " if isinstance(encoder, str) else ""
+        raise UserError(
+            f"encoder {name}is of the kind {config.model_type}, which gives no sequence of states for an image: give one of "
+            "the ViT kind, or a timm model, ViT or CNN"
+        )
 
 
 @torch.no_grad()
@@ -301,13 +337,7 @@ def _build_decoder(
 ) -> PreTrainedModel:
     source = AutoConfig.from_pretrained(decoder) if isinstance(decoder, str) else decoder
     config = getattr(source, "decoder", source)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        name = f"{decoder} " if isinstance(decoder, str) else ""
-        raise UserError(
-            f"decoder {name}is of the kind {config.model_type}, which is no language model: give one of the GPT-2 kind, or a "
-            "captioner that train_vit_gpt2.py has saved"
-        )
-    if num_tokens > config.vocab_size:
+    if num_tokens > getattr(config, "vocab_size", num_tokens):
         raise UserError(
             f"the tokenizer has {num_tokens:,} tokens, the decoder {config.vocab_size:,}: "
             "give --tokenizer_name the one the decoder was trained with"
@@ -318,7 +348,7 @@ def _build_decoder(
     if hasattr(config, "encoder_layers") and hasattr(config, "decoder_layers"):
         # The encoder is not used, and transformers makes a cache of as many layers as it has (BART, mBART).
         config.encoder_layers = config.decoder_layers
-    _check_cross_attention(config, decoder)
+    _check_decoder(config, decoder)
     if dropout is not None:
         set_dropout(config, dropout)
     if source is not config:
@@ -333,16 +363,46 @@ def _build_decoder(
     return model
 
 
-def _check_cross_attention(config: PreTrainedConfig, decoder: str | PreTrainedConfig) -> None:
-    """Raise UserError where a language model has no cross attention, before its weights are loaded."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
-    if not any(re.search("cross_?att|encoder_attn", name) for name, _ in model.named_modules()):
-        name = f"{decoder} " if isinstance(decoder, str) else ""
+def _check_decoder(config: PreTrainedConfig, decoder: str | PreTrainedConfig) -> None:
+    """Raise UserError where a model is no language model with cross attention, by its config."""
+    name = f"decoder {decoder if isinstance(decoder, str) else ''}".strip()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"decoder {name}is of the kind {config.model_type}, which cannot attend to an image: give one with cross attention, "
-            "of the kind GPT-2, BART, mBART, XGLM, TrOCR or RoBERTa"
+            f"{name} is of the kind {config.model_type}, which is no language model: give one of the GPT-2 kind, or a "
+            "captioner that train_vit_gpt2.py has saved"
         )
+    config = copy.deepcopy(config)
+    config.is_decoder, config.add_cross_attention = True, True
+    reason = ""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        attends = any(re.search("cross_?att|encoder_attn", name) for name, _ in model.named_modules())
+    except Exception as error:  # each kind has its own
+        attends, reason = False, f" ({str(error).strip().splitlines()[0]})"
+    if not attends or not hasattr(config, "vocab_size"):  # of models of several modalities, which have one in a part
+        raise UserError(
+            f"{name} is of the kind {config.model_type}, which cannot attend to an image{reason}: {FITTING}"
+        )
+
+
+@torch.no_grad()
+def _try_decoder(model: VisionEncoderDecoderModel, decoder: str | PreTrainedConfig) -> None:
+    """Raise UserError where a decoder cannot be trained or generate, before any image is encoded."""
+    training = model.decoder.training
+    model.decoder.eval()
+    start = torch.full((1, 2), model.config.decoder_start_token_id)
+    states = BaseModelOutput(last_hidden_state=torch.zeros(1, 2, model.encoder.config.hidden_size))
+    try:
+        vit_gpt2_loss(model, model, {"encoder_outputs": states, "decoder_input_ids": start, "labels": start})
+        model.generate(encoder_outputs=states, decoder_input_ids=start[:, :1], max_new_tokens=2, num_beams=2)
+    except Exception as error:  # each kind has its own
+        name = f"decoder {decoder if isinstance(decoder, str) else ''}".strip()
+        raise UserError(
+            f"{name} is of the kind {model.decoder.config.model_type}, which does not work in a ViT-GPT2 "
+            f"({' '.join(str(error).split())[:200]}): {FITTING}"
+        ) from error
+    model.decoder.train(training)
 
 
 @torch.no_grad()

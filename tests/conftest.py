@@ -1,15 +1,27 @@
-"""Every test runs offline, on one thread, with caches of its own."""
+"""Every test runs offline, on one thread of the CPU unless ACCELERATE_USE_CPU=false, with caches of its own."""
 
 import os
 import shutil
+import subprocess
 from types import SimpleNamespace
 
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Fixtures of tests that take seconds: whole runs, processes of their own, a browser.
+SLOW_FIXTURES = {"alone", "browser", "context", "hub", "node_modules", "runs", "started", "trained", "workshop"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,6 +49,27 @@ def browser():
 
 
 @pytest.fixture(scope="session")
+def node_modules(tmp_path_factory) -> str:
+    """A node_modules with transformers.js and, which it needs, onnxruntime-web; tests are skipped where it cannot be had.
+
+    SHOWTELL_NODE_MODULES names one that is there already.
+    """
+    if shutil.which("node") is None:
+        pytest.skip("needs Node (on Debian and Ubuntu: apt install nodejs npm)")
+    if named := os.environ.get("SHOWTELL_NODE_MODULES"):
+        return named
+    package = "@huggingface/transformers@4.3.1"
+    if shutil.which("npm") is None:
+        pytest.skip(f"needs npm, or SHOWTELL_NODE_MODULES naming a node_modules with {package}")
+    folder = str(tmp_path_factory.mktemp("npm"))
+    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--prefix", folder]
+    done = subprocess.run(["npm", "install", *options, package], capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.skip(f"npm cannot install {package}: {(done.stderr.strip() or 'no reason').splitlines()[-1]}")
+    return f"{folder}/node_modules"
+
+
+@pytest.fixture(scope="session")
 def small_scenes(tmp_path_factory) -> str:
     """A folder with 24 drawn training images, 10 for validation, 9 for the test, five captions each."""
     from data_scripts.caption_table import write_caption_table
@@ -56,7 +89,9 @@ def colors(tmp_path_factory) -> str:
 
     captions = [[f"a {color} dog", f"the small cat sits on a {color} big dog and runs"] for color in COLORS]
     features = Features({"image": Image(mode="RGB"), "image_id": Value("string"), "captions": List(Value("string"))})
-    table = Dataset.from_dict({"image": IMAGES, "image_id": list(COLORS), "captions": captions}, features=features)
+    table = Dataset.from_dict(
+        {"image": [image.copy() for image in IMAGES], "image_id": list(COLORS), "captions": captions}, features=features
+    )
     folder = tmp_path_factory.mktemp("data") / "colors"
     DatasetDict({"train": table, "validation": table, "test": table}).save_to_disk(folder)
     return str(folder)

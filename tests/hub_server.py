@@ -260,7 +260,7 @@ class Hub:
         }
 
 
-API = r"/api/(?P<kind>model|dataset)s/(?P<name>[^/]+/[^/]+)"
+API = r"/api/(?P<kind>model|dataset|space)s/(?P<name>[^/]+/[^/]+)"
 FILE = r"/(?:(?P<kind>dataset)s/)?(?P<name>[^/]+/[^/]+)"
 
 
@@ -497,7 +497,7 @@ ROUTES = [
     ),
     (
         "GET HEAD",
-        r"/api/resolve-cache/(?P<kind>model|dataset)s/(?P<name>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<file_path>.+)",
+        r"/api/resolve-cache/(?P<kind>model|dataset|space)s/(?P<name>[^/]+/[^/]+)/(?P<revision>[^/]+)/(?P<file_path>.+)",
         Handler.send_small_file,
     ),
     ("GET HEAD", FILE + "/resolve/(?P<revision>[^/]+)/(?P<file_path>.+)", Handler.resolve),

@@ -151,8 +151,8 @@ def test_an_impossible_value_is_refused_and_its_option_named(arguments, tmp_path
 WITHOUT_EFFECT = [
     ("train_lstm", ["--warmup_steps", "5"], "--lr_scheduler_type"),
     ("train_lstm", ["--fp16", "true", "--bf16", "true"], "--bf16"),
-    ("train_lstm", ["--int8_features", "true", "--cache_features", "false"], "--cache_features"),
-    ("train_lstm", ["--compile_encoder", "true", "--cache_features", "false"], "--cache_features"),
+    ("train_lstm", ["--feature_cache", "int8", "--freeze_encoder", "false"], "--feature_cache"),
+    ("train_lstm", ["--compile_encoder", "true", "--feature_cache", "none"], "--feature_cache"),
     ("train_lstm", ["--compile_encoder", "true", "--freeze_encoder", "false"], "--compile_encoder"),
     ("train_lstm", ["--hub_strategy", "checkpoint"], "--push_to_hub"),
     ("train_lstm", ["--num_attention_heads", "2"], "--attention"),
@@ -259,17 +259,22 @@ def test_an_lstm_captioner_is_no_decoder_of_vit_gpt2(arguments, starts, capsys):
         ("vit_gpt2", [], "--model_name_or_path"),
         ("lstm", ["--tokenizer_name", "mine", "--vocab_size", "8000"], "--tokenizer_name"),
         ("lstm", ["--attention_dropout", "0.2"], "--attention_dropout"),
+        ("lstm", ["--hidden_size", "99"], "--hidden_size"),
+        ("lstm", ["--encoder", "test_resnet"], "--encoder"),
     ],
 )
-def test_what_does_not_go_with_a_captioner_to_fine_tune_is_named(arguments, starts, capsys, start, options, named):
-    more = ["--model_name_or_path", starts.get(start, start), *options]
-    assert named in refused(capsys, train_lstm.main, arguments("train_lstm", *more))
+def test_what_does_not_go_with_a_captioner_to_fine_tune_is_named(
+    small_scenes, tmp_path, starts, capsys, start, options, named
+):
+    run = ["--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run"), "--report_to", "none"]
+    sentence = refused(capsys, train_lstm.main, [*run, "--model_name_or_path", starts.get(start, start), *options])
+    assert named in sentence and not (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("script", ["train_lstm", "train_scst"])
-def test_a_run_does_not_overwrite_the_captioner_it_starts_from(arguments, starts, capsys, script):
+def test_a_run_does_not_overwrite_the_captioner_it_starts_from(small_scenes, starts, capsys, script):
     start = ["--model_name_or_path", starts["lstm"], "--output_dir", starts["lstm"]]
-    sentence = refused(capsys, MAINS[script], arguments(script, *start))
+    sentence = refused(capsys, MAINS[script], ["--dataset_name", small_scenes, *start])
     assert "--output_dir" in sentence and "--model_name_or_path" in sentence
 
 
@@ -418,7 +423,7 @@ def test_too_little_room_for_the_features_is_found_before_they_are_encoded(argum
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 100, 100))
-    assert "--cache_features false" in refused(capsys, train_lstm.main, arguments("train_lstm"))
+    assert "--feature_cache" in refused(capsys, train_lstm.main, arguments("train_lstm"))
     assert not list((tmp_path / "cache").rglob("*.npy"))
 
 

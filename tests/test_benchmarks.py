@@ -10,6 +10,8 @@ from benchmarks import full_size, generate, gpu, train_epoch
 
 KINDS = ("lstm", "vit_gpt2")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_captions_are_those_of_decoding_without_a_cache(kind, tmp_path, monkeypatch):

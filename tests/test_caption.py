@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from small_captioners import IMAGES, build
+from small_captioners import COLORS, IMAGES, build
 
 import app
 import caption
 import evaluate_captions
 import export_onnx
 import serve
-from data_scripts import load_captions
+from data_scripts import images, load_captions
 from modeling.captioning_pipeline import to_rgb
 
 REPOSITORY = Path(caption.__file__).parent
@@ -52,6 +52,7 @@ print(sorted({{"torch", "transformers", "datasets", "timm", "accelerate", "gradi
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_one_image_needs_neither_datasets_nor_timm(model, tmp_path):
     IMAGES[0].save(tmp_path / "image.png")
     arguments = ["--model_name_or_path", model, str(tmp_path / "image.png")]
@@ -61,7 +62,9 @@ def test_one_image_needs_neither_datasets_nor_timm(model, tmp_path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_folder_gives_every_image_that_pillow_reads_and_names_the_rest(model, tmp_path, capsys):
+def test_a_folder_gives_every_image_that_pillow_reads_and_names_the_rest(model, tmp_path, capsys, monkeypatch):
+    formats = tuple(name for name in images.image_formats() if name != "HEIF")  # as without the plug-in
+    monkeypatch.setattr(images, "image_formats", lambda: formats)
     folder = tmp_path / "images"
     (folder / "below.png").mkdir(parents=True)  # a folder, whatever its name
     red = IMAGES[0]
@@ -80,7 +83,7 @@ def test_a_folder_gives_every_image_that_pillow_reads_and_names_the_rest(model, 
     expected = {"a.avif", "b.jfif", "c", "d.webp", "e.jp2", "png named.dat"}
     assert captions_of(model, folder).keys() == expected
     error = capsys.readouterr().err
-    assert "3 of 9 files" in error and "pillow-heif" in error
+    assert "3 of 9 files" in error and "showtell[heif]" in error
     assert all(name in error for name in ("notes.txt", "photo.heic", "empty"))
 
 
@@ -124,6 +127,22 @@ def test_depth_and_orientation_change_no_caption(tmp_path):
     Image.open(tmp_path / "plain.png").rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
     made = captions_of(str(tmp_path / "model"), *(tmp_path / f"{name}.png" for name in ("plain", "deep", "turned")))
     assert len(set(made.values())) == 1 and len(made) == 3
+
+
+def test_a_window_changes_captions_and_pages_are_counted(model, tmp_path, capsys):
+    Image.fromarray((GRADIENT * 65535).round().astype(np.uint16)).save(tmp_path / "deep.tif")
+    IMAGES[0].save(tmp_path / "pages.tif", save_all=True, append_images=[IMAGES[1].copy()])
+    IMAGES[0].save(tmp_path / "plain.png")
+    made = captions_of(model, tmp_path)
+    error = capsys.readouterr().err
+    assert "several pages or frames, the first used: 1" in error and "more than 8 bits, scaled to 8: 1" in error
+    assert made["pages.tif"] == made["plain.png"]
+    IMAGES[COLORS.index("white")].save(tmp_path / "white.png")
+    windowed = captions_of(model, tmp_path, options=["--window", "-2", "-1"])  # all of it lies above
+    assert windowed["deep.tif"] == windowed["white.png"] != made["deep.tif"]
+    with pytest.raises(SystemExit) as refused:
+        captions_of(model, tmp_path, options=["--window", "2", "1"])
+    assert refused.value.code == 2 and "--window" in capsys.readouterr().err
 
 
 def test_several_captions_of_an_image(model, tmp_path, capsys):

@@ -384,7 +384,7 @@ def test_it_is_said_where_features_are_read_and_why_they_are_not_kept(rows, proc
 
     assert "Encoding" in told() and "read from" not in caplog.text
     assert f"{len(rows)} images are read from" in told() and "Encoding" not in caplog.text
-    assert "--cache_features false" in told(cache_features=False)
+    assert "--feature_cache none" in told(feature_cache="none")
     encoder.requires_grad_(True)
     assert "trainable" in told()
 

@@ -11,21 +11,29 @@ from small_captioners import WORDS, word_tokenizer
 from transformers import (
     BartConfig,
     BertConfig,
+    BigBirdConfig,
+    Gemma3Config,
     GemmaConfig,
     GPT2Config,
+    GPTBigCodeConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MBartConfig,
+    MegatronBertConfig,
     ModernBertDecoderConfig,
     OPTConfig,
     Qwen2Config,
     TrOCRConfig,
+    ViTConfig,
     ViTImageProcessor,
     ViTMAEConfig,
     ViTMAEModel,
+    WhisperConfig,
     XGLMConfig,
+    XmodConfig,
 )
 
+import train_vit_gpt2
 from modeling.captioner import Captioner
 from modeling.processing import build_processor
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, load_encoder, vit_gpt2_loss
@@ -34,6 +42,7 @@ from training.encoder_training import freeze_unused
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 COMMON = {**SIZES, "vocab_size": len(WORDS), "intermediate_size": 64, "max_position_embeddings": 64}
+SQUARE = {"height": 32, "width": 32}
 SEQ2SEQ = {"vocab_size": len(WORDS), "d_model": 32, "max_position_embeddings": 64}
 LAYERS = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
 DECODERS = {
@@ -50,6 +59,16 @@ UNFIT = {
     "gemma": GemmaConfig(**COMMON, num_key_value_heads=4, head_dim=8),
     "gpt_neox": GPTNeoXConfig(**COMMON),
     "modernbert-decoder": ModernBertDecoderConfig(**COMMON),
+    "gpt_bigcode": GPTBigCodeConfig(vocab_size=len(WORDS), n_embd=32, n_layer=1, n_head=4, n_positions=64),
+    "gemma3": Gemma3Config(text_config={**COMMON, "num_key_value_heads": 4, "head_dim": 8}, vision_config=SIZES),
+    "vit": ViTConfig(**SIZES),
+}
+# They have cross attention, and end in an error of their own as soon as they are trained or generate.
+BROKEN = {
+    "big_bird": BigBirdConfig(**COMMON, attention_type="original_full"),
+    "megatron-bert": MegatronBertConfig(**COMMON),
+    "xmod": XmodConfig(**COMMON),
+    "whisper": WhisperConfig(**LAYERS, vocab_size=len(WORDS), d_model=32, max_target_positions=64, encoder_layers=1),
 }
 FRESH_PROCESS = """
 import sys, json, torch
@@ -170,10 +189,59 @@ def test_a_decoder_trains_saves_loads_and_captions(tmp_path, kind):
             assert (made["caption"], made["ended"]) == (caption, True)
 
 
-@pytest.mark.parametrize("kind", UNFIT)
-def test_a_decoder_without_cross_attention_is_refused(kind):
+@pytest.mark.parametrize("kind", UNFIT | BROKEN)
+def test_a_decoder_that_does_not_fit_is_refused(kind):
     with pytest.raises(UserError, match=f"{kind}.*GPT-2"):
-        build_vit_gpt2(encoder_config(32, 16, **SIZES), UNFIT[kind], word_tokenizer())
+        build_vit_gpt2(encoder_config(32, 16, **SIZES), (UNFIT | BROKEN)[kind], word_tokenizer())
+
+
+@pytest.mark.parametrize("part", ["encoder", *UNFIT])
+def test_parts_that_do_not_fit_are_refused_before_the_data_are_looked_for(tmp_path, capsys, part):
+    option, config = ("encoder", BertConfig(**COMMON)) if part == "encoder" else ("decoder", UNFIT[part])
+    config.save_pretrained(tmp_path / "part")  # and neither weights nor a tokenizer
+    other = {"encoder": "decoder", "decoder": "encoder"}[option]
+    options = [
+        f"--{option}",
+        str(tmp_path / "part"),
+        f"--pretrained_{other}",
+        "false",
+        "--dataset_name",
+        "no/such/data",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        train_vit_gpt2.main([*options, "--output_dir", str(tmp_path / "run")])
+    sentence = capsys.readouterr().err
+    assert ended.value.code == 2 and config.model_type in sentence and "no/such/data" not in sentence
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_parts_saved_in_half_precision_are_trained_in_float32(tmp_path, part):
+    tokenizer = word_tokenizer()
+    whole = build_vit_gpt2(encoder_config(32, 16, **SIZES), decoder_config(len(tokenizer), **SIZES), tokenizer)
+    folder = str(tmp_path / part)
+    getattr(whole, part).half().save_pretrained(folder)
+    parts = {"encoder": encoder_config(32, 16, **SIZES), "decoder": decoder_config(len(tokenizer), **SIZES)}
+    model = build_vit_gpt2(**parts | {part: folder}, tokenizer=tokenizer)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    captioner = Captioner(model.half(), build_processor(ViTImageProcessor(size=SQUARE), tokenizer))
+    captioner.save(tmp_path / "saved")
+    assert {parameter.dtype for parameter in Captioner.load(tmp_path / "saved").model.parameters()} == {torch.float32}
+
+
+def test_trying_a_decoder_changes_no_random_number_and_no_weight():
+    states = []
+    for broken in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if broken:
+                patch.setattr("modeling.vit_gpt2._try_decoder", lambda *_: None)
+            torch.manual_seed(0)
+            model = build_vit_gpt2(
+                encoder_config(32, 16, **SIZES), decoder_config(len(WORDS), **SIZES), word_tokenizer()
+            )
+        states.append((model.state_dict(), torch.rand(3), model.generation_config.to_dict(), model.decoder.training))
+    torch.testing.assert_close(states[0][:2], states[1][:2], rtol=0, atol=0)
+    assert states[0][2:] == states[1][2:]
 
 
 def test_berts_head_trains():

@@ -1,6 +1,8 @@
 """An exported model generates the captions of the model it came from, with logits within 1e-4."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,8 +13,10 @@ from small_captioners import IMAGES, build
 from transformers import GenerationConfig
 
 import export_onnx
-from modeling import onnx_export
+from captioning.onnx_decoding import ExportedCaptioner
+from modeling import onnx_files
 from modeling.captioner import Captioner
+from system.errors import UserError
 
 
 def reference_captions(captioner: Captioner, pixel_values: torch.Tensor) -> list[list[int]]:
@@ -29,7 +33,7 @@ def test_exported_models_write_the_same_words(kind, prompt, tmp_path, monkeypatc
     model, processor = captioner.model, captioner.processor
     captioner.save(tmp_path / "model")
     if prompt == "attention":  # weights beside the file, as of a model too large for one
-        monkeypatch.setattr(onnx_export, "MAX_BYTES_IN_FILE", 0)
+        monkeypatch.setattr(onnx_files, "MAX_BYTES_IN_FILE", 0)
     export_onnx.main([str(tmp_path / "model"), str(tmp_path / "exported")])
     assert (tmp_path / "exported" / "step.onnx.data").exists() == (prompt == "attention")
     for name in ("encoder", "step"):
@@ -119,7 +123,8 @@ def test_what_must_be_installed_is_said(tmp_path, monkeypatch, capsys):
 def exported(request, tmp_path_factory):
     captioner, folder = build(request.param, num_layers=1), tmp_path_factory.mktemp(request.param)
     captioner.save(folder / "model")
-    export_onnx.main([str(folder / "model"), str(folder / "exported")])
+    dtypes = "fp32,q8" if request.param == "lstm" else "fp32,fp16,q8"
+    export_onnx.main([str(folder / "model"), str(folder / "exported"), "--dtype", dtypes])
     return captioner, folder / "exported"
 
 
@@ -137,6 +142,12 @@ def exported(request, tmp_path_factory):
         {"max_length": 12, "repetition_penalty": 0.4, "sequence_bias": [[[7], 3.0], [[9], -2.0]]},
         {"max_length": 12, "suppress_tokens": [4, 6, 10]},
         {"max_length": 12, "bad_words_ids": [[6], [10], [2]]},
+        {"num_beams": 3},
+        {"max_length": 12, "num_beams": 4, "length_penalty": 2.0, "no_repeat_ngram_size": 2, "min_length": 5},
+        {"max_length": 12, "num_beams": 4, "length_penalty": -1.5, "early_stopping": True},
+        {"max_length": 12, "num_beams": 2, "early_stopping": "never", "repetition_penalty": 1.5},
+        {"max_length": 12, "num_beams": 3, "early_stopping": True, "eos_token_id": [2, 6, 10], "pad_token_id": 3},
+        {"max_length": 9, "num_beams": 3, "eos_token_id": None, "pad_token_id": None, "suppress_tokens": [4, 6]},
     ],
     ids=str,
 )
@@ -152,14 +163,89 @@ def test_every_setting_is_that_of_generate(exported, settings):
     assert captions == captioner.model.generate(pixel_values=pixels)[:, 1:].tolist()
 
 
-def test_settings_that_are_left_out_are_named(tmp_path, capsys):
+@pytest.mark.parametrize(("dtype", "suffix", "fraction"), [("fp16", "_fp16", 0.51), ("q8", "_quantized", 0.3)])
+def test_smaller_weights_are_smaller_and_nearly_the_same(exported, dtype, suffix, fraction):
+    captioner, folder = exported
+    if dtype == "fp16" and not (folder / "step_fp16.onnx").exists():
+        pytest.skip("LSTM captioners have no float16")
+    pixels = captioner.processor(images=IMAGES, return_tensors="pt")["pixel_values"]
+    model = ExportedCaptioner(folder, dtype)
+    start = torch.tensor([captioner.start_token_ids] * len(IMAGES))
+    logits, _ = model.step(start.numpy(), 0, model.encode(pixels.numpy()), model.first_state(len(IMAGES)))
+    with torch.no_grad():
+        expected = captioner.model(pixel_values=pixels, decoder_input_ids=start).logits[:, -1].numpy()
+    assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.99
+
+    def weights(path) -> dict[str, int]:  # bytes; the tiny models of tests have half of theirs in biases and norms
+        graph = onnx.load(path).graph
+        return {weight.name: len(weight.raw_data) for weight in graph.initializer if np.prod(weight.dims) >= 512}
+
+    for name in ("encoder", "step"):
+        whole, small = weights(folder / f"{name}.onnx"), weights(folder / f"{name}{suffix}.onnx")
+        assert sum(small.values()) <= fraction * sum(whole.values())
+    operators = {node.op_type for node in onnx.load(folder / f"step{suffix}.onnx").graph.node}
+    assert dtype != "q8" or "LSTM" not in operators  # onnxruntime's tool leaves the exporter's in float32
+
+
+def test_the_exported_image_processor_gives_the_pixels_of_the_captioners_own(exported):
+    captioner, folder = exported
+    model, noise = ExportedCaptioner(folder), np.random.default_rng(0)
+    for shape in ((64, 64), (70, 301), (40, 31)):
+        image = noise.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        expected = captioner.processor(images=[image], return_tensors="np")["pixel_values"]
+        step = 1 / 255 / np.array(captioner.image_processor.image_std).reshape(3, 1, 1)  # of a gray level
+        differences = np.abs(model.preprocess(image) - expected) / step
+        assert differences.max() < 1.01 and (differences > 0.01).mean() < 0.03
+
+
+def test_settings_that_are_left_out_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export_onnx, "write_export", lambda *_: None)
     captioner = build("lstm", num_layers=1)
-    captioner.model.generation_config.update(num_beams=4, length_penalty=0.7, bad_words_ids=[[3, 4], [5]])
+    captioner.model.generation_config.update(do_sample=True, top_p=0.7, num_beams=4, bad_words_ids=[[3, 4], [5]])
     captioner.save(tmp_path / "model")
     export_onnx.main([str(tmp_path / "model"), str(tmp_path / "exported")])
     told = capsys.readouterr().err
-    assert all(f"{name}=" in told for name in ("num_beams", "length_penalty", "bad_words_ids of several tokens"))
-    assert not {"max_length=", "eos_token_id="} & set(told.split())
+    assert all(f"{name}=" in told for name in ("do_sample", "top_p", "bad_words_ids of several tokens"))
+    assert not any(f"{name}=" in told for name in ("max_length", "eos_token_id", "num_beams"))
+
+
+def strange_model(name: str, folder: Path) -> None:
+    """An encoder.onnx that adds weights, or an operator's output, to its input."""
+    weights, domain = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[2]), ""
+    if name == "foreign operator":
+        domain, weights = "com.stranger", onnx.numpy_helper.from_array(np.ones(2, dtype=np.float32), "w")
+    else:
+        weights.data_location = onnx.TensorProto.EXTERNAL
+        place = {"outside": "../weights.bin", "absolute": str(folder.parent / "weights.bin")}.get(name, f"{name}.bin")
+        weights.external_data.add(key="location", value=place)
+    (folder.parent / "weights.bin").write_bytes(bytes(8))
+    (folder / "link.bin").symlink_to(folder.parent / "weights.bin")
+    x, y = (onnx.helper.make_tensor_value_info(one, onnx.TensorProto.FLOAT, [2]) for one in "xy")
+    node = onnx.helper.make_node("Add", ["x", "w"], ["y"], domain=domain)
+    graph = onnx.helper.make_graph([node], "strange", [x], [y], [weights])
+    imports = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.stranger", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=9)
+    (folder / "encoder.onnx").write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("name", ["foreign operator", "outside", "absolute", "link", "gone", "damaged", "no file"])
+def test_files_of_strangers_are_refused_in_one_sentence(name, tmp_path):
+    (tmp_path / "model").mkdir()
+    if name == "damaged":
+        (tmp_path / "model" / "encoder.onnx").write_bytes(b"no model")
+    elif name != "no file":
+        strange_model(name, tmp_path / "model")
+    with pytest.raises(UserError, match=r"encoder\.onnx") as refused:
+        export_onnx.caption_images(tmp_path / "model", np.zeros((1, 3, 8, 8), dtype=np.float32))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_step_of_another_model_is_refused(exported, tmp_path):
+    _, folder = exported
+    shutil.copytree(folder, tmp_path / "mixed")
+    shutil.copy(folder / "encoder.onnx", tmp_path / "mixed" / "step.onnx")
+    with pytest.raises(UserError, match=r"step\.onnx"):
+        ExportedCaptioner(tmp_path / "mixed")
 
 
 @pytest.mark.slow

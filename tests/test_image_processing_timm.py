@@ -23,6 +23,7 @@ def gray_levels_apart(pretrained_cfg: dict, size: tuple[int, int], use_test_size
     return ((ours - theirs).abs() * torch.tensor(data["std"])[:, None, None] * 255).max().item()
 
 
+@pytest.mark.slow
 def test_pixels_are_timms_for_all_its_pretrained_configurations():
     """Up to what Pillow and torchvision round otherwise; an image one pixel aside is some 100 levels apart."""
     different = {}

@@ -28,7 +28,7 @@ SMALL = {
     ],
     train_vit_gpt2: [
         *("--pretrained_encoder", "false", "--pretrained_decoder", "false", "--image_size", "32", "--prompt", ""),
-        *("--num_attention_heads", "2", "--use_cpu", "true", *COMMON),
+        *("--num_attention_heads", "2", *COMMON),
     ],
 }
 SCRIPTS = pytest.mark.parametrize("script", SMALL, ids=lambda script: script.__name__)

@@ -466,11 +466,12 @@ def readmes_reward(references: list[list[str]]):
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("trl") is None, reason="needs trl")
-def test_trl_trains_a_small_model_on_the_readmes_reward(tmp_path):
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_trl_trains_a_small_model_on_the_readmes_reward(method, tmp_path):
     import transformers
+    import trl
     from datasets import Dataset
     from small_captioners import WORDS, word_tokenizer
-    from trl import GRPOConfig, GRPOTrainer
 
     references = [["a dog runs"], ["the cat sits"], ["a big dog"], ["the red cat"]]
     reward, given = readmes_reward(references), []
@@ -481,14 +482,19 @@ def test_trl_trains_a_small_model_on_the_readmes_reward(tmp_path):
 
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2}
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(WORDS), **sizes, **tokens))
+    config = transformers.GPT2Config(vocab_size=len(WORDS), **sizes, **tokens)
+    transformers.GPT2LMHeadModel(config).save_pretrained(
+        tmp_path / "model"
+    )  # RLOO loads its reference model from there
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model")
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    args = GRPOConfig(
+    args = getattr(trl, f"{method}Config")(
         str(tmp_path), per_device_train_batch_size=8, num_generations=8, max_completion_length=5, max_steps=2,
         learning_rate=0.1, report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     rows = Dataset.from_dict({"prompt": ["a"] * 4, "references": references})
-    GRPOTrainer(model, cider_reward, args, train_dataset=rows, processing_class=word_tokenizer()).train()
+    trainer = getattr(trl, f"{method}Trainer")
+    trainer(model, cider_reward, args, train_dataset=rows, processing_class=word_tokenizer()).train()
     assert len(given) == 16 and max(given) > 0
     assert any((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
 

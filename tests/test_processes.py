@@ -204,7 +204,8 @@ def test_two_gpus_share_a_model(small_scenes, tmp_path, script):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
     command += ["--num_processes", "2", "--main_process_port", "0", f"{script}.py", *SCRIPTS[script], *OPTIONS]
     command += ["--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "false"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
     assert len((tmp_path / "run" / "captions.jsonl").read_text().splitlines()) == 9
     assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / "model.safetensors").values())

@@ -425,7 +425,16 @@ def started(small_scenes, tmp_path_factory) -> dict[str, Path]:
             [
                 *(*SCRIPTS[f"train_{kind}"], "--dataset_name", small_scenes, "--output_dir", str(folders[kind])),
                 *("--num_train_epochs", "4", "--per_device_train_batch_size", "24", "--learning_rate", "1e-2"),
-                *("--group_by_image", "true", "--eval_epochs", "4", "--save_epochs", "4", "--report_to", "none"),
+                *(
+                    "--train_sampling_strategy",
+                    "group_by_image",
+                    "--eval_epochs",
+                    "4",
+                    "--save_epochs",
+                    "4",
+                    "--report_to",
+                    "none",
+                ),
             ]
         )
     return folders
@@ -660,7 +669,7 @@ def test_a_boost_of_rare_tokens_is_saved_kept_and_taken_back(kind, started, smal
         (["--dropout", "0.1", "--kl_coef", "0.1"], "--dropout and --kl_coef"),
         (["--eval_steps", "0"], "--eval_steps 0"),
         (["--min_length", "15"], "--min_length 15"),
-        (["--group_by_image", "true"], "--group_by_image"),
+        (["--train_sampling_strategy", "random"], "--train_sampling_strategy"),
     ],
 )
 def test_what_a_user_gets_wrong_is_said_in_one_sentence(given, sentence, started, small_scenes, tmp_path, capsys):

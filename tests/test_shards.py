@@ -263,7 +263,7 @@ def encode(tars, starts, tmp_path):
             patches.setattr(PartialState(), "process_index", process)
             patches.setattr(PartialState(), "num_processes", num_processes)
             glob = f"{Path(tars[0]).parent}/*.tar"
-            options = ["--model_name_or_path", starts[kind], "--output_dir", str(tmp_path / folder), "--use_cpu"]
+            options = ["--model_name_or_path", starts[kind], "--output_dir", str(tmp_path / folder)]
             command.main([glob, *options])
         return tmp_path / folder
 

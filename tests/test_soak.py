@@ -13,12 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import pytest
 from kill_points import start_server
 from PIL import Image
 from small_captioners import build
 
 FEW, MANY = 100, 500
 GROWTH_IN_MEGABYTES = 40  # a hundred decoded images of this size have 75
+
+pytestmark = pytest.mark.slow
 
 
 def make_images(folder: Path, number: int) -> int:

@@ -151,6 +151,7 @@ def test_eos_survives_truncation_and_is_attended_to(tokenizer) -> None:
         assert tokenizer.bos_token_id not in ids
 
 
+@pytest.mark.slow
 def test_loads_and_encodes_without_sentencepiece_and_protobuf(saved: Path, tokenizer, tmp_path: Path) -> None:
     code = """
 import json, sys

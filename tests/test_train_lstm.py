@@ -108,7 +108,7 @@ def test_evaluation_reads_what_training_has_cached(trained, small_scenes, tmp_pa
     evaluate(trained, small_scenes, tmp_path / "cached")
     evaluate(trained, small_scenes, tmp_path / "bfloat16", "--dtype", "bfloat16")
     assert not encoded
-    evaluate(trained, small_scenes, tmp_path / "anew", "--cache_features", "false")
+    evaluate(trained, small_scenes, tmp_path / "anew", "--feature_cache", "none")
     assert encoded
     cached, low, anew = (
         json.loads((tmp_path / name / "results.json").read_text())["metrics"]["cider"]

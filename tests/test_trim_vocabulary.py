@@ -143,7 +143,7 @@ def train(tmp_path_factory):
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "decoder")
     fixed = {"dataset_name": folder / "data", "decoder": folder / "decoder", "pretrained_encoder": "false"}
     fixed |= {"image_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    fixed |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none", "use_cpu": "true"}
+    fixed |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none"}
     fixed |= {"disable_tqdm": "true", "trim_vocabulary": "true", "load_best_model_at_end": "false"}
 
     def run(name: str, **options) -> Path:

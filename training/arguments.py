@@ -12,7 +12,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -70,19 +70,18 @@ class DataArguments:
             "max": MAX_AUGMENTATIONS,
         },
     )
-    cache_features: bool = field(
-        default=True, metadata={"help": "Cache the features of a frozen encoder on disk, in float16."}
-    )
-    int8_features: bool = field(
-        default=False,
-        metadata={"help": "Cache features as int8: half the disk, lossy.", "needs": {"cache_features": [True]}},
+    feature_cache: Literal["float16", "int8", "none"] = field(
+        default="float16",
+        metadata={
+            "help": "Data type of the cached features of a frozen encoder; int8 takes half the disk, lossy; none disables the cache."
+        },
     )
     compile_encoder: bool = field(
         default=False,
         metadata={
             "help": "Compile a frozen encoder with torch.compile before it encodes the images: takes minutes, saves about 8 % on "
             "a CPU.",
-            "needs": {"cache_features": [True]},
+            "needs": {"feature_cache": ["float16", "int8"]},
         },
     )
     publish_images: bool | None = field(
@@ -108,12 +107,12 @@ class CaptionDataArguments(DataArguments):
             "help": "Folder or Hub id of the tokenizer; trained on the captions, or the decoder's, if not given."
         },
     )
-    train_sampling_strategy: Literal["group_by_length", "random"] = field(
+    train_sampling_strategy: Literal["group_by_length", "group_by_image", "random"] = field(
         default="group_by_length",
-        metadata={"help": "Batches of captions of similar length, which saves padding, or of any length."},
-    )
-    group_by_image: bool = field(
-        default=False, metadata={"help": "Put all captions of an image into one batch, which encodes it once."}
+        metadata={
+            "help": "Batches of captions of similar length, which saves padding; of all captions of images, which are encoded "
+            "once; or of any captions."
+        },
     )
 
 
@@ -124,8 +123,7 @@ class DecodingArguments:
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Max length of a generated caption in tokens, prompt excluded; for a new model the 99th percentile of the "
-            "training captions if not given.",
+            "help": "Max length of a generated caption in tokens, prompt excluded; the captioner's own if not given.",
             "min": 1,
         },
     )
@@ -174,6 +172,14 @@ class DecodingArguments:
 class NewDecodingArguments(DecodingArguments):
     """How a captioner that is trained from here on generates captions."""
 
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Max length of a generated caption in tokens, prompt excluded; the 99th percentile of the training captions "
+            "if not given.",
+            "min": 1,
+        },
+    )
     num_beams: int = field(default=1, metadata={"help": "Number of beams; 1 is greedy.", "min": 1})
 
 
@@ -207,7 +213,8 @@ class TrainingArguments:
     output_dir: str = field(default="outputs/run", metadata={"help": "Folder for model, results and checkpoints."})
     num_train_epochs: int = field(default=300, metadata={"help": "Number of epochs.", "min": 1})
     max_steps: int = field(
-        default=-1, metadata={"help": "Number of optimizer steps, over num_train_epochs; -1 disables.", "min": -1}
+        default=-1,
+        metadata={"help": "Number of optimizer steps, in place of num_train_epochs; -1 disables.", "min": -1},
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Captions per batch and device.", "min": 1})
     per_device_eval_batch_size: int = field(
@@ -239,7 +246,6 @@ class TrainingArguments:
     fp16: bool = field(
         default=False, metadata={"help": "Train in float16 mixed precision.", "needs": {"bf16": [False]}}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU although there is an accelerator."})
     seed: int = field(default=42, metadata={"help": "Seed of weights, order and dropout.", "min": 0, "below": 2**32})
     logging_steps: int | None = field(
         default=None,
@@ -336,6 +342,17 @@ class CaptionTrainingArguments(TrainingArguments):
     )
 
 
+def refuse_what_it_brings(model_args, start: str, brought: Iterable[str]) -> None:
+    """Refuse options that a captioner to fine-tune decides, where they are given.
+
+    Raises:
+        UserError: One is not at its default.
+    """
+    for name in brought:
+        if getattr(model_args, name) != getattr(type(model_args), name):
+            raise UserError(f"--{name} does not go with --model_name_or_path {start}, which has its own")
+
+
 def parse_recipe(kinds: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple:
     """Read `[recipe.yaml] [--name value ...]`: the recipe over the defaults, the command line over the recipe.
 
@@ -381,14 +398,16 @@ def _settings(option: dataclasses.Field, kind: Any) -> dict[str, Any]:
     """What argparse is told of an option of type `kind`: bool, int, float, str, Literal, a list of them, or None as well."""
     kind = next((part for part in get_args(kind) if part is not NoneType), kind) if NoneType in get_args(kind) else kind
     help_text = option.metadata["help"].replace("%", "%%")
-    if option.default not in (None, dataclasses.MISSING):
+    if option.default not in (None, "", dataclasses.MISSING):
         help_text += f" (default: {str(option.default).lower() if kind is bool else option.default})"
     settings = {"help": help_text}
     if "positional" in option.metadata:
         settings["nargs"] = option.metadata["positional"]
     else:
         settings |= {"required": option.default is dataclasses.MISSING, "default": option.default}
-        settings["metavar"] = option.name.rpartition("_")[2].upper()
+        settings["metavar"] = option.metadata.get("metavar", option.name.rpartition("_")[2].upper())
+        if isinstance(settings["metavar"], tuple):  # a name for each of several values
+            settings["nargs"] = len(settings["metavar"])
     if kind is bool:
         return settings | {"type": _boolean, "nargs": "?", "const": True, "metavar": "{true,false}"}
     if get_origin(kind) is Literal:

@@ -26,16 +26,16 @@ def ema_of(model: nn.Module, decay: float) -> AveragedModel:
 
 
 @contextmanager
-def mixed_with(model: nn.Module, start: nn.Module | None, weight: float) -> Iterator[None]:
+def mixed_with(model: nn.Module, start: nn.Module, weight: float) -> Iterator[None]:
     """The model with weights interpolated towards those it started from (Wortsman et al., 2022, https://arxiv.org/abs/2109.01903).
 
     Its own weights are back, bit for bit, when the context is left.
 
     Args:
-        start: The starting model; not read where `weight` is 0.
+        start: The starting model.
         weight: Fraction of the starting weights.
     """
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad and weight}
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     own = {name: value.detach().clone() for name, value in trained.items()}
     with torch.no_grad():
         for name, value in trained.items():

@@ -217,12 +217,12 @@ class CaptionSampler(Sampler[tuple[int, int]]):
 
     def order(self) -> np.ndarray:
         """The pairs of the epoch, int32, or int64 where there are too many for it."""
-        random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.lengths))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.lengths))
         if len(order) < 2**31:
             order = order.astype(np.int32)
         if self.group_by_image:
-            image_order = random.permutation(int(np.max(self.images)) + 1)
+            image_order = rng.permutation(int(np.max(self.images)) + 1)
             order = order[np.argsort(image_order[self.images[order]], kind="stable")]
         if not self.group_by_length:
             return order
@@ -232,7 +232,7 @@ class CaptionSampler(Sampler[tuple[int, int]]):
             chunk[:] = chunk[np.argsort(self.lengths[chunk], kind="stable")]
         num_full = len(order) // self.batch_size * self.batch_size  # the short batch stays last
         batches = order[:num_full].reshape(-1, self.batch_size)
-        batches[:] = batches[random.permutation(len(batches))]
+        batches[:] = batches[rng.permutation(len(batches))]
         return order
 
 
@@ -273,8 +273,7 @@ class CaptionCollator:
             rows = [{name: list(item[name]) for name in ("decoder_input_ids", "labels")} for item in items]
             if self.share_images == "pack" and len(images) < len(items):
                 rows = self.pack(rows, image_index)
-            # What a decoder reads where a caption has ended is right of all its tokens, and has no label: any token will do, and of the
-            # pad token transformers warns.
+            # Padding on the right has no label, so any token will do; BOS, since transformers warns of pad tokens without a mask.
             padding = {"decoder_input_ids": self.processor.tokenizer.bos_token_id, "labels": -100}
             for name in rows[0]:
                 values = [torch.tensor(row[name]) for row in rows]

@@ -68,12 +68,13 @@ class EncodeArguments:
     attention: bool = field(
         default=False, metadata={"help": "Keep the feature grid for attention, of lstm, not the pooled features."}
     )
-    int8_features: bool = field(default=False, metadata={"help": "Write features as int8: half the disk, lossy."})
+    feature_dtype: Literal["float16", "int8"] = field(
+        default="float16", metadata={"help": "Type in which features are written; int8 takes half the disk, lossy."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Images encoded together.", "min": 1})
     strict: bool = field(
         default=False, metadata={"help": "End at a shard or sample that cannot be used, in place of skipping it."}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Encode on the CPU although there is an accelerator."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,7 +91,7 @@ def encode_shards(args: EncodeArguments) -> None:
     from data_scripts.shards import Skipped, find_shards, shown
 
     logging.basicConfig(level="INFO", format="%(message)s")
-    state = PartialState(cpu=args.use_cpu)
+    state = PartialState()
     splits = find_shards(args.shards)
     if args.split not in splits:
         raise UserError(f"{shown(args.shards)} has no split {args.split}, only {', '.join(splits)}: see --split")
@@ -211,7 +212,9 @@ def _encoded(address: str, captioner: "Captioner", args: EncodeArguments, device
             images = [image for _, image in group[start : start + args.batch_size]]
             pixels = captioner.image_processor(images=images, return_tensors="pt")["pixel_values"].to(device)
             with torch.inference_mode():
-                batches.append(quantize_features(captioner.encoder(pixels).last_hidden_state, args.int8_features))
+                batches.append(
+                    quantize_features(captioner.encoder(pixels).last_hidden_state, args.feature_dtype == "int8")
+                )
         features = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         columns = {name: (values.shape[1:], values.dtype.str) for name, values in features.items()}
         rows = {
@@ -228,7 +231,7 @@ def _encoded(address: str, captioner: "Captioner", args: EncodeArguments, device
 
 
 def _decoded(address: str, strict: bool, skipped) -> Iterator[tuple["Sample", object]]:
-    from data_scripts.row_checks import BadImage, decode_image
+    from data_scripts.images import BadImage, decode_image
     from data_scripts.shards import read_shard, shown
 
     for _, sample in read_shard(address, 0, strict, skipped):

@@ -90,7 +90,7 @@ def encode_splits(
     """The features of every split, by an encoder that gives `last_hidden_state`.
 
     Args:
-        args: `cache_features`, `int8_features`, `compile_encoder` and `dataloader_num_workers` of the run.
+        args: `feature_cache`, `compile_encoder` and `dataloader_num_workers` of the run.
         num_augmentations: Of the training images; those of other splits are not augmented.
 
     Returns:
@@ -102,11 +102,11 @@ def encode_splits(
     augmentations = {split: num_augmentations if split == "train" else 1 for split in dataset}
     tables = {split: rows for split, rows in dataset.items() if isinstance(rows, Dataset)}  # shards are not cached
     trains = any(parameter.requires_grad for parameter in encoder.parameters())
-    if trains or not args.cache_features:
-        if trains and (args.int8_features or args.compile_encoder):
-            option = "int8_features" if args.int8_features else "compile_encoder"
-            raise UserError(f"--{option} true has no effect: the encoder is trained, and its features are not cached")
-        logger.info(f"Feature cache disabled: {'the encoder is trainable' if trains else '--cache_features false'}.")
+    if trains or args.feature_cache == "none":
+        if trains and (args.feature_cache == "int8" or args.compile_encoder):
+            option = "compile_encoder true" if args.compile_encoder else "feature_cache int8"
+            raise UserError(f"--{option} has no effect: the encoder is trained, and its features are not cached")
+        logger.info(f"Feature cache disabled: {'the encoder is trainable' if trains else '--feature_cache none'}.")
         return {split: [None] * number for split, number in augmentations.items()}
     encoder.eval()
     num_images = sum(len(rows) * augmentations[split] for split, rows in tables.items())
@@ -119,7 +119,7 @@ def encode_splits(
         lambda pixels: encode(pixels).last_hidden_state,
         image_processor,
         encoder_fingerprint(encoder, image_processor),
-        int8=args.int8_features,
+        int8=args.feature_cache == "int8",
         num_augmentations=augmentations,
         num_workers=args.dataloader_num_workers,
         device=next(encoder.parameters()).device,
@@ -488,7 +488,7 @@ def _check_room(num_images: int, image_bytes: int, shape: ArrayShape) -> None:
     if megabytes > free:
         raise UserError(
             f"the features of {num_images:,} images need {megabytes:,.0f} MB in {root}, where {free:,.0f} are free: make room, set "
-            "HF_DATASETS_CACHE to a larger disk, or give --int8_features true or --cache_features false"
+            "HF_DATASETS_CACHE to a larger disk, or give --feature_cache int8 or none"
         )
 
 

@@ -6,6 +6,7 @@ from transformers import AutoConfig, VisionEncoderDecoderModel
 from modeling.captioner import Captioner
 from modeling.vit_gpt2 import freeze, set_dropout
 from system.errors import UserError
+from training.arguments import refuse_what_it_brings
 
 OWN = (  # what a captioner brings along
     *("encoder", "decoder", "pretrained_encoder", "pretrained_decoder", "prompt", "trim_vocabulary"),
@@ -24,12 +25,9 @@ def load_for_fine_tuning(name: str, model_args, tokenizer_name: str | None) -> C
     Raises:
         UserError: It is no such captioner, cannot be loaded, or an option does not go with it.
     """
-    fields = type(model_args).__dataclass_fields__
-    given = [option for option in OWN if getattr(model_args, option) != fields[option].default]
-    if tokenizer_name or given:
-        raise UserError(
-            f"--{given[0] if given else 'tokenizer_name'} does not go with --model_name_or_path {name}, which has its own"
-        )
+    refuse_what_it_brings(model_args, name, OWN)
+    if tokenizer_name:
+        raise UserError(f"--tokenizer_name does not go with --model_name_or_path {name}, which has its own")
     try:
         kind = AutoConfig.from_pretrained(name).model_type
     except (OSError, ValueError):

@@ -45,12 +45,11 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
 
         trackers[trackers.index("trackio")] = TrackioTracker(args.project, name=run_name)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else os.environ.get("ACCELERATE_MIXED_PRECISION")
-    in_float32 = precision == "bf16" and not has_bfloat16(args.use_cpu)
-    if precision == "fp16" and (args.use_cpu or not torch.accelerator.is_available()):
+    in_float32 = precision == "bf16" and not has_bfloat16()
+    if precision == "fp16" and on_cpu():
         raise UserError("fp16 needs a GPU: train in --bf16 true, or with neither")
     accelerator = Accelerator(
         mixed_precision="no" if in_float32 else precision,
-        cpu=args.use_cpu,
         log_with=trackers or None,
         project_dir=args.output_dir,
     )
@@ -133,11 +132,15 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def has_bfloat16(use_cpu: bool = False) -> bool:
+def on_cpu() -> bool:
+    """Whether a run is on the CPU: there is nothing else, or the launcher says so."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def has_bfloat16() -> bool:
     """Whether the device to train on, a CPU or a CUDA card, has instructions for bfloat16.
 
     Elsewhere torch has no LSTM in bfloat16, or its matrix products take up to a hundred times as long as in float32.
     """
-    use_cpu = use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator()
+    device = torch.device("cpu") if on_cpu() else torch.accelerator.current_accelerator()
     return computes_in_bfloat16(device)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Protocol
@@ -31,7 +32,7 @@ class StepLoader(Protocol):
     def steps(self, epoch: int, done: int) -> Iterator[list[dict]]:
         """The batches of each optimizer step of an epoch, without those of its first `done` steps."""
 
-    def position(self, epoch_steps: int) -> list[list[dict]]:
+    def positions(self, epoch_steps: int) -> list[list[dict]]:
         """What a checkpoint after so many steps of the epoch has to hold of each process beside their number; for JSON."""
 
     def resume(self, positions: list[list[dict]], step: int) -> None:
@@ -69,7 +70,7 @@ class TableLoader:
             yield group
             group = list(islice(batches, self.num_batches))
 
-    def position(self, epoch_steps: int) -> list[list[dict]]:
+    def positions(self, epoch_steps: int) -> list[list[dict]]:
         return []
 
     def resume(self, positions: list[list[dict]], step: int) -> None: ...
@@ -110,19 +111,18 @@ class ShardLoader:
         with torch.random.fork_rng(devices=[]):  # a loader that starts draws a random number
             batches = (send_to_device(batch, self.accelerator.device) for batch in self.loader)
             group = list(islice(batches, self.num_batches))
-        spare = group[-1] if group else self._any_batch()
-        while self._anywhere(group):
+        filler = group[-1] if group else self._any_batch()
+        remaining = self._anywhere(group)
+        while remaining:
             following = list(islice(batches, self.num_batches))
-            self.ends = not self._anywhere(following)
-            spare = group[-1] if group else spare
-            yield group or [spare | {"labels": torch.full_like(spare["labels"], -100)}]
-            if self.ends:
-                self._log_skipped()
-                return
+            remaining = self._anywhere(following)
+            self.ends = not remaining
+            filler = group[-1] if group else filler
+            yield group or [filler | {"labels": torch.full_like(filler["labels"], -100)}]
             group = following
-        self.ends = True
+        self._log_skipped()
 
-    def position(self, epoch_steps: int) -> list[list[dict]]:
+    def positions(self, epoch_steps: int) -> list[list[dict]]:
         if not epoch_steps:
             return []
         return gather_object([self.sampler.position((epoch_steps - self.steps_before) * self.step_captions)])
@@ -145,7 +145,7 @@ class ShardLoader:
     def _log_skipped(self) -> None:
         """Name the shards, and count the samples, that no process could use in this epoch."""
         skipped = gather_object([self.sampler.skipped])
-        samples = sum((of_process.samples for of_process in skipped), type(skipped[0].samples)())
+        samples = sum((of_process.samples for of_process in skipped), Counter())
         for reason, number in sorted(samples.items()):
             logger.warning(f"Samples skipped, {reason}: {number:,}")
         for shard, reason in sorted(item for of_process in skipped for item in of_process.shards.items()):

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from system.errors import UserError, one_line_errors
 from training.arguments import parse_recipe
@@ -59,14 +59,14 @@ class NearDuplicateArguments:
         default=None,
         metadata={"help": "Folder for near_duplicates.json and near_duplicates.html; printed only if not given."},
     )
-    int8_features: bool = field(
-        default=False, metadata={"help": "Cache features as int8; read those that training has cached."}
+    feature_cache: Literal["float16", "int8"] = field(
+        default="float16", metadata={"help": "Type in which features are cached, and those of training are read."}
     )
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Number of processes that decode images; 0 decodes in the main process.", "min": 0}
     )
 
-    cache_features, compile_encoder = True, False  # what `encode_splits` asks of a run
+    compile_encoder = False  # what `encode_splits` asks of a run
 
 
 def main(argv: list[str] | None = None) -> None:

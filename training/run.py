@@ -1,6 +1,6 @@
 """One training loop for every script.
 
-A `TrainingRun` holds what always travels together and does what every training does: it starts, resumes, deals micro-batches,
+A `TrainingRun` holds what always travels together and does what every training does: it starts, resumes, gives micro-batches,
 evaluates, saves checkpoints, pushes and reports. The forward and backward pass of a step stand in the script:
 
     for batches in run.steps(evaluate, summarize):
@@ -63,13 +63,13 @@ logger = logging.getLogger(__name__)
 class TrainerState:
     """Where a run stands; saved with each checkpoint."""
 
-    script: str  # that trains, so that none resumes another's checkpoint
-    step_size: int  # captions, or images, over all processes and accumulated batches
-    start_digest: str = ""  # of the weights it fine-tunes, where a checkpoint does not hold all of them
-    epoch: int = 0  # finished ones
+    script: str  # training script; a checkpoint of another one is refused
+    step_size: int  # captions, or images, in an optimizer step, over all processes and accumulated batches
+    start_digest: str = ""  # digest of the weights it fine-tunes, where a checkpoint does not hold all of them
+    epoch: int = 0  # finished epochs
     step: int = 0
-    epoch_steps: int = 0  # of the epoch that has begun
-    positions: list[list[dict]] = field(default_factory=list)  # in it, of each process; see `StepLoader`
+    epoch_steps: int = 0  # steps done in the current epoch
+    positions: list[list[dict]] = field(default_factory=list)  # of each process in the current epoch; see `StepLoader`
     running_sums: dict[str, float] = field(
         default_factory=dict
     )  # since the last row of the history, over all processes
@@ -170,8 +170,11 @@ class TrainingRun:
         self.state = TrainerState(self.script, self.step_size, start_digest)
         if self.resume_from:
             self._resume()
-        shares = self.state.running_sums.items()
-        self.sums = {name: torch.tensor(value / accelerator.num_processes, dtype=self._wide) for name, value in shares}
+        # Saved over all processes, and added up over them again: each takes an equal part.
+        self.sums = {
+            name: torch.tensor(value / accelerator.num_processes, dtype=self._sum_dtype)
+            for name, value in self.state.running_sums.items()
+        }
         return self.model
 
     def _prepare_loader(self, train_dataset, sampler: Sampler, collator: Callable[[list], dict]) -> None:
@@ -195,7 +198,7 @@ class TrainingRun:
         copy_best_model(self.resume_from, self.args.output_dir)
 
     def eval_loader(self, items: torch.utils.data.Dataset, collator: Callable | None = None) -> DataLoader:
-        """Batches of items in their order, dealt to the processes, each item once."""
+        """Batches of items in their order, split across the processes, each item once."""
         loading = self.loading if collator is None else self.loading | {"collate_fn": collator}
         loader = DataLoader(items, self.args.per_device_eval_batch_size, **loading)
         return prepare_data_loader(loader, self.accelerator.device, put_on_device=True, even_batches=False)
@@ -209,7 +212,7 @@ class TrainingRun:
 
         Args:
             evaluate: Gives the validation scores of a captioner, "cider" among them, for a row of the history.
-            summarize: Gives the same row's training figures from the sums passed to `backward`, the most telling first.
+            summarize: Gives the same row's training figures from the sums passed to `backward`; the first is that of the progress bar.
         """
         args, state = self.args, self.state
         with self.stop_signal:
@@ -228,7 +231,7 @@ class TrainingRun:
                         if self._is_finished():
                             break
                         started = time.perf_counter()
-        if self._stops_early():
+        if self._should_stop_early():
             logger.info(f"No better validation CIDEr since step {state.best_step}: stopped.")
 
     def micro_batches(self, batches: list[dict]) -> Iterator[dict]:
@@ -249,10 +252,10 @@ class TrainingRun:
             loss: This batch's part of the step's loss, in which batches and processes are summed, not averaged.
             sums: Added up until the next row of the history, over batches, steps and processes; see `steps`.
         """
-        # Several processes average their gradients, where the sum is wanted.
+        # DDP and FSDP2 average the gradients of the processes; the loss is a sum over them.
         self.accelerator.backward(loss * self.accelerator.num_processes)
         for name, value in sums.items():
-            value = torch.as_tensor(value, dtype=self._wide).detach()
+            value = torch.as_tensor(value, dtype=self._sum_dtype).detach()
             self.sums[name] = value + self.sums[name] if name in self.sums else value
 
     def optimizer_step(self) -> None:
@@ -273,34 +276,36 @@ class TrainingRun:
         return self.ema is not None or self.export is not nullcontext
 
     @property
-    def _wide(self) -> torch.dtype:
+    def _sum_dtype(self) -> torch.dtype:
+        # Thousands of batches are added up; MPS has no float64.
         return torch.float32 if self.accelerator.device.type == "mps" else torch.float64
 
     def _end_step(self, evaluate: Callable, summarize: Callable, bar: EpochProgressBar) -> None:
         args, state = self.args, self.state
-        if state.step % 10 == 0:
+        if state.step % 10 == 0:  # not each time: reading the sums waits for the device
             sums = self._total_sums()  # of all processes, so that all stop where one has a loss that is not finite
             name, value = next(iter(summarize(sums).items()))
             bar.set_loss(value, name.removeprefix("train_"))
-            self._check_finite(sums)
+            if not math.isfinite(sum(sums.values())):  # the weights are not read each time
+                self._end_if_not_finite(sums)
         epoch_ends = self.loader.ends
         if epoch_ends:
             state.epoch, state.epoch_steps = state.epoch + 1, 0
         last = state.step >= self.num_steps
-        evaluates = last or every_n_steps(state.step, args.eval_steps)
-        evaluates |= epoch_ends and state.epoch % args.eval_epochs == 0
-        if evaluates or epoch_ends or every_n_steps(state.step, args.logging_steps):
+        should_evaluate = last or every_n_steps(state.step, args.eval_steps)
+        should_evaluate |= epoch_ends and state.epoch % args.eval_epochs == 0
+        if should_evaluate or epoch_ends or every_n_steps(state.step, args.logging_steps):
             sums = self._total_sums()
-            check_finite(math.fsum(sums.values()), self.model, state.step, args.learning_rate, args.output_dir)
+            self._end_if_not_finite(sums)
             row = {"epoch": self._epochs(), "step": state.step} if self.loader.steps_per_epoch else {"step": state.step}
             row |= summarize(sums)
             self.sums = {}
-            self._log(row | (self._evaluate(evaluate) if evaluates else {}))
-        stops = self.stop_signal.confirm(self.accelerator)
-        saves = last or stops or self._stops_early() or every_n_steps(state.step, args.save_steps)
-        if saves or (epoch_ends and state.epoch % args.save_epochs == 0):
+            self._log(row | (self._evaluate(evaluate) if should_evaluate else {}))
+        should_stop = self.stop_signal.confirm(self.accelerator)
+        should_save = last or should_stop or self._should_stop_early() or every_n_steps(state.step, args.save_steps)
+        if should_save or (epoch_ends and state.epoch % args.save_epochs == 0):
             self._save_checkpoint()
-        if stops:
+        if should_stop:
             self.stop_signal.exit_after_checkpoint(self.accelerator, state.step)
 
     def _epochs(self) -> float:
@@ -317,10 +322,8 @@ class TrainingRun:
         sums = self.accelerator.reduce(torch.stack([value.to(device) for value in self.sums.values()]))
         return dict(zip(self.sums, sums.tolist(), strict=True))
 
-    def _check_finite(self, sums: dict[str, float]) -> None:
-        if not all(map(math.isfinite, sums.values())):
-            args = self.args
-            check_finite(math.nan, self.model, self.state.step, args.learning_rate, args.output_dir)
+    def _end_if_not_finite(self, sums: dict[str, float]) -> None:
+        check_finite(sum(sums.values()), self.model, self.state.step, self.args.learning_rate, self.args.output_dir)
 
     def _epoch_bar(self) -> EpochProgressBar:
         args, state = self.args, self.state
@@ -333,9 +336,9 @@ class TrainingRun:
         return EpochProgressBar(state.epoch + 1, num_epochs, self.loader.num_items, done, self.unit, silent)
 
     def _is_finished(self) -> bool:
-        return self.state.step >= self.num_steps or self._stops_early()
+        return self.state.step >= self.num_steps or self._should_stop_early()
 
-    def _stops_early(self) -> bool:
+    def _should_stop_early(self) -> bool:
         """Whether there were too many evaluations without a better one; true of a run that is resumed after that, too."""
         patience = self.args.early_stopping_patience
         return bool(patience) and self.state.evaluations_since_best >= patience
@@ -406,9 +409,8 @@ class TrainingRun:
         """Write `checkpoint-STEP`, whole or not at all, remove old ones beyond save_total_limit, push it where it is to go."""
         args, state = self.args, self.state
         state.running_sums = self._total_sums()
-        state.positions = self.loader.position(state.epoch_steps)
-        loss = math.fsum(state.running_sums.values())
-        check_finite(loss, self.model, state.step, args.learning_rate, args.output_dir)
+        state.positions = self.loader.positions(state.epoch_steps)
+        self._end_if_not_finite(state.running_sums)
         with new_checkpoint(args.output_dir, state.step) as folder:
             save_training_state(self, folder, asdict(state))
         self._set_train_mode()
@@ -429,14 +431,14 @@ class TrainingRun:
         collator: Callable | None = None,
         self_critical: bool = False,
     ) -> None:
-        """Caption the test split, or the validation split where there is none, with the model kept; report and push.
+        """Caption the test split, or the validation split where there is none, with the saved model; report and push.
 
         Args:
             dataset, features: Splits, and their features as `encode_splits` gives them.
             training_captions: All of them, for the scorer's best constant caption.
             kind, started_from, self_critical: See `write_model_card`.
         """
-        args, accelerator, state = self.args, self.accelerator, self.state
+        args, accelerator = self.args, self.accelerator
         split = "test" if "test" in dataset else "validation"
         if not args.load_best_model_at_end:
             with self.exported() as captioner:
@@ -448,11 +450,6 @@ class TrainingRun:
         with accelerator.autocast():
             captions = caption_images(captioner, images, accelerator, NUM_IMAGES)
         if accelerator.is_main_process:
-            train = {"epochs": self._epochs(), "seconds": round(state.train_seconds, 3)}
-            num_trained = state.step * self.step_size
-            if num_items := self.loader.num_items:
-                num_trained = state.epoch * num_items + min(state.epoch_steps * self.step_size, num_items)
-            train[f"{self.unit}_per_second"] = round(num_trained / state.train_seconds, 1)
             report_training(
                 args,
                 data_args,
@@ -462,7 +459,7 @@ class TrainingRun:
                 captions=captions,
                 scorer=CaptionScorer(dataset[split]["captions"], training_captions),
                 decoding=captioner.model.generation_config,
-                train=train,
+                train=self._training_figures(),
                 kind=kind,
                 options=self.options,
                 started_from=started_from,
@@ -473,7 +470,16 @@ class TrainingRun:
             )
         accelerator.end_training()
 
+    def _training_figures(self) -> dict[str, float]:
+        """What the run took: epochs, seconds, and captions or images per second."""
+        state = self.state
+        num_trained = state.step * self.step_size
+        if num_items := self.loader.num_items:  # an epoch's last batch may be short
+            num_trained = state.epoch * num_items + min(state.epoch_steps * self.step_size, num_items)
+        rate = round(num_trained / state.train_seconds, 1)
+        return {"epochs": self._epochs(), "seconds": round(state.train_seconds, 3), f"{self.unit}_per_second": rate}
+
 
 def every_n_steps(step: int, num_steps: int | None) -> bool:
-    """Whether so many steps have passed since the last time; never where there is no such number."""
+    """Whether `step` is a multiple of `num_steps`; False where that is None."""
     return bool(num_steps) and step % num_steps == 0

@@ -19,8 +19,8 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from data_scripts.augmentations import augment_caption, augment_image
+from data_scripts.images import BadImage, decode_image
 from data_scripts.load import Shards
-from data_scripts.row_checks import BadImage, decode_image
 from data_scripts.shards import Sample, Skipped, feature_shards, read_shard, shown
 from modeling.captioner import Captioner
 from system.errors import UserError, printable
@@ -292,14 +292,15 @@ def pairs_of_split(
     captioner: Captioner,
     max_length: int | None,
     features: Sequence[Features | None],
-    start_ids: Sequence[int] | None = None,
     loss_on_prompt: bool = False,
 ) -> CaptionPairs | CaptionStream:
-    """The (image, caption) pairs of a split, a table or shards; arguments as of `CaptionPairs`.
+    """The (image, caption) pairs of a split, a table or shards, whose captions fit the decoder; arguments as of `CaptionPairs`.
 
     Raises:
         UserError: The shards have features of another encoder, or augmentations are wanted of them.
     """
+    start_ids = captioner.start_token_ids
+    max_length = min(filter(None, (max_length, captioner.max_caption_tokens)), default=None)
     if not isinstance(rows, Shards):
         return CaptionPairs(rows, captioner.tokenizer, max_length, features, start_ids, loss_on_prompt)
     about = feature_shards(rows.addresses)
@@ -321,9 +322,10 @@ def sampler_of(pairs: CaptionPairs | CaptionStream, run, data_args) -> CaptionSa
 
     Args:
         run: The `TrainingRun`.
-        data_args: `train_sampling_strategy`, `group_by_image` and `num_augmentations`.
+        data_args: `train_sampling_strategy` and `num_augmentations`.
     """
-    by_length, by_image = data_args.train_sampling_strategy == "group_by_length", data_args.group_by_image
+    by_image = data_args.train_sampling_strategy == "group_by_image"
+    by_length = data_args.train_sampling_strategy != "random"
     seed = run.args.seed
     if isinstance(pairs, CaptionStream):
         process, num_processes = run.accelerator.process_index, run.accelerator.num_processes
