@@ -5,7 +5,7 @@
 # make test-floors  run the tests with the oldest releases of torch, transformers and the like, in .venv-floors (of 6 GB)
 # make quality   ruff check, ruff format --check
 # make bench     the benchmarks (20 to 30 minutes on two cores; the last wants Java)
-# make gpu-check check and time everything on a CUDA card (at most 8 minutes)
+# make gpu-check  check and time everything on a CUDA card, with the packages of PYTHON (at most 8 minutes)
 # Each sets up .venv by itself; it is made once and reused until setup.cfg or pyproject.toml changes. Where uv is installed it does
 # that. For an install of 1 GB in place of 6, without CUDA: make TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
@@ -55,6 +55,7 @@ npm:
 test-floors:
 	$(MAKE) VENV=$(FLOORS) PIP_CONSTRAINT=$(CURDIR)/tests/floors.txt UV_CONSTRAINT=$(CURDIR)/tests/floors.txt test
 
+# In the environment that is there: a cluster's image has its own torch, and no network to make another with.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu --json gpu.json
 

@@ -16,7 +16,6 @@ import shutil
 from io import BytesIO
 from typing import Any
 
-import httpx
 import numpy as np
 from PIL import Image, ImageOps
 from transformers import Pipeline
@@ -84,6 +83,8 @@ def open_image(image: Any, timeout: float | None = None) -> Image.Image:
     if isinstance(image, os.PathLike) or os.path.isfile(image):
         return Image.open(image)
     if image.startswith(("http://", "https://")):
+        from huggingface_hub.utils import httpx  # its own: httpx2 since 2.0, which does not install httpx
+
         return Image.open(BytesIO(httpx.get(image, timeout=timeout, follow_redirects=True).content))
     try:
         return Image.open(BytesIO(base64.decodebytes(image.split(",")[-1].encode())))

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from small_captioners import IMAGES
 
@@ -21,6 +22,8 @@ OPTIONAL = [
     "peft",
 ]
 OPTIONAL += ["tensorboard", "trackio", "uvicorn", "wandb"]
+if not huggingface_hub.__version__.startswith("1."):
+    OPTIONAL += ["httpx"]  # huggingface_hub 2 brings httpx2
 CODE = f"""
 import importlib, sys
 for name in {OPTIONAL}:

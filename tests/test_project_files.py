@@ -34,3 +34,14 @@ def test_forks_run_what_ci_runs():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert {command.removeprefix("make ") for command in ran} <= set(targets)
     assert workflow[True].keys() >= {"push", "pull_request"}  # YAML reads `on` as true
+
+
+def test_the_floors_are_the_lower_bounds():
+    """What `make test-floors` installs is what setup.cfg says is enough."""
+    bounds = dict(line.split(">=") for line in SETUP["options"]["install_requires"].split())
+    lines = (ROOT / "tests" / "floors.txt").read_text().splitlines()
+    floors = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: bounds[name] for name in floors} == {
+        name: ".".join(version.split(".")[: bounds[name].count(".") + 1]) for name, version in floors.items()
+    }
+    assert {"torch", "transformers", "datasets", "accelerate", "timm", "tokenizers"} <= floors.keys()
