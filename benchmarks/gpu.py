@@ -121,9 +121,9 @@ def run_tests(deadline: float) -> dict:
     """Run the tests marked `gpu`; numbers of those that passed, failed and were skipped."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider"]
     root = Path(__file__).parent.parent
-    done = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, timeout=max(60.0, (deadline - time.monotonic()) / 2)
-    )
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "false"}
+    timeout = max(60.0, (deadline - time.monotonic()) / 2)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout)
     lines = done.stdout.splitlines()
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])}
     if done.returncode:

@@ -197,6 +197,7 @@ def test_sigterm_to_the_launcher_saves_too(small_scenes, tmp_path, script):
     assert f"checkpoint-{newest} " in sentence and "--resume_from_checkpoint last" in sentence
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("script", CAPTION_SCRIPTS)
 def test_two_gpus_share_a_model(small_scenes, tmp_path, script):
