@@ -38,6 +38,16 @@ def has_metadata(source: str | Path) -> bool:
     return any(path.name.casefold() in METADATA_NAMES for folder in folders for path in folder.iterdir())
 
 
+def rename_hint(files: SourceFiles) -> str:
+    """What to do with a table of another name; nothing to say where there is none."""
+    tables = [name for name in files.names if PurePosixPath(name).suffix.lower() in (".csv", ".jsonl")]
+    return (
+        f": rename {tables[0]} to metadata{PurePosixPath(tables[0]).suffix.lower()}, with columns file_name and caption"
+        if tables
+        else ""
+    )
+
+
 def has_metadata_file(files: SourceFiles) -> bool:
     """Whether there is a metadata file in any folder."""
     return any(PurePosixPath(name).name.casefold() in METADATA_NAMES for name in files.names)
@@ -52,7 +62,7 @@ def find_metadata(files: SourceFiles, split_of: SplitNames) -> tuple[PurePosixPa
     paths = [PurePosixPath(name) for name in files.names if PurePosixPath(name).name.casefold() in METADATA_NAMES]
     roots = {path: path.parent.parent if split_of(path.parent.name) else path.parent for path in paths}
     if not roots:
-        raise UserError(f"{files.location} has no {' or '.join(METADATA_NAMES)}")
+        raise UserError(f"{files.location} has no {' or '.join(METADATA_NAMES)}{rename_hint(files)}")
     depth = min(len(root.parts) for root in roots.values())
     used = [path for path, root in roots.items() if len(root.parts) == depth]
     folders: dict[PurePosixPath, PurePosixPath] = {}

@@ -110,12 +110,13 @@ def recognize(sources: Sequence[str]) -> str:
     if is_file_of_its_own(first):
         return _layout_of_file(first)
     with open_files(first, MAX_UNPACKED_GIGABYTES) as files:
+        hint = image_folder.rename_hint(files) or ": see docs/data.md"
         found = {name: evidence for name, layout in LAYOUTS.items() if (evidence := layout.evidence(files))}
     covered = {other for name in found for other in LAYOUTS[name].covers}
     found = {name: evidence for name, evidence in found.items() if name not in covered}
     if not found:
         raise UserError(
-            f"{first} has no layout that is known ({', '.join(layout.title for layout in LAYOUTS.values())}): see docs/data.md"
+            f"{first} has no layout that is known ({', '.join(layout.title for layout in LAYOUTS.values())}){hint}"
         )
     if len(found) > 1:
         candidates = "; or ".join(

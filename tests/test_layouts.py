@@ -352,17 +352,21 @@ def test_a_folder_of_two_layouts_is_refused_until_one_is_named(tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    "kind", ["no layout", "missing", "url", "boxes", "metadata file", "no images", "no source", "wrong layout"]
+    "kind",
+    ["no layout", "other name", "missing", "url", "boxes", "metadata file", "no images", "no source", "wrong layout"],
 )
 def test_what_has_no_layout_is_refused(tmp_path, capsys, kind):
     save_images(tmp_path / "in")
     boxes, metadata = tmp_path / "boxes.json", tmp_path / "metadata.csv"
     boxes.write_text(json.dumps({"images": [], "annotations": [{"bbox": [0, 0, 1, 1]}]}))
     metadata.write_text("file_name,caption\n")
+    save_images(tmp_path / "table")
+    (tmp_path / "table" / "captions.csv").write_text("photo,text\na.png,a dog\n")
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco" / "captions_train2017.json").write_text(json.dumps(coco_annotations(["a.png"])))
     words, part = {
         "no layout": ([tmp_path / "in"], "no layout"),
+        "other name": ([tmp_path / "table"], "rename captions.csv to metadata.csv"),
         "missing": ([tmp_path / "gone"], "gone"),
         "url": (["https://127.0.0.1:9/a.zip"], "--layout"),
         "boxes": ([boxes], "boxes.json"),
