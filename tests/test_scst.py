@@ -425,16 +425,8 @@ def started(small_scenes, tmp_path_factory) -> dict[str, Path]:
             [
                 *(*SCRIPTS[f"train_{kind}"], "--dataset_name", small_scenes, "--output_dir", str(folders[kind])),
                 *("--num_train_epochs", "4", "--per_device_train_batch_size", "24", "--learning_rate", "1e-2"),
-                *(
-                    "--train_sampling_strategy",
-                    "group_by_image",
-                    "--eval_epochs",
-                    "4",
-                    "--save_epochs",
-                    "4",
-                    "--report_to",
-                    "none",
-                ),
+                *("--train_sampling_strategy", "group_by_image", "--report_to", "none"),
+                *("--eval_epochs", "4", "--save_epochs", "4"),
             ]
         )
     return folders
