@@ -30,7 +30,10 @@ HIGHLIGHTS = {
     ("flickr8k.csv", "scst_flickr8k.yaml", "2", "greedy"): ("Flickr8k", "LSTM captioner, then SCST"),
     ("flickr8k.csv", "vit_gpt2_flickr8k.yaml", "42", "5 beams"): ("Flickr8k", "ViT-GPT2"),
     ("paragraphs.csv", "lstm_best.yaml", "42", "3 beams"): ("Stanford Paragraphs subset", "LSTM captioner"),
-    ("paragraphs.csv", "vit_gpt2_best.yaml", "42", "3 beams"): ("Stanford Paragraphs subset", "ViT-GPT2"),
+    ("paragraphs.csv", "vit_gpt2_cnn_best.yaml", "42", "3 beams"): (
+        "Stanford Paragraphs subset",
+        "ViT-GPT2, a CNN as encoder",
+    ),
 }
 SCORES = {
     "cider": "CIDEr",
