@@ -61,12 +61,12 @@ CSS = """
 @dataclass
 class AppArguments:
     models: list[str] = field(
-        metadata={"help": "Folders or Hub ids of captioners, of ours or of others.", "positional": "*"}
+        metadata={"help": "Folders or Hub ids of captioners, trained here or third-party.", "positional": "*"}
     )
     prompt: str | None = field(
         default=None,
         metadata={
-            "help": "Prompt of models of others: request of chat models, or text to continue; by their kinds if not given."
+            "help": "Prompt of third-party models: request of chat models, or text to continue; by their kinds if not given."
         },
     )
     port: int | None = field(

@@ -48,12 +48,12 @@ class CaptionArguments:
         }
     )
     model_name_or_path: str = field(
-        metadata={"help": "Folder, training checkpoint or Hub id of a captioner, of ours or of others."}
+        metadata={"help": "Folder, training checkpoint or Hub id of a captioner, trained here or third-party."}
     )
     prompt: str | None = field(
         default=None,
         metadata={
-            "help": "Prompt of a model of others: request of a chat model, or text to continue; by its kind if not given."
+            "help": "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given."
         },
     )
     output: str | None = field(
@@ -257,7 +257,7 @@ def load_captioner(args: CaptionArguments, generation_args: GenerationArguments,
         if (args.confidence or args.min_confidence is not None) and not is_trained_here(args.model_name_or_path):
             option = "confidence" if args.confidence else "min_confidence"
             raise UserError(
-                f"--{option} does not go with {args.model_name_or_path}, a model of others, whose probabilities are not computed"
+                f"--{option} does not go with {args.model_name_or_path}, a third-party model, whose probabilities are not computed"
             )
         captioner = load(args.model_name_or_path, args.prompt).to(device, args.dtype)
     finally:
@@ -286,13 +286,13 @@ def caption_sources(
     on_page = args.output_format == "html"
     job = Job(captioner, output, processes, choose_encoder(captioner, args, total, processes), doubtful)
     job.min_confidence = args.min_confidence or 0.0
-    job.with_confidence = (on_page and not captioner.of_others) or args.confidence or doubtful is not None
-    job.num_inspected = Page.num_images if on_page and not captioner.of_others else 0
+    job.with_confidence = (on_page and not captioner.is_third_party) or args.confidence or doubtful is not None
+    job.num_inspected = Page.num_images if on_page and not captioner.is_third_party else 0
     refs = refs_for(output, sources)
     if args.num_workers is None:
         args.num_workers = 0 if captioner.model.device.type == "cpu" else min(8, os.cpu_count())
-    # Models of others cut images by the size they are stored in.
-    min_side = None if captioner.of_others else 2 * resized_side(captioner.image_processor)
+    # Third-party models cut images by the size they are stored in.
+    min_side = None if captioner.is_third_party else 2 * resized_side(captioner.image_processor)
     decoder = ImageDecoder(min_side, args.output_format == "webdataset", args.window)
     collate = ImageCollator(captioner.preprocess, Page.image_size() if on_page else 0)
     job.run(load_batches(job.batches(refs, args.batch_size), decoder, collate, args.num_workers), total)
@@ -325,7 +325,7 @@ def choose_encoder(captioner: "Captioner", args: CaptionArguments, total: int, p
     """The encoder by the fastest engine; None where the captioner encodes by itself."""
     from modeling.onnx_encoder import fastest_encoder
 
-    if args.encoder_engine == "torch" or captioner.of_others:
+    if args.encoder_engine == "torch" or captioner.is_third_party:
         return None
     report = partial(print, file=sys.stderr) if processes.is_first else lambda sentence: None
     encoder = fastest_encoder(captioner.encoder, total // processes.number, report)

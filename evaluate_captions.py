@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
     from datasets import Dataset
-    from torch.utils.data import DataLoader
 
     from metrics import CaptionScorer
     from modeling.captioner import Captioner
@@ -40,12 +39,14 @@ class EvaluationArguments:
     predictions: str | None = field(default=None, metadata={"help": "File of captions to score: .jsonl or .json."})
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Folder, training checkpoint or Hub id of a captioner to score, of ours or of others."},
+        metadata={
+            "help": "Folder, training checkpoint or Hub id of a captioner to score, trained here or third-party."
+        },
     )
     prompt: str | None = field(
         default=None,
         metadata={
-            "help": "Prompt of a model of others: request of a chat model, or text to continue; by its kind if not given.",
+            "help": "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given.",
             "needs": {"predictions": [None]},
         },
     )
@@ -267,7 +268,9 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
     # ---- Data and model ---------------------------------------------------------------------------------------------
     if not is_trained_here(args.model_name_or_path) and (args.feature_cache == "int8" or args.compile_encoder):
         option = "compile_encoder true" if args.compile_encoder else "feature_cache int8"
-        raise UserError(f"--{option} has no effect: features of {args.model_name_or_path}, of others, are not cached")
+        raise UserError(
+            f"--{option} has no effect: features of {args.model_name_or_path}, a third-party model, are not cached"
+        )
     optional = optional_metrics(args) if accelerator.is_main_process else None
     dataset, rows = load_split(args)
     (rows,) = subsample_evenly(args.max_eval_samples, rows)
@@ -310,7 +313,7 @@ def caption_split(
     from training.evaluation import caption_images
     from training.features import encode_splits
 
-    if captioner.of_others:
+    if captioner.is_third_party:
         features, collate = None, InputsCollator(captioner.preprocess)
     else:
         # Cached features are float32, whatever the captions are generated in.
@@ -326,13 +329,11 @@ def caption_split(
     )
     loader = prepare_data_loader(loader, accelerator.device, put_on_device=True, even_batches=False)
     captioner.to(accelerator.device, args.dtype)
-    if captioner.of_others:
-        return caption_by_model_of_others(captioner, loader, accelerator)
-    return caption_images(captioner, loader, accelerator, NUM_IMAGES)
+    return caption_images(captioner, loader, accelerator, 0 if captioner.is_third_party else NUM_IMAGES)
 
 
 class InputsCollator:
-    """Items of `ImageDataset` as one batch of a model of others: {"index", "inputs"}."""
+    """Items of `ImageDataset` as one batch of a third-party model: "index" and what it takes."""
 
     def __init__(self, preprocess: "Callable[[list], dict]"):
         self.preprocess = preprocess
@@ -350,19 +351,7 @@ class InputsCollator:
                 except UserError as error:
                     raise UserError(f"image {item['index'] + 1:,} of those that are evaluated: {error}") from error
             raise
-        return {"index": torch.tensor([item["index"] for item in items]), "inputs": inputs}
-
-
-def caption_by_model_of_others(captioner: "Captioner", loader: "DataLoader", accelerator: "Accelerator") -> list[dict]:
-    """The captions of a prepared loader's images, on every process all of them; see `training.evaluation.caption_images`."""
-    from accelerate.utils import gather_object
-    from tqdm.auto import tqdm
-
-    captions = {}
-    for batch in tqdm(loader, desc="captioning", leave=False, disable=not accelerator.is_local_main_process):
-        captions.update(zip(batch["index"].tolist(), captioner.generate(batch["inputs"]), strict=True))
-    captions = dict(gather_object(list(captions.items())))  # an image dealt to two processes counts once
-    return [captions[index] for index in sorted(captions)]
+        return {"index": torch.tensor([item["index"] for item in items]), **inputs}
 
 
 def best_captions(rows: "Dataset", captions: list[dict], scorer: "CaptionScorer") -> list[dict]:

@@ -3,7 +3,7 @@
     python serve.py outputs/demo/lstm
 
 POST /v1/chat/completions takes images as OpenAI's clients send them (image_url, a data URL), POST /api/generate as Ollama's do
-(images, base64). The text of a request is ignored: a captioner captions, and a model of others by --prompt. Requests that arrive
+(images, base64). The text of a request is ignored: a captioner captions, and a third-party model by --prompt. Requests that arrive
 together are captioned together. It listens on this machine alone and fetches nothing, unless options say otherwise.
 """
 
@@ -42,12 +42,12 @@ SECONDS_TO_CAPTION = 600.0
 @dataclass
 class ServeArguments:
     model_name_or_path: str = field(
-        metadata={"help": "Folder or Hub id of a captioner, of ours or of others.", "positional": None}
+        metadata={"help": "Folder or Hub id of a captioner, trained here or third-party.", "positional": None}
     )
     prompt: str | None = field(
         default=None,
         metadata={
-            "help": "Prompt of a model of others: request of a chat model, or text to continue; by its kind if not given."
+            "help": "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given."
         },
     )
     port: int = field(default=8000, metadata={"help": "Port.", "min": 1, "max": 65535})

@@ -109,3 +109,19 @@ def find_json(files: SourceFiles, *forms: str) -> list[str]:
     return [
         name for name in names if PurePosixPath(name).with_suffix("") not in stems and _form_of(files, name) in forms
     ]
+
+
+@contextmanager
+def open_annotation_file(
+    source: str, images: str | None, find: Callable[[SourceFiles], list[str]], max_unpacked_gigabytes: float
+) -> Iterator[tuple[str, str, SourceFiles]]:
+    """The name and the text of a source's only annotation file, and its images; see `open_annotations`.
+
+    Raises:
+        UserError: There is none, or there are several.
+    """
+    with open_annotations([source], images, find, max_unpacked_gigabytes) as (readers, image_files):
+        if len(readers) > 1:
+            raise UserError(f"{source} has several caption files, {', '.join(readers)}: name one, and --images")
+        ((path, read),) = readers.items()
+        yield PurePosixPath(path).name, read(), image_files

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from data_scripts.annotations import IMAGES_HELP, open_annotations
+from data_scripts.annotations import IMAGES_HELP, open_annotation_file
 from data_scripts.archives import SourceFiles
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow, note_row, problem_row
@@ -128,15 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     add_table_options(parser)
     add_archive_option(parser)
     arguments = parser.parse_args(argv)
-    opened = open_annotations([arguments.source], arguments.images, find_tables, arguments.max_unpacked_gigabytes)
-    with one_line_errors(), opened as (tables, images):
-        if len(tables) > 1:
-            raise UserError(
-                f"{arguments.source} has several caption files, {', '.join(tables)}: name one, and --images"
-            )
-        ((name, read),) = tables.items()
-        rows = flickr30k_rows(read(), images, PurePosixPath(name).name)
-        prepare(rows, arguments, f"{_title(read())} ({PurePosixPath(name).name})")
+    opened = open_annotation_file(arguments.source, arguments.images, find_tables, arguments.max_unpacked_gigabytes)
+    with one_line_errors(), opened as (name, text, images):
+        prepare(flickr30k_rows(text, images, name), arguments, f"{_title(text)} ({name})")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import argparse
 from pathlib import PurePosixPath
 from typing import Any
 
-from data_scripts.annotations import IMAGES_HELP, find_json, open_annotations
+from data_scripts.annotations import IMAGES_HELP, find_json, open_annotation_file
 from data_scripts.archives import SourceFiles
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow, note_row, valid_id
@@ -89,15 +89,9 @@ def main(argv: list[str] | None = None) -> None:
     add_table_options(parser)
     add_archive_option(parser)
     arguments = parser.parse_args(argv)
-    opened = open_annotations([arguments.source], arguments.images, find_tables, arguments.max_unpacked_gigabytes)
-    with one_line_errors(), opened as (tables, images):
-        if len(tables) > 1:
-            raise UserError(
-                f"{arguments.source} has several files of Karpathy's, {', '.join(tables)}: name one, and --images"
-            )
-        ((path, read),) = tables.items()
-        name = PurePosixPath(path).name
-        rows = karpathy_rows(parse_json(read(), name), images, name, arguments.restval)
+    opened = open_annotation_file(arguments.source, arguments.images, find_tables, arguments.max_unpacked_gigabytes)
+    with one_line_errors(), opened as (name, text, images):
+        rows = karpathy_rows(parse_json(text, name), images, name, arguments.restval)
         prepare(rows, arguments, f"Karpathy's json ({name})")
 
 

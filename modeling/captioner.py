@@ -1,6 +1,6 @@
 """A captioner is a model and its processor: load, save, generate, inspect, stream.
 
-Both kinds of captioner go through this class, in scripts, app and evaluation alike; models of others through its subclass in
+Both kinds of captioner go through this class, in scripts, app and evaluation alike; third-party models through its subclass in
 image_text_to_text.py.
 """
 
@@ -45,7 +45,7 @@ class Captioner:
         processor: Image processor and tokenizer in one, see `build_processor`.
     """
 
-    of_others = False  # see image_text_to_text.py
+    is_third_party = False  # see image_text_to_text.py
 
     def __init__(self, model: PreTrainedModel, processor):
         self.model = model

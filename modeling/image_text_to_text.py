@@ -1,4 +1,4 @@
-"""Captioners of others, as a measure of one's own: every `AutoModelForImageTextToText` with its processor, by the model's prompt.
+"""Third-party captioners, as a measure of one's own: every `AutoModelForImageTextToText` with its processor, by the model's prompt.
 
 BLIP, GIT and BLIP-2 caption without a prompt, or continue one; PaliGemma and Florence-2 are trained on the names of tasks; the chat
 models (Idefics3, SmolVLM, Qwen-VL, LLaVA and the like) answer a request, in their chat template.
@@ -33,7 +33,7 @@ MAX_NEW_TOKENS = 64  # where the model's own generation config has no max length
 
 
 def load_captioner(name_or_path: str | os.PathLike, prompt: str | None = None) -> Captioner:
-    """The captioner of a folder or Hub repository, in eval, of ours or of others. No code that came with the weights is run.
+    """The captioner of a folder or Hub repository, in eval, trained here or third-party. No code that came with the weights is run.
 
     Args:
         prompt: See `ImageTextToTextCaptioner.load`.
@@ -49,7 +49,7 @@ def load_captioner(name_or_path: str | os.PathLike, prompt: str | None = None) -
 
 
 class PromptedImages:
-    """RGB images as inputs of a model of others, each image with the same prompt; the images may be of any sizes.
+    """RGB images as inputs of a third-party model, each image with the same prompt; the images may be of any sizes.
 
     Args:
         processor: The model's.
@@ -123,7 +123,7 @@ class StartLength(LogitsProcessor):
 
 
 class ImageTextToTextCaptioner(Captioner):
-    """A model of others with its processor and prompt. It captions; it is not inspected, trained, saved or exported.
+    """A third-party model with its processor and prompt. It captions; it is not inspected, trained, saved or exported.
 
     Args:
         model: In eval.
@@ -131,7 +131,7 @@ class ImageTextToTextCaptioner(Captioner):
         prompt: See `PromptedImages`.
     """
 
-    of_others = True
+    is_third_party = True
 
     def __init__(self, model: PreTrainedModel, processor, prompt: str | None = None):
         super().__init__(model, processor)

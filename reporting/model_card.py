@@ -202,7 +202,7 @@ class TrainingData:
 
 
 def training_data_of(name_or_path: str) -> TrainingData:
-    """What the card of a captioner, of ours or of others, names as its training data.
+    """What the card of a captioner, trained here or third-party, names as its training data.
 
     Args:
         name_or_path: Folder or Hub id. Without a card that can be read, its training data are unknown.

@@ -1,4 +1,4 @@
-"""Small captioners of others for the tests, one of each kind of interface: random weights, saved as a folder.
+"""Small third-party captioners for the tests, one of each kind of interface: random weights, saved as a folder.
 
 All is built from configs: no weights, no tokenizers and no images come from elsewhere.
 """

@@ -1,4 +1,4 @@
-"""Laws of captioners of others: what they generate is what plain transformers generates of one image, by its documented use."""
+"""Laws of third-party captioners: what they generate is what plain transformers generates of one image, by its documented use."""
 
 import base64
 import io

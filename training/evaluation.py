@@ -85,7 +85,7 @@ def caption_images(
     """
     captions = {}
     for batch in tqdm(loader, desc="captioning", leave=False, disable=not accelerator.is_local_main_process):
-        inputs = {name: batch[name] for name in ("pixel_values", "encoder_outputs") if name in batch}
+        inputs = {name: value for name, value in batch.items() if name != "index"}
         made = captioner.generate(inputs, inspect=min(batch["index"]) < num_inspected)
         captions.update(zip(batch["index"].tolist(), made, strict=True))
     captions = dict(gather_object(list(captions.items())))  # an image dealt to two processes counts once
