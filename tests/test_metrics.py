@@ -23,7 +23,7 @@ from metrics.caption_scores import coco_caption as drop_in
 from metrics.caption_scores.baselines import derangement
 from metrics.caption_scores.command import main
 from metrics.caption_scores.java_metrics import JavaMetricError, meteor
-from metrics.caption_scores.ngrams import KeyNumbers, PieceNumbers, cut_pieces
+from metrics.caption_scores.ngrams import KeyNumbers, PieceNumbers, cut_pieces, distinct_pairs
 
 REPOSITORY = Path(__file__).parents[1]
 PREDICTIONS, REFERENCES = benchmark.make_captions(40)
@@ -392,20 +392,25 @@ def test_words_with_a_no_break_space_count_as_in_coco_caption():
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.lists(st.integers(0, 60), max_size=40), max_size=5), st.lists(st.integers(-3, 63), max_size=40))
-def test_keys_are_numbered_as_by_a_dict(batches, asked):
+@given(st.lists(st.lists(st.integers(-3, 60), max_size=40), max_size=5))
+def test_keys_are_numbered_as_by_a_dict(batches):
     table, numbers = KeyNumbers(), {}
     for batch in batches:
-        keys = np.array(batch, dtype=np.int64) << 40
-        given_ = table.number(keys, learn=True).tolist()
+        given_ = table.number(np.array(batch, dtype=np.int64) << 40).tolist()
         for key, number in zip(batch, given_, strict=True):
             assert numbers.setdefault(key, number) == number
     assert sorted(numbers.values()) == list(range(table.size))
-    found = table.number(np.array(asked, dtype=np.int64) << 40, learn=False).tolist()
-    unknown: dict[int, int] = {}
-    for key, number in zip(asked, found, strict=True):
-        assert number == numbers[key] if key in numbers else unknown.setdefault(key, number) == number >= table.size
-    assert len(set(unknown.values())) == len(unknown)
+
+
+@pytest.mark.parametrize("largest", [7, (1 << 31) - 1])
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=40))
+def test_pairs_are_numbered_in_their_order(largest, pairs):
+    """By one sort where a pair and its place fit in one number, and by numpy's `unique` where they do not."""
+    high, low = (np.array([largest - pair[side] for pair in pairs], dtype=np.int32) for side in (0, 1))
+    keys, which = distinct_pairs(high, low)
+    distinct = sorted({*zip(high.tolist(), low.tolist(), strict=True)})
+    assert [(key >> 32, key & (1 << 32) - 1) for key in keys.tolist()] == distinct
+    assert [distinct[number] for number in which] == list(zip(high.tolist(), low.tolist(), strict=True))
 
 
 PIECES = st.lists(

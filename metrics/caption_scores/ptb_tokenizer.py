@@ -81,7 +81,7 @@ FILE_TYPES = (
 ).replace(" ", "|")
 
 AS_WRITTEN, RESPELLED = False, True
-# Where a rule looks ahead, the token is its group.
+# Where a rule looks ahead, the token is its group. Compiled by `_compiled_rules`.
 RULES = [
     # words that fall into two: can|not, gon|na, do|n't, he|'s, 't|was
     (r"(?ai:(can)not|(gon|wan)na|(got)ta|(lem|gim)me)", AS_WRITTEN),
@@ -147,7 +147,6 @@ RULES = [
     (r"-{1,4}|\.{3,5}|''?|[`‘‛‹’›“«”»‚„‟\x91-\x94]{1,2}", RESPELLED),
     (r"[!-/:-@\[-`{-~§–—―…€¤₠£¢¼½¾⅓⅔\x80\x85\x96\x97]", RESPELLED),
 ]
-RULES = [(re.compile(pattern), spelling) for pattern, spelling in RULES]
 
 # Only here does a token, or what its rule looks ahead at, hold a blank: markup, fractions, telephone numbers, "No. 5", "B. She".
 # (One class of characters in front lets the search run over most captions without a stop.)
@@ -159,6 +158,7 @@ SINGLE_LETTER = re.compile(r"\b[A-Za-z]\.$")
 # What a following caption may change: a single letter, or "No.", at the end.
 ENDS_OPEN = re.compile(rf"(?:(?<![^\W_])[A-Za-z]|(?<![^\W_])(?ai:{NUMBERED}))\.\s*$")
 
+LONE_MARKS = frozenset(".,;:!?'\"")  # of which nothing is left
 TWO_WORDS = ("cannot", "gonna", "wanna", "gotta", "lemme", "gimme")
 # Nearly all words: letters that no rule splits, hyphens and a genitive, at most one mark behind, and no abbreviation.
 SIMPLE_WORD = re.compile(
@@ -167,13 +167,19 @@ SIMPLE_WORD = re.compile(
 )
 
 
+@lru_cache(maxsize=1)
+def _compiled_rules() -> list[tuple[re.Pattern, bool]]:
+    """Compiled when a caption first needs them: nearly all words are told by the simpler rules of `split_piece`."""
+    return [(re.compile(pattern), spelling) for pattern, spelling in RULES]
+
+
 def _lex(text: str, following: str = "") -> list[str]:
     """Split a text into tokens; `following` is not split, but rules may look ahead into it."""
-    tokens, start = [], 0
+    tokens, start, rules = [], 0, _compiled_rules()
     reduced = reduce_characters(f"{text}\n{following}" if following else text)
     while start < len(text):
         longest, end, spelling = start, start + 1, None
-        for rule, rule_spelling in RULES:
+        for rule, rule_spelling in rules:
             match = rule.match(reduced, start)
             if match and match.end() > longest:
                 longest, end, spelling = match.end(), match.end(match.lastindex or 0), rule_spelling
@@ -198,6 +204,8 @@ def split_piece(piece: str) -> tuple[tuple[str, ...], int]:
     """Split text that stands between two blanks: its words, and flags that say whether one may reach into the next piece."""
     if piece.isascii() and piece.isalpha() and (word := piece.lower()) not in TWO_WORDS:
         return (word,), 0
+    if piece in LONE_MARKS:
+        return (), ENDS_SPAN * (piece == ".")
     if simple := SIMPLE_WORD.fullmatch(piece):
         return tuple(part.lower() for part in simple.groups() if part), ENDS_SPAN * (piece[-1] == ".")
     flags = HOLDS_SPAN * bool("<" in piece or SINGLE_LETTER.search(piece))
