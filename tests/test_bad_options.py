@@ -484,7 +484,8 @@ def test_a_model_that_does_not_load_is_named(starts, image, tmp_path, capsys, ki
     elif harm == "no json":
         (folder / "config.json").write_text("{")
     assert str(folder) in refused(capsys, caption.main, ["--model_name_or_path", folder, image])
-    refused(capsys, evaluate_captions.main, ["--model_name_or_path", folder, "--output_dir", tmp_path / "scores"])
+    words = ["--model_name_or_path", folder, "--dataset_name", tmp_path / "none", "--output_dir", tmp_path / "scores"]
+    assert str(folder) in refused(capsys, evaluate_captions.main, words)  # before the data are looked for
     assert not (tmp_path / "scores").exists()
 
 
