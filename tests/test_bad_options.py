@@ -20,7 +20,6 @@ import evaluate_captions
 import train_lstm
 import train_scst
 import train_vit_gpt2
-import training.run
 from data_scripts import load_captions
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling.captioner import Captioner
@@ -50,12 +49,10 @@ def arguments(small_scenes, starts, tmp_path) -> Callable:
 def trained(small_scenes, tmp_path_factory) -> dict[str, Path]:
     """Runs of five steps."""
     folders = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.run, "draw_curves", lambda *_: None)
-        for script in ("train_lstm", "train_vit_gpt2"):
-            folders[script] = tmp_path_factory.mktemp(script) / "run"
-            where = ["--dataset_name", small_scenes, "--output_dir", str(folders[script])]
-            MAINS[script]([*SCRIPTS[script], *SMALL, *where])
+    for script in ("train_lstm", "train_vit_gpt2"):
+        folders[script] = tmp_path_factory.mktemp(script) / "run"
+        where = ["--dataset_name", small_scenes, "--output_dir", str(folders[script])]
+        MAINS[script]([*SCRIPTS[script], *SMALL, *where])
     return folders
 
 

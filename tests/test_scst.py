@@ -507,7 +507,6 @@ def test_sigterm_saves_and_leaves(whole, started, small_scenes, tmp_path, monkey
         return plain(optimizer, *arguments, **given)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
-    monkeypatch.setattr("training.run.draw_curves", lambda *_: None)
     with pytest.raises(SystemExit) as stopped:
         scst(started["lstm"], small_scenes, tmp_path / "lstm")
     assert stopped.value.code == 128 + signal.SIGTERM

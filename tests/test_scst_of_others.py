@@ -15,7 +15,6 @@ from transformers import (
 )
 
 import train_scst
-import training.run
 from modeling.captioner import Captioner
 
 END = 2  # id of the token that begins, ends and, for some, pads
@@ -49,9 +48,8 @@ def others(request, tmp_path) -> str:
 
 
 @pytest.fixture
-def fine_tune(small_scenes, tmp_path, monkeypatch):
+def fine_tune(small_scenes, tmp_path):
     """Trains for three steps, and gives the folder."""
-    monkeypatch.setattr(training.run, "draw_curves", lambda *_: None)
 
     def run(script, start: str, *more: str):
         folder = tmp_path / "run"

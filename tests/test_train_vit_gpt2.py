@@ -13,7 +13,6 @@ from transformers import VisionEncoderDecoderModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import train_vit_gpt2
-import training.run
 from data_scripts.caption_table import FEATURES
 from modeling.captioner import Captioner
 from modeling.transformers_versions import CACHE
@@ -59,8 +58,6 @@ def train(dataset, tmp_path, monkeypatch):
 
     def run(name: str, **options) -> Path:
         options = {"dataset_name": dataset, "output_dir": tmp_path / name, **SMALL, **options}
-        if name != "whole":  # which take half the time
-            monkeypatch.setattr(training.run, "draw_curves", lambda *_: None)
         train_vit_gpt2.main([word for option, value in options.items() for word in (f"--{option}", str(value))])
         return tmp_path / name
 
@@ -243,7 +240,6 @@ def test_a_whole_captioner_is_fine_tuned_with_its_prompt_and_processor(dataset, 
         else:
             captioner.tokenizer.pad_token = None
         captioner.tokenizer.save_pretrained(start)
-    monkeypatch.setattr(training.run, "draw_curves", lambda *_: None)
     common = ["--dataset_name", str(dataset), "--num_train_epochs", "1", "--report_to", "none", "--output_dir"]
     train_vit_gpt2.main(["--model_name_or_path", str(start), *common, str(tmp_path / "tuned")])
     before, after = Captioner.load(start), Captioner.load(tmp_path / "tuned")
