@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fresh import run_fresh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -271,18 +272,13 @@ def test_diagnostics_count_what_they_say():
 @pytest.mark.slow
 def test_evaluate_loads_the_metric_offline_in_another_process(tmp_path):
     program = (
+        "import os; os.environ['HF_EVALUATE_OFFLINE'] = '1'\n"
         "import evaluate, json, sys\n"
         "metric = evaluate.load(sys.argv[1])\n"
         "print(json.dumps(metric.compute(predictions=['a dog runs'], references=[['A dog runs.', 'It sits.']])))"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment.update(HF_HUB_OFFLINE="1", HF_EVALUATE_OFFLINE="1", HF_DATASETS_OFFLINE="1", PYTHONPATH="")
-    process = subprocess.run(
-        [sys.executable, "-c", program, str(REPOSITORY / "metrics" / "caption_scores")],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    scores = json.loads(process.stdout.splitlines()[-1])
+    printed = run_fresh(program, REPOSITORY / "metrics" / "caption_scores", folder=tmp_path)
+    scores = json.loads(printed.splitlines()[-1])
     assert scores == CaptionScorer([["A dog runs.", "It sits."]]).score(["a dog runs"])
 
 
