@@ -16,7 +16,18 @@ from PIL import Image
 torch.set_num_threads(1)
 
 # Fixtures of tests that take seconds: whole runs, processes of their own, a browser.
-SLOW_FIXTURES = {"alone", "browser", "context", "hub", "node_modules", "runs", "started", "trained", "workshop"}
+SLOW_FIXTURES = {
+    "alone",
+    "browser",
+    "context",
+    "exported",
+    "hub",
+    "node_modules",
+    "runs",
+    "started",
+    "trained",
+    "workshop",
+}
 
 
 @pytest.hookimpl(tryfirst=True)
