@@ -167,6 +167,7 @@ def test_models_of_no_scenes_have_no_scenes_to_try_and_no_note(browser, serve, c
     assert cards and "note" not in cards[-1]
 
 
+@pytest.mark.slow
 def test_an_address_that_sends_too_much_waits_and_others_do_not(serve, captioners, monkeypatch):
     url = serve(captioners)
 
@@ -220,6 +221,7 @@ def test_names_and_captions_are_text_in_the_page():
     assert "<script" not in card and "<i>" not in card and card.count("<img") == 1
 
 
+@pytest.mark.slow
 def test_a_file_that_is_named_by_address_is_not_fetched(serve, captioners, monkeypatch):
     import gradio_client
     from gradio import processing_utils
@@ -272,6 +274,7 @@ def test_what_is_chosen_is_what_generate_is_given(method, wanted):
     assert app.decoding(method, 5, 0.7) == wanted
 
 
+@pytest.mark.slow
 def test_the_app_starts_on_the_demos_models_and_leaves_the_address_to_gradio(
     captioners, tmp_path, monkeypatch, capsys, gr
 ):

@@ -224,6 +224,7 @@ def test_a_caption_has_to_be_no_longer_than_it_may(capsys):
     assert "--min_length 9" in sentence and "--max_length 8" in sentence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [

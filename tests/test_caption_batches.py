@@ -121,6 +121,7 @@ def test_grouping_saves_the_padding():
     assert padding(True) < 0.05 < 0.3 < padding(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", ["index", "pack"])
 def test_evaluation_reads_every_pair_once_and_next_to_no_padding(processor, share):
     words, random = ["red", "blue", "dog", "left"], np.random.default_rng(0)
@@ -271,6 +272,7 @@ def test_features_in_8_bits_are_half_as_large_and_nearly_the_same(rows, processo
     assert sizes[1] < 0.6 * sizes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiles", [True, False])
 def test_a_compiled_encoder_sees_whole_batches_and_says_the_same(compiles, monkeypatch):
     """The compiler itself is torch's, and takes half a minute: here it hands back what it was given, or is not there."""

@@ -152,6 +152,7 @@ def test_parquet_killed_between_a_part_and_its_journal_has_no_row_twice(tmp_path
     assert [name for name, _ in read_output(tmp_path / "c.parquet")] == ["0.png", "1.png", "2.png"]
 
 
+@pytest.mark.slow
 def test_a_second_run_captions_what_is_new_and_refuses_other_settings(model, images, tmp_path, capsys):
     folder, output = make_images(tmp_path / "few", 3, 3), tmp_path / "c.jsonl"
     run(model, folder, "--output", output)
@@ -357,6 +358,7 @@ def test_tars_and_parquet_files_give_the_captions_of_their_images(model, images,
     assert [name.rpartition("#")[2] for name, _ in read_output(tmp_path / "rows.jsonl")] == ["0", "1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_our_own_tars_are_images_again(model, images, undisturbed, tmp_path):
     run(model, images, "--output", tmp_path / "tars", "--output_format", "webdataset")
     run(model, tmp_path / "tars", "--output", tmp_path / "c.jsonl")
@@ -397,6 +399,7 @@ def test_an_image_that_is_named_twice_is_captioned_once(model, images, tmp_path,
 # ---- Confidence, and the end of a pipe ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lstm", "vit_gpt2"])
 def test_confidence_is_that_of_inspection_and_doubtful_captions_go_elsewhere(kind, images, tmp_path):
     captioner = build(kind)

@@ -30,6 +30,7 @@ def batch_of(processor) -> dict:
     return {"pixel_values": processor(images=IMAGES, return_tensors="pt")["pixel_values"], "labels": labels}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_transformers_own_trainer_trains_evaluates_and_keeps_the_best(tmp_path, label_smoothing):
     model, processor = build_lstm()
@@ -171,6 +172,7 @@ def test_generation_goes_on_from_a_state_and_decodes_no_token_twice(prompt):
         model.generate(**{CACHE: state}, **given)
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_state_is_a_tree_of_tensors_and_the_model_can_be_exported(prompt):
     model, processor = build_lstm(prompt)

@@ -143,6 +143,7 @@ def test_a_perfect_prediction_has_bleu_and_rouge_one():
     assert all(scores[name] == pytest.approx(1, abs=1e-8) for name in METRIC_NAMES[:5])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(captions, st.lists(captions, min_size=1, max_size=4)), min_size=2, max_size=6), st.randoms())
 def test_order_of_images_and_of_references_does_not_matter(pairs, random):
@@ -154,6 +155,7 @@ def test_order_of_images_and_of_references_does_not_matter(pairs, random):
     assert CaptionScorer(references).score(predictions) == pytest.approx(before, abs=1e-9)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(captions, st.lists(captions, min_size=1, max_size=3), captions)
 def test_another_reference_never_lowers_rouge_l(prediction, texts, another):
@@ -409,6 +411,7 @@ PIECES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(st.lists(PIECES.map("  ".join), min_size=1, max_size=6), st.lists(PIECES.map("\u3000".join), max_size=3))
 def test_captions_are_cut_at_blanks_and_the_same_pieces_have_the_same_number(captions, others):

@@ -383,6 +383,7 @@ def test_tables_of_image_bytes_are_images(tmp_path, kind):
     assert by_color(load_from_disk(tmp_path / "out"))["train"] == {0: ["a"], 1: ["b"], 2: ["c"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["sorted", "mixed"])
 def test_shards_of_jpg_and_png_together_keep_both(tmp_path, order):
     kinds = ["jpg"] * 7 + ["png"] * 7 + ["PNG", "jpeg"] if order == "sorted" else ["jpg", "png"] * 8

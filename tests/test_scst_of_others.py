@@ -69,6 +69,7 @@ def changed(start: str, folder) -> set[str]:
     return {".".join(name.split(".")[:2]) for name in names if not torch.equal(before[name], after[name])}
 
 
+@pytest.mark.slow
 def test_scst_fine_tunes_the_decoder_of_a_captioner_of_others(others, fine_tune):
     folder = fine_tune(train_scst, others, "--eval_on_start", "false", "--learning_rate", "1e-2")
     assert {name.split(".")[0] for name in changed(others, folder)} == {"decoder"}

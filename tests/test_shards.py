@@ -275,6 +275,7 @@ def features_in(folder: Path) -> dict[str, list]:
     return {path.name: pq.read_table(path).to_pylist() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_shards_are_encoded_once_whatever_is_killed_and_by_however_many(encode, monkeypatch, tars):
     alone = features_in(encode("alone", monkeypatch))
     assert list(alone) == [f"{shard:05}.parquet" for shard in range(len(SIZES))]

@@ -281,6 +281,7 @@ def test_labels_are_smoothed_in_training_and_nowhere_else(small_scenes, tmp_path
     assert told["0.3"]["train_loss"] == pytest.approx(smoothed, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "rows"), [(30, [2]), (0, [1, 2, 2])])
 def test_curves_are_drawn_at_the_end_and_now_and_then(seconds, rows, small_scenes, tmp_path, monkeypatch):
     drawn = []
@@ -290,6 +291,7 @@ def test_curves_are_drawn_at_the_end_and_now_and_then(seconds, rows, small_scene
     assert drawn == rows
 
 
+@pytest.mark.slow
 def test_early_stopping_stops(small_scenes, tmp_path):
     options = [
         "--num_train_epochs",

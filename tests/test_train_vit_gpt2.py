@@ -72,6 +72,7 @@ def history(folder: Path) -> list[dict]:
     return json.loads((folder / "history.json").read_text())
 
 
+@pytest.mark.slow
 def test_run_leaves_what_the_contract_says(train, dataset):
     folder = train("whole", num_train_epochs=2, save_epochs=2, max_eval_samples=2)
     for name in ("results.json", "captions.jsonl", "captions.html", "README.md", "history.json", "curves.png"):
@@ -123,6 +124,7 @@ def test_gold_captions_never_reach_generate_and_the_prompt_does(train, monkeypat
     assert all(row[: len(prompt_ids)] == prompt_ids for rows in starts for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["encoder", "encoder's last block", "decoder"])
 def test_only_what_shall_learn_moves(train, tmp_path, part):
     """A frozen encoder stays; what of it is not frozen learns at its own rate, here the only one above zero."""
@@ -197,12 +199,14 @@ def test_training_and_validation_measure_the_same_loss(train):
     assert row["train_loss"] == pytest.approx(row["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_stops_early_and_keeps_the_first_of_equals(train):
     folder = train("stopped", learning_rate=0, num_train_epochs=9, early_stopping_patience=1)
     assert [row["epoch"] for row in history(folder)] == [1, 2]
     assert json.loads((folder / "results.json").read_text())["train"]["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_pretrained_parts_and_decoders_own_tokenizer(train, dataset, tmp_path):
     """Folders of trained parts, the tokenizer without a pad token as GPT-2's is; captions too long for it are cut."""
     tokenizer = Captioner.load(train("source")).tokenizer
@@ -224,6 +228,7 @@ def test_pretrained_parts_and_decoders_own_tokenizer(train, dataset, tmp_path):
         assert torch.equal(saved[name], value), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ours", "nlpconnect", "distilvit"])
 def test_a_whole_captioner_is_fine_tuned_with_its_prompt_and_processor(dataset, train, tmp_path, monkeypatch, kind):
     """Ours; one of the time before processors, without a padding token; distilgpt2's shape, whose one token starts, ends and pads."""
