@@ -39,7 +39,7 @@ def check_round_trip(captioner: Captioner, folder: str | os.PathLike) -> None:
             captioner.save(saved)
             loaded = Captioner.load(saved).model.to(model.device)
         except (RuntimeError, ValueError) as error:  # UserError among them
-            reason = str(error).strip().splitlines()[0].replace(saved, "it")
+            reason = str(error).strip().splitlines()[0].replace(f"model {saved}", "it")
             reason = textwrap.shorten(reason, MAX_REASON, placeholder=" ...")  # torch names every tensor that is shared
             raise UserError(
                 f"a captioner of these parts cannot be saved and loaded again ({reason}): give another encoder or decoder"
