@@ -17,6 +17,7 @@ from data_scripts.caption_table import FEATURES
 from modeling.captioner import Captioner
 from modeling.transformers_versions import CACHE
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
+from system.errors import UserError
 
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220), "white": (250, 250, 250)}
 SMALL = {
@@ -204,6 +205,33 @@ def test_stops_early_and_keeps_the_first_of_equals(train):
     folder = train("stopped", learning_rate=0, num_train_epochs=9, early_stopping_patience=1)
     assert [row["epoch"] for row in history(folder)] == [1, 2]
     assert json.loads((folder / "results.json").read_text())["train"]["epochs"] == 2
+
+
+def test_where_cider_cannot_choose_the_lower_validation_loss_does(train):
+    """Of one validation image every CIDEr is 0."""
+    options = {"max_eval_samples": 1, "num_train_epochs": 3, "learning_rate": 1e-2}
+    folder = train("tied", early_stopping_patience=1, save_epochs=1, **options)
+    rows = history(folder)
+    assert [row["cider"] for row in rows] == [0, 0, 0]
+    assert rows[0]["eval_loss"] > rows[1]["eval_loss"] > rows[2]["eval_loss"]
+    last = weights(folder / "checkpoint-3")
+    assert all(torch.equal(value, last[name]) for name, value in weights(folder).items())
+
+
+def test_a_run_tries_its_captioner_before_it_trains_it(train, tmp_path, monkeypatch, capsys):
+    """Whether it can be saved and loaded; and what of its encoder the states do not depend on is not trained."""
+    frozen = []
+    monkeypatch.setattr("training.encoder_training.freeze_unused", frozen.append)
+
+    def refuse(captioner: Captioner, folder: Path) -> None:
+        assert frozen == [captioner]
+        raise UserError("it does not come back")
+
+    monkeypatch.setattr("training.run.check_round_trip", refuse)
+    with pytest.raises(SystemExit) as ended:
+        train("refused")
+    assert ended.value.code == 2 and "does not come back" in capsys.readouterr().err
+    assert not (tmp_path / "refused" / "history.json").exists()
 
 
 @pytest.mark.slow
