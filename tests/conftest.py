@@ -17,16 +17,8 @@ torch.set_num_threads(1)
 
 # Fixtures of tests that take seconds: whole runs, processes of their own, a browser.
 SLOW_FIXTURES = {
-    "alone",
-    "browser",
-    "context",
-    "exported",
-    "hub",
-    "node_modules",
-    "runs",
-    "started",
-    "trained",
-    "workshop",
+    *("alone", "browser", "context", "exported", "hub", "node_modules"),
+    *("runs", "started", "trained", "workshop"),
 }
 
 

@@ -58,9 +58,8 @@ from training.training_state import load_training_state, save_training_state
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_CURVES = (
-    30  # curves.png takes longer to draw than a small model to evaluate; it is drawn at the end anyway
-)
+# curves.png takes longer to draw than a small model to evaluate; it is drawn at the end anyway.
+SECONDS_BETWEEN_CURVES = 30
 
 
 @dataclass
