@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fresh import run_fresh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,6 +143,7 @@ def test_a_perfect_prediction_has_bleu_and_rouge_one():
     assert all(scores[name] == pytest.approx(1, abs=1e-8) for name in METRIC_NAMES[:5])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(captions, st.lists(captions, min_size=1, max_size=4)), min_size=2, max_size=6), st.randoms())
 def test_order_of_images_and_of_references_does_not_matter(pairs, random):
@@ -153,6 +155,7 @@ def test_order_of_images_and_of_references_does_not_matter(pairs, random):
     assert CaptionScorer(references).score(predictions) == pytest.approx(before, abs=1e-9)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(captions, st.lists(captions, min_size=1, max_size=3), captions)
 def test_another_reference_never_lowers_rouge_l(prediction, texts, another):
@@ -271,18 +274,13 @@ def test_diagnostics_count_what_they_say():
 @pytest.mark.slow
 def test_evaluate_loads_the_metric_offline_in_another_process(tmp_path):
     program = (
+        "import os; os.environ['HF_EVALUATE_OFFLINE'] = '1'\n"
         "import evaluate, json, sys\n"
         "metric = evaluate.load(sys.argv[1])\n"
         "print(json.dumps(metric.compute(predictions=['a dog runs'], references=[['A dog runs.', 'It sits.']])))"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment.update(HF_HUB_OFFLINE="1", HF_EVALUATE_OFFLINE="1", HF_DATASETS_OFFLINE="1", PYTHONPATH="")
-    process = subprocess.run(
-        [sys.executable, "-c", program, str(REPOSITORY / "metrics" / "caption_scores")],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    scores = json.loads(process.stdout.splitlines()[-1])
+    printed = run_fresh(program, REPOSITORY / "metrics" / "caption_scores", folder=tmp_path)
+    scores = json.loads(printed.splitlines()[-1])
     assert scores == CaptionScorer([["A dog runs.", "It sits."]]).score(["a dog runs"])
 
 
@@ -418,6 +416,7 @@ PIECES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(st.lists(PIECES.map("  ".join), min_size=1, max_size=6), st.lists(PIECES.map("\u3000".join), max_size=3))
 def test_captions_are_cut_at_blanks_and_the_same_pieces_have_the_same_number(captions, others):
