@@ -206,7 +206,7 @@ def build_captioner(
         captioner = build_inception_lstm(
             tokenizer=tokenizer, **{name: value for name, value in vars(model_args).items() if name not in used_here}
         )
-    unfreeze_last_blocks(captioner.encoder, model_args.num_trainable_encoder_blocks)
+    unfreeze_last_blocks(captioner, model_args.num_trainable_encoder_blocks)
     freeze_unused(captioner)
     if args.activation_checkpointing:
         checkpoint_blocks(captioner.encoder)

@@ -290,7 +290,7 @@ def set_trainable(captioner, model_args: ModelArguments, fresh_cross_attention: 
 
     if model_args.lora_rank:
         add_lora(captioner.model.decoder, model_args.lora_rank, fresh_cross_attention=fresh_cross_attention)
-    unfreeze_last_blocks(captioner.model.encoder, model_args.num_trainable_encoder_blocks)
+    unfreeze_last_blocks(captioner, model_args.num_trainable_encoder_blocks)
     freeze_unused(captioner)
 
 
