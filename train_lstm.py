@@ -118,16 +118,16 @@ def train(
 ) -> None:
     from data_scripts import load_for_training
     from training.batches import CaptionCollator, ImageDataset, subsample_evenly
-    from training.checkpoints import check_not_overwriting_start
     from training.evaluation import Evaluator, count_labels
     from training.features import encode_splits
+    from training.fine_tuning import LSTM, check_start
     from training.optimizer import build_adamw
     from training.run import TrainingRun
     from training.shards import pairs_of_split, sampler_of
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     if model_args.model_name_or_path:
-        check_not_overwriting_start(model_args.model_name_or_path, args.output_dir)
+        check_start(model_args.model_name_or_path, args.output_dir, (LSTM,), data_args.tokenizer_name)
     with TrainingRun(args, options, script="train_lstm") as run:
         # ---- Data ---------------------------------------------------------------------------------------------------
         dataset, training_captions = load_for_training(
@@ -197,10 +197,6 @@ def build_captioner(
     from training.tokenizers import load_or_train_tokenizer
 
     if start := model_args.model_name_or_path:
-        if tokenizer_name:
-            raise UserError(
-                f"--tokenizer_name {tokenizer_name} does not go with --model_name_or_path {start}, which has its own"
-            )
         captioner = load_for_fine_tuning(
             start, model_args.freeze_encoder, model_args.dropout, model_args.attention_dropout
         )
@@ -210,7 +206,7 @@ def build_captioner(
         captioner = build_inception_lstm(
             tokenizer=tokenizer, **{name: value for name, value in vars(model_args).items() if name not in used_here}
         )
-    unfreeze_last_blocks(captioner.encoder, model_args.num_trainable_encoder_blocks)
+    unfreeze_last_blocks(captioner, model_args.num_trainable_encoder_blocks)
     freeze_unused(captioner)
     if args.activation_checkpointing:
         checkpoint_blocks(captioner.encoder)

@@ -149,19 +149,18 @@ def train(
         ImageDataset,
         subsample_evenly,
     )
-    from training.checkpoints import check_not_overwriting_start
     from training.evaluation import Evaluator
     from training.features import encode_splits, weights_digest
     from training.launch import refuse_fsdp
     from training.optimizer import build_adamw
     from training.run import TrainingRun
     from training.sampling import set_sampling_mode, share_images_by
-    from training.self_critical import SelfCritic, load_start, set_decoding, summed_cross_entropy
+    from training.self_critical import SelfCritic, check_scst_start, load_start, set_decoding, summed_cross_entropy
     from training.shards import pairs_of_split, refuse_shards
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     refuse_fsdp("train_scst.py")
-    check_not_overwriting_start(scst_args.model_name_or_path, args.output_dir)
+    check_scst_start(scst_args.model_name_or_path, args.output_dir)
     with TrainingRun(args, options, script="train_scst", unit="images") as run:
         # ---- Data ---------------------------------------------------------------------------------------------------
         dataset, training_captions = load_for_training(

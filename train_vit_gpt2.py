@@ -149,9 +149,9 @@ def train(
     from modeling.encoders import hub_name
     from modeling.vit_gpt2 import check_parts
     from training.batches import CaptionCollator, ImageDataset, subsample_evenly
-    from training.checkpoints import check_not_overwriting_start
     from training.evaluation import Evaluator, count_labels
     from training.features import encode_splits, weights_digest
+    from training.fine_tuning import check_vit_gpt2_start
     from training.lora import check_lora, merged
     from training.optimizer import build_adamw
     from training.run import TrainingRun
@@ -159,7 +159,7 @@ def train(
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     if model_args.model_name_or_path:
-        check_not_overwriting_start(model_args.model_name_or_path, args.output_dir)
+        check_vit_gpt2_start(model_args, args.output_dir, data_args.tokenizer_name)
     else:
         check_parts(**model_args.pretrained_parts)
     check_lora(model_args.lora_rank, model_args.pretrained_decoder, args.ema_decay)
@@ -245,7 +245,7 @@ def build_captioner(model_args: ModelArguments, data_args, training_captions: It
     from training.tokenizers import load_or_train_tokenizer, trimmed_to_captions
 
     if start := model_args.model_name_or_path:
-        captioner = load_for_fine_tuning(start, model_args, data_args.tokenizer_name)
+        captioner = load_for_fine_tuning(start, model_args)
         set_trainable(captioner, model_args, fresh_cross_attention=False)
         return captioner
     encoder, decoder, prompt = model_args.encoder, model_args.decoder, model_args.prompt
@@ -290,7 +290,7 @@ def set_trainable(captioner, model_args: ModelArguments, fresh_cross_attention: 
 
     if model_args.lora_rank:
         add_lora(captioner.model.decoder, model_args.lora_rank, fresh_cross_attention=fresh_cross_attention)
-    unfreeze_last_blocks(captioner.model.encoder, model_args.num_trainable_encoder_blocks)
+    unfreeze_last_blocks(captioner, model_args.num_trainable_encoder_blocks)
     freeze_unused(captioner)
 
 

@@ -100,11 +100,17 @@ def load_timm_encoder(encoder: str, image_size: int | None = None) -> tuple[PreT
 
 
 def feature_bytes(encoder: PreTrainedModel, image_processor) -> int:
-    """Bytes that the cached features of one image take, in float16."""
+    """Bytes that the cached features of one image take, in float16.
+
+    Raises:
+        ValueError: They are no sequence of states that every decoder can attend to.
+    """
     size = dict(image_processor.size)
     height, width = (size.get(name) or max(size.values()) for name in ("height", "width"))
     with torch.inference_mode():
         states = encoder.eval()(torch.zeros(1, 3, height, width)).last_hidden_state
+    if states.ndim != 3 or not states.is_contiguous():  # GPT-2 takes a view of them
+        raise ValueError(f"its states have the shape {tuple(states.shape)} and the strides {states.stride()}")
     return 2 * states.numel()
 
 

@@ -104,14 +104,10 @@ def load_for_fine_tuning(
     """A captioner that is trained already, to be trained as this run has it.
 
     Raises:
-        UserError: It cannot be loaded, is no LSTM captioner, or an option does not go with it.
+        UserError: It cannot be loaded, or an option does not go with it.
     """
     captioner = Captioner.load(name_or_path)
     model = captioner.model
-    if not isinstance(model, InceptionLSTMForConditionalGeneration):
-        raise UserError(
-            f"--model_name_or_path {name_or_path} is a {type(model).__name__}: give a captioner trained by train_lstm.py"
-        )
     config = model.config
     if attention_dropout and not config.attention:
         raise UserError(

@@ -4,6 +4,7 @@ The model is transformers' own `VisionEncoderDecoderModel`, not a subclass: it l
 """
 
 import copy
+import inspect
 import logging
 import math
 import re
@@ -42,6 +43,7 @@ from .caption_loss import caption_loss, hidden_states_before_head
 logger = logging.getLogger(__name__)
 
 FITTING = "give one with cross attention, of the kind GPT-2, BART, mBART, XGLM, TrOCR or RoBERTa"
+FITTING_ENCODERS = "give one of the ViT kind, or a timm model, ViT or CNN"
 
 # How configs of language models name their dropout rates: GPT-2, BART and XGLM, BERT.
 DROPOUTS = (
@@ -217,11 +219,12 @@ def load_encoder(encoder: str | PreTrainedConfig, image_size: int | None = None)
                 image_processor.crop_size = {"height": image_size, "width": image_size}
     try:
         size = feature_bytes(model, image_processor)
-    except (AssertionError, RuntimeError, ValueError) as error:
-        if image_size is None:
-            raise
+    except Exception as error:  # each kind has its own
+        named = (
+            f"--image_size {image_size}: --encoder {encoder} cannot" if image_size else f"--encoder {encoder} cannot"
+        )
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--image_size {image_size}: --encoder {encoder} cannot encode it ({reason})") from error
+        raise UserError(f"{named} encode an image ({reason}): {FITTING_ENCODERS}") from error
     if size >= LARGE_FEATURES:
         logger.warning(
             f"--encoder {encoder} makes {size / 1e6:.1f} MB of features an image: a smaller --image_size makes fewer"
@@ -306,11 +309,16 @@ def _build_encoder(encoder: str | PreTrainedConfig) -> PreTrainedModel:
 def _check_encoder(config: PreTrainedConfig, encoder: str | PreTrainedConfig) -> None:
     """Raise UserError where a model encodes no images into a sequence."""
     model_class = MODEL_MAPPING.get(type(config), None)
-    if getattr(model_class, "main_input_name", None) != "pixel_values" or not hasattr(config, "hidden_size"):
+    encodes = getattr(model_class, "main_input_name", None) == "pixel_values" and hasattr(config, "hidden_size")
+    if encodes:  # of pixels alone: SigLIP 2 for images of any size also takes a mask
+        inputs = inspect.signature(model_class.forward).parameters.values()
+        needed = {one.name for one in inputs if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+        encodes = needed <= {"self", "pixel_values"}
+    if not encodes:
         name = f"{encoder} " if isinstance(encoder, str) else ""
         raise UserError(
-            f"encoder {name}is of the kind {config.model_type}, which gives no sequence of states for an image: give one of "
-            "the ViT kind, or a timm model, ViT or CNN"
+            f"encoder {name}is of the kind {config.model_type}, which gives no sequence of states for the pixels of an image: "
+            f"{FITTING_ENCODERS}"
         )
 
 

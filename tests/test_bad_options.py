@@ -13,7 +13,15 @@ from accelerate.state import AcceleratorState
 from datasets import load_from_disk
 from kill_points import SCRIPTS
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    BartConfig,
+    BlipConfig,
+    GPT2Config,
+    LlavaConfig,
+    VisionEncoderDecoderConfig,
+    ViTConfig,
+)
 
 import caption
 import evaluate_captions
@@ -267,6 +275,53 @@ def test_what_does_not_go_with_a_captioner_to_fine_tune_is_named(
     run = ["--dataset_name", small_scenes, "--output_dir", str(tmp_path / "run"), "--report_to", "none"]
     sentence = refused(capsys, train_lstm.main, [*run, "--model_name_or_path", starts.get(start, start), *options])
     assert named in sentence and not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def wrong_starts(tmp_path_factory, starts) -> dict[str, str]:
+    """Folders of configs alone, of kinds that some script or no script fine-tunes, and of whole captioners."""
+    folder = tmp_path_factory.mktemp("wrong")
+    configs = {
+        "gpt2": GPT2Config(),
+        "blip": BlipConfig(),
+        "llava": LlavaConfig(),
+        "bart": VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(), BartConfig()),
+    }
+    for name, config in configs.items():
+        config.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in configs} | starts
+
+
+@pytest.mark.parametrize(
+    ("script", "start", "named"),
+    [
+        *(("train_vit_gpt2", start, f"kind {start}") for start in ("gpt2", "blip", "llava")),
+        *(("train_lstm", start, f"kind {start}") for start in ("gpt2", "blip")),
+        *(("train_scst", start, f"kind {start}") for start in ("gpt2", "blip", "bart")),
+        ("train_vit_gpt2", "lstm", "kind inception_lstm"),
+        ("train_lstm", "vit_gpt2", "kind vision-encoder-decoder"),
+    ],
+)
+def test_a_captioner_of_a_kind_that_a_script_does_not_fine_tune_is_refused_before_any_data_are_looked_for(
+    wrong_starts, tmp_path, capsys, script, start, named
+):
+    options = ["--model_name_or_path", wrong_starts[start], "--dataset_name", "no/such/data"]
+    with pytest.raises(SystemExit) as ended:
+        MAINS[script]([*options, "--output_dir", str(tmp_path / "run")])
+    sentence = capsys.readouterr().err
+    assert ended.value.code == 2 and named in sentence and "no/such/data" not in sentence
+    assert sentence.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "start"),
+    [("train_lstm", "lstm"), ("train_vit_gpt2", "vit_gpt2"), ("train_scst", "lstm"), ("train_scst", "vit_gpt2")],
+)
+def test_of_a_captioner_that_fits_the_data_are_looked_for(starts, tmp_path, capsys, script, start):
+    options = ["--model_name_or_path", starts[start], "--dataset_name", "no/such/data"]
+    with pytest.raises(SystemExit):
+        MAINS[script]([*options, "--output_dir", str(tmp_path / "run")])
+    assert "no/such/data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["train_lstm", "train_scst"])

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -278,10 +279,15 @@ def test_the_encoder_convolves_with_channels_side_by_side():
 
 
 def test_of_a_frozen_encoder_the_last_blocks_may_learn_but_no_statistics():
-    model = make_model(freeze_encoder=True)
+    def captioner(**changes) -> Captioner:
+        model = make_model(freeze_encoder=True, **changes)
+        return Captioner(model, SimpleNamespace(image_processor=timm_image_processor(model.encoder.backbone)))
+
+    frozen = captioner()
+    model = frozen.model
     with pytest.raises(ValueError, match="--num_trainable_encoder_blocks 7: give 6 at most"):
-        unfreeze_last_blocks(model.encoder, 7)
-    unfreeze_last_blocks(model.encoder, 2)
+        unfreeze_last_blocks(frozen, 7)
+    unfreeze_last_blocks(frozen, 2)
     before = {name: value.clone() for name, value in model.encoder.backbone.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.train()
@@ -293,9 +299,9 @@ def test_of_a_frozen_encoder_the_last_blocks_may_learn_but_no_statistics():
     learns = {name for name, _ in model.encoder.backbone.named_parameters() if name.startswith(last)}
     assert moved == learns and any(name.startswith("conv_head") for name in moved)
     with pytest.raises(ValueError, match="wants --freeze_encoder true"):
-        unfreeze_last_blocks(model.encoder, 1)
+        unfreeze_last_blocks(frozen, 1)
     with pytest.raises(ValueError, match="can only be trained as a whole"):
-        unfreeze_last_blocks(make_model(freeze_encoder=True, encoder_name="levit_128s").encoder, 1)
+        unfreeze_last_blocks(captioner(encoder_name="levit_128s"), 1)
 
 
 def test_a_pretrained_encoder_survives_construction_saving_and_loading(tmp_path):

@@ -251,15 +251,16 @@ def test_frozen_encoder_stays_as_it_is_in_train(build, rows):
 
 
 def test_of_a_frozen_encoder_the_last_blocks_may_learn(build):
-    model, _ = build(freeze_encoder=True)
+    model, processor = build(freeze_encoder=True)
+    captioner = Captioner(model, processor)
     with pytest.raises(ValueError, match="--num_trainable_encoder_blocks 3: give 2 at most"):
-        unfreeze_last_blocks(model.encoder, 3)
-    unfreeze_last_blocks(model.encoder, 1)
+        unfreeze_last_blocks(captioner, 3)
+    unfreeze_last_blocks(captioner, 1)
     learns = {name for name, parameter in model.encoder.named_parameters() if parameter.requires_grad}
     last = [name for name, _ in model.encoder.named_parameters() if re.search(r"layers?\.1\.", name)]
     assert last and learns == {*last, "layernorm.weight", "layernorm.bias"}
     with pytest.raises(ValueError, match="wants --freeze_encoder true"):
-        unfreeze_last_blocks(model.encoder, 1)
+        unfreeze_last_blocks(captioner, 1)
 
 
 @pytest.mark.slow

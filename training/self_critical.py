@@ -4,6 +4,7 @@ Rennie et al., 2017 (https://arxiv.org/abs/1612.00563), with the baseline of Luo
 """
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from modeling.caption_loss import caption_loss, hidden_states_before_head
 from modeling.captioner import Captioner
 from system.errors import UserError
 from training.batches import CaptionPairs
+from training.fine_tuning import LSTM, VIT_GPT2, check_start
 from training.sampling import (
     UNCONSTRAINED,
     SamplingConstraints,
@@ -27,31 +29,35 @@ from training.sampling import (
 )
 
 RARE = 1 / 1000  # of all tokens: below it, a token is rare
-KINDS = {
-    "inception_lstm": "inception-lstm",
-    "vision-encoder-decoder": "vit-gpt2",
-}  # by model type, as the card has them
+KINDS = {LSTM: "inception-lstm", VIT_GPT2: "vit-gpt2"}  # by model type, as the card has them
 
 
 # ---- The captioner to start from ------------------------------------------------------------------------------------
+
+
+def check_scst_start(name: str, output_dir: str | os.PathLike) -> None:
+    """Refuse a captioner that train_scst.py does not fine-tune, see `check_start`.
+
+    Raises:
+        UserError: As `check_start`, or its decoder is no GPT-2.
+    """
+    decoder = getattr(check_start(name, output_dir, tuple(KINDS)), "decoder", None)
+    if decoder is not None and decoder.model_type != "gpt2":
+        raise UserError(
+            f"--model_name_or_path {name} has a decoder of the kind {decoder.model_type}: give an LSTM captioner, or a ViT-GPT2 with "
+            "a GPT-2"
+        )
 
 
 def load_start(name: str) -> tuple[Captioner, str]:
     """The captioner to fine-tune, its encoder frozen, and its kind.
 
     Raises:
-        UserError: It cannot be loaded, or is of neither kind.
+        UserError: It cannot be loaded.
     """
     captioner = Captioner.load(name)
-    config = captioner.model.config
-    kind = KINDS.get(config.model_type)
-    if kind is None or (kind == "vit-gpt2" and config.decoder.model_type != "gpt2"):
-        raise UserError(
-            f"--model_name_or_path {name} is a {type(captioner.model).__name__}: give a captioner trained by train_lstm.py or "
-            "train_vit_gpt2.py"
-        )
     captioner.encoder.requires_grad_(False)
-    return captioner, kind
+    return captioner, KINDS[captioner.model.config.model_type]
 
 
 def set_decoding(captioner: Captioner, args, captions: CaptionPairs, sample_min_length: int = 0) -> None:
