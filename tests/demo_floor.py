@@ -139,10 +139,9 @@ def main() -> None:
         measured = ((run, measure(run)) for run in arguments.runs)
     else:
         measured = train_and_measure(arguments.seeds, arguments.num_threads, options)
-    high_enough = []
+    high_enough, titles = [], None
     for name, rates in measured:
-        if not high_enough:
-            titles = [COLUMNS[key] for key in rates]
+        if titles != (titles := [COLUMNS[key] for key in rates]):  # rich scenes have a column more
             print(f"| run | {' | '.join(titles)} |\n|---|{'---:|' * len(titles)}")
         print(f"| {name} | {' | '.join(f'{rate:.3f}' for rate in rates.values())} |", flush=True)
         high_enough.append(rates["all"] >= MIN_TRUE_CAPTIONS)
