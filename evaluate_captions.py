@@ -273,11 +273,11 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
             f"--{option} has no effect: features of {args.model_name_or_path}, a third-party model, are not cached"
         )
     optional = optional_metrics(args) if accelerator.is_main_process else None
+    captioner = load_captioner(args.model_name_or_path, args.prompt)  # a wrong one is named before data are prepared
     dataset, rows = load_split(args)
     (rows,) = subsample_evenly(args.max_eval_samples, rows)
     if optional:
         optional.objects_of(rows["image_id"])  # before captions are generated
-    captioner = load_captioner(args.model_name_or_path, args.prompt)
     captioner.set_decoding(**generation_args.settings())
     captions = caption_split(captioner, rows, accelerator, args)
 

@@ -1,13 +1,19 @@
 """Which package's number is the paper's number? The same captions through each of them, beside coco-caption's scores.
 
     pip install pycocoevalcap==1.2 aac-metrics==0.6.0 torchmetrics==1.9.0 nltk==3.10.4 rouge_score==0.1.2 sacrebleu==2.6.0
+    pip install capevalkit==0.1.3 evaluate==0.4.6
     python -m benchmarks.metric_packages
 
-Packages that are missing are named and left out. Prints a table in Markdown; scores between 0 and 1, CIDEr-D between 0 and 10.
+Packages that are missing, or do not run, are named and left out. capevalkit needs Java; evaluate reads its metrics from the Hub.
+Prints a table in Markdown; scores between 0 and 1, CIDEr-D between 0 and 10.
 """
 
+import json
+import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from benchmarks.metrics import make_captions
 from metrics import score, tokenize
@@ -55,6 +61,32 @@ def aac(name: str) -> Callable[[Captions, References], float]:
         return float(metric(*tokenized)[0][name])
 
     return measure
+
+
+def capevalkit(metric: str, name: str) -> Callable[[Captions, References], float]:
+    def measure(predictions: Captions, references: References) -> float:
+        from capevalkit.metrics.pycocoevalcap_metrics import compute_pycocoevalcap
+
+        with TemporaryDirectory() as folder:
+            files = Path(folder) / "predictions.jsonl", Path(folder) / "references.jsonl"
+            for file, key, values in zip(files, ("caption", "references"), (predictions, references), strict=True):
+                rows = (json.dumps({"id": f"{image:06}", key: value}) for image, value in enumerate(values))
+                file.write_text("\n".join(rows), encoding="utf-8")
+            return compute_pycocoevalcap(*map(str, files), [metric])[name]["score"]
+
+    return measure
+
+
+def evaluate_bleu(predictions: Captions, references: References) -> float:
+    import evaluate
+
+    return evaluate.load("bleu").compute(predictions=predictions, references=references)["bleu"]
+
+
+def evaluate_rouge(predictions: Captions, references: References) -> float:
+    import evaluate
+
+    return evaluate.load("rouge").compute(predictions=predictions, references=references)["rougeL"]
 
 
 def nltk_corpus(predictions: Captions, references: References) -> float:
@@ -115,6 +147,14 @@ ROWS = [
     ("bleu_4", "aac-metrics", "bleu", aac("bleu"), "coco-caption's formula, given PTB's tokens"),
     (
         "bleu_4",
+        "capevalkit",
+        "compute_pycocoevalcap",
+        capevalkit("bleu", "BLEU-4"),
+        "pycocoevalcap with its Java tokenizer",
+    ),
+    ("bleu_4", "evaluate", 'load("bleu")', evaluate_bleu, "13a tokenizer, case counts"),
+    (
+        "bleu_4",
         "nltk",
         "corpus_bleu, PTB's tokens",
         nltk_corpus,
@@ -146,6 +186,14 @@ ROWS = [
     ("rouge_l", "aac-metrics", "rouge_l", aac("rouge_l"), "coco-caption's formula, given PTB's tokens"),
     (
         "rouge_l",
+        "capevalkit",
+        "compute_pycocoevalcap",
+        capevalkit("rouge", "ROUGE-L"),
+        "pycocoevalcap with its Java tokenizer",
+    ),
+    ("rouge_l", "evaluate", 'load("rouge")', evaluate_rouge, "F1 of one reference, as rouge_score"),
+    (
+        "rouge_l",
         "rouge_score",
         "score_multi",
         google_rouge,
@@ -153,6 +201,13 @@ ROWS = [
     ),
     ("rouge_l", "torchmetrics", "rouge_score", torchmetrics_rouge, "F1 of one reference, as rouge_score"),
     ("cider", "pycocoevalcap", "Cider()", coco_cider, "coco-caption itself: CIDEr-D"),
+    (
+        "cider",
+        "capevalkit",
+        "compute_pycocoevalcap",
+        capevalkit("cider", "CIDEr"),
+        "pycocoevalcap with its Java tokenizer",
+    ),
     ("cider", "aac-metrics", "cider_d", aac("cider_d"), "coco-caption's formula, given PTB's tokens"),
 ]
 
@@ -173,8 +228,8 @@ def main() -> None:
             try:
                 said = f"{package} {version(package)}"
                 value, turned = measure(predictions, references), measure(predictions, backwards)
-            except (PackageNotFoundError, ImportError) as error:
-                print(f"{package}: left out ({error})")
+            except (ImportError, OSError) as error:
+                print(f"{package}: left out ({str(error).splitlines()[0]})", file=sys.stderr)
                 continue
             less, order = value - ours[name], turned - value
             shown = ["equal" if abs(less) < 1e-6 else f"{less:+.6f}", "equal" if abs(order) < 1e-6 else f"{order:+.6f}"]

@@ -7,11 +7,13 @@ import os
 import sys
 import tarfile
 import tempfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_with_notes, is_image_file
+from data_scripts.row_checks import valid_id
 from system.errors import UserError, printable
 
 NUM_NAMED = 5  # of the files of a folder that are passed over
@@ -110,6 +112,7 @@ class ImageSources:
     image_column: str | None = None
     id_column: str | None = None
     ignored: Sequence[str] = field(default=())
+    id_hashes: array = field(default_factory=lambda: array("q"), init=False, repr=False)  # of all rows, once counted
 
     def __iter__(self) -> Iterator[ImageRef]:
         """The images in the order given, a folder's in the order of their names."""
@@ -170,7 +173,8 @@ class ImageSources:
                 for cells in batch.to_pylist():
                     cell = cells[column]
                     content = cell.get("bytes") if isinstance(cell, dict) else cell
-                    name = str(cells[self.id_column]) if self.id_column else f"{path}#{row}"
+                    image_id = valid_id(cells[self.id_column]) if self.id_column else None
+                    name = f"{path}#{row}" if image_id is None else image_id
                     problem = "" if content else "the row has no image bytes"
                     yield ImageRef(name, path, f"{relative}/{row}", content=content or b"", problem=problem)
                     row += 1
@@ -179,17 +183,41 @@ class ImageSources:
         """The number of images, read or not; files of a folder that are none are counted and named on stderr.
 
         Raises:
-            UserError: A folder has no images, or a tar or parquet file cannot be read.
+            UserError: A folder has no images, a tar or parquet file cannot be read, or an ID is not unique.
         """
-        return sum(
+        self.id_hashes = array("q")
+        number = sum(
             self._count_folder(source, quiet) if os.path.isdir(source) else self._count(source) for source in self.names
         )
+        if self.id_column:
+            self._check_ids(quiet)
+        return number
+
+    def _check_ids(self, quiet: bool) -> None:
+        """Refuse IDs that are not unique, by which a resumed run would take one image for another; count rows without one."""
+        import numpy as np
+
+        hashes = self.id_hashes
+        num_missing = hashes.count(hash(None))
+        if num_missing and not quiet:
+            print(
+                f"{num_missing:,} of {len(hashes):,} rows have no {self.id_column}: named FILE.parquet#ROW",
+                file=sys.stderr,
+            )
+        if num_repeated := len(hashes) - len(np.unique(np.asarray(hashes))) - max(num_missing - 1, 0):
+            raise UserError(
+                f"--id_column {self.id_column}: {num_repeated:,} of {len(hashes):,} rows have the ID of a row before, in the same "
+                "file or another: leave it out, and rows are named FILE.parquet#ROW"
+            )
 
     def _count(self, path: str) -> int:
         if path.endswith(".parquet"):
             import pyarrow.parquet as pq
 
             self._column(path)
+            if self.id_column and self.id_column in pq.read_schema(path).names:
+                ids = pq.read_table(path, columns=[self.id_column])[self.id_column]
+                self.id_hashes.extend(hash(valid_id(value)) for chunk in ids.chunks for value in chunk.to_pylist())
             return pq.read_metadata(path).num_rows
         return sum(1 for _ in tar_refs(path)) if path.endswith(".tar") else 1
 

@@ -31,11 +31,14 @@ class SourceFiles:
     Args:
         location: The source's name in messages.
         readers: Functions that return a file's bytes, by relative name with forward slashes.
+
+    `named` are the files that a reader has been asked for.
     """
 
     def __init__(self, location: str, readers: dict[str, Callable[[], bytes]]):
         self.location = location
         self.names = sorted(readers)
+        self.named: set[str] = set()
         self._readers = readers
         self._names_by_key: dict[str, list[str]] = {}
         self._names_by_basename: dict[str, list[str]] = {}
@@ -81,6 +84,8 @@ class SourceFiles:
 
     def reader(self, name: str, found: Sequence[str]) -> Callable[[], bytes]:
         """Return the function that reads the one file of `found`; it raises FileNotFoundError or SeveralFiles if there is not one."""
+
+        self.named.update(found)
 
         def several() -> bytes:
             raise SeveralFiles(f"{self.location} has several files '{name}': {', '.join(found)}")

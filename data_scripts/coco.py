@@ -19,7 +19,7 @@ from data_scripts.archives import SourceFiles
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow, note_row, valid_id
 from data_scripts.splits import SPLIT_NAMES
-from data_scripts.text_files import parse_json
+from data_scripts.text_files import parse_json, unnamed_images
 from system.errors import UserError, one_line_errors
 
 
@@ -132,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         for split, (path, read) in zip(splits, tables.items(), strict=True):
             name = PurePosixPath(path).name
             rows += coco_rows(parse_json(read(), name), split, images, name)
+        rows += unnamed_images(images)
         prepare(rows, arguments, f"annotation files of COCO's or TextCaps' form ({', '.join(tables)})")
 
 

@@ -19,7 +19,7 @@ from data_scripts.archives import SourceFiles
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow, note_row, problem_row
 from data_scripts.splits import SPLIT_NAMES
-from data_scripts.text_files import find_column, first_line, parse_csv
+from data_scripts.text_files import find_column, first_line, parse_csv, unnamed_images
 from system.errors import UserError, one_line_errors
 
 NAME_COLUMNS, CAPTION_COLUMNS = ("filename", "image_name", "image"), ("raw", "comment", "caption")
@@ -60,7 +60,9 @@ def flickr30k_rows(text: str, images: SourceFiles, table_name: str) -> list[Sour
     others = []
     read = _kaggle_lines if "|" in text.partition("\n")[0] else _csv_lines
     for line, file_name, split, captions, note in read(text, table_name):
-        place = f"{table_name}, line {line}, {file_name}"
+        place = ", ".join(filter(None, (table_name, f"line {line}", file_name)))
+        found = images.find(file_name, anywhere=True)
+        read_image = images.reader(file_name, found)
         if captions is None:
             others.append(problem_row(place, note))
             continue
@@ -70,12 +72,11 @@ def flickr30k_rows(text: str, images: SourceFiles, table_name: str) -> list[Sour
             others.append(note_row(place, "row of a split that is none of train, val, test, not used"))
             continue
         if file_name not in rows:
-            found = images.find(file_name, anywhere=True)
-            rows[file_name] = SourceRow(split, file_name, [], place, images.reader(file_name, found))
+            rows[file_name] = SourceRow(split, file_name, [], place, read_image)
         elif rows[file_name].split != split:
             others.append(note_row(place, f"image of two splits, used in {rows[file_name].split}"))
         rows[file_name].captions.extend(captions)
-    return [*rows.values(), *others]
+    return [*rows.values(), *others, *unnamed_images(images)]
 
 
 def _title(text: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from data_scripts.archives import SourceFiles, open_files
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow, note_row
-from data_scripts.text_files import read_text
+from data_scripts.text_files import read_text, unnamed_images
 from system.errors import UserError, one_line_errors
 
 TOKEN_FILE = "Flickr8k.token.txt"
@@ -94,7 +94,11 @@ def flickr8k_rows(images: SourceFiles, text_files: SourceFiles) -> list[SourceRo
         for split, file_names in lists.items()
         for file_name in dict.fromkeys(file_names)
     ]
-    return rows + [note_row(name, "image in no split list, not used") for name in captions if name not in listed]
+    unlisted = [name for name in captions if name not in listed]
+    for name in unlisted:
+        images.named.update(images.find(name, anywhere=True))
+    notes = [note_row(name, "image in no split list, not used") for name in unlisted]
+    return [*rows, *notes, *unnamed_images(images)]
 
 
 def find_parts(folder: Path) -> tuple[Path, Path]:

@@ -124,7 +124,7 @@ def tar_rows(path: Path, name: str) -> Iterator[SourceRow]:
                 suffix = dot + suffix.lower()
                 if suffix in IMAGE_SUFFIXES and image is None:
                     image = member.offset_data, member.size
-                elif os.path.splitext(suffix)[1] in IMAGE_SUFFIXES:
+                elif f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES:
                     yield note_row(
                         f"{name}, {member.name}", "second image of a sample (names end at their first dot), not used"
                     )

@@ -15,7 +15,7 @@ from data_scripts.archives import SourceFiles
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
 from data_scripts.row_checks import SourceRow, note_row, valid_id
 from data_scripts.splits import SPLIT_NAMES
-from data_scripts.text_files import parse_json
+from data_scripts.text_files import parse_json, unnamed_images
 from system.errors import UserError, one_line_errors
 
 
@@ -49,9 +49,6 @@ def karpathy_rows(entries: Any, images: SourceFiles, table_name: str, restval: s
         if split is None:
             raise UserError(f"{place}: '{entry['split']}' is none of train, restval, val, test")
         place = f"{place}, {file_name}"
-        if split == "none":
-            notes.append(note_row(place, "not used: --restval none"))
-            continue
         found = images.find(path, anywhere=True)
         if not found:  # the image may lie without its folder, but never in another image's
             found = [
@@ -59,13 +56,17 @@ def karpathy_rows(entries: Any, images: SourceFiles, table_name: str, restval: s
                 for name in images.find(file_name, anywhere=True)
                 if not any(f"/{name}".endswith(f"/{folder}/{PurePosixPath(name).name}") for folder in folders)
             ]
+        read = images.reader(path, found)
+        if split == "none":
+            notes.append(note_row(place, "not used: --restval none"))
+            continue
         image_id = valid_id(entry.get("cocoid")) or file_name
-        row = SourceRow(split, image_id, captions, place, images.reader(path, found))
+        row = SourceRow(split, image_id, captions, place, read)
         same = rows.setdefault((split, image_id, found[0] if found else path), row)
         if same is not row:
             same.captions.extend(caption for caption in captions if caption not in same.captions)
             notes.append(note_row(place, "image repeated, its captions put together"))
-    return [*rows.values(), *notes]
+    return [*rows.values(), *notes, *unnamed_images(images)]
 
 
 def find_tables(files: SourceFiles) -> list[str]:

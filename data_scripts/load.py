@@ -27,8 +27,8 @@ from data_scripts import (
 from data_scripts.archives import open_files
 from data_scripts.caption_table import DEFAULT_SHARE, FEATURES, write_caption_table
 from data_scripts.caption_texts import CaptionTexts
-from data_scripts.row_checks import SourceRow
-from data_scripts.shards import find_shards, is_shard_pattern, read_shard, shown
+from data_scripts.row_checks import SourceRow, problem_row
+from data_scripts.shards import Skipped, find_shards, is_shard_pattern, other_splits, read_shard, shown
 from system.errors import UserError
 from system.files import write_file
 
@@ -115,6 +115,11 @@ class Shards:
 def _load_shards(source: str, strict: bool) -> tuple[dict[str, Any], list[str]]:
     splits = find_shards(source)
     if "validation" not in splits:
+        if others := other_splits(splits["train"]):
+            raise UserError(
+                f"{shown(source)} has a column 'split' with rows of {', '.join(others)}, which would be trained on: prepare it as a "
+                "table by `python -m data_scripts.hub`, or write a file for each split"
+            )
         *splits["train"], last = splits["train"]
         if not splits["train"]:
             raise UserError(f"{shown(source)} is one shard: at least two are needed, the last one for validation")
@@ -130,13 +135,23 @@ def _load_shards(source: str, strict: bool) -> tuple[dict[str, Any], list[str]]:
 
 
 def _table_of_shards(addresses: list[str], split: str, strict: bool) -> Dataset:
-    """The first 5,000 samples of shards as a table, which evaluation goes over again and again."""
+    """The first 5,000 samples of shards as a table, which evaluation goes over again and again.
+
+    As in `dataset_rows`, samples are captions of one image if they share its ID and its bytes; without an ID, the bytes alone.
+    """
 
     def rows() -> list[SourceRow]:
-        samples = chain.from_iterable(read_shard(address, 0, strict) for address in addresses)
+        skipped, images = Skipped(), {}
+        samples = chain.from_iterable(read_shard(address, 0, strict, skipped) for address in addresses)
+        for _, sample in islice(samples, EVAL_SAMPLES):
+            name, place = sample.image_id or sample.name, f"{split}, {sample.name}"
+            row = SourceRow(split, name, [], place, partial(bytes, sample.image))
+            images.setdefault((sample.image_id, sample.image), row).captions.extend(sample.captions)
+        problems = {**skipped.samples, **skipped.parts}
         return [
-            SourceRow(split, sample.name, sample.captions, f"{split}, {sample.name}", partial(bytes, sample.image))
-            for _, sample in islice(samples, EVAL_SAMPLES)
+            *images.values(),
+            *(problem_row(f"{split}, {number:,} samples", problem) for problem, number in problems.items()),
+            *(problem_row(address, f"shard {reason}") for address, reason in skipped.shards.items()),
         ]
 
     key = (_code(shards), addresses, split, EVAL_SAMPLES)

@@ -1,6 +1,6 @@
 """Read shards of captioned images one after the other: webdataset tars and Parquet files, local or anywhere fsspec reads.
 
-A sample of a tar is an image beside a `.txt`, `.caption` or `.json` of the same name, as img2dataset writes them; a row of a Parquet file
+A sample of a tar is an image beside a `.json`, `.txt` or `.caption` of the same name, as img2dataset writes them; a row of a Parquet file
 has an image, bytes or {bytes, path}, and captions. `python -m training.encode` adds a column of encoder features.
 """
 
@@ -22,13 +22,14 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_scripts.row_checks import caption_problem, listed_captions
+from data_scripts.row_checks import caption_problem, listed_captions, valid_id
+from data_scripts.splits import SplitNames
+from data_scripts.text_files import IMAGE_SUFFIXES, find_column
 from system.errors import UserError, printable
 from system.retries import ATTEMPTS, SECRETS
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SUFFIXES = (*TAR_SUFFIXES, ".parquet")
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXT_SUFFIXES = ("txt", "caption", "text")
 CAPTION_NAMES = ("captions", "caption", "text", "txt")
 FEATURES_KEY = b"showtell_features"  # of the schema's metadata: what `encode` says of its column
@@ -39,9 +40,10 @@ PERMANENT = (FileNotFoundError, PermissionError, UserError, ImportError)
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a shard with its captions, and its encoder features where the shard has them."""
+    """One image of a shard with its captions, and its encoder features where the shard has them. `name` is for messages."""
 
     name: str
+    image_id: str | None
     image: bytes
     captions: list[str]
     features: dict[str, bytes] | None = None
@@ -49,10 +51,21 @@ class Sample:
 
 @dataclass
 class Skipped:
-    """What of the shards was not used: reasons and how often, and the shards that are missing or damaged."""
+    """What of the shards was not used: samples, parts of samples that are, and the shards that are missing or damaged."""
 
-    samples: Counter = field(default_factory=Counter)
+    samples: Counter = field(default_factory=Counter)  # by reason
+    parts: Counter = field(default_factory=Counter)  # by reason
     shards: dict[str, str] = field(default_factory=dict)  # address -> reason
+
+    def __add__(self, other: "Skipped") -> "Skipped":
+        return Skipped(self.samples + other.samples, self.parts + other.parts, self.shards | other.shards)
+
+    def lines(self) -> list[str]:
+        """A line for each reason and shard."""
+        samples = [f"Samples skipped, {reason}: {number:,}" for reason, number in sorted(self.samples.items())]
+        parts = [f"Of samples not used, {reason}: {number:,}" for reason, number in sorted(self.parts.items())]
+        shards = [f"Shard skipped, {shard} {reason}" for shard, reason in sorted(self.shards.items())]
+        return [*samples, *parts, *shards]
 
 
 def shown(address: str) -> str:
@@ -155,13 +168,14 @@ def read_shard(
         try:
             with closing(_read(address, number)) as samples:
                 for raw in samples:
-                    sample, problem = _checked(raw)
+                    sample, problem, unused = _checked(raw)
                     if problem and strict:
                         raise UserError(f"{shown(address)}, {printable(raw['name'])}: {problem} (--strict)")
                     number, attempt = number + 1, 0
                     if problem:
                         skipped.samples[problem] += 1
                     else:
+                        skipped.parts.update(unused)
                         yield number - 1, sample
             return
         except (GeneratorExit, UserError):
@@ -181,21 +195,21 @@ def read_shard(
             return
 
 
-def _checked(raw: dict[str, Any]) -> tuple[Sample | None, str | None]:
-    """A sample, or why it cannot be used. Of several captions those that cannot be used are left out."""
-    captions, problem = [], "no caption"
+def _checked(raw: dict[str, Any]) -> tuple[Sample | None, str, list[str]]:
+    """A sample, or why it cannot be used; and what of a sample is not used."""
+    captions, problems = [], []
     for cell in raw["captions"]:
         for caption in listed_captions(cell):
-            found = caption_problem(caption)
-            if found:
-                problem = found
+            if problem := caption_problem(caption):
+                problems.append(problem)
             else:
                 captions.append(unicodedata.normalize("NFC", caption).strip())
     if not captions:
-        return None, problem
+        return None, problems[-1] if problems else "no caption", []
     if not raw["image"]:
-        return None, "no image"
-    return Sample(raw["name"], raw["image"], captions, raw.get("features")), None
+        return None, "no image", []
+    sample = Sample(raw["name"], raw["image_id"], raw["image"], captions, raw.get("features"))
+    return sample, "", [*problems, *["second image of a sample"] * raw.get("num_others", 0)]
 
 
 def _read(address: str, start: int) -> Iterator[dict[str, Any]]:
@@ -229,16 +243,22 @@ def _read_tar(file: io.IOBase, start: int) -> Iterator[dict[str, Any]]:
 
 
 def _tar_sample(name: str, members: dict[str, bytes]) -> dict[str, Any]:
-    image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), b"")
-    texts = [members[suffix].decode("utf-8", "replace") for suffix in TEXT_SUFFIXES if suffix in members][:1]
-    if not texts and "json" in members:
-        try:
-            about = json.loads(members["json"])
-        except ValueError:
-            about = {}
-        about = about if isinstance(about, dict) else {}
-        texts = [about[key] for key in CAPTION_NAMES if about.get(key)][:1]
-    return {"name": name, "image": image, "captions": texts}
+    images = [content for suffix, content in members.items() if f".{suffix}" in IMAGE_SUFFIXES]
+    try:
+        about = json.loads(members.get("json", b"{}"))
+    except ValueError:
+        about = {}
+    about = about if isinstance(about, dict) else {}
+    captions = [about[key] for key in CAPTION_NAMES if about.get(key)]
+    captions += [members[suffix].decode("utf-8", "replace") for suffix in TEXT_SUFFIXES if suffix in members]
+    image = images[0] if images else b""
+    return {
+        "name": name,
+        "image_id": name,
+        "image": image,
+        "captions": captions[:1],
+        "num_others": len(images[1:]),
+    }
 
 
 # ---- Parquet --------------------------------------------------------------------------------------------------------
@@ -263,6 +283,21 @@ def _read_parquet(file: io.IOBase, start: int) -> Iterator[dict[str, Any]]:
         first += size
 
 
+def other_splits(addresses: Sequence[str]) -> list[str]:
+    """What a column `split` of Parquet shards says beside "train": names of validation and test splits."""
+    split_of, found = SplitNames(), {}
+    for address in addresses:
+        if not SIGNATURE.sub("", address).endswith(".parquet"):
+            return []
+        with fsspec.open(address, "rb") as file:
+            parquet = pq.ParquetFile(file)
+            column = find_column(parquet.schema_arrow.names, "split")
+            if column is None:
+                return []
+            found |= dict.fromkeys(parquet.read([column])[column].unique().to_pylist())
+    return [name for name in found if split_of(name) in ("validation", "test")]
+
+
 def _parquet_columns(schema: pa.Schema) -> dict[str, str | None]:
     names = {name.casefold(): name for name in schema.names}
     images = [field.name for field in schema if holds_images(field.type)]
@@ -285,9 +320,10 @@ def holds_images(kind: pa.DataType) -> bool:
 
 def _parquet_sample(row: dict, number: int, columns: dict[str, str | None], features: dict | None) -> dict[str, Any]:
     image, captions = row[columns["image"]], row[columns["captions"]]
-    name = row[columns["name"]] if columns["name"] else None
+    image_id = valid_id(row[columns["name"]]) if columns["name"] else None
     sample = {
-        "name": f"row {number}" if name is None else str(name),
+        "name": f"row {number}" if image_id is None else image_id,
+        "image_id": image_id,
         "image": image.get("bytes") if isinstance(image, dict) else image,
         "captions": captions if isinstance(captions, list) else [captions],
     }

@@ -33,6 +33,7 @@ IMAGE_SUFFIXES = frozenset(
         ".webp",
     )
 )
+SPELLED_DIFFERENTLY = "file name spelled differently (case, blanks, slashes or Unicode form)"
 TOO_MANY_CELLS = "more cells than columns: a caption that holds commas needs quotes"
 
 
@@ -228,33 +229,37 @@ def gather_images(files: SourceFiles, refs: Iterable[ImageRef], root: str, short
         short_ids: Whether an image's ID is its path below `root`, instead of the whole path.
     """
     images: dict[tuple[str, str], SourceRow] = {}
-    named, notes = set(), []
+    notes = []
     for ref in refs:
         found = files.find(ref.file_name)
-        named.update(found)
+        read = files.reader(ref.file_name, found)
         if ref.split is None:
             notes.append(note_row(ref.place, "row of another split, not used: see --splits"))
             continue
         name = found[0] if len(found) == 1 else ref.file_name
         if found and name != ref.file_name:
-            notes.append(note_row(ref.place, "file name spelled differently (case, blanks, slashes or Unicode form)"))
+            notes.append(note_row(ref.place, SPELLED_DIFFERENTLY))
         image_id = "/".join(name.split("/")[root.count("/") :]) if short_ids else name
-        row = images.setdefault(
-            (ref.split, name), SourceRow(ref.split, image_id, [], ref.place, files.reader(ref.file_name, found))
-        )
+        row = images.setdefault((ref.split, name), SourceRow(ref.split, image_id, [], ref.place, read))
         for caption in ref.captions:
             if caption in row.captions:
                 notes.append(note_row(ref.place, "row repeated, counted once"))
             else:
                 row.captions.append(caption)
-    for name in files.names:
-        path = PurePosixPath(name)
-        hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-        if (
-            path.suffix.lower() in IMAGE_SUFFIXES
-            and name_key(name).startswith(name_key(root))
-            and name not in named
-            and not hidden
-        ):
-            notes.append(note_row(name, "image file that no row names"))
-    return [*images.values(), *notes]
+    return [*images.values(), *notes, *unnamed_images(files, root)]
+
+
+def unnamed_images(files: SourceFiles, root: str = "") -> list[SourceRow]:
+    """Notes on the image files below a folder that no row names; called when all rows have their readers."""
+
+    def is_hidden(path: PurePosixPath) -> bool:
+        return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+    paths = [PurePosixPath(name) for name in files.names if name not in files.named]
+    return [
+        note_row(str(path), "image file that no row names")
+        for path in paths
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and name_key(str(path)).startswith(name_key(root))
+        and not is_hidden(path)
+    ]

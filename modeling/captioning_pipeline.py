@@ -17,6 +17,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import transformers
 from PIL import Image, ImageOps
 from transformers import Pipeline
 
@@ -70,6 +71,17 @@ class ImageToTextPipeline(Pipeline):
         self.model.config.custom_pipelines = CUSTOM_PIPELINES
         self.model.config.save_pretrained(save_directory)
         shutil.copy(__file__, save_directory)
+
+
+class VisionTextDualEncoderProcessor(transformers.VisionTextDualEncoderProcessor):
+    """transformers' own processor, which saves this file beside itself.
+
+    transformers copies the code of a config, a model or a processor that is not its own, and of no pipeline. ViT-GPT2 is a model of its
+    own, so that the file goes with the processor. By its name, the processor loads as transformers' own without remote code.
+    """
+
+
+VisionTextDualEncoderProcessor.register_for_auto_class("AutoProcessor")
 
 
 def open_image(image: Any, timeout: float | None = None) -> Image.Image:

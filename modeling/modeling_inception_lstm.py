@@ -9,6 +9,7 @@ the loss and the pipeline with it.
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -165,13 +166,32 @@ class LSTMState:
     """State of the LSTM between two decoding steps: what `generate()` keeps as the cache.
 
     hidden, cell: (layers, batch, hidden size); num_tokens: decoder positions decoded so far; keys_values: of the feature map,
-    each (batch, positions, hidden size), or None without attention.
+    each (batch, positions, hidden size), or None without attention. As with transformers' caches, what `__iter__` gives makes up
+    the state again: `torch.nn.DataParallel` puts the parts of its devices together so.
     """
 
     hidden: torch.Tensor
     cell: torch.Tensor
     num_tokens: int
-    keys_values: tuple[torch.Tensor, torch.Tensor] | None = None
+    keys_values: tuple[torch.Tensor, torch.Tensor] | None
+
+    def __init__(
+        self,
+        hidden: torch.Tensor | Iterable,
+        cell: torch.Tensor | None = None,
+        num_tokens: int = 0,
+        keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
+        if cell is None:
+            hidden, cell, numbers, keys_values = hidden
+            hidden, cell = (value.transpose(0, 1).contiguous() for value in (hidden, cell))
+            num_tokens = int(numbers[0])
+        self.hidden, self.cell, self.num_tokens, self.keys_values = hidden, cell, num_tokens, keys_values
+
+    def __iter__(self) -> Iterator[Any]:
+        """Its tensors with the batch as first dimension."""
+        numbers = torch.full((self.hidden.shape[1],), self.num_tokens, device=self.hidden.device)
+        return iter((self.hidden.transpose(0, 1), self.cell.transpose(0, 1), numbers, self.keys_values))
 
     is_compileable = False
     is_linear = (False,)  # as transformers asks of each layer of a cache: it knows how many tokens it has decoded

@@ -7,10 +7,10 @@ from transformers import (
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
-    VisionTextDualEncoderProcessor,
 )
 from transformers.image_utils import PILImageResampling
 
+from .captioning_pipeline import VisionTextDualEncoderProcessor
 from .image_processing_timm import TimmImageProcessor
 
 

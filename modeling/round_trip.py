@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import textwrap
 
 import torch
 from PIL import Image
@@ -9,6 +10,8 @@ from PIL import Image
 from system.errors import UserError
 
 from .captioner import Captioner
+
+MAX_REASON = 250  # characters
 
 
 @torch.no_grad()
@@ -36,7 +39,8 @@ def check_round_trip(captioner: Captioner, folder: str | os.PathLike) -> None:
             captioner.save(saved)
             loaded = Captioner.load(saved).model.to(model.device)
         except (RuntimeError, ValueError) as error:  # UserError among them
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0].replace(f"model {saved}", "it")
+            reason = textwrap.shorten(reason, MAX_REASON, placeholder=" ...")  # torch names every tensor that is shared
             raise UserError(
                 f"a captioner of these parts cannot be saved and loaded again ({reason}): give another encoder or decoder"
             ) from error

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -9,11 +11,15 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)
 
 # Fixtures of tests that take seconds: whole runs, processes of their own, a browser.
-SLOW_FIXTURES = {"alone", "browser", "context", "hub", "node_modules", "runs", "started", "trained", "workshop"}
+SLOW_FIXTURES = {
+    *("alone", "browser", "context", "exported", "hub", "node_modules"),
+    *("runs", "started", "trained", "workshop"),
+}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -21,6 +27,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker("slow")
+
+
+def pytest_collection_finish(session):
+    """Runs of the tests leave a blank curves.png: they are many, and drawing takes longer than so small a training."""
+    if run := sys.modules.get("training.run"):
+        run.draw_curves = lambda folder, history: Image.new("L", (1, 1), 255).save(Path(folder) / "curves.png")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,11 +85,14 @@ def small_scenes(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory) -> str:
     """A folder with five images of one color in each split, two captions of unlike length each, in `small_captioners`' words."""
-    from datasets import Dataset, DatasetDict, Features, Image, List, Value
+    from datasets import Dataset, DatasetDict, Features, List, Value
+    from datasets import Image as ImageFeature
     from small_captioners import COLORS, IMAGES
 
     captions = [[f"a {color} dog", f"the small cat sits on a {color} big dog and runs"] for color in COLORS]
-    features = Features({"image": Image(mode="RGB"), "image_id": Value("string"), "captions": List(Value("string"))})
+    features = Features(
+        {"image": ImageFeature(mode="RGB"), "image_id": Value("string"), "captions": List(Value("string"))}
+    )
     table = Dataset.from_dict(
         {"image": [image.copy() for image in IMAGES], "image_id": list(COLORS), "captions": captions}, features=features
     )

@@ -25,9 +25,13 @@ from modeling.processing import build_processor, timm_image_processor
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
 from reporting.model_card import TrainingData
 
-gr = pytest.importorskip("gradio", reason="needs Gradio (pip install 'gradio>=6')")
-
 HOSTILE = "<img src=x onerror=document.title=1>.png"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gr():
+    """Gradio; it takes seconds to import."""
+    return pytest.importorskip("gradio", reason="needs Gradio (pip install 'gradio>=6')")
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +184,7 @@ def test_models_of_no_scenes_have_no_scenes_to_try_and_no_note(browser, serve, c
     assert cards and "note" not in cards[-1]
 
 
+@pytest.mark.slow
 def test_an_address_that_sends_too_much_waits_and_others_do_not(serve, captioners, monkeypatch):
     url = serve(captioners)
 
@@ -233,6 +238,7 @@ def test_names_and_captions_are_text_in_the_page():
     assert "<script" not in card and "<i>" not in card and card.count("<img") == 1
 
 
+@pytest.mark.slow
 def test_a_file_that_is_named_by_address_is_not_fetched(serve, captioners, monkeypatch):
     import gradio_client
     from gradio import processing_utils
@@ -251,7 +257,7 @@ def test_a_file_that_is_named_by_address_is_not_fetched(serve, captioners, monke
     assert not fetched
 
 
-def test_what_cannot_be_used_is_named_and_the_rest_is_taken(tmp_path, monkeypatch):
+def test_what_cannot_be_used_is_named_and_the_rest_is_taken(tmp_path, monkeypatch, gr):
     warnings = []
     monkeypatch.setattr(gr, "Warning", warnings.append)
     Image.new("1", (9000, 8000)).save(tmp_path / "bomb.png")
@@ -267,7 +273,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_taken(tmp_path, monkeypatc
     assert "Only the first" in warnings[-1]
 
 
-def test_no_image_is_one_sentence(captioners):
+def test_no_image_is_one_sentence(captioners, gr):
     with pytest.raises(gr.Error, match="no image"):
         next(app.caption_files(captioners, [], {}))
 
@@ -285,7 +291,10 @@ def test_what_is_chosen_is_what_generate_is_given(method, wanted):
     assert app.decoding(method, 5, 0.7) == wanted
 
 
-def test_the_app_starts_on_the_demos_models_and_leaves_the_address_to_gradio(captioners, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_the_app_starts_on_the_demos_models_and_leaves_the_address_to_gradio(
+    captioners, tmp_path, monkeypatch, capsys, gr
+):
     launched = {}
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **options: launched.update(options, queue=self.max_size()))
     monkeypatch.setattr(gr.Blocks, "max_size", lambda self: self._queue.max_size, raising=False)

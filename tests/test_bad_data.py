@@ -137,6 +137,7 @@ def metadata(*lines: tuple[str, str], header: str = "file_name,caption") -> byte
     return "\n".join([header, *quoted, ""]).encode("utf-8", "surrogateescape")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("name", IMAGES)
@@ -594,6 +595,7 @@ CSV_BYTES = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(content=CSV_BYTES)
 @example(content=b'file_name,caption\ngood.png,"a dog\n')
@@ -613,6 +615,7 @@ def test_any_bytes_for_a_csv_are_prepared_or_refused_in_one_sentence(tmp_path_fa
         assert set(table_of(folder / "out")) == {"good.png"}
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(name=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/"), min_size=1, max_size=40))
 @example(name="-rf")

@@ -20,7 +20,6 @@ import evaluate_captions
 import train_lstm
 import train_scst
 import train_vit_gpt2
-import training.run
 from data_scripts import load_captions
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling.captioner import Captioner
@@ -50,12 +49,10 @@ def arguments(small_scenes, starts, tmp_path) -> Callable:
 def trained(small_scenes, tmp_path_factory) -> dict[str, Path]:
     """Runs of five steps."""
     folders = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.run, "draw_curves", lambda *_: None)
-        for script in ("train_lstm", "train_vit_gpt2"):
-            folders[script] = tmp_path_factory.mktemp(script) / "run"
-            where = ["--dataset_name", small_scenes, "--output_dir", str(folders[script])]
-            MAINS[script]([*SCRIPTS[script], *SMALL, *where])
+    for script in ("train_lstm", "train_vit_gpt2"):
+        folders[script] = tmp_path_factory.mktemp(script) / "run"
+        where = ["--dataset_name", small_scenes, "--output_dir", str(folders[script])]
+        MAINS[script]([*SCRIPTS[script], *SMALL, *where])
     return folders
 
 
@@ -227,6 +224,7 @@ def test_a_caption_has_to_be_no_longer_than_it_may(capsys):
     assert "--min_length 9" in sentence and "--max_length 8" in sentence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -484,7 +482,8 @@ def test_a_model_that_does_not_load_is_named(starts, image, tmp_path, capsys, ki
     elif harm == "no json":
         (folder / "config.json").write_text("{")
     assert str(folder) in refused(capsys, caption.main, ["--model_name_or_path", folder, image])
-    refused(capsys, evaluate_captions.main, ["--model_name_or_path", folder, "--output_dir", tmp_path / "scores"])
+    words = ["--model_name_or_path", folder, "--dataset_name", tmp_path / "none", "--output_dir", tmp_path / "scores"]
+    assert str(folder) in refused(capsys, evaluate_captions.main, words)  # before the data are looked for
     assert not (tmp_path / "scores").exists()
 
 

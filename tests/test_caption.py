@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 from small_captioners import COLORS, IMAGES, build
@@ -16,6 +18,7 @@ import evaluate_captions
 import export_onnx
 import serve
 from data_scripts import images, load_captions
+from data_scripts.row_checks import valid_id
 from modeling.captioning_pipeline import to_rgb
 
 REPOSITORY = Path(caption.__file__).parent
@@ -154,6 +157,26 @@ def test_several_captions_of_an_image(model, tmp_path, capsys):
     with pytest.raises(SystemExit) as refused:
         caption.main(["--model_name_or_path", model, str(tmp_path / "image.png"), "--num_return_sequences", "2"])
     assert refused.value.code == 2 and "--num_beams" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ids", [[1.0, float("nan"), 2.0, None], ["a", "", " ", "b"]])
+def test_rows_without_an_id_are_named_by_their_file_and_ids_have_to_be_unique(model, tmp_path, capsys, ids):
+    contents = []
+    for image in IMAGES[:4]:
+        image.save(tmp_path / "image.png")
+        contents.append((tmp_path / "image.png").read_bytes())
+    (tmp_path / "rows").mkdir()
+    pq.write_table(pa.table({"image": contents, "key": ids}), tmp_path / "rows" / "0.parquet")
+    options = ["--id_column", "key"]
+    named = ["1", "2"] if isinstance(ids[0], float) else ["a", "b"]
+    missing = {number for number, value in enumerate(ids) if valid_id(value) is None}
+    made = captions_of(model, tmp_path / "rows", options=options)
+    assert made.keys() == {*named, *(f"0.parquet#{number}" for number in missing)}
+    assert "2 of 4 rows have no key" in capsys.readouterr().err
+    pq.write_table(pa.table({"image": contents, "key": ids}), tmp_path / "rows" / "1.parquet")  # IDs that begin anew
+    with pytest.raises(SystemExit) as refused:
+        captions_of(model, tmp_path / "rows", options=options)
+    assert refused.value.code == 2 and "2 of 8 rows" in capsys.readouterr().err
 
 
 def test_an_internal_error_keeps_its_traceback(model, tmp_path, monkeypatch):

@@ -5,10 +5,12 @@ from functools import partial
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from PIL import Image, ImageOps
+from small_captioners import build
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional
 from transformers import CLIPImageProcessor, ViTConfig, ViTModel
@@ -16,8 +18,9 @@ from transformers import CLIPImageProcessor, ViTConfig, ViTModel
 from data_scripts import load_captions
 from data_scripts.augmentations import CROP_SIZE, MAX_AUGMENTATIONS, augment_caption, augment_image
 from data_scripts.train_tokenizer import train_tokenizer
+from modeling.captioner import Captioner
 from modeling.modeling_inception_lstm import TimmEncoder
-from modeling.processing import build_processor
+from modeling.processing import build_processor, timm_image_processor
 from system.errors import UserError
 from training.arguments import DataArguments
 from training.batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset
@@ -121,6 +124,7 @@ def test_grouping_saves_the_padding():
     assert padding(True) < 0.05 < 0.3 < padding(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", ["index", "pack"])
 def test_evaluation_reads_every_pair_once_and_next_to_no_padding(processor, share):
     words, random = ["red", "blue", "dog", "left"], np.random.default_rng(0)
@@ -271,6 +275,7 @@ def test_features_in_8_bits_are_half_as_large_and_nearly_the_same(rows, processo
     assert sizes[1] < 0.6 * sizes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiles", [True, False])
 def test_a_compiled_encoder_sees_whole_batches_and_says_the_same(compiles, monkeypatch):
     """The compiler itself is torch's, and takes half a minute: here it hands back what it was given, or is not there."""
@@ -453,6 +458,19 @@ def test_special_tokens_spelled_out_in_a_caption_are_text(rows, processor):
 def test_captions_that_are_truncated_are_counted(rows, processor):
     lengths = CaptionPairs(rows, processor.tokenizer).lengths
     assert CaptionPairs(rows, processor.tokenizer, max_length=9).num_truncated == (lengths > 9).sum() > 0
+
+
+def test_a_captioner_that_has_been_saved_finds_the_features_of_the_one_that_has_not(tmp_path):
+    backbone = timm.create_model("test_resnet", num_classes=0)
+    captioner = build("lstm")
+    captioner.processor = build_processor(timm_image_processor(backbone), captioner.tokenizer)
+    before = encoder_fingerprint(captioner.encoder, captioner.image_processor)
+    captioner.save(tmp_path)
+    assert encoder_fingerprint(captioner.encoder, captioner.image_processor) == before
+    loaded = Captioner.load(tmp_path)
+    assert encoder_fingerprint(loaded.encoder, loaded.image_processor) == before
+    loaded.image_processor.crop_mode = "squash"
+    assert encoder_fingerprint(loaded.encoder, loaded.image_processor) != before
 
 
 def test_any_setting_of_an_encoder_is_part_of_its_fingerprint(processor):

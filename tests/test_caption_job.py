@@ -10,7 +10,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -23,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from kill_points import start_server
+from kill_points import log_of, run_together, start_server
 from PIL import Image
 from small_captioners import build
 
@@ -31,7 +30,6 @@ import caption
 from captioning.outputs import Parquet, WebDataset
 from captioning.sources import ImageSources
 
-ROOT = Path(caption.__file__).parent
 NUM_IMAGES = 60
 
 
@@ -154,6 +152,7 @@ def test_parquet_killed_between_a_part_and_its_journal_has_no_row_twice(tmp_path
     assert [name for name, _ in read_output(tmp_path / "c.parquet")] == ["0.png", "1.png", "2.png"]
 
 
+@pytest.mark.slow
 def test_a_second_run_captions_what_is_new_and_refuses_other_settings(model, images, tmp_path, capsys):
     folder, output = make_images(tmp_path / "few", 3, 3), tmp_path / "c.jsonl"
     run(model, folder, "--output", output)
@@ -232,15 +231,10 @@ def test_twenty_kills_cost_nothing(name, model, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_the_images(model, images, undisturbed, tmp_path):
-    """Under `accelerate launch`, resumed by one process after both were killed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(ROOT / "caption.py"), "--model_name_or_path", model, str(images), "--batch_size", "2"]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "c.jsonl")], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    """As `accelerate launch` starts them."""
+    arguments = ["--model_name_or_path", model, str(images), "--batch_size", "2", "--output", str(tmp_path / "c.jsonl")]
+    codes = run_together(start_server(), "caption", arguments, tmp_path / "cache", [None, None])
+    assert codes == [0, 0], log_of("caption", tmp_path / "cache").read_text()[-2000:]
     found = read_output(tmp_path / "c.jsonl")
     assert len(found) == NUM_IMAGES and dict(found) == undisturbed and not list(tmp_path.glob("*.part-*"))
 
@@ -364,6 +358,7 @@ def test_tars_and_parquet_files_give_the_captions_of_their_images(model, images,
     assert [name.rpartition("#")[2] for name, _ in read_output(tmp_path / "rows.jsonl")] == ["0", "1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_our_own_tars_are_images_again(model, images, undisturbed, tmp_path):
     run(model, images, "--output", tmp_path / "tars", "--output_format", "webdataset")
     run(model, tmp_path / "tars", "--output", tmp_path / "c.jsonl")
@@ -404,6 +399,7 @@ def test_an_image_that_is_named_twice_is_captioned_once(model, images, tmp_path,
 # ---- Confidence, and the end of a pipe ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lstm", "vit_gpt2"])
 def test_confidence_is_that_of_inspection_and_doubtful_captions_go_elsewhere(kind, images, tmp_path):
     captioner = build(kind)

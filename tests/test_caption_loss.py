@@ -68,6 +68,7 @@ def test_a_frozen_head_gets_no_gradient_and_evaluation_needs_none(batch):
         assert caption_loss(*batch).item() == pytest.approx(loss.item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_logits_of_a_batch_are_never_in_memory_at_once(monkeypatch):
     """No operation, also none inside torch's own, takes more memory than the hidden states; all logits are 25 times as many."""
     monkeypatch.setattr(module, "MAX_LOGITS_PER_CHUNK", 2000)

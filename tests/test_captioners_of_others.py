@@ -107,6 +107,7 @@ def captions_of(tmp_path, name: str, images, *options: str) -> list[str]:
     return [lines[name] for name in sorted(lines)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_images_of_any_sizes_gets_the_captions_of_single_ones(tmp_path, folders, images, kind):
     made = captions_of(tmp_path, folders[kind], images)
@@ -114,6 +115,7 @@ def test_a_batch_of_images_of_any_sizes_gets_the_captions_of_single_ones(tmp_pat
     assert len(set(made)) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["length", "beams"])
 def test_lengths_count_the_caption_alone_and_beams_are_transformers_own(folders, kind, name):
@@ -222,6 +224,7 @@ def test_an_evaluation_has_the_same_captions_and_a_row_of_the_table(tmp_path, fo
     assert "captions.html" in {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_models_of_others_stand_beside_ours_in_one_table(tmp_path, folders, starts, colors):
     runs = {}
     for kind, folder in {"ours": starts["vit_gpt2"], "blip": folders["blip"]}.items():
@@ -261,6 +264,7 @@ def test_the_server_captions_images_of_unlike_sizes_together(folders):
     assert [answer["caption"] for answer in answers] == expected
 
 
+@pytest.mark.slow
 def test_the_app_takes_them_and_gives_the_prompt_to_those_that_take_one(folders, starts, images):
     pytest.importorskip("gradio")
     names = (starts["vit_gpt2"], folders["llava"])

@@ -432,6 +432,7 @@ def test_skipped_rows_are_counted_and_named(tmp_path: Path, capsys) -> None:
     assert "skipped, empty caption: 1\n  set/train.csv, line 5, mute.png" in shown
 
 
+@pytest.mark.slow
 def test_strict_stops_with_one_sentence_and_writes_nothing(tmp_path: Path) -> None:
     source = bad_source(tmp_path / "in")
     command = [sys.executable, "-m", "data_scripts.paragraphs", str(source), "--output_dir", str(tmp_path / "o" / "t")]

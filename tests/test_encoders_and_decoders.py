@@ -104,6 +104,7 @@ def captioner_of(encoder, image_processor, **options) -> Captioner:
     return Captioner(model, build_processor(image_processor, tokenizer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["test_vit4", "test_efficientnet", "test_convnext"])
 def test_a_timm_encoder_gives_timms_own_states_and_what_it_does_not_read_is_frozen(tmp_path, architecture):
     source = timm_folder(tmp_path / "timm", architecture)
@@ -163,6 +164,7 @@ def test_an_image_size_that_does_not_fit_and_large_features_are_named(tmp_path, 
     assert "--image_size" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_decoder_trains_saves_loads_and_captions(tmp_path, kind):
     torch.manual_seed(0)

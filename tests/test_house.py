@@ -85,6 +85,7 @@ def test_every_room_and_module_is_named_for_what_is_in_it():
     assert not [str(path) for path in modules if vague & {path.stem, path.parent.name}]
 
 
+@pytest.mark.slow
 def test_data_scripts_import_no_model_and_no_training():
     """Read from the process rather than the files: none of its modules brings torch by itself or through another."""
     names = [f"data_scripts.{path.stem}" for path in our_modules("data_scripts") if path.stem != "__init__"]

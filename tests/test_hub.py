@@ -166,6 +166,7 @@ def test_hub_token_is_used_and_written_nowhere(small_scenes, hub, tmp_path, monk
     assert not [path for path in last.files if "checkpoint" in path]
 
 
+@pytest.mark.slow
 @KINDS
 def test_each_checkpoint_is_pushed_within_an_epoch_too(kind, small_scenes, tmp_path, monkeypatch):
     pushed = []

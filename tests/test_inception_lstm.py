@@ -78,6 +78,7 @@ def test_shapes_and_sizes_are_the_reports():
     assert trainable == sum(sizes.values()) - sizes["encoder"]
 
 
+@pytest.mark.slow
 def test_three_images_are_memorised_and_come_back(processor):
     model = make_model(vocab_size=9, freeze_encoder=False)
     captions = ["a red image", "green", "image a blue image"]
@@ -188,6 +189,7 @@ def test_captions_that_share_a_image_lose_what_they_lose_alone(attention):
     torch.testing.assert_close(model(**shared, labels=batch["labels"]).loss, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["test_efficientnet", "test_vit", "swin_tiny_patch4_window7_224"])
 def test_any_timm_encoder_gives_a_grid_whose_places_it_keeps(architecture):
     """Convolutions give sizes first, Swin gives them last, a ViT gives tokens."""

@@ -75,6 +75,7 @@ def test_two_images_are_shown_once_each(caplog):
     assert caplog.messages[-1].count("reference") == 2
 
 
+@pytest.mark.slow
 @SCRIPTS
 def test_a_run_shows_its_progress_and_logs_to_its_trackers(script, small_scenes, tmp_path, monkeypatch, caplog, capsys):
     pytest.importorskip("trackio", reason="needs Trackio (pip install trackio)")

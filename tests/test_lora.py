@@ -12,7 +12,6 @@ from small_captioners import word_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, VisionEncoderDecoderModel
 
 import train_vit_gpt2
-import training.run
 from modeling.captioner import Captioner
 from modeling.vit_gpt2 import build_vit_gpt2, encoder_config
 from system.errors import UserError
@@ -63,9 +62,7 @@ def train(colors, decoder, tmp_path_factory):
         given |= {"num_attention_heads": 2, "prompt": "", "dropout": 0.1, "report_to": "none", "max_steps": 3}
         given |= {"dataset_name": colors, "decoder": decoder, "output_dir": folder, "lora_rank": 2}
         given |= {"learning_rate": 1e-2, "load_best_model_at_end": "false"} | options
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training.run, "draw_curves", lambda *_: None)
-            train_vit_gpt2.main([str(word) for option, value in given.items() for word in (f"--{option}", value)])
+        train_vit_gpt2.main([str(word) for option, value in given.items() for word in (f"--{option}", value)])
         return folder
 
     return run

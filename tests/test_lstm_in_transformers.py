@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from small_captioners import IMAGES, build
+from torch.nn.parallel import scatter_gather
 from torch.utils import _pytree
 from transformers import Trainer, TrainingArguments
 
@@ -30,6 +31,7 @@ def batch_of(processor) -> dict:
     return {"pixel_values": processor(images=IMAGES, return_tensors="pt")["pixel_values"], "labels": labels}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_transformers_own_trainer_trains_evaluates_and_keeps_the_best(tmp_path, label_smoothing):
     model, processor = build_lstm()
@@ -171,6 +173,7 @@ def test_generation_goes_on_from_a_state_and_decodes_no_token_twice(prompt):
         model.generate(**{CACHE: state}, **given)
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_state_is_a_tree_of_tensors_and_the_model_can_be_exported(prompt):
     model, processor = build_lstm(prompt)
@@ -183,6 +186,30 @@ def test_a_state_is_a_tree_of_tensors_and_the_model_can_be_exported(prompt):
     exported = torch.export.export(model, (), inputs).module()(**inputs)
     torch.testing.assert_close(exported.logits, outputs.logits)
     torch.testing.assert_close(exported[CACHE].hidden, state.hidden)
+
+
+@KINDS
+def test_outputs_of_several_devices_are_put_together(monkeypatch, prompt):
+    """By `DataParallel`, whose gathering alone is run: it joins tensors of GPUs, here of halves of a batch."""
+
+    class Join:
+        @staticmethod
+        def apply(target, dim, *parts):
+            return torch.cat(parts, dim)
+
+    monkeypatch.setattr(scatter_gather, "Gather", Join)
+    model, processor = build_lstm(prompt)
+    batch = batch_of(processor)
+    inputs = {"pixel_values": batch["pixel_values"], "decoder_input_ids": batch["labels"].clamp(min=0)}
+    halves = [{name: values[part] for name, values in inputs.items()} for part in (slice(0, 2), slice(2, 5))]
+    gathered = scatter_gather.gather([model(**half) for half in halves], "cpu")
+    whole = model(**inputs)
+    torch.testing.assert_close(gathered.logits, whole.logits)
+    token = torch.full((5, 1), 7)
+    torch.testing.assert_close(
+        *(model(decoder_input_ids=token, **{CACHE: outputs[CACHE]}).logits for outputs in (gathered, whole))
+    )
+    assert gathered[CACHE].num_tokens == whole[CACHE].num_tokens
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_against_java_live():
 
     generator = random.Random(0)
     words = "a dog man's don't U.S. non-U.S. mid-a.m. Ph.D. Inc. 1/2 3.5 $5 No. (a) [c] “hi” it’s … AT&T www.x.com a@b.c :-) 50% 'em"
-    words += " o'clock 7-11 and/or B. She\" -lrb- -rrb- -LCB- `` '' 's n't ca u.s. ph.d. t-shirt - . , THE The"
+    words += " o'clock 7-11 and/or B. She\" -lrb- -rrb- -LCB- `` '' 's n't ca u.s. ph.d. t-shirt - . , THE The '90S www.x-y.com a#b.com http://a{b}"
     captions = [text for text, _ in PAIRS]
     for _ in range(3000):
         pieces = generator.choices(words.split(), k=6)

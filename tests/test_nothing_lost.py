@@ -16,7 +16,7 @@ from datasets import Image as ImageFeature
 from PIL import Image, features
 from tokenizers import normalizers
 
-from data_scripts import flickr8k, hub, image_folder, karpathy, load_captions, paragraphs
+from data_scripts import coco, flickr8k, flickr30k, hub, image_folder, karpathy, load_captions, paragraphs
 from data_scripts.caption_table import FEATURES, write_caption_table
 from data_scripts.captions_file import read_captions
 from data_scripts.row_checks import SourceRow, listed_captions
@@ -244,6 +244,23 @@ def test_images_that_no_row_names_are_counted(tmp_path, capsys):
     assert "image file that no row names: 2\n  b.PNG\n  sub/c.jpeg" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("reader", [coco, karpathy, flickr8k, flickr30k], ids=lambda reader: reader.__name__)
+def test_images_that_no_annotation_names_are_counted(tmp_path, capsys, reader):
+    entries = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": "x"}]}
+    files = {
+        coco: {"captions_train.json": json.dumps(entries)},
+        karpathy: {
+            "k.json": json.dumps({"images": [{"filename": "a.png", "split": "train", "sentences": [{"raw": "x"}]}]})
+        },
+        flickr8k: {"Flickr8k.token.txt": "a.png#0\tx\n"},
+        flickr30k: {"captions.txt": "image,caption\na.png,x\n"},
+    }[reader]
+    files |= {"sub/a.png": image_bytes(1), "sub/b.png": image_bytes(2), ".trash/c.png": image_bytes(3)}
+    table = prepared(reader, tmp_path, write(tmp_path / "in", files))
+    assert list(table["train"].values()) == [["x"]]
+    assert "image file that no row names: 1\n  sub/b.png" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("column", ["split", "part", "Split", "class"])
 def test_a_column_says_which_row_is_in_which_split(tmp_path, column):
     """As Flickr30k is on the Hub: all rows in a split `test`, Karpathy's splits in a column."""
@@ -383,6 +400,7 @@ def test_tables_of_image_bytes_are_images(tmp_path, kind):
     assert by_color(load_from_disk(tmp_path / "out"))["train"] == {0: ["a"], 1: ["b"], 2: ["c"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["sorted", "mixed"])
 def test_shards_of_jpg_and_png_together_keep_both(tmp_path, order):
     kinds = ["jpg"] * 7 + ["png"] * 7 + ["PNG", "jpeg"] if order == "sorted" else ["jpg", "png"] * 8
@@ -445,6 +463,17 @@ def test_a_name_that_differs_from_two_files_in_case_is_not_guessed(tmp_path, cap
     source = write(tmp_path / "in", files | {"metadata.csv": "file_name,caption\nA.PNG,x\na.png,y\nb.png,z\n"})
     assert prepared(image_folder, tmp_path, source)["train"] == {"a.png": ["y"], "b.png": ["z"]}
     assert "several image files of that name: 1" in capsys.readouterr().out
+
+
+def test_text_files_almost_of_an_images_name_are_found(tmp_path, capsys):
+    files = {"café.png": image_bytes(1), f"{NFD[:-4]}.txt": "x", "B.PNG": image_bytes(2), "b.txt": "y"}
+    files |= {"c.png": image_bytes(3), "c.txt": "own", "C.TXT": "of none"}
+    assert prepared(image_folder, tmp_path, write(tmp_path / "in", files)) == {
+        "train": {"café.png": ["x"], "B.PNG": ["y"], "c.png": ["own"]}
+    }
+    told = capsys.readouterr().out
+    assert "file name spelled differently (case, blanks, slashes or Unicode form): 2" in told
+    assert "text file without an image of its name: 1\n  C.TXT" in told
 
 
 @pytest.mark.parametrize("header", ["File_Name, Caption", "file_name , CAPTION ", "FILE_NAME,text"])

@@ -131,6 +131,7 @@ def test_an_interval_of_a_mean_is_that_of_its_standard_error():
     assert bootstrap_interval(values, np.full(400, 2.0)) == pytest.approx([end / 2 for end in interval])
 
 
+@pytest.mark.slow
 def test_one_table_has_all_scores_with_intervals(clip, colors, tmp_path, capsys):
     predictions, instances, synonyms = (tmp_path / name for name in ("p.json", "instances.json", "synonyms.txt"))
     rows = [{"image_id": f"test/{color}", "caption": text} for color, text in zip(COLORS, CAPTIONS, strict=True)]

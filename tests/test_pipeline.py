@@ -10,7 +10,14 @@ import torch
 from fresh import run_fresh
 from PIL import Image
 from small_captioners import COLORS, IMAGES, build
-from transformers import AutoProcessor, VisionEncoderDecoderModel, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    VisionEncoderDecoderModel,
+    VisionTextDualEncoderProcessor,
+    pipeline,
+)
 
 from modeling.captioner import Captioner
 
@@ -73,6 +80,7 @@ else:
         ("vit_gpt2", "pipe.save_pretrained"),
         ("lstm", "save_pretrained"),
         ("lstm", "Trainer.save_model"),
+        ("vit_gpt2", "Trainer.save_model"),
     ],
 )
 @pytest.mark.slow
@@ -81,6 +89,21 @@ def test_a_model_saved_again_elsewhere_keeps_the_one_line(kind, way, tmp_path):
     captioner.save(tmp_path / "saved")
     run_fresh(SAVE_AGAIN, tmp_path / "saved", tmp_path / "again", way, folder=tmp_path / "elsewhere")
     assert fresh_captions(tmp_path / "again", tmp_path) == expected_captions(captioner, IMAGES)
+
+
+def test_a_processor_carries_the_pipelines_file_and_loads_without_remote_code(tmp_path):
+    build("vit_gpt2").save(tmp_path / "saved")
+    written = (tmp_path / "saved" / "captioning_pipeline.py").read_bytes()
+    plain = AutoProcessor.from_pretrained(tmp_path / "saved")
+    assert type(plain) is VisionTextDualEncoderProcessor
+    ours = AutoProcessor.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    ours.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "captioning_pipeline.py").read_bytes() == written
+    for folder in ("saved", "again"):
+        for part in (AutoTokenizer, AutoImageProcessor, AutoProcessor):
+            assert not type(part.from_pretrained(tmp_path / folder)).__module__.startswith("transformers_modules")
+    pixels = [one(images=IMAGES, return_tensors="pt")["pixel_values"] for one in (plain, ours)]
+    assert torch.equal(*pixels)
 
 
 @pytest.mark.slow

@@ -2,12 +2,10 @@
 
 import importlib
 import json
-import os
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import zipfile
 from itertools import pairwise
@@ -18,6 +16,7 @@ import datasets
 import pytest
 import torch
 from datasets import load_from_disk
+from fresh import run_fresh
 from PIL import Image
 
 import evaluate_captions
@@ -279,11 +278,7 @@ def test_the_script_with_another_reward_trains(workshop, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_lines_of_python_run(workshop):
     lines = "\n".join(lines for lines in PYTHON if not is_script(lines))
-    run = subprocess.run(
-        [sys.executable, "-c", lines], cwd=workshop, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""}
-    )
-    assert run.returncode == 0, run.stderr
-    captions = run.stdout.splitlines()
+    captions = run_fresh(lines, folder=workshop).splitlines()
     assert len(captions) == 2 and captions[0].strip() == captions[1].strip()
 
 

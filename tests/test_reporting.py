@@ -223,6 +223,7 @@ def page_of(output_dir: Path, texts: tuple[str, ...], **changes: object) -> str:
     return path.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_hostile_text_adds_no_element_and_no_attribute(tmp_path):
     for text in HOSTILE:
         everywhere = {"dataset": text, "split": text, "warning": text, "decoding": {text: text}}
@@ -291,6 +292,7 @@ def in_browser(page: str, tmp_path: Path) -> str:
     return subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_a_browser_our_script_runs_and_no_other(tmp_path):
     # An event handler that got past the escaping, and a script that did: the content policy stops both.
@@ -301,6 +303,7 @@ def test_in_a_browser_our_script_runs_and_no_other(tmp_path):
     assert f"{len(HOSTILE)} of {len(HOSTILE)}" in parsed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_in_a_browser_images_are_sorted_filtered_and_walked(tmp_path):
     page = page_of(tmp_path, ("a red cat", "a blue dog", "a green cat"))  # CIDEr 0, 2, 4
@@ -539,6 +542,7 @@ def test_curves_keep_every_point_there_is():
     assert points([*history, {"step": 4, "cider": 0.7}], "cider") == ([2, 4], [0.5, 0.7])
 
 
+@pytest.mark.slow
 def test_curves_have_a_panel_for_each_kind_of_value(tmp_path):
     widths = []
     history = [{"step": 1, "train_loss": 3.0}]

@@ -57,6 +57,7 @@ def rows() -> list:
     return scenes.scene_rows(NUMBERS, seed=0, num_captions=FIVE_EACH)
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_in_another_process() -> None:
     code = "import sys; sys.path.insert(0, 'tests'); from test_scenes import digest; print(digest(5))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
@@ -85,6 +86,7 @@ def test_no_combination_is_in_two_splits(rows: list) -> None:
     assert not told["validation"] & told["test"]
 
 
+@pytest.mark.slow
 def test_default_size_splits_and_words() -> None:
     rows = scenes.scene_rows()
     assert Counter(row.split for row in rows) == {"train": 20_000, "validation": 300, "test": 500}
@@ -103,6 +105,7 @@ def test_default_size_splits_and_words() -> None:
     assert figures["test"] <= figures["train"]  # every figure has been seen, in other company
 
 
+@pytest.mark.slow
 def test_image_shows_what_the_caption_says(rows: list) -> None:
     """Color, size and place of the figures are found again in the pixels."""
     for row in rows[:150]:
@@ -270,6 +273,7 @@ def test_impossible_numbers_are_one_sentence(options: list, tmp_path: Path, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_scenes_load_by_name_and_are_cached(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(scenes, "NUM_SCENES", {"train": 40, "validation": 8, "test": 9})
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)

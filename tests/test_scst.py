@@ -127,6 +127,7 @@ def exact_log_probs(captioner: Captioner, states: torch.Tensor, rules: SamplingC
     return torch.stack(log_probs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "baseline", "kl_coef", "share", "rules"),
     [
@@ -370,6 +371,7 @@ def test_a_sample_ends_with_eos_or_at_the_longest(kind, prompt, rules):
 BEST = ["a red dog runs", "green cat sits", "the blue dog", "small cat under it", "big dog sits on it"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_best_caption_is_found(kind):
     """It knows five captions and not which is whose; by the reward alone each image gets its own, from beginning to end."""
@@ -507,7 +509,6 @@ def test_sigterm_saves_and_leaves(whole, started, small_scenes, tmp_path, monkey
         return plain(optimizer, *arguments, **given)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
-    monkeypatch.setattr("training.run.draw_curves", lambda *_: None)
     with pytest.raises(SystemExit) as stopped:
         scst(started["lstm"], small_scenes, tmp_path / "lstm")
     assert stopped.value.code == 128 + signal.SIGTERM

@@ -15,7 +15,6 @@ from transformers import (
 )
 
 import train_scst
-import training.run
 from modeling.captioner import Captioner
 
 END = 2  # id of the token that begins, ends and, for some, pads
@@ -49,9 +48,8 @@ def others(request, tmp_path) -> str:
 
 
 @pytest.fixture
-def fine_tune(small_scenes, tmp_path, monkeypatch):
+def fine_tune(small_scenes, tmp_path):
     """Trains for three steps, and gives the folder."""
-    monkeypatch.setattr(training.run, "draw_curves", lambda *_: None)
 
     def run(script, start: str, *more: str):
         folder = tmp_path / "run"
@@ -71,6 +69,7 @@ def changed(start: str, folder) -> set[str]:
     return {".".join(name.split(".")[:2]) for name in names if not torch.equal(before[name], after[name])}
 
 
+@pytest.mark.slow
 def test_scst_fine_tunes_the_decoder_of_a_captioner_of_others(others, fine_tune):
     folder = fine_tune(train_scst, others, "--eval_on_start", "false", "--learning_rate", "1e-2")
     assert {name.split(".")[0] for name in changed(others, folder)} == {"decoder"}

@@ -85,6 +85,7 @@ def test_only_http_is_followed_also_by_redirect(tmp_path, target):
     assert not (tmp_path / "x").exists() or not (tmp_path / "x").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", MAINS)
 def test_the_hub_token_is_written_nowhere(small_scenes, tmp_path, monkeypatch, caplog, capfd, script):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -116,6 +117,7 @@ class Elements(HTMLParser):
         self.addresses += [value for name, value in attributes if name in ("src", "href")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", MAINS)
 def test_captions_and_names_of_strangers_are_inert_on_every_page(small_scenes, tmp_path, script):
     """In captions, in an image's name and in the name of the data set, which all come with the data."""

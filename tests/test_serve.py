@@ -68,6 +68,7 @@ def message(*urls: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, *images]}]
 
 
+@pytest.mark.slow
 def test_openais_client_gets_the_captions(address, wanted):
     openai = pytest.importorskip("openai", reason="needs OpenAI's client (pip install openai)")
     client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)

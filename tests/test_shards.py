@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import PartialState
+from PIL import Image
 
 from data_scripts import load_captions
 from data_scripts.load import Shards, load_for_training
@@ -175,6 +176,63 @@ def test_what_cannot_be_used_is_counted_or_an_error(tars, tmp_path, images):
             list(read_shard(str(path), 0, True))
 
 
+def test_a_shard_is_read_as_the_table_of_its_tar_is(tmp_path, images):
+    """The .json's captions before the .txt's, every kind of image, and what of a sample is not used is counted."""
+    from data_scripts.img2dataset import tar_rows
+
+    avif = io.BytesIO()
+    Image.open(io.BytesIO(images[0])).save(avif, "AVIF")
+    jpeg = io.BytesIO()
+    Image.open(io.BytesIO(images[1])).save(jpeg, "JPEG")
+    members = [("a.avif", avif.getvalue()), ("a.txt", b"one"), ("b.jfif", jpeg.getvalue()), ("b.txt", b"two\nlines")]
+    members += [("c.txt", b"not these"), ("c.json", b'{"caption": ["three", "", "four"]}'), ("c.png", images[2])]
+    members += [("d.jpg", jpeg.getvalue()), ("d.png", images[3]), ("d.txt", b"five")]
+    write_tar(tmp_path / "0.tar", members)
+    skipped = Skipped()
+    read = [sample for _, sample in read_shard(str(tmp_path / "0.tar"), 0, False, skipped)]
+    rows = list(tar_rows(tmp_path / "0.tar", "0.tar"))
+    assert [sample.image for sample in read] == [row.read() for row in rows if row.read]
+    captions = [["one"], ["two\nlines"], ["three", "four"], ["five"]]
+    assert [sample.captions for sample in read] == captions
+    assert [[text for text in row.captions if text] for row in rows if row.read] == captions
+    assert [row.place for row in rows if row.note] == ["0.tar, d.png"]
+    assert skipped.parts.total() == 2 and not skipped.samples and len((skipped + skipped).lines()) == 2
+
+
+def test_rows_of_one_image_are_its_references_and_other_splits_are_not_trained_on(tmp_path, images, capsys):
+    """As in a table: a row per caption, with and without IDs, in a split that is validated on."""
+    ids = {"no id": [None] * 6, "ids": [0, 1, 2] * 2, "ids anew": [0] * 6}
+    for name, image_ids in ids.items():
+        texts = [f"{name} {number}" for number in range(6)]
+        table = pa.table({"image": images[:3] * 2, "caption": texts, "image_id": pa.array(image_ids, pa.int64())})
+        for split in ("train", "validation"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            pq.write_table(table, tmp_path / name / f"{split}-00000.parquet")
+        dataset, _ = load_for_training(str(tmp_path / name), streaming=True)
+        assert dataset["validation"]["captions"] == [[texts[number], texts[number + 3]] for number in range(3)]
+    (tmp_path / "bad").mkdir()
+    table = pa.table({"image": [images[0], b"", images[1]], "caption": ["a", "b", ""]})
+    for split in ("train", "validation"):
+        pq.write_table(table, tmp_path / "bad" / f"{split}-00000.parquet")
+    capsys.readouterr()
+    assert len(load_for_training(str(tmp_path / "bad"), streaming=True)[0]["validation"]) == 1
+    told = capsys.readouterr().out
+    assert "no image: 1" in told and "empty caption: 1" in told
+    for number, split in enumerate(("train", "val")):
+        table = pa.table({"image": images[:2], "caption": ["a", "b"], "Split": ["train", split]})
+        (tmp_path / "column").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "column" / f"train-{number}.parquet")
+    with pytest.raises(UserError, match="'split' with rows of val"):
+        load_for_training(f"{tmp_path}/column/*.parquet")
+
+
+def test_captions_that_are_truncated_are_counted(tars, tokenizer, caplog):
+    lengths = CaptionStream(Shards(tars, False, list(ALL)), tokenizer).lengths
+    assert not caplog.messages
+    CaptionStream(Shards(tars, False, list(ALL)), tokenizer, max_length=int(lengths.max()) - 1)
+    assert f"{(lengths == lengths.max()).sum()} of the first {len(lengths)} captions" in caplog.text
+
+
 def test_a_connection_that_breaks_is_opened_again_and_no_sample_comes_twice(tars, monkeypatch):
     import fsspec
     from fsspec.implementations.memory import MemoryFileSystem
@@ -275,6 +333,7 @@ def features_in(folder: Path) -> dict[str, list]:
     return {path.name: pq.read_table(path).to_pylist() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_shards_are_encoded_once_whatever_is_killed_and_by_however_many(encode, monkeypatch, tars):
     alone = features_in(encode("alone", monkeypatch))
     assert list(alone) == [f"{shard:05}.parquet" for shard in range(len(SIZES))]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kill_points import start_server
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor
 
@@ -35,8 +36,9 @@ class MeanColor(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_batches_of_a_spawned_worker_are_the_same(small_scenes):
-    """From images and from cached features."""
+def test_batches_of_a_worker_that_inherits_nothing_are_the_same(small_scenes):
+    """From images and from cached features. What it gets is pickled, as for a spawned one, which has to import all libraries."""
+    context = start_server()
     dataset = load_captions(small_scenes)
     tokenizer = train_tokenizer([text for texts in dataset["train"]["captions"] for text in texts], 120)
     image_processor = CLIPImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False)
@@ -47,7 +49,7 @@ def test_batches_of_a_spawned_worker_are_the_same(small_scenes):
         sampler = CaptionSampler(pairs.lengths, 40, images=pairs.row_of_pair, num_augmentations=2)
         loading = {"batch_size": 40, "sampler": sampler, "collate_fn": CaptionCollator(processor, "index")}
         here = list(DataLoader(pairs, **loading))
-        there = list(DataLoader(pairs, num_workers=1, multiprocessing_context="spawn", **loading))
+        there = list(DataLoader(pairs, num_workers=1, multiprocessing_context=context, **loading))
         for one, other in zip(here, there, strict=True):
             assert one.keys() == other.keys()
             for name in one.keys() - {"encoder_outputs"}:

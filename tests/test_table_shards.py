@@ -82,6 +82,7 @@ def test_a_kill_costs_a_shard_and_changes_nothing(rows, tmp_path, monkeypatch, n
     assert {path.name for path in tmp_path.iterdir()} == {"out", "undisturbed"}
 
 
+@pytest.mark.slow
 def test_other_captions_are_another_table(rows, tmp_path, monkeypatch):
     write_caption_table(rows, tmp_path / "one")
     write_caption_table(rows, tmp_path / "same")
@@ -91,6 +92,7 @@ def test_other_captions_are_another_table(rows, tmp_path, monkeypatch):
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
+@pytest.mark.slow
 def test_processes_read_a_zip_each_for_itself(rows, tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for row in rows:

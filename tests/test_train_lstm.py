@@ -26,6 +26,7 @@ from data_scripts.captions_file import read_captions
 from metrics import CaptionScorer
 from modeling.captioner import Captioner
 from modeling.modeling_inception_lstm import TimmEncoder
+from reporting.curves import draw_curves
 from training.averaging import ema_of
 from training.batches import CaptionCollator, CaptionPairs
 
@@ -37,13 +38,10 @@ SIZES = [
 SHORT = ["--per_device_train_batch_size", "16", "--num_train_epochs", "2", "--report_to", "none"]
 
 
-def train(folder: Path, dataset: str, *options: str, curves: bool = False) -> dict:
+def train(folder: Path, dataset: str, *options: str) -> dict:
     """Train small, in this process, and give the trained weights."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not curves:  # which take half the time
-            patch.setattr(training.run, "draw_curves", lambda *_: None)
-        sizes = [] if "--model_name_or_path" in options else SIZES
-        train_lstm.main([*sizes, *SHORT, "--dataset_name", dataset, "--output_dir", str(folder), *options])
+    sizes = [] if "--model_name_or_path" in options else SIZES
+    train_lstm.main([*sizes, *SHORT, "--dataset_name", dataset, "--output_dir", str(folder), *options])
     return load_file(folder / "model.safetensors")
 
 
@@ -59,7 +57,9 @@ def assert_same_weights(ours: dict, theirs: dict, tolerance: float = 0.0) -> Non
 def trained(small_scenes, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "lstm"
     options = ["--num_train_epochs", "3", "--learning_rate", "1e-2", "--report_to", "tensorboard"]
-    train(folder, small_scenes, *options, curves=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.run, "draw_curves", draw_curves)
+        train(folder, small_scenes, *options)
     return folder
 
 
@@ -67,6 +67,7 @@ def test_a_run_leaves_what_the_contract_says(trained, small_scenes):
     names = {path.name for path in trained.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_inception_lstm.py"} <= names
     assert {"results.json", "captions.jsonl", "captions.html", "README.md", "curves.png", "history.json"} <= names
+    assert Image.open(trained / "curves.png").width > 1000
     assert {"checkpoint-8", "checkpoint-16", "checkpoint-24"} <= names  # 24 images x 5 captions in batches of 16
     assert [name for name in names if name.startswith(".")] == [".lock"]
     results = json.loads((trained / "results.json").read_text())
@@ -280,6 +281,17 @@ def test_labels_are_smoothed_in_training_and_nowhere_else(small_scenes, tmp_path
     assert told["0.3"]["train_loss"] == pytest.approx(smoothed, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("seconds", "rows"), [(30, [2]), (0, [1, 2, 2])])
+def test_curves_are_drawn_at_the_end_and_now_and_then(seconds, rows, small_scenes, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(training.run, "SECONDS_BETWEEN_CURVES", seconds)
+    monkeypatch.setattr(training.run, "draw_curves", lambda folder, history: drawn.append(len(history)))
+    train(tmp_path / "run", small_scenes, "--learning_rate", "0")
+    assert drawn == rows
+
+
+@pytest.mark.slow
 def test_early_stopping_stops(small_scenes, tmp_path):
     options = [
         "--num_train_epochs",

@@ -13,11 +13,11 @@ from transformers import VisionEncoderDecoderModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import train_vit_gpt2
-import training.run
 from data_scripts.caption_table import FEATURES
 from modeling.captioner import Captioner
 from modeling.transformers_versions import CACHE
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
+from system.errors import UserError
 
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220), "white": (250, 250, 250)}
 SMALL = {
@@ -59,8 +59,6 @@ def train(dataset, tmp_path, monkeypatch):
 
     def run(name: str, **options) -> Path:
         options = {"dataset_name": dataset, "output_dir": tmp_path / name, **SMALL, **options}
-        if name != "whole":  # which take half the time
-            monkeypatch.setattr(training.run, "draw_curves", lambda *_: None)
         train_vit_gpt2.main([word for option, value in options.items() for word in (f"--{option}", str(value))])
         return tmp_path / name
 
@@ -75,6 +73,7 @@ def history(folder: Path) -> list[dict]:
     return json.loads((folder / "history.json").read_text())
 
 
+@pytest.mark.slow
 def test_run_leaves_what_the_contract_says(train, dataset):
     folder = train("whole", num_train_epochs=2, save_epochs=2, max_eval_samples=2)
     for name in ("results.json", "captions.jsonl", "captions.html", "README.md", "history.json", "curves.png"):
@@ -126,6 +125,7 @@ def test_gold_captions_never_reach_generate_and_the_prompt_does(train, monkeypat
     assert all(row[: len(prompt_ids)] == prompt_ids for rows in starts for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["encoder", "encoder's last block", "decoder"])
 def test_only_what_shall_learn_moves(train, tmp_path, part):
     """A frozen encoder stays; what of it is not frozen learns at its own rate, here the only one above zero."""
@@ -200,12 +200,41 @@ def test_training_and_validation_measure_the_same_loss(train):
     assert row["train_loss"] == pytest.approx(row["eval_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_stops_early_and_keeps_the_first_of_equals(train):
     folder = train("stopped", learning_rate=0, num_train_epochs=9, early_stopping_patience=1)
     assert [row["epoch"] for row in history(folder)] == [1, 2]
     assert json.loads((folder / "results.json").read_text())["train"]["epochs"] == 2
 
 
+def test_where_cider_cannot_choose_the_lower_validation_loss_does(train):
+    """Of one validation image every CIDEr is 0."""
+    options = {"max_eval_samples": 1, "num_train_epochs": 3, "learning_rate": 1e-2}
+    folder = train("tied", early_stopping_patience=1, save_epochs=1, **options)
+    rows = history(folder)
+    assert [row["cider"] for row in rows] == [0, 0, 0]
+    assert rows[0]["eval_loss"] > rows[1]["eval_loss"] > rows[2]["eval_loss"]
+    last = weights(folder / "checkpoint-3")
+    assert all(torch.equal(value, last[name]) for name, value in weights(folder).items())
+
+
+def test_a_run_tries_its_captioner_before_it_trains_it(train, tmp_path, monkeypatch, capsys):
+    """Whether it can be saved and loaded; and what of its encoder the states do not depend on is not trained."""
+    frozen = []
+    monkeypatch.setattr("training.encoder_training.freeze_unused", frozen.append)
+
+    def refuse(captioner: Captioner, folder: Path) -> None:
+        assert frozen == [captioner]
+        raise UserError("it does not come back")
+
+    monkeypatch.setattr("training.run.check_round_trip", refuse)
+    with pytest.raises(SystemExit) as ended:
+        train("refused")
+    assert ended.value.code == 2 and "does not come back" in capsys.readouterr().err
+    assert not (tmp_path / "refused" / "history.json").exists()
+
+
+@pytest.mark.slow
 def test_pretrained_parts_and_decoders_own_tokenizer(train, dataset, tmp_path):
     """Folders of trained parts, the tokenizer without a pad token as GPT-2's is; captions too long for it are cut."""
     tokenizer = Captioner.load(train("source")).tokenizer
@@ -227,6 +256,7 @@ def test_pretrained_parts_and_decoders_own_tokenizer(train, dataset, tmp_path):
         assert torch.equal(saved[name], value), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ours", "nlpconnect", "distilvit"])
 def test_a_whole_captioner_is_fine_tuned_with_its_prompt_and_processor(dataset, train, tmp_path, monkeypatch, kind):
     """Ours; one of the time before processors, without a padding token; distilgpt2's shape, whose one token starts, ends and pads."""
@@ -243,7 +273,6 @@ def test_a_whole_captioner_is_fine_tuned_with_its_prompt_and_processor(dataset, 
         else:
             captioner.tokenizer.pad_token = None
         captioner.tokenizer.save_pretrained(start)
-    monkeypatch.setattr(training.run, "draw_curves", lambda *_: None)
     common = ["--dataset_name", str(dataset), "--num_train_epochs", "1", "--report_to", "none", "--output_dir"]
     train_vit_gpt2.main(["--model_name_or_path", str(start), *common, str(tmp_path / "tuned")])
     before, after = Captioner.load(start), Captioner.load(tmp_path / "tuned")

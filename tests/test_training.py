@@ -12,7 +12,6 @@ import train_lstm
 import train_scst
 import train_vit_gpt2
 import training.evaluation
-import training.run
 from modeling.captioner import Captioner
 from training.checkpoints import checkpoints
 
@@ -54,7 +53,6 @@ def train(colors, starts, tmp_path_factory):
         size = "2" if script == "train_scst" else "4"
         arguments = [*OPTIONS, *own, *start_options(script, starts[kind]), "--per_device_train_batch_size", size]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training.run, "draw_curves", lambda *_: None)
             patch.setattr(
                 training.evaluation,
                 "score_and_show",

@@ -105,6 +105,7 @@ def nats(model, batch: dict) -> torch.Tensor:
     return losses.sum(dim=1)
 
 
+@pytest.mark.slow
 def test_shapes_and_sizes_are_the_reports():
     """ViT-base at 224 pixels and GPT-2 small with cross attention, without memory or time for the weights."""
 
@@ -261,6 +262,7 @@ def test_of_a_frozen_encoder_the_last_blocks_may_learn(build):
         unfreeze_last_blocks(model.encoder, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["", PROMPT])
 def test_memorised_images_come_back_without_the_prompt(build, rows, prompt):
     model, processor = build(prompt=prompt)

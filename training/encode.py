@@ -110,10 +110,8 @@ def encode_shards(args: EncodeArguments) -> None:
     for name, address in missing:
         number = encode_shard(address, name, captioner, args, state.device, skipped)
         logger.info(f"{shown(address)}: {number:,} images")
-    for reason, number in sorted(skipped.samples.items()):
-        logger.warning(f"Samples skipped, {reason}: {number:,}")
-    for shard, reason in sorted(skipped.shards.items()):
-        logger.warning(f"Shard skipped, {shard} {reason}")
+    for line in skipped.lines():
+        logger.warning(line)
 
 
 def target_names(addresses: list[str]) -> dict[str, str]:
@@ -219,7 +217,7 @@ def _encoded(address: str, captioner: "Captioner", args: EncodeArguments, device
         columns = {name: (values.shape[1:], values.dtype.str) for name, values in features.items()}
         rows = {
             "image": [{"bytes": sample.image, "path": None} for sample, _ in group],
-            "image_id": [sample.name for sample, _ in group],
+            "image_id": [sample.image_id for sample, _ in group],
             "captions": [sample.captions for sample, _ in group],
         }
         rows |= {name: [value.tobytes() for value in values] for name, values in features.items()}

@@ -133,7 +133,10 @@ def encoder_fingerprint(encoder: torch.nn.Module, image_processor) -> str:
     """A digest of the encoder's layers, config, weights and statistics, and of all that the image processor does."""
     config = getattr(encoder, "config", None)  # layers do not show how many heads they have
     settings = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in NOT_COMPUTED}
-    about = f"{image_processor.to_json_string()} {encoder} {json.dumps(settings, sort_keys=True, default=str)}"
+    pixels = json.loads(image_processor.to_json_string())
+    pixels.pop("auto_map", None)  # where its code lies, which it knows once it has been saved
+    pixels = json.dumps(pixels, indent=2, sort_keys=True)
+    about = f"{pixels}\n {encoder} {json.dumps(settings, sort_keys=True, default=str)}"
     return weights_digest(encoder, about)
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Protocol
@@ -12,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
 
+from data_scripts.shards import Skipped
 from system.errors import UserError
 from training.shards import StreamSampler
 
@@ -144,9 +144,5 @@ class ShardLoader:
 
     def _log_skipped(self) -> None:
         """Name the shards, and count the samples, that no process could use in this epoch."""
-        skipped = gather_object([self.sampler.skipped])
-        samples = sum((of_process.samples for of_process in skipped), Counter())
-        for reason, number in sorted(samples.items()):
-            logger.warning(f"Samples skipped, {reason}: {number:,}")
-        for shard, reason in sorted(item for of_process in skipped for item in of_process.shards.items()):
-            logger.warning(f"Shard skipped, {shard} {reason}")
+        for line in sum(gather_object([self.sampler.skipped]), Skipped()).lines():
+            logger.warning(line)

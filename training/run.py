@@ -58,6 +58,9 @@ from training.training_state import load_training_state, save_training_state
 
 logger = logging.getLogger(__name__)
 
+# curves.png takes longer to draw than a small model to evaluate; it is drawn at the end anyway.
+SECONDS_BETWEEN_CURVES = 30
+
 
 @dataclass
 class TrainerState:
@@ -101,6 +104,7 @@ class TrainingRun:
         if getattr(args, "ema_decay", 0):
             refuse_fsdp("--ema_decay")
         self.stop_signal = StopSignal()
+        self._curves_due = time.monotonic() + SECONDS_BETWEEN_CURVES
         self.accelerator = start_accelerator(args)
         self.step_size = (
             args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
@@ -401,7 +405,9 @@ class TrainingRun:
         log_losses(row)
         if self.accelerator.is_main_process:
             write_history(self.args.output_dir, history)
-            draw_curves(self.args.output_dir, history)
+            if time.monotonic() > self._curves_due:
+                draw_curves(self.args.output_dir, history)
+                self._curves_due = time.monotonic() + SECONDS_BETWEEN_CURVES
 
     # ---- Checkpoints and end ----------------------------------------------------------------------------------------
 
@@ -450,6 +456,7 @@ class TrainingRun:
         with accelerator.autocast():
             captions = caption_images(captioner, images, accelerator, NUM_IMAGES)
         if accelerator.is_main_process:
+            draw_curves(args.output_dir, self.state.log_history)
             report_training(
                 args,
                 data_args,

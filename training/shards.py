@@ -91,12 +91,18 @@ class CaptionStream(torch.utils.data.Dataset):
         prompt_ids = self.start_ids[1:]
         self.prompt_labels = prompt_ids if loss_on_prompt else [-100] * len(prompt_ids)
         self.num_augmentations = num_augmentations
-        self.lengths = np.array([len(ids) for ids in self.tokenize(list(shards.first_captions), 0)])
+        first, num_truncated = self.tokenize(list(shards.first_captions), 0)
+        self.lengths = np.array([len(ids) for ids in first])
+        if num_truncated:
+            logger.warning(
+                f"{num_truncated:,} of the first {len(first):,} captions have more than {max_length} tokens, EOS included: truncated."
+            )
 
-    def tokenize(self, captions: Sequence[str], augmentation: int) -> list[list[int]]:
+    def tokenize(self, captions: Sequence[str], augmentation: int) -> tuple[list[list[int]], int]:
+        """Their token ids, and how many were truncated."""
         blank = " " if len(self.start_ids) > 1 else ""
         texts = [blank + augment_caption(caption, augmentation) for caption in captions]
-        return tokenize(texts, self.tokenizer, self.max_length)[0]
+        return tokenize(texts, self.tokenizer, self.max_length)
 
     def __getitem__(self, item: StreamedCaption) -> dict:
         return self.__getitems__([item])[0]
@@ -226,7 +232,7 @@ class StreamSampler(Sampler[StreamedCaption]):
         for side in {flip % 2 for flip in flips}:
             places = [place for place, flip in enumerate(flips) if flip % 2 == side]
             texts = [captions[place][1].captions[captions[place][0][2]] for place in places]
-            for place, ids in zip(places, self.stream.tokenize(texts, side), strict=True):
+            for place, ids in zip(places, self.stream.tokenize(texts, side)[0], strict=True):
                 token_ids[place] = ids
         seed = int(np.random.SeedSequence([self.seed, *stretch.key, stretch.block]).generate_state(1)[0])
         lengths = np.array([len(ids) for ids in token_ids])

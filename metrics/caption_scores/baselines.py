@@ -83,7 +83,9 @@ def _mean_reference(table: ReferenceTable, order: int) -> np.ndarray:
     return np.bincount(entries.ngram, share, minlength=len(table.frequencies.weights[order]))
 
 
-def _similarity(ngrams: list[Ngrams], num_captions: int, means: list[np.ndarray], table: ReferenceTable) -> np.ndarray:
+def _similarity(
+    ngrams: Iterable[Ngrams], num_captions: int, means: list[np.ndarray], table: ReferenceTable
+) -> np.ndarray:
     similarity = np.zeros(num_captions)
     for order, of_order in enumerate(ngrams):
         counts = of_order.count()

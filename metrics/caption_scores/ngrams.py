@@ -21,7 +21,8 @@ CAPTIONS_AT_ONCE = 8192
 CHUNK = 8  # bytes of an int64
 LOWER_BYTES = np.array([(1 << 8 * size) - 1 for size in range(CHUNK)], dtype=np.int64)
 CHAINED = np.int64(-(1 << 63))
-IS_BLANK = np.array([chr(code).isspace() and code < 128 for code in range(256)])
+LAST_BLANK = ord(" ")
+IS_BLANK = np.array([chr(code).isspace() for code in range(LAST_BLANK + 1)])
 UNICODE_BLANKS = re.compile(r"[^\S\x00-\x7f]")
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # multiplicative hashing (Knuth, TAOCP 6.4)
 
@@ -38,6 +39,34 @@ def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     ends = np.cumsum(sizes, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
     return np.repeat(starts - (ends - sizes), sizes) + np.arange(total)
+
+
+def distinct_pairs(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What two arrays of numbers hold in pairs.
+
+    Returns:
+        the distinct pairs, sorted, as keys `(high << SHIFT) | low`; and for each pair the place of its key, int32.
+    """
+    low_bits, place_bits = int(low.max(initial=0)).bit_length(), len(low).bit_length()
+    if int(high.max(initial=0)).bit_length() + low_bits + place_bits >= 64:
+        keys, which = np.unique((high.astype(np.int64) << SHIFT) | low, return_inverse=True)
+        return keys, which.astype(np.int32)
+    # high, low and the place in one number: sorted at once, several times as fast as by argsort
+    key = high.astype(np.int64)
+    key <<= low_bits
+    key |= low
+    key <<= place_bits
+    key |= np.arange(len(low))
+    key.sort()
+    place = key & ((1 << place_bits) - 1)
+    key >>= place_bits
+    first = np.empty(len(key), dtype=bool)
+    first[:1] = True
+    np.not_equal(key[1:], key[:-1], out=first[1:])
+    which = np.empty(len(key), dtype=np.int32)
+    which[place] = np.cumsum(first, dtype=np.int32) - 1
+    key = key[first]
+    return ((key >> low_bits) << SHIFT) | (key & ((1 << low_bits) - 1)), which
 
 
 class Captions(NamedTuple):
@@ -118,7 +147,8 @@ def cut_pieces(captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndar
         content, lengths = b" ".join(encoded), map(len, encoded)
     text = np.frombuffer(content + bytes(CHUNK), dtype=np.uint8)
     # between two blanks, those before the text and behind it included, is a piece, which may be empty
-    blank = np.concatenate(([-1], np.flatnonzero(IS_BLANK[text[:-CHUNK]]), [len(content)]))
+    blank = np.flatnonzero(text[:-CHUNK] <= LAST_BLANK)
+    blank = np.concatenate(([-1], blank[IS_BLANK[text[blank]]], [len(content)]))
     start, length = blank[:-1] + 1, np.diff(blank) - 1
     there = length > 0
     caption_ends = np.cumsum(np.fromiter(lengths, dtype=np.int64, count=len(captions)) + 1)
@@ -140,13 +170,13 @@ class PieceNumbers:
         """The number of the text of so many bytes at each start; new ones are learned."""
         # eight bytes from every position on, as one number
         eight = np.ndarray(len(text) - CHUNK, dtype="<i8", buffer=text, strides=(1,))
-        number = self.keys.number(eight[start] & LOWER_BYTES[np.minimum(length, CHUNK - 1)], learn=True)
+        number = self.keys.number(eight[start] & LOWER_BYTES[np.minimum(length, CHUNK - 1)])
         long, done = np.flatnonzero(length > CHUNK - 1), CHUNK - 1
         while len(long):
             left = np.minimum(length[long] - done, CHUNK - 1)
-            chunk = self.keys.number(eight[start[long] + done] & LOWER_BYTES[left], learn=True)
+            chunk = self.keys.number(eight[start[long] + done] & LOWER_BYTES[left])
             key = (number[long].astype(np.int64) << SHIFT) | chunk | CHAINED
-            number[long] = self.keys.number(key, learn=True)
+            number[long] = self.keys.number(key)
             done += CHUNK - 1
             long = long[length[long] > done]
         return number
@@ -232,7 +262,9 @@ class WordIndex:
             self.first, self.flags = np.pad(self.first, (0, more)), np.pad(self.flags, (0, more))
             self.size = np.pad(self.size, (0, more), constant_values=-1)
         unsplit = np.flatnonzero(self.size[piece] < 0)
-        new = unsplit[np.unique(piece[unsplit], return_index=True)[1]]
+        last = np.full(len(self.size), -1)
+        last[piece[unsplit]] = unsplit
+        new = last[last >= 0]
         content, numbers = text.tobytes(), piece[new]
         texts = [
             content[begin:end] for begin, end in zip(start[new].tolist(), (start + length)[new].tolist(), strict=True)
@@ -271,27 +303,23 @@ class KeyNumbers:
         self.keys = np.zeros(1, dtype=np.int64)
         self.slots = np.full(2, -1, dtype=np.int32)
 
-    def number(self, keys: np.ndarray, learn: bool) -> np.ndarray:
-        """The number of each key, int32. Unless new keys are learned, each has one beyond the known, in this result alone."""
-        if learn:
-            self.reserve(len(keys))
+    def number(self, keys: np.ndarray) -> np.ndarray:
+        """The number of each key, int32; new ones get the next numbers."""
+        self._reserve(len(keys))
         slot = self._slot(keys)
-        numbers = held = self._held(keys, slot, learn)
+        numbers = held = self._held(keys, slot)
         wanted, place = keys, None
         # where a slot holds another key, the next slot is looked at
-        while len(others := np.flatnonzero((self.keys[held] != wanted) & (held >= 0))):
+        while len(others := np.flatnonzero(self.keys[held] != wanted)):
             wanted, slot = wanted[others], (slot[others] + 1) & (len(self.slots) - 1)
             place = others if place is None else place[others]
-            held = self._held(wanted, slot, learn)
-            numbers[place] = held
-        if not learn and len(unknown := np.flatnonzero(numbers < 0)):
-            numbers[unknown] = self.size + np.unique(keys[unknown], return_inverse=True)[1]
+            numbers[place] = held = self._held(wanted, slot)
         return numbers
 
-    def _held(self, keys: np.ndarray, slot: np.ndarray, learn: bool) -> np.ndarray:
-        """The numbers in slots, -1 in free ones; to learn, keys take the free ones first."""
+    def _held(self, keys: np.ndarray, slot: np.ndarray) -> np.ndarray:
+        """The numbers in slots, of which keys take the free ones first."""
         held = self.slots[slot]
-        if learn and len(free := np.flatnonzero(held < 0)):
+        if len(free := np.flatnonzero(held < 0)):
             wanted = slot[free]
             self.slots[wanted] = free  # of several keys that want a slot, the last gets it
             first = np.flatnonzero(self.slots[wanted] == free)
@@ -305,7 +333,7 @@ class KeyNumbers:
         shift = np.uint64(64 - (len(self.slots) - 1).bit_length())
         return ((keys.view(np.uint64) * GOLDEN) >> shift).view(np.int64)
 
-    def reserve(self, num_keys: int) -> None:
+    def _reserve(self, num_keys: int) -> None:
         """Make room for so many new keys: at most three quarters of the slots are ever taken."""
         room = self.size + num_keys
         if room > len(self.keys):
@@ -332,9 +360,13 @@ class Ngrams(NamedTuple):
 
     def rows(self, start: int, stop: int) -> "Ngrams":
         """Those of the captions from start up to stop, numbered from zero again."""
-        first, last = np.searchsorted(self.caption, [start, stop])
-        position = None if self.position is None else self.position[first:last]
-        return Ngrams(self.caption[first:last] - start, self.ngram[first:last], position)
+        rows = self.cut(*np.searchsorted(self.caption, [start, stop]))
+        return rows._replace(caption=rows.caption - start)
+
+    def cut(self, start: int, end: int) -> "Ngrams":
+        """Those from one place up to another."""
+        position = None if self.position is None else self.position[start:end]
+        return Ngrams(self.caption[start:end], self.ngram[start:end], position)
 
     def count(self) -> "NgramCounts":
         pair = np.sort((self.caption << SHIFT) | self.ngram)
@@ -358,24 +390,31 @@ class NgramIndex:
 
     def __init__(self, split: Split | None = None) -> None:
         self.words = WordIndex(split)
-        self.orders = [KeyNumbers() for _ in range(MAX_ORDER - 1)]
+        # of each order from two words on, the keys of the known n-grams, sorted: their places are their numbers
+        self.known = [np.empty(0, dtype=np.int64) for _ in range(MAX_ORDER - 1)]
 
-    def reserve(self, num_ngrams: int) -> None:
-        """Make room for so many n-grams of each order: faster than room made again and again."""
-        for order in self.orders:
-            order.reserve(num_ngrams)
-
-    def number(self, captions: Captions, learn: bool = False, first_caption: int = 0) -> list[Ngrams]:
-        """Number the n-grams of captions, for good or for this call; one result per order. Captions count from the first."""
-        caption = np.repeat(np.arange(first_caption, first_caption + len(captions.lengths)), captions.lengths)
+    def number(self, captions: Captions, learn: bool = False) -> Iterator[Ngrams]:
+        """Number the n-grams of captions, order after order; those of the reference set, given at once, are to be learned."""
+        caption = np.repeat(np.arange(len(captions.lengths)), captions.lengths)
         position = captions.positions()
+        yield Ngrams(caption, captions.words, position)
         words_left = np.repeat(captions.lengths, captions.lengths) - position
         start, ngram = np.arange(len(captions.words)), captions.words
-        results = [Ngrams(caption, ngram, position)]
         for order in range(1, MAX_ORDER):
             keep = np.flatnonzero(words_left[start] > order)
             start = start[keep]
-            key = (ngram[keep].astype(np.int64) << SHIFT) | captions.words[start + order]
-            ngram = self.orders[order - 1].number(key, learn)
-            results.append(Ngrams(caption[start], ngram))
-        return results
+            keys, ngram = distinct_pairs(ngram[keep], captions.words[start + order])
+            if learn:
+                self.known[order - 1] = keys
+            else:
+                ngram = self._number_keys(keys, self.known[order - 1])[ngram]
+            yield Ngrams(caption[start], ngram)
+
+    @staticmethod
+    def _number_keys(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """The place of each key, sorted, among the known ones, and numbers beyond for the others; int32."""
+        place = np.searchsorted(known, keys)
+        new = place == len(known)
+        new[~new] = known[place[~new]] != keys[~new]
+        place[new] = len(known) + np.arange(np.count_nonzero(new))
+        return place.astype(np.int32)

@@ -1,6 +1,7 @@
 """BLEU, ROUGE-L and CIDEr-D of captions against references, as pycocoevalcap computes them, many images at once."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ ROUGE_BETA = 1.2
 MASK_BITS = 64  # the words of a reference as bits of one number
 LOOKUPS_AT_ONCE = 1 << 14  # what is looked at again and again stays in the processor's cache
 ENTRIES_AT_ONCE = 1 << 19
+IMAGES_AT_ONCE = 2048
 BITS_OF_BYTE = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)
 
 
@@ -19,13 +21,9 @@ class DocumentFrequencies:
     """The weight of an n-gram: log of the number of images over the number of those whose references hold it."""
 
     def __init__(self, images_with: Iterable[np.ndarray], num_images: int) -> None:
-        log_num_images = np.log(float(num_images))
-        self.weights = []
-        for images in images_with:
-            # behind the known n-grams of an order stand all others: they count as n-grams of one image
-            weights = np.ones(len(images) + 1)
-            np.maximum(images, 1, out=weights[:-1])
-            self.weights.append(np.subtract(log_num_images, np.log(weights, out=weights), out=weights))
+        weights = np.log(float(num_images)) - np.log(np.maximum(np.arange(num_images + 1.0), 1))
+        # behind the known n-grams of an order stand all others: they count as n-grams of one image
+        self.weights = [weights[np.append(images, 1)] for images in images_with]
 
     def weigh(self, ngram: np.ndarray, order: int) -> np.ndarray:
         return self.weights[order][np.minimum(ngram, len(self.weights[order]) - 1)]
@@ -80,7 +78,7 @@ class ReferenceTable:
         tokens: All references, image by image, as they were tokenized.
         captions: The same, with words split at no-break spaces, as BLEU and CIDEr-D count them.
         num_references: For each image.
-        blocks: Their n-grams as `NgramIndex.number` gives them, block after block, each block those of whole images.
+        orders: Their n-grams as `NgramIndex.number` gives them.
         frequencies: Weights of another reference set; without them, n-grams are weighted by this set.
     """
 
@@ -89,7 +87,7 @@ class ReferenceTable:
         tokens: Captions,
         captions: Captions,
         num_references: np.ndarray,
-        blocks: Iterable[list[Ngrams]],
+        orders: Iterable[Ngrams],
         frequencies: DocumentFrequencies | None = None,
     ) -> None:
         self.tokens, self.captions = tokens, captions
@@ -100,9 +98,7 @@ class ReferenceTable:
         self.image = np.repeat(np.arange(len(num_references)), num_references)
         # of counts, which are at most the words of a reference or the references of an image
         self.count_type = np.min_scalar_type(int(max(captions.lengths.max(), num_references.max())))
-        parts = [[self._sort(ngrams, order) for order, ngrams in enumerate(block)] for block in blocks]
-        # taken out of `parts` as they are joined, so that both are never there in full
-        self.orders = [self._join([block.pop(0) for block in parts]) for _ in range(MAX_ORDER)]
+        self.orders = [self._sort(ngrams) for ngrams in orders]
         self.last_ngram = [int(entries.ngram.max(initial=-1)) for entries in self.orders]
         if frequencies is None:
             images_with = (np.bincount(entries.ngram[entries.num_references > 0]) for entries in self.orders)
@@ -110,10 +106,22 @@ class ReferenceTable:
         self.frequencies = frequencies
         self.norms = [self._norms(entries, order) for order, entries in enumerate(self.orders)]
 
-    def _sort(self, ngrams: Ngrams, order: int) -> tuple[np.ndarray, ...]:
-        """Sort n-grams of some images by image, n-gram and reference: the first image, how many of each from it on, then as `Entries`."""
-        if not len(ngrams.ngram):
-            return 0, *(np.empty(0, dtype=np.int8) for _ in range(6))
+    def _sort(self, ngrams: Ngrams) -> Entries:
+        """Sort the n-grams of one order, some images at a time: their keys fit in one number, and in the processor's cache."""
+        stops = np.append(self.first_reference[IMAGES_AT_ONCE::IMAGES_AT_ONCE], len(self.image))
+        ends = np.searchsorted(ngrams.caption, stops).tolist()
+        parts = [self._sort_block(ngrams, start, end) for start, end in pairwise([0, *ends]) if start < end]
+        if not parts:
+            parts = [(0, *(np.empty(0, dtype=np.int64) for _ in Entries._fields))]
+        first_images, sizes, *columns = zip(*parts, strict=True)
+        num_entries = np.zeros(len(self.num_references), dtype=np.int64)
+        for first_image, size in zip(first_images, sizes, strict=True):
+            num_entries[first_image : first_image + len(size)] += size
+        return Entries(np.concatenate(([0], np.cumsum(num_entries))), *map(np.concatenate, columns))
+
+    def _sort_block(self, ngrams: Ngrams, start: int, end: int) -> tuple[np.ndarray, ...]:
+        """Sort some n-grams by image, n-gram and reference: the first image, how many of each from it on, then as `Entries`."""
+        ngrams = ngrams.cut(start, end)
         # all in one number, in as many bits as they need here; of words, the position, too
         first_reference, last_reference = ngrams.caption[[0, -1]].tolist()
         reference_bits, ngram_bits = (
@@ -129,7 +137,7 @@ class ReferenceTable:
         key += ngrams.caption
         key -= first_reference
         positions = np.empty(0, dtype=np.uint64)
-        if order == 0:
+        if ngrams.position is not None:
             position_bits = int(ngrams.position.max()).bit_length()
             key <<= position_bits
             key |= ngrams.position
@@ -154,14 +162,6 @@ class ReferenceTable:
         ngram = (key & ((1 << ngram_bits) - 1)).astype(np.int32)
         key >>= ngram_bits
         return first_image, np.bincount(key), ngram, reference, count, num_references, positions
-
-    def _join(self, parts: list[tuple[np.ndarray, ...]]) -> Entries:
-        first_images, sizes, *columns = zip(*parts, strict=True)
-        num_entries = np.zeros(len(self.num_references), dtype=np.int64)
-        for first_image, size in zip(first_images, sizes, strict=True):
-            num_entries[first_image : first_image + len(size)] += size
-        first = np.concatenate(([0], np.cumsum(num_entries)))
-        return Entries(first, *map(np.concatenate, columns))
 
     def _norms(self, entries: Entries, order: int) -> np.ndarray:
         """The length of each reference's vector of weights."""

@@ -42,7 +42,8 @@ BLANK = r"[ \xa0]"
 APOSTROPHE = r"(?:['’\x92]|&apos;)"
 QUOTE = r"(?:['’‘`\x91\x92]|&apos;)"
 ELISION = rf"(?:[dDlLoO]{QUOTE}{ALPHANUMERIC})?"
-IN_URL, ENDS_URL = r"[^\s\"<>|()]", r"[^\s\"<>|.!?(){},-]"
+# In the second kind, ",-_" is a range, as it is in the program: no capitals and no digits.
+HOST = r"(?:(?ai:www\.)(?:[^\s\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}|(?:[^\s\"`'<>|.!?(){},-_$]+\.)+(?ai:com|net|org|edu))"
 IN_EMAIL = r"[^\s\"<>|(){}]"
 WORDS = rf"{WORD}(?:[.!?]{WORD})*"  # also run together across the end of a sentence
 JOINED = rf"{ELISION}{ALPHANUMERIC}+(?:[-_‐‑֊]{ELISION}{ALPHANUMERIC}+)*"
@@ -81,7 +82,7 @@ FILE_TYPES = (
 ).replace(" ", "|")
 
 AS_WRITTEN, RESPELLED = False, True
-# Where a rule looks ahead, the token is its group.
+# Where a rule looks ahead, the token is its group. Compiled by `_compiled_rules`.
 RULES = [
     # words that fall into two: can|not, gon|na, do|n't, he|'s, 't|was
     (r"(?ai:(can)not|(gon|wan)na|(got)ta|(lem|gim)me)", AS_WRITTEN),
@@ -97,11 +98,11 @@ RULES = [
     (rf"[A-Za-z](?:\.[A-Za-z])*\.|{NON_US}\.", AS_WRITTEN),
     (rf"{NON_US}(?=\s|$)", AS_WRITTEN),
     (rf"([A-Za-z])\.\s+(?:{STARTERS}|{MARKUP})(?!\S)", AS_WRITTEN),
-    (rf"((?:{WORDS}|{JOINED}|{HYPHENATED}|{COMPANY})\.)[,;:]", AS_WRITTEN),
+    *((rf"((?:{kind})\.)[,;:]", AS_WRITTEN) for kind in (WORDS, JOINED, HYPHENATED, COMPANY)),
     (WORDS, AS_WRITTEN),
     # words with an apostrophe inside or at an end
     (rf"{APOSTROPHE}[nN]{APOSTROPHE}|{APOSTROPHE}(?:[nN]|[0-9]{{2}})(?!\S)|[’\x92][nN]", AS_WRITTEN),
-    (rf"{APOSTROPHE}(?:till?|(?ai:em)|cause|[2-9]0s)", AS_WRITTEN),
+    (rf"{APOSTROPHE}(?:till?|(?ai:em)|cause|[2-9]0[sS])", AS_WRITTEN),
     (rf"[dDjJlL]{APOSTROPHE}|[yY]{APOSTROPHE}(?={LETTER})|(?ai:ol|somethin|dunkin){APOSTROPHE}", AS_WRITTEN),
     (rf"[A-HJ-XZn]{QUOTE}{LETTER}{{2,}}", AS_WRITTEN),
     (rf"{LETTER}+[aeiouyAEIOUY]{QUOTE}[aeiouA-Z]{LETTER}*", AS_WRITTEN),
@@ -124,11 +125,9 @@ RULES = [
     # names with signs in them, addresses, markup
     (rf"{COMPANY}|[A-Z]+\$|[cC]\+\+|[cCfF]#", AS_WRITTEN),
     (rf"(?:{ASCII}+\.)+(?ai:{FILE_TYPES})(?=[\s.,!?]|$)", AS_WRITTEN),
-    (rf"(?ai:https?://){IN_URL}+{ENDS_URL}", AS_WRITTEN),
-    (
-        rf"(?:(?ai:www\.)(?:{ENDS_URL}+\.)*[^\s\"<>|.!?(){{}},/:;]+|(?:[A-Za-z][^\W_]*\.)+(?:com|net|org|edu))(?:/{IN_URL}+{ENDS_URL})?",
-        AS_WRITTEN,
-    ),
+    (r"(?ai:https?://)[^\s\"<>|(){}]+[^\s\"<>|.!?(){},-]", AS_WRITTEN),
+    (HOST, AS_WRITTEN),
+    (rf"{HOST}/[^\s\"<>|()]+[^\s\"<>|.!?(){{}},-]", AS_WRITTEN),
     (rf"(?:<|&lt;)?{ASCII}{IN_EMAIL}*@(?:[^\s\"<>|(){{}}.]+\.)*[^\s\"<>|(){{}}.]+(?:>|&gt;)?", AS_WRITTEN),
     (r"@[a-zA-Z_][a-zA-Z_0-9]*", AS_WRITTEN),
     (rf"#{LETTER}+", AS_WRITTEN),
@@ -147,7 +146,6 @@ RULES = [
     (r"-{1,4}|\.{3,5}|''?|[`‘‛‹’›“«”»‚„‟\x91-\x94]{1,2}", RESPELLED),
     (r"[!-/:-@\[-`{-~§–—―…€¤₠£¢¼½¾⅓⅔\x80\x85\x96\x97]", RESPELLED),
 ]
-RULES = [(re.compile(pattern), spelling) for pattern, spelling in RULES]
 
 # Only here does a token, or what its rule looks ahead at, hold a blank: markup, fractions, telephone numbers, "No. 5", "B. She".
 # (One class of characters in front lets the search run over most captions without a stop.)
@@ -159,6 +157,7 @@ SINGLE_LETTER = re.compile(r"\b[A-Za-z]\.$")
 # What a following caption may change: a single letter, or "No.", at the end.
 ENDS_OPEN = re.compile(rf"(?:(?<![^\W_])[A-Za-z]|(?<![^\W_])(?ai:{NUMBERED}))\.\s*$")
 
+LONE_MARKS = frozenset(".,;:!?'\"")  # of which nothing is left
 TWO_WORDS = ("cannot", "gonna", "wanna", "gotta", "lemme", "gimme")
 # Nearly all words: letters that no rule splits, hyphens and a genitive, at most one mark behind, and no abbreviation.
 SIMPLE_WORD = re.compile(
@@ -167,13 +166,19 @@ SIMPLE_WORD = re.compile(
 )
 
 
+@lru_cache(maxsize=1)
+def _compiled_rules() -> list[tuple[re.Pattern, bool]]:
+    """Compiled when a caption first needs them: nearly all words are told by the simpler rules of `split_piece`."""
+    return [(re.compile(pattern), spelling) for pattern, spelling in RULES]
+
+
 def _lex(text: str, following: str = "") -> list[str]:
     """Split a text into tokens; `following` is not split, but rules may look ahead into it."""
-    tokens, start = [], 0
+    tokens, start, rules = [], 0, _compiled_rules()
     reduced = reduce_characters(f"{text}\n{following}" if following else text)
     while start < len(text):
         longest, end, spelling = start, start + 1, None
-        for rule, rule_spelling in RULES:
+        for rule, rule_spelling in rules:
             match = rule.match(reduced, start)
             if match and match.end() > longest:
                 longest, end, spelling = match.end(), match.end(match.lastindex or 0), rule_spelling
@@ -187,7 +192,9 @@ def _lex(text: str, following: str = "") -> list[str]:
 
 
 def _spell(token: str, spelling: bool) -> str:
-    token = token.lower().replace("\xad", "").replace(" ", "\xa0").replace("&amp;", "&")
+    token = token.lower().replace("\xad", "").replace(" ", "\xa0")
+    if "/" not in token and "@" not in token:  # in addresses it stays
+        token = token.replace("&amp;", "&")
     if spelling == AS_WRITTEN:
         return token
     return RUNS.get(token) or ENTITIES.get(token, token.replace("&apos;", "'").translate(SPELLING))
@@ -198,6 +205,8 @@ def split_piece(piece: str) -> tuple[tuple[str, ...], int]:
     """Split text that stands between two blanks: its words, and flags that say whether one may reach into the next piece."""
     if piece.isascii() and piece.isalpha() and (word := piece.lower()) not in TWO_WORDS:
         return (word,), 0
+    if piece in LONE_MARKS:
+        return (), ENDS_SPAN * (piece == ".")
     if simple := SIMPLE_WORD.fullmatch(piece):
         return tuple(part.lower() for part in simple.groups() if part), ENDS_SPAN * (piece[-1] == ".")
     flags = HOLDS_SPAN * bool("<" in piece or SINGLE_LETTER.search(piece))

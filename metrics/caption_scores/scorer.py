@@ -217,7 +217,7 @@ class CaptionScorer:
         self, predictions: Sequence[str], captions: Captions, ended: Sequence[bool] | None
     ) -> dict[str, float | int | None]:
         words = captions.split_words()
-        trigrams = self.index.number(words)[2].count()
+        trigrams = list(self.index.number(words))[2].count()
         return {
             "ended": None if ended is None else float(np.mean([bool(end) for end in ended])),
             "repeated_trigram": len(np.unique(trigrams.caption[trigrams.count > 1])) / self.num_images,
@@ -270,13 +270,13 @@ class CiderD:
         together = [*predictions, *chain.from_iterable(references)]
         tokens = self._encode(together, np.ones(len(together), dtype=bool))
         captions = tokens.split_words()
-        ngrams = self.index.number(captions)
+        ngrams = list(self.index.number(captions))
         of_predictions, of_references = np.arange(len(predictions)), np.arange(len(predictions), len(together))
         table = ReferenceTable(
             tokens.take(of_references),
             captions.take(of_references),
             num_references,
-            [[of_order.rows(len(predictions), len(together)) for of_order in ngrams]],
+            [of_order.rows(len(predictions), len(together)) for of_order in ngrams],
             self.table.frequencies,
         )
         counts = [of_order.rows(0, len(predictions)).count() for of_order in ngrams]
@@ -324,13 +324,8 @@ def learn_references(
     if end:
         tokens = tokens.append_word(index.words.number(end), np.ones(len(captions), dtype=bool))
     words = tokens.split_words()
-    index.reserve(len(words.words))
     num_references = np.array([len(of_image) for of_image in references])
-    blocks = (
-        index.number(block, learn=True, first_caption=first)
-        for first, block in words.cut(np.cumsum(num_references)[IMAGES_AT_ONCE - 1 :: IMAGES_AT_ONCE])
-    )
-    return index, ReferenceTable(tokens, words, num_references, blocks), tokenizer
+    return index, ReferenceTable(tokens, words, num_references, index.number(words, learn=True)), tokenizer
 
 
 def measure(index: NgramIndex, table: ReferenceTable, tokens: Captions, images: np.ndarray) -> np.ndarray:
