@@ -41,8 +41,9 @@ NUM_RICH_SCENES = {"train": 40_000, "validation": 300, "test": 500}
 NUM_CAPTIONS = {"train": 1, "validation": 5, "test": 5}
 IMAGE_SIZE = 64  # pixels
 RICH_IMAGE_SIZE = 80  # with more and relatively smaller figures, which are about as many pixels wide
-SHARES = (0.2, 0.8)  # of the scenes: one figure, two
-RICH_SHARES = (0.2, 0.4, 0.4)  # alike, two, three
+# Of the scenes that are of no kind before: a fifth has one figure, the others two; a fifth is alike, two fifths are of two, of three.
+SHARES = (0.2, 1.0)
+RICH_SHARES = (0.2, 0.5, 1.0)
 PAIR_COUNTS = ((1, 1), (2, 1), (3, 1), (1, 2), (1, 3))  # of a rich scene of two
 
 
@@ -89,7 +90,7 @@ def deal_scenes(num_scenes: dict[str, int], seed: int, rich: bool = False) -> di
                     f"{number:,} images are too few for the {split} split beside {sum(num_scenes.values()) - number:,} others: "
                     f"give it at least {math.ceil(sum(num_scenes.values()) / len(scenes)):,}"
                 )
-            dealt[split] += itertools.islice(itertools.cycle(own), round(number * share))
+            dealt[split] += itertools.islice(itertools.cycle(own), round((number - len(dealt[split])) * share))
             start = end
     for split, scenes in dealt.items():
         generator.shuffle(scenes)

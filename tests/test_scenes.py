@@ -274,12 +274,16 @@ def test_impossible_numbers_are_one_sentence(options: list, tmp_path: Path, caps
 
 
 @pytest.mark.slow
-def test_scenes_load_by_name_and_are_cached(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(scenes, "NUM_SCENES", {"train": 40, "validation": 8, "test": 9})
+@pytest.mark.parametrize("rich", [False, True])
+def test_scenes_load_by_name_and_are_cached(rich: bool, tmp_path: Path, monkeypatch) -> None:
+    numbers = {"train": 40, "validation": 8, "test": 9}
+    monkeypatch.setattr(scenes, "NUM_RICH_SCENES" if rich else "NUM_SCENES", numbers)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    dataset = load_captions("scenes")
-    assert {split: part.num_rows for split, part in dataset.items()} == scenes.NUM_SCENES
-    row = scenes.scene_rows()[0]
+    name = "rich_scenes" if rich else "scenes"
+    dataset = load_captions(name)
+    assert {split: part.num_rows for split, part in dataset.items()} == numbers
+    row = scenes.scene_rows(rich=rich)[0]
     assert dataset["train"][0]["captions"] == row.captions
     assert dataset["train"][0]["image"].tobytes() == Image.open(io.BytesIO(row.read())).tobytes()
-    assert load_captions()["train"].cache_files == dataset["train"].cache_files
+    assert load_captions(name)["train"].cache_files == dataset["train"].cache_files
+    assert rich or load_captions()["train"].cache_files == dataset["train"].cache_files
