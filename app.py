@@ -36,13 +36,14 @@ DECODING_METHODS = (
     "beam search",
     "sampling",
 )  # the default is what the model was saved with
-NUM_EXAMPLES = 5  # scenes to try a model of scenes on
+NUM_EXAMPLES = 4  # scenes to try a model of scenes on
 PHOTOGRAPH_MODEL = "nlpconnect/vit-gpt2-image-captioning"  # on the Hub, trained on photographs
 MAX_IMAGES = 32  # at once
 MAX_WAITING = 16  # requests in the queue; one is served at a time, the others wait or are turned away
 # Of each address: uploads, captionings and all else that is sent; and what is fetched, a page being some 100 files.
 SENT, FETCHED = "60 per minute", "3000 per minute"
 CSS = """
+#images .grid-container { grid-template-columns: repeat(3, 1fr); }
 .captions { display: flex; flex-wrap: wrap; gap: .9rem 1.5rem; padding: .9rem 0; border-top: 1px solid var(--border-color-primary); }
 .captions img { width: 11rem; height: 8.25rem; object-fit: contain; border-radius: 6px; background: var(--background-fill-secondary); }
 .captions dl { flex: 1 1 18rem; display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .6rem 1.5rem; margin: 0; }
@@ -162,7 +163,8 @@ def build_app(captioners: "dict[str, Captioner]", training_data: "Mapping[str, T
     import gradio as gr
 
     scene_models = [name for name, data in training_data.items() if data.is_scenes]
-    examples = example_scenes() if scene_models else {}
+    only_rich = all(training_data[name].dataset == "rich_scenes" for name in scene_models)
+    examples = example_scenes(only_rich) if scene_models else {}
     example_hashes = {sha256(content) for content in examples.values()}
 
     class OfflineBlocks(gr.Blocks):
@@ -182,6 +184,7 @@ def build_app(captioners: "dict[str, Captioner]", training_data: "Mapping[str, T
             with gr.Column(scale=2, min_width=320):
                 images = gr.Gallery(
                     label="Images",
+                    elem_id="images",
                     show_label=False,
                     sources=["upload", "clipboard", "webcam"],
                     file_types=["image"],
@@ -229,11 +232,11 @@ def trained_on(data: "TrainingData") -> str:
     return f"trained on {markdown_line(data.dataset)}{' (drawn shapes only)' if data.is_scenes else ''}"
 
 
-def example_scenes() -> dict[str, bytes]:
-    """Scenes of the test split, whose combinations no model of scenes was trained on: PNG files by name."""
+def example_scenes(rich: bool = False) -> dict[str, bytes]:
+    """Plain or rich scenes of the test split, whose combinations no model of scenes was trained on: PNG files by name."""
     from data_scripts.scenes import scene_rows
 
-    rows = [row for row in scene_rows() if row.split == "test"]
+    rows = [row for row in scene_rows(rich=rich) if row.split == "test"]
     return {f"{row.image_id}.png": row.read() for row in rows[:NUM_EXAMPLES]}
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from data_scripts.scene_grammar import DRAWN_DATASETS
 from system.errors import UserError, one_line_errors
 from training.arguments import GenerationArguments, parse_recipe
 
@@ -53,8 +54,8 @@ class EvaluationArguments:
     dataset_name: str = field(
         default="scenes",
         metadata={
-            "help": "Folder made by a data_scripts command, dataset on the Hub, or `scenes`; for predictions without references, "
-            "where these are."
+            "help": "Folder made by a data_scripts command, dataset on the Hub, `scenes` or `rich_scenes`; for predictions without "
+            "references, where these are."
         },
     )
     split: str = field(default="test", metadata={"help": "Split of the dataset: train, validation or test."})
@@ -292,7 +293,7 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
             captions=captions,
             scorer=scorer,
             decoding=captioner.decoding,
-            publish_images=args.dataset_name == "scenes" if args.publish_images is None else args.publish_images,
+            publish_images=args.dataset_name in DRAWN_DATASETS if args.publish_images is None else args.publish_images,
             truth=scene_truths([made["caption"] for made in captions], rows["captions"]),
             optional=optional,
         )

@@ -13,7 +13,17 @@ import datasets
 from datasets import Dataset, DatasetDict, Features, load_from_disk
 from filelock import FileLock
 
-from data_scripts import caption_table, dataset_rows, image_folder, images, row_checks, scenes, shards
+from data_scripts import (
+    caption_table,
+    dataset_rows,
+    image_folder,
+    images,
+    row_checks,
+    scene_drawing,
+    scene_grammar,
+    scenes,
+    shards,
+)
 from data_scripts.archives import open_files
 from data_scripts.caption_table import DEFAULT_SHARE, FEATURES, write_caption_table
 from data_scripts.caption_texts import CaptionTexts
@@ -39,7 +49,7 @@ def load_captions(
     """Load captioned images: "train", and "validation" and "test" where there are any.
 
     Args:
-        source: "scenes" for the images drawn here; a folder that one of the commands of `data_scripts` has saved; or
+        source: "scenes" or "rich_scenes" for images drawn here; a folder that one of the commands of `data_scripts` has saved; or
             any other dataset on the Hub or on disk, which is then prepared as `data_scripts.hub` does it. What is
             drawn or prepared here is kept in the cache of `datasets`.
         image_column, caption_column: Columns of the images and captions of any other dataset.
@@ -171,8 +181,9 @@ def _load_captions(
     split_column: str | None,
     split_names: str | None,
 ) -> DatasetDict:
-    if source == "scenes":
-        return _cached("scenes", _code(scenes), scenes.scene_rows)
+    if source in scene_grammar.DRAWN_DATASETS:
+        key = _code(scenes, scene_drawing, scene_grammar)
+        return _cached(source, key, partial(scenes.scene_rows, rich=source == "rich_scenes"))
     name = Path(source).name
     options = (image_column, caption_columns, split_column, split_names)
     if image_folder.has_metadata(source):

@@ -140,7 +140,9 @@ def _draw_final_scores(axis: "Axes", runs: Runs) -> None:
             axis.plot(shuffled, index, "|", color="#777777", markersize=13, markeredgewidth=2)
         axis.plot(results["metrics"].get("cider", float("nan")), index, "o", color=color, markersize=7)
     finish_axis(axis, "CIDEr with 95% interval, and shuffled ( | )", "")
-    axis.set_yticks(range(len(runs)), list(runs))
+    rates = [(results.get("true_captions") or {}).get("all") for results in runs.values()]
+    names = [name if rate is None else f"{name}\n{rate:.3f} true" for name, rate in zip(runs, rates, strict=True)]
+    axis.set_yticks(range(len(runs)), names)
     for label, color in zip(axis.get_yticklabels(), cycle(COLORS), strict=False):
         label.set_color(color)  # the legend of the other panels
     axis.set_ylim(len(runs) - 0.4, -0.6)  # the first run on top

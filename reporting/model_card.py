@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from data_scripts.scene_grammar import DRAWN_DATASETS
 from reporting.page import TEMPLATES, known_facts, score_rows
 from reporting.results import ALL_TITLES, METRIC_TITLES, TRUTH_TITLES, is_hub_id
 from reporting.samples import read_samples
@@ -90,7 +91,7 @@ def write_model_card(
         one_line_usage=one_line_usage(model_name),
         scored_on=_scored_on(results),
         rows=score_rows(results),
-        true_captions={title: rates[key] for key, title in TRUTH_TITLES.items()} if rates else {},
+        true_captions={TRUTH_TITLES[key]: rate for key, rate in rates.items()} if rates else {},
         constant_caption=(results.get("constant") or {}).get("caption"),
         has_curves=(Path(output_dir) / "curves.png").exists(),
         samples=read_samples(output_dir),
@@ -218,7 +219,9 @@ def training_data_of(name_or_path: str) -> TrainingData:
     # Ours are scored on a split of what they were trained on.
     results = data.eval_results or []
     names = {result.dataset_name for result in results}
-    is_scenes = names == {"scenes"} or any(result.metric_type == "true_captions" for result in results)
+    is_scenes = (bool(names) and names <= {*DRAWN_DATASETS}) or any(
+        result.metric_type == "true_captions" for result in results
+    )
     return TrainingData(", ".join(sorted(names)) or None, is_scenes)
 
 

@@ -73,7 +73,7 @@ def write_page(
         num_attention_maps=sum(card["attention"] is not None for card in cards),
         results=results,
         rows=score_rows(results),
-        aspects={key: title for key, title in TRUTH_TITLES.items() if key != "all"},
+        aspects={key: TRUTH_TITLES[key] for key in results.get("true_captions") or {} if key != "all"},
         has_truth=any(record.get("truth") for record in shown),
         has_confidence=bool(shown) and all(record.get("confidence") is not None for record in shown),
         sortable=all(record.get("cider") is not None for record in shown),
@@ -171,7 +171,7 @@ def _verdict(truth: dict | None) -> str | None:
     """What is false in a caption, in words: the underlines of its false words are not for everybody."""
     if truth is None or truth["all"]:
         return None if truth is None else "True"
-    aspects = [title.lower() for key, title in TRUTH_TITLES.items() if key != "all" and not truth[key]]
+    aspects = [title.lower() for key, title in TRUTH_TITLES.items() if key != "all" and not truth.get(key, True)]
     return f"False: {', '.join(aspects)}" if aspects else "False"
 
 

@@ -119,7 +119,7 @@ def print_results(output_dir: str | os.PathLike, results: dict) -> None:
     if results.get("tokenizer"):
         print(f"Tokenizer: {results['tokenizer']}")
     if rates := results.get("true_captions"):
-        aspects = ", ".join(f"{title.lower()} {rates[key]:.3f}" for key, title in TRUTH_TITLES.items() if key != "all")
+        aspects = ", ".join(f"{TRUTH_TITLES[key].lower()} {rate:.3f}" for key, rate in rates.items() if key != "all")
         print(f"{'True':{width}} {rates['all']:.3f}  ({aspects})")
     if results["warning"]:
         print(f"warning: {results['warning']}")

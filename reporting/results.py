@@ -38,6 +38,7 @@ TRUTH_TITLES = {
     "color": "Color",
     "size": "Size",
     "relation": "Relation",
+    "background": "Background",  # where scenes have one
 }
 RESULT_KEYS = (
     *(
@@ -125,8 +126,9 @@ def is_hub_id(name: str) -> bool:
 
 
 def true_caption_rates(truth: Sequence[dict]) -> dict[str, float]:
-    """The rate of captions that are true, as a whole and by aspect: the keys of `TRUTH_TITLES`."""
-    return {key: sum(bool(caption[key]) for caption in truth) / len(truth) for key in TRUTH_TITLES}
+    """The rate of captions that are true, as a whole and by aspect: the keys of `TRUTH_TITLES` that every caption has."""
+    keys = [key for key in TRUTH_TITLES if all(key in caption for caption in truth)]
+    return {key: sum(bool(caption[key]) for caption in truth) / len(truth) for key in keys}
 
 
 def read_json(path: Path) -> Any:

@@ -1,5 +1,6 @@
 """Laws of the app: what is clicked in a browser, and what is refused."""
 
+import io
 import json
 import os
 import re
@@ -142,6 +143,7 @@ def test_a_model_of_scenes_has_scenes_to_try_and_a_note_beside_any_other_image(b
 
     page.locator("#examples img").first.click()
     page.wait_for_function("document.querySelectorAll('.grid-wrap img').length == 1")
+    assert page.locator(".grid-wrap img").bounding_box()["height"] < 300  # whole, not cut off by the gallery
     name = captioned()
     drawn = next(row for row in scenes.scene_rows() if row.image_id == Path(name).stem)
     assert drawn.split == "test" and name in app.example_scenes()
@@ -154,6 +156,21 @@ def test_a_model_of_scenes_has_scenes_to_try_and_a_note_beside_any_other_image(b
     note = page.locator("#current .note").inner_text()
     assert note.startswith("one knows drawn shapes only") and f"python app.py {app.PHOTOGRAPH_MODEL}" in note
     page.close()
+
+
+@pytest.mark.parametrize(
+    ("datasets", "rich"), [(["rich_scenes", "rich_scenes"], True), (["scenes", "rich_scenes"], False)]
+)
+def test_models_of_rich_scenes_have_rich_scenes_to_try(datasets, rich, captioners, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(scenes, "NUM_RICH_SCENES", {"train": 40, "validation": 8, "test": 9})
+    monkeypatch.setattr(
+        app, "example_scenes", lambda *of, made=app.example_scenes: drawn.append(made(*of)) or drawn[-1]
+    )
+    data = {name: TrainingData(dataset, is_scenes=True) for name, dataset in zip(captioners, datasets, strict=True)}
+    app.build_app(captioners, data)
+    sizes = {Image.open(io.BytesIO(content)).size for content in drawn[0].values()}
+    assert sizes == {(80, 80) if rich else (64, 64)} and len(drawn[0]) == app.NUM_EXAMPLES
 
 
 def test_models_of_no_scenes_have_no_scenes_to_try_and_no_note(browser, serve, captioners, images):

@@ -25,6 +25,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from data_scripts.captions_file import read_captions
+from data_scripts.scene_truth import TRUTHS
 from metrics import CaptionScorer
 from reporting import compare, sheet
 from reporting.compare import comparison_table, main
@@ -35,7 +36,6 @@ from reporting.push import push_to_hub
 from reporting.report import command_line, dataset_title, report_captions
 from reporting.results import (
     METRIC_TITLES,
-    TRUTH_TITLES,
     read_history,
     read_results,
     write_captions,
@@ -353,7 +353,7 @@ def test_in_a_browser_images_are_sorted_filtered_and_walked(tmp_path):
 
 
 def truth_of(false_aspects: str = "", false_words: tuple[tuple[int, int], ...] = ()) -> dict:
-    return {key: key not in false_aspects.split() for key in TRUTH_TITLES} | {"false_words": false_words}
+    return {key: key not in false_aspects.split() for key in TRUTHS} | {"false_words": false_words}
 
 
 def test_true_captions_are_counted_printed_and_shown_on_page_and_card(tmp_path, capsys):
@@ -388,6 +388,12 @@ def test_true_captions_are_counted_printed_and_shown_on_page_and_card(tmp_path, 
         "true_captions"
     ] == 0.5
     assert "True captions" in comparison_table({"drawn": results, "other": some_results()})
+
+    rich = [caption | {"background": index < 3} for index, caption in enumerate(truth)]
+    results = report_captions(tmp_path, **arguments, truth=rich)
+    assert results["true_captions"] == rates | {"background": 0.75} and "background 0.750" in capsys.readouterr().out
+    assert "Background" in "".join(Structure((tmp_path / "captions.html").read_text(encoding="utf-8")).text)
+    assert "| Background |" in card_of(tmp_path, true_captions=rates | {"background": 0.75}).read_text(encoding="utf-8")
 
     results = report_captions(tmp_path, **arguments)
     assert "true_captions" not in results and "True" not in capsys.readouterr().out

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from data_scripts import scenes
+from data_scripts.scene_grammar import Figure, Scene, plural
 from data_scripts.scene_truth import TRUTHS, parse_caption, scene_truths
-from data_scripts.scenes import Figure, Scene
 
 RING, STAR = Figure("big", "red", "ring"), Figure("small", "blue", "star")
 PAIR, SINGLE = Scene((RING, STAR), "left"), Scene((RING,), "left")
@@ -123,3 +123,128 @@ def test_blanks_punctuation_and_any_text_do_not_move_the_marks():
 )
 def test_captions_of_photographs_have_no_known_truth(references):
     assert scene_truths(["a big red ring on the left"] * len(references), references) is None
+
+
+# Rich scenes
+
+RICH_REFERENCES = {
+    "alike": "there are three large red rings on a gray background",
+    "pair": "two big red rings are left of a small blue star on a pink background",
+    "three": "there is a small blue star between a big red ring at the top and a large green cross at the bottom on a cyan background",
+}
+
+
+@pytest.fixture(scope="module")
+def rich_captioned() -> list[tuple[str, Scene]]:
+    """Captions of each wording with their rich scenes."""
+    numbers = {"train": 300, "validation": 40, "test": 40}
+    return [
+        (caption, scene)
+        for split, of_split in scenes.deal_scenes(numbers, 0, rich=True).items()
+        for number, scene in enumerate(of_split)
+        for caption in scenes.describe_scene(scene, random.Random(f"{split} {number}"), 7)
+    ]
+
+
+def wrong_in(caption: str, reference: str) -> tuple[set[str], list[str]]:
+    (truth,) = scene_truths([caption], [[reference]])
+    aspects = [*TRUTHS, "background"]
+    return {name for name in aspects if not truth[name]}, [caption[start:end] for start, end in truth["false_words"]]
+
+
+def test_a_captioner_that_is_right_about_rich_scenes_is_right_in_everything(rich_captioned):
+    for number, (caption, scene) in enumerate(rich_captioned):
+        reference = scenes.describe_scene(scene, random.Random(number), 1)[0]
+        assert wrong_in(caption, reference) == (set(), []), (caption, reference)
+        assert parse_caption(caption) == scene
+
+
+@pytest.mark.parametrize("part", [*OTHERS, "background", "number"])
+def test_one_wrong_word_about_a_rich_scene_is_wrong_in_just_that(part, rich_captioned):
+    others = OTHERS | {
+        "shape": OTHERS["shape"] | {plural(one): plural(other) for one, other in OTHERS["shape"].items()},
+        "background": {"gray": "pink", "pink": "brown", "brown": "cyan", "cyan": "gray"},
+        "number": {"two": "three", "three": "four", "four": "two"},
+    }
+    tried = 0
+    for caption, scene in rich_captioned:
+        word = next((word for word in caption.split() if word in others[part]), None)
+        parts = [value for figure in scene.figures for value in {figure.size, figure.color, figure.shape}]
+        if word is None or (
+            part in OTHERS and len(set(parts)) < len(parts)
+        ):  # figures that could be mistaken for each other
+            continue
+        wrong = caption.replace(word, others[part][word], 1)
+        assert wrong_in(wrong, caption) == ({"all", part}, [others[part][word]]), (wrong, scene)
+        tried += 1
+    assert tried > 200
+
+
+def test_figures_of_a_rich_scene_that_change_places_are_wrong_in_just_the_relation(rich_captioned):
+    tried = 0
+    for caption, scene in rich_captioned:
+        for first, second in ((0, 1), (1, 2)):
+            if second < len(scene.figures) and len({figure.color for figure in scene.figures}) == len(scene.figures):
+                figures = [*scene.figures]
+                figures[first], figures[second] = figures[second], figures[first]
+                moved = Scene(tuple(figures), scene.relation, scene.background)
+                wrong = scenes.describe_scene(moved, random.Random(tried), 1)[0]
+                assert wrong_in(wrong, caption)[0] == {"all", "relation"}, (wrong, caption)
+                tried += 1
+    assert tried > 500
+
+
+@pytest.mark.parametrize(
+    ("caption", "kind", "wrong", "false_words"),
+    [
+        ("three big red rings", "alike", {"relation", "background"}, ""),
+        ("three big red rings on a gray background", "alike", set(), ""),
+        ("there is three big red rings on a gray background", "alike", set(), ""),  # grammar is not judged
+        (
+            "three big red ring on a gray background",
+            "alike",
+            {"number", "size", "color", "shape", "relation"},
+            "three big red ring",
+        ),
+        ("three big red rings in the middle on a gray background", "alike", {"relation"}, "in the middle"),
+        ("a small blue star right of two large red rings on a pink background", "pair", set(), ""),
+        ("a big red ring left of a small blue star on a pink background", "pair", {"number"}, "a"),
+        ("two big red rings left of two small blue stars on a pink background", "pair", {"number"}, "two"),
+        ("two big red rings left of a small blue star", "pair", {"background"}, ""),
+        (
+            "on a pink background two big red rings left of a small blue star on a cyan background",
+            "pair",
+            {"relation", "background"},
+            "on a background left of on a cyan background",
+        ),
+        (
+            "from bottom to top a big green cross , a small blue star and a big red ring on a cyan background",
+            "three",
+            set(),
+            "",
+        ),
+        (
+            "from left to right a big red ring , a small blue star and a big green cross on a cyan background",
+            "three",
+            {"relation"},
+            "from left to right",
+        ),
+        (
+            "a big red ring is above a small blue star on a cyan background",
+            "three",
+            {"number", "size", "color", "shape", "relation"},
+            "above",
+        ),
+    ],
+)
+def test_what_is_false_of_a_rich_scene_is_named_and_marked(caption, kind, wrong, false_words):
+    found, words = wrong_in(caption, RICH_REFERENCES[kind])
+    assert (found - {"all"}, " ".join(words)) == (wrong, false_words)
+    assert ("all" in found) == bool(wrong)
+
+
+def test_a_background_that_a_plain_scene_has_not_is_false():
+    assert judged("a big red ring on the left on a gray background", SINGLE) == (
+        {"all"},
+        ["on", "a", "gray", "background"],
+    )

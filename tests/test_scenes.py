@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import math
 import random
 import re
@@ -14,7 +15,9 @@ import datasets
 import pytest
 from PIL import Image
 
-from data_scripts import load_captions, scenes
+from data_scripts import load_captions, scene_drawing, scenes
+from data_scripts.scene_grammar import BACKGROUNDS
+from data_scripts.scene_truth import parse_caption
 
 REPOSITORY = Path(scenes.__file__).parents[1]
 NUMBERS = {"train": 400, "validation": 60, "test": 60}
@@ -140,14 +143,101 @@ def test_figures_stay_on_the_canvas_and_apart() -> None:
     singles, pairs = scenes.all_scenes()
     generator = random.Random(0)
     for scene in generator.sample(pairs, 2000):
-        (x1, y1), (x2, y2) = scenes.place_figures(scene, generator)
-        reach = [scenes.REACH[figure.size] for figure in scene.figures]
+        (x1, y1), (x2, y2) = scene_drawing.place_figures(scene, generator)
+        reach = [scene_drawing.REACH[figure.size] for figure in scene.figures]
         for x, y, r in ((x1, y1, reach[0]), (x2, y2, reach[1])):
             assert r - 1e-9 <= x <= 1 - r + 1e-9 and r - 1e-9 <= y <= 1 - r + 1e-9
         assert math.dist((x1, y1), (x2, y2)) > sum(reach)
         along, across = (x2 - x1, y2 - y1) if scene.relation == "left" else (y2 - y1, x2 - x1)
         assert along > abs(across)
     assert len(set(singles)) == len(singles) and len(set(pairs)) == len(pairs)
+
+
+# Rich scenes
+
+
+@pytest.fixture(scope="module")
+def rich_rows() -> list:
+    return scenes.scene_rows(NUMBERS, seed=0, num_captions=FIVE_EACH, rich=True)
+
+
+def rich_scene_told(caption: str) -> tuple[str, Counter]:
+    """The background, and how many figures there are of each kind, by rules of the tests' own."""
+    numbers = {"a": 1, "two": 2, "three": 3, "four": 4}
+    words = caption.split()
+    figures = Counter()
+    for index, word in enumerate(words):
+        if word in SIZES:
+            shape = (
+                words[index + 2] if words[index - 1] == "a" else re.sub("s$", "", words[index + 2]).replace("sse", "ss")
+            )
+            figures[SIZES[word], words[index + 1], shape] += numbers[words[index - 1]]
+    return words[words.index("background") - 1], figures
+
+
+def test_rich_scenes_have_every_kind_and_no_combination_in_two_splits(rich_rows: list) -> None:
+    told = {split: set() for split in NUMBERS}
+    for row in rich_rows:
+        assert len(set(row.captions)) == 5
+        first, *others = map(rich_scene_told, row.captions)
+        assert all(other == first for other in others), row.captions
+        scene = parse_caption(row.captions[0])
+        told[row.split].add((scene.figures, scene.relation))  # whatever its background
+    assert not told["train"] & told["test"] and not told["validation"] & (told["train"] | told["test"])
+    kinds = Counter(sum(rich_scene_told(row.captions[0])[1].values()) for row in rich_rows)
+    assert {*kinds} == {1, 2, 3, 4} and min(kinds.values()) > 10
+    assert {rich_scene_told(row.captions[0])[0] for row in rich_rows} == {*BACKGROUNDS}
+
+
+def patches(image: Image.Image, color: str) -> list[tuple[float, float]]:
+    """The centers of the connected patches of a color."""
+    left = {
+        (x, y)
+        for x in range(image.width)
+        for y in range(image.height)
+        if math.dist(image.getpixel((x, y)), scenes.COLORS[color]) < 32
+    }
+    centers = []
+    while left:
+        patch, border = set(), {left.pop()}
+        while border:
+            x, y = border.pop()
+            patch.add((x, y))
+            near = {(x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1)} & left
+            left -= near
+            border |= near
+        if len(patch) > 12:
+            centers.append(tuple(sum(axis) / len(patch) for axis in zip(*patch, strict=True)))
+    return centers
+
+
+def test_a_rich_image_shows_as_many_figures_in_their_order_and_the_background(rich_rows: list) -> None:
+    for row in rich_rows[:60]:
+        scene = parse_caption(row.captions[0])
+        image = Image.open(io.BytesIO(row.read())).convert("RGB")
+        assert image.size == (80, 80)
+        assert math.dist(image.getpixel((0, 0)), BACKGROUNDS[scene.background]) < 16
+        if len({figure.color for figure in scene.figures}) < len(scene.figures):
+            continue
+        centers = [patches(image, figure.color) for figure in scene.figures]
+        assert [len(found) for found in centers] == [figure.count for figure in scene.figures], row.captions[0]
+        axis = 0 if scene.relation in ("left", "row") else 1
+        for before, after in itertools.pairwise(centers):
+            assert max(center[axis] for center in before) + 4 < min(center[axis] for center in after), row.captions[0]
+
+
+def test_rich_figures_stay_on_the_canvas_and_apart() -> None:
+    for scene in scenes.deal_scenes({"train": 2000}, 1, rich=True)["train"]:
+        placed = scene_drawing.place_rich_figures(scene, random.Random(repr(scene)))
+        reached = [
+            (x, y, scene_drawing.RICH_REACH[figure.size])
+            for figure, centers in zip(scene.figures, placed, strict=True)
+            for x, y in centers
+        ]
+        assert len(reached) == sum(figure.count for figure in scene.figures)
+        assert all(r - 1e-9 <= min(x, y) and max(x, y) <= 1 - r + 1e-9 for x, y, r in reached), scene
+        for (x1, y1, r1), (x2, y2, r2) in itertools.combinations(reached, 2):
+            assert math.dist((x1, y1), (x2, y2)) > r1 + r2 - 1e-9
 
 
 def test_command_draws_so_many_images_and_captions_and_counts_them(tmp_path: Path, capsys) -> None:
@@ -184,12 +274,16 @@ def test_impossible_numbers_are_one_sentence(options: list, tmp_path: Path, caps
 
 
 @pytest.mark.slow
-def test_scenes_load_by_name_and_are_cached(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(scenes, "NUM_SCENES", {"train": 40, "validation": 8, "test": 9})
+@pytest.mark.parametrize("rich", [False, True])
+def test_scenes_load_by_name_and_are_cached(rich: bool, tmp_path: Path, monkeypatch) -> None:
+    numbers = {"train": 40, "validation": 8, "test": 9}
+    monkeypatch.setattr(scenes, "NUM_RICH_SCENES" if rich else "NUM_SCENES", numbers)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    dataset = load_captions("scenes")
-    assert {split: part.num_rows for split, part in dataset.items()} == scenes.NUM_SCENES
-    row = scenes.scene_rows()[0]
+    name = "rich_scenes" if rich else "scenes"
+    dataset = load_captions(name)
+    assert {split: part.num_rows for split, part in dataset.items()} == numbers
+    row = scenes.scene_rows(rich=rich)[0]
     assert dataset["train"][0]["captions"] == row.captions
     assert dataset["train"][0]["image"].tobytes() == Image.open(io.BytesIO(row.read())).tobytes()
-    assert load_captions()["train"].cache_files == dataset["train"].cache_files
+    assert load_captions(name)["train"].cache_files == dataset["train"].cache_files
+    assert rich or load_captions()["train"].cache_files == dataset["train"].cache_files

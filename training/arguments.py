@@ -19,6 +19,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from data_scripts.augmentations import MAX_AUGMENTATIONS
+from data_scripts.scene_grammar import DRAWN_DATASETS
 from system.errors import UserError
 
 Scheduler = Literal["constant", "constant_with_warmup", "cosine", "linear", "polynomial", "inverse_sqrt"]
@@ -31,7 +32,7 @@ class DataArguments:
     dataset_name: str = field(
         default="scenes",
         metadata={
-            "help": "Folder made by a data_scripts command, dataset on the Hub, glob or address of shards, or `scenes`, drawn on the spot."
+            "help": "Folder made by a data_scripts command, dataset on the Hub, shards by glob or address, drawn `scenes` or `rich_scenes`."
         },
     )
     streaming: bool = field(
@@ -94,7 +95,7 @@ class DataArguments:
 
     def __post_init__(self):
         if self.publish_images is None:
-            self.publish_images = self.dataset_name == "scenes"  # drawn here, so nobody's property
+            self.publish_images = self.dataset_name in DRAWN_DATASETS  # drawn here, so nobody's property
 
 
 @dataclass
