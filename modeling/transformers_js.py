@@ -17,7 +17,8 @@ from transformers import DynamicCache, EncoderDecoderCache, VisionEncoderDecoder
 
 from .captioner import Captioner
 from .onnx_export import BATCH, PAST, causal_mask
-from .onnx_files import MAX_BYTES_IN_FILE, convert, export_module
+from . import onnx_files
+from .onnx_files import convert, export_module
 from .onnx_pixels import export_pixel_processor
 from .transformers_versions import CACHE, set_attn_implementation
 
@@ -75,7 +76,7 @@ def export_transformers_js(captioner: Captioner, folder: Path, suffixes: Mapping
     model = captioner.model.eval().float()
     if model.config.decoder.model_type != "gpt2":
         raise ValueError(f"its decoder is of the kind {model.config.decoder.model_type}, not gpt2")
-    if sum(weight.nbytes for weight in model.parameters()) > MAX_BYTES_IN_FILE:
+    if sum(weight.nbytes for weight in model.parameters()) > onnx_files.MAX_BYTES_IN_FILE:
         raise ValueError("its weights are too many for one file")
     set_attn_implementation(model, "eager")
     (folder / "onnx").mkdir()

@@ -702,10 +702,10 @@ def test_no_model_and_a_model_of_neither_kind_are_refused(started, small_scenes,
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_a_model_that_is_to_be_shared_out_is_refused(name, small_scenes, tmp_path, capsys, monkeypatch):
+def test_a_model_that_is_to_be_shared_out_is_refused(name, starts, small_scenes, tmp_path, capsys, monkeypatch):
     """And nobody is sent to a recipe that is refused as well."""
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    sentence = refused(tmp_path / "any", small_scenes, tmp_path, capsys)
+    sentence = refused(Path(starts["lstm"]), small_scenes, tmp_path, capsys)
     assert "several_gpus.yaml" in sentence
 
 
