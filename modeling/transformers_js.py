@@ -15,9 +15,9 @@ from onnx import compose
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, VisionEncoderDecoderModel
 
+from . import onnx_files
 from .captioner import Captioner
 from .onnx_export import BATCH, PAST, causal_mask
-from . import onnx_files
 from .onnx_files import convert, export_module
 from .onnx_pixels import export_pixel_processor
 from .transformers_versions import CACHE, set_attn_implementation
