@@ -158,6 +158,7 @@ def test_a_model_of_scenes_has_scenes_to_try_and_a_note_beside_any_other_image(b
     page.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("datasets", "rich"), [(["rich_scenes", "rich_scenes"], True), (["scenes", "rich_scenes"], False)]
 )

@@ -145,6 +145,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "option", "value"), OPTIONS)
 def test_an_impossible_value_is_refused_and_its_option_named(arguments, tmp_path, capsys, script, option, value):
     sentence = refused(capsys, MAINS[script], arguments(script, option, value))

@@ -95,6 +95,7 @@ def undisturbed(model, images, tmp_path_factory) -> dict[str, str]:
 FORMATS = {"c.jsonl": (), "c.txt": (), "c.parquet": (), "tars": ("--output_format", "webdataset")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_has_each_image_once_with_the_same_caption(name, model, images, undisturbed, tmp_path):
     run(model, images, "--output", tmp_path / name, *FORMATS[name])
@@ -107,6 +108,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("harm", [7, 700])
 def test_a_run_cut_anywhere_is_resumed_without_a_half_or_a_double(
@@ -179,6 +181,7 @@ def test_a_second_run_captions_what_is_new_and_refuses_other_settings(model, ima
     assert refused.value.code == 2 and (tmp_path / "mine.jsonl").read_text() == "precious\n"
 
 
+@pytest.mark.slow
 def test_several_captions_in_text_are_whole_after_a_cut(model, images, tmp_path):
     options = ["--output", tmp_path / "c.txt", "--num_beams", 2, "--num_return_sequences", 2]
     run(model, images, *options)
@@ -239,6 +242,7 @@ def test_two_processes_share_the_images(model, images, undisturbed, tmp_path):
     assert len(found) == NUM_IMAGES and dict(found) == undisturbed and not list(tmp_path.glob("*.part-*"))
 
 
+@pytest.mark.slow
 def test_what_other_processes_have_left_is_added_once(model, images, undisturbed, tmp_path, monkeypatch):
     """The second of two processes, here one after the other, and a kill after its part was added and before it was removed."""
     monkeypatch.setenv("RANK", "1")

@@ -240,6 +240,7 @@ def test_beams_can_be_taken_back(without_beams, tmp_path, monkeypatch):
     assert Captioner.load(tmp_path).model.generation_config.num_beams == 1
 
 
+@pytest.mark.slow
 def test_the_smallest_nucleus_is_greedy_and_the_largest_is_the_models_own_law(captioner, pixels):
     model = captioner.model
     inputs = {"pixel_values": pixels[:1].expand(256, -1, -1, -1)}

@@ -138,6 +138,7 @@ def test_lengths_count_the_caption_alone_and_beams_are_transformers_own(folders,
     assert len(returned) == len(IMAGES) and all(len(one["others"]) == 1 for one in returned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_leads_and_is_not_in_the_caption(folders, kind):
     prompt = {"florence2": "<DETAILED_CAPTION>"}.get(kind, "the red dog")
@@ -148,6 +149,7 @@ def test_a_prompt_leads_and_is_not_in_the_caption(folders, kind):
     assert made != [documented(kind, folders[kind], image) for image in IMAGES]
 
 
+@pytest.mark.slow
 def test_a_model_without_a_chat_template_gets_the_image_before_the_prompt(tmp_path, folders):
     save("llava", tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
@@ -212,6 +214,7 @@ def test_the_models_own_settings_stand_where_none_are_given(tmp_path, folders):
         assert captioner.generation_config.max_new_tokens == MAX_NEW_TOKENS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_evaluation_has_the_same_captions_and_a_row_of_the_table(tmp_path, folders, images, kind):
     options = ["--dataset_name", images[1], "--max_length", "8", "--per_device_eval_batch_size", "3"]

@@ -116,6 +116,7 @@ def loss_of(captioner: Captioner) -> torch.Tensor:
     return vit_gpt2_loss(captioner.model, captioner.model, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_trained_whole_or_in_its_last_block_and_is_the_same_when_loaded(tmp_path, name):
     _, last, unread = FAMILIES[name]

@@ -56,6 +56,7 @@ def violations(path: Path, allowed: set[str]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_what_its_arrows_allow(room):
     assert our_modules(room)

@@ -387,6 +387,7 @@ def test_a_saved_folder_captions_the_same_in_a_fresh_process(processor, tmp_path
     assert elsewhere.strip() == f"{ids.tolist()} {processor.batch_decode(ids, skip_special_tokens=True)} {logits}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["levit_128s", "eva02_tiny_patch14_224"])
 def test_no_buffer_is_lost_in_saving(name, tmp_path):
     """Their tables of positions are no weights, and timm saves none of them."""

@@ -122,6 +122,7 @@ def test_a_pipeline_saved_here_keeps_the_one_line(tmp_path):
     assert fresh_captions(tmp_path / "again", tmp_path) == expected_captions(captioner, IMAGES)
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_captions_in_one_line_again(tmp_path):
     """A folder as nlpconnect/vit-gpt2-image-captioning is: no processor, no pipeline, ids in config.json."""
     saved = build("vit_gpt2")

@@ -567,6 +567,7 @@ def test_runs_are_compared_in_a_table_and_a_plot(tmp_path, capsys):
     assert Image.open(tmp_path / "plot.png").format == "PNG"
 
 
+@pytest.mark.slow
 def test_too_few_true_captions_are_named_with_exit_code_1(tmp_path, capsys):
     rates = {"right": 0.96, "wrong": 0.944, "unknown": None}
     for name, rate in rates.items():

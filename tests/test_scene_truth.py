@@ -152,6 +152,7 @@ def wrong_in(caption: str, reference: str) -> tuple[set[str], list[str]]:
     return {name for name in aspects if not truth[name]}, [caption[start:end] for start, end in truth["false_words"]]
 
 
+@pytest.mark.slow
 def test_a_captioner_that_is_right_about_rich_scenes_is_right_in_everything(rich_captioned):
     for number, (caption, scene) in enumerate(rich_captioned):
         reference = scenes.describe_scene(scene, random.Random(number), 1)[0]
@@ -159,6 +160,7 @@ def test_a_captioner_that_is_right_about_rich_scenes_is_right_in_everything(rich
         assert parse_caption(caption) == scene
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [*OTHERS, "background", "number"])
 def test_one_wrong_word_about_a_rich_scene_is_wrong_in_just_that(part, rich_captioned):
     others = OTHERS | {
@@ -180,6 +182,7 @@ def test_one_wrong_word_about_a_rich_scene_is_wrong_in_just_that(part, rich_capt
     assert tried > 200
 
 
+@pytest.mark.slow
 def test_figures_of_a_rich_scene_that_change_places_are_wrong_in_just_the_relation(rich_captioned):
     tried = 0
     for caption, scene in rich_captioned:

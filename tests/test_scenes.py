@@ -211,6 +211,7 @@ def patches(image: Image.Image, color: str) -> list[tuple[float, float]]:
     return centers
 
 
+@pytest.mark.slow
 def test_a_rich_image_shows_as_many_figures_in_their_order_and_the_background(rich_rows: list) -> None:
     for row in rich_rows[:60]:
         scene = parse_caption(row.captions[0])

@@ -33,6 +33,7 @@ def content(folder: Path) -> dict[str, list[tuple]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_proc", "can_fork"), [(1, True), (3, True), (3, False)])
 def test_the_table_does_not_depend_on_shards_or_processes(rows, tmp_path, monkeypatch, capsys, num_proc, can_fork):
     """Nor on whether the system can fork a process, as macOS and Windows cannot."""
@@ -64,6 +65,7 @@ def killed_after(number: int, monkeypatch, name: str, plain) -> Counter:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "number", "reads"), [("check_row", 27, 25), ("_copy_rows", 1, 0), ("describe_split", 1, 0)]
 )

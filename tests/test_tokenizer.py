@@ -90,6 +90,7 @@ def composed(text: str) -> str:
     return " ".join("".join(" " if unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc") else c for c in text).split(" "))
 
 
+@pytest.mark.slow
 def test_ids_are_sentencepieces_own_and_eos(tokenizer, reference) -> None:
     for text in all_texts():
         expected = [*reference.encode(composed(text)), reference.eos_id()]

@@ -106,6 +106,7 @@ def test_accumulated_batches_weigh_as_one_large_one(train):
         torch.testing.assert_close(weights(four)[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_gold_captions_never_reach_generate_and_the_prompt_does(train, monkeypatch):
     given, plain_generate = [], VisionEncoderDecoderModel.generate
 
@@ -194,6 +195,7 @@ def test_activation_checkpointing_computes_blocks_again_and_learns_the_same(trai
         torch.testing.assert_close(weights(folders[1])[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_training_and_validation_measure_the_same_loss(train):
     """The same captions in both splits and nothing trained: training, which skips the prompt, must come to the same."""
     (row,) = history(train("measured", learning_rate=0))
@@ -207,6 +209,7 @@ def test_stops_early_and_keeps_the_first_of_equals(train):
     assert json.loads((folder / "results.json").read_text())["train"]["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_where_cider_cannot_choose_the_lower_validation_loss_does(train):
     """Of one validation image every CIDEr is 0."""
     options = {"max_eval_samples": 1, "num_train_epochs": 3, "learning_rate": 1e-2}
