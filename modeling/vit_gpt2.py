@@ -219,12 +219,10 @@ def load_encoder(encoder: str | PreTrainedConfig, image_size: int | None = None)
                 image_processor.crop_size = {"height": image_size, "width": image_size}
     try:
         size = feature_bytes(model, image_processor)
-    except Exception as error:  # each kind has its own
-        named = (
-            f"--image_size {image_size}: --encoder {encoder} cannot" if image_size else f"--encoder {encoder} cannot"
-        )
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        given = f"--image_size {image_size}: " if image_size else ""
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{named} encode an image ({reason}): {FITTING_ENCODERS}") from error
+        raise UserError(f"{given}--encoder {encoder} cannot encode an image ({reason}): {FITTING_ENCODERS}") from error
     if size >= LARGE_FEATURES:
         logger.warning(
             f"--encoder {encoder} makes {size / 1e6:.1f} MB of features an image: a smaller --image_size makes fewer"
