@@ -124,7 +124,8 @@ def run_together(
         port = free.getsockname()[1]
     processes = []
     for rank, moment in enumerate(moments):
-        variables = {"ACCELERATE_USE_CPU": "true", **(environment or {})}
+        # No card is to be seen: torch's barrier would take the process's number for that of one.
+        variables = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
         if len(moments) > 1:
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
             variables |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(moments))}
