@@ -2,6 +2,7 @@
 
 python tests/kill_points.py --runs 20     kills each script at 20 moments, resumes it, and compares with the undisturbed run
 python tests/kill_points.py --shards 64   the same of training on so many webdataset tars
+python tests/kill_points.py --encode 64   four processes encode so many tars; one is killed twice, and they are started again
 """
 
 import argparse
@@ -9,9 +10,11 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -376,11 +379,53 @@ class Comparison:
         return killed, differences(what_is_left(self.folder / name), self.expected)
 
 
+def encode_with_kills(tars: Path, model: str, folder: Path) -> bool:
+    """Whether four processes, of which one is killed after an eighth of the shards and after half, encode each shard once, those in
+    flight excepted, to what one process makes of them."""
+    import pyarrow.parquet as pq
+
+    number = len(list(tars.glob("train-*.tar")))
+    finished: list[str] = []
+    for kill_at in (number // 8, number // 2, None):
+        log = folder / f"encode-{kill_at}.log"
+        launch = encode_command(4, tars, model, folder / "four")
+        with open(log, "w") as file:
+            launcher = subprocess.Popen(
+                launch, stdout=file, stderr=file, env={**os.environ, "ACCELERATE_USE_CPU": "true"}
+            )
+        while kill_at and launcher.poll() is None:
+            if len(list((folder / "four").glob("*.parquet"))) >= kill_at:
+                children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+                os.kill(int(children[-1]), signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        code = launcher.wait()
+        finished += re.findall(r"(train-\d+)\.tar: \d+ images", log.read_text())
+        there = len(list((folder / "four").glob("*.parquet")))
+        print(f"killed at {kill_at}: the launcher ended with {code}, {there} of {number} shards are there", flush=True)
+    subprocess.run(encode_command(1, tars, model, folder / "one"), check=True, capture_output=True)
+    kept, again = ({path.name: pq.read_table(path) for path in (folder / name).glob("*")} for name in ("four", "one"))
+    same = kept.keys() == again.keys() and all(kept[name].equals(again[name]) for name in again)
+    print(
+        f"{len(finished)} shards said to be finished, {len(set(finished))} of them different; equal to one process's: {same}"
+    )
+    return same and len(finished) == len(set(finished)) == number
+
+
+def encode_command(num_processes: int, tars: Path, model: str, folder: Path) -> list[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+    launch += ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    options = ["--model_name_or_path", model, "--output_dir", str(folder)]
+    return [*launch, "-m", "training.encode", f"{tars}/train-*.tar", *options]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20, help="kills of each script")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--shards", type=int, default=0, help="number of tars to train on; a table where 0")
+    parser.add_argument("--encode", type=int, default=0, help="number of tars to encode, in place of training")
     arguments = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
     from data_scripts import load_captions
@@ -391,13 +436,16 @@ def main() -> None:
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "scenes"
-        num_scenes = {"train": 2 * arguments.shards or 24, "validation": 10, "test": 9}
+        num_scenes = {"train": 2 * (arguments.shards or arguments.encode) or 24, "validation": 10, "test": 9}
         write_caption_table(scene_rows(num_scenes, num_captions=dict.fromkeys(num_scenes, 5)), dataset)
-        if arguments.shards:
+        if arguments.shards or arguments.encode:
             tars = Path(folder) / "tars"
             tars.mkdir()
             write_shards(load_captions(str(dataset)), tars, images_per_shard=2)
             dataset = tars
+        if arguments.encode:
+            (_, model) = start_options("train_scst", str(Path(folder) / "scenes"), Path(folder) / "start")
+            raise SystemExit(not encode_with_kills(tars, model, Path(folder)))
         scripts = [
             script for script in SCRIPTS if not arguments.shards or script != "train_scst"
         ]  # which takes no shards
