@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -211,6 +212,52 @@ def test_meteor_is_on_the_table_with_its_interval(colors, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     low, high = results["intervals"]["meteor"]
     assert 0 < low <= results["metrics"]["meteor"] <= high < 1
+
+
+# Stands in for pycocoevalcap.spice.spice, whose models are in no package index: what `compute_score` returns is its shape.
+SPICE = """
+class Spice:
+    def compute_score(self, references, predictions):
+        assert list(references) == list(predictions) == [0, 1] and predictions[1] == ["a cat sits"]
+        return 0.4, [{"All": {"f": f, "pr": 1.0}, "Object": {"f": 1.0}} for f in (0.1, 0.7)]
+"""
+
+
+def test_spice_runs_through_pycocoevalcap_or_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    results, annotations = tmp_path / "results.json", tmp_path / "annotations.json"
+    rows = [{"image_id": number, "caption": text} for number, text in enumerate(("a dog runs", "A cat sits."))]
+    results.write_text(json.dumps(rows))
+    annotations.write_text(json.dumps({"annotations": rows}))
+    command = [str(results), str(annotations), "--spice"]
+    jars = tmp_path / "site" / "pycocoevalcap" / "spice" / "lib"
+    jars.mkdir(parents=True)
+    for folder in (jars.parents[1], jars.parent):
+        (folder / "__init__.py").touch()
+    java = tmp_path / "bin" / "java"
+    java.parent.mkdir()
+    java.write_text("#!/bin/sh")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(java.parent))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pycocoevalcap"]:
+        monkeypatch.delitem(sys.modules, name)
+
+    (jars / "stanford-corenlp-3.6.0.jar").touch()
+    assert caption_scores(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "get_stanford_models" in error
+    (jars / "stanford-corenlp-3.6.0-models.jar").touch()
+    module = jars.parent / "spice.py"
+    module.write_text(
+        "import sys\nprint('Exception in thread: no Semgrex\\n\\tat Spice.java', file=sys.stderr)\nsys.exit(1)"
+    )
+    assert caption_scores(command) == 2 and "(Exception in thread: no Semgrex)" in capsys.readouterr().err
+    module.write_text(SPICE)
+    assert caption_scores([*command, "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["metrics"]["spice"] == 0.4 and report["intervals"]["spice"] == pytest.approx([0.1, 0.7])
+    assert "spice     0.4000" in capsys.readouterr().out
 
 
 def test_images_without_hashes_are_known_by_their_pixels():
