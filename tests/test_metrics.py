@@ -387,6 +387,15 @@ def test_words_with_a_no_break_space_count_as_in_coco_caption():
             for text, texts in zip(predictions, references, strict=True)
         ]
         assert scores["rouge_l"] == pytest.approx(np.mean(rouge), abs=1e-12)
+        # the same by pycocoevalcap's classes, from what PTBTokenizer gives
+        gts, res = (
+            drop_in.PTBTokenizer().tokenize(
+                {i: [{"caption": text} for text in texts] for i, texts in enumerate(captions)}
+            )
+            for captions in (references, [[text] for text in predictions])
+        )
+        assert drop_in.Rouge().compute_score(gts, res)[0] == pytest.approx(np.mean(rouge), abs=1e-12)
+        assert drop_in.Cider().compute_score(gts, res)[0] == pytest.approx(scores["cider"], abs=1e-12)
 
 
 @settings(deadline=None, max_examples=50)

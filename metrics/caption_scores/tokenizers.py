@@ -32,6 +32,7 @@ NO_BLANKS = re.compile(
     "\U00020000-\U0003ffff]"
 )
 EUROPEAN = re.compile("[A-Za-z\u00aa-\u058f\u1e00-\u1fff]")  # Latin, Greek, Cyrillic, Armenian
+NOT_BLANK = re.compile(r"(?:\S|\xa0)+")  # PTBTokenizer's words may hold a no-break space
 NUM_SAMPLED = 2000
 
 
@@ -51,7 +52,7 @@ def get_split(name: str) -> Split | None:
     if name == "ptb_in_order":
         return tokenize_in_order
     if name == "none":
-        return lambda captions: [caption.split() for caption in captions]
+        return lambda captions: [NOT_BLANK.findall(caption) for caption in captions]
     if name == "char":
         return lambda captions: [_without_punctuation(caption.lower().replace(" ", "")) for caption in captions]
     if name == "intl":
