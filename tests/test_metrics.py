@@ -325,6 +325,8 @@ def test_the_command_names_what_is_wrong_with_a_file(coco_files, tmp_path, monke
         assert main([str(broken), str(annotations)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and "broken.json" in error and error.count("\n") == 1
+    broken.write_text('[{"image_id": "1", "caption": "a dog"}]')  # the annotations have numbers
+    assert main([str(broken), str(annotations)]) == 2 and "which has 1" in capsys.readouterr().err
     assert main([str(results), str(annotations), "--spice"]) == 2
     assert "no `java`" in capsys.readouterr().err
 

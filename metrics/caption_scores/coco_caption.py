@@ -148,9 +148,9 @@ def read_coco(results_file: Path, annotations_file: Path) -> tuple[list, list[st
     for row in _read_rows(results_file, None):
         image = row["image_id"]
         if image not in references:
-            raise InputError(
-                f"{results_file}: image {image!r} has no caption in {annotations_file}: give its annotations"
-            )
+            other = int(image) if isinstance(image, str) and image.isdecimal() else str(image)
+            known = f", which has {other!r}: write ids alike" if other in references else ": give its annotations"
+            raise InputError(f"{results_file}: image {image!r} has no caption in {annotations_file}{known}")
         if image in captions:
             raise InputError(f"{results_file}: image {image!r} has two captions: give one of each image")
         captions[image] = row["caption"]

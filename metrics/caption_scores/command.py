@@ -38,7 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{num_missing} annotated images have no caption in {arguments.results} and are not scored", file=sys.stderr
         )
-    print_report(report)
+    try:
+        print_report(report)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
