@@ -222,8 +222,11 @@ def test_features_of_a_view_are_those_of_the_image_seen_so(rows, processor):
     expected = features_of(by_hand, encoder, processor.image_processor, "by hand")
     assert np.array_equal(states_of(mirrored), states_of(expected))
     assert not np.array_equal(states_of(mirrored), states_of(plain))
-    few, many = states_of(kept["validation"][0]), states_of(plain)[:5]  # in batches of two sizes
-    np.testing.assert_allclose(few, many, rtol=1e-3 if torch.cuda.is_available() else 0)
+    few, many = (
+        states_of(kept["validation"][0]),
+        states_of(plain)[:5],
+    )  # in batches of two sizes, to the last bit of float16
+    assert np.abs(few - many).max() <= 1e-3 * np.abs(many).max()
 
 
 def test_packed_captions_are_whole_and_told_apart_by_their_positions(rows, processor):
