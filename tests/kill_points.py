@@ -398,7 +398,7 @@ def encode_with_kills(tars: Path, model: str, folder: Path) -> bool:
                 children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
                 os.kill(int(children[-1]), signal.SIGKILL)
                 break
-            time.sleep(0.01)
+            time.sleep(0.001)
         code = launcher.wait()
         finished += re.findall(r"(train-\d+)\.tar: \d+ images", log.read_text())
         there = len(list((folder / "four").glob("*.parquet")))
