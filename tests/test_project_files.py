@@ -36,6 +36,16 @@ def test_forks_run_what_ci_runs():
     assert workflow[True].keys() >= {"push", "pull_request"}  # YAML reads `on` as true
 
 
+def test_every_python_of_the_classifiers_is_run_by_forks():
+    """And the floors are, by the Makefile's target, in a job of their own."""
+    workflows = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    ran = workflows["test"]["jobs"]["test"]["strategy"]["matrix"]["python-version"]
+    named = re.findall(r"^Programming Language :: Python :: (3\.\d+)$", SETUP["metadata"]["classifiers"], re.MULTILINE)
+    assert ran == named and SETUP["options"]["python_requires"] == f">={named[0]}"
+    (target,) = [step["run"] for step in workflows["floors"]["jobs"]["floors"]["steps"] if "run" in step]
+    assert re.search(rf"^{target.removeprefix('make ')}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
 def test_the_floors_are_the_lower_bounds():
     """What `make test-floors` installs is what setup.cfg says is enough."""
     bounds = dict(line.split(">=") for line in SETUP["options"]["install_requires"].split())
