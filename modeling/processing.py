@@ -91,6 +91,7 @@ def load_processor(name_or_path: str):
     else:
         image_processor = AutoImageProcessor.from_pretrained(name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # of no files at all, as transformers 5.5 makes one
+    # Of no files at all transformers 5.5 makes one of <s>, </s>, <pad>, <unk> and [START_REF].
+    if all(token[0] + token[-1] in ("<>", "[]") for token in tokenizer.get_vocab() if token):
         raise ValueError("its tokenizer has no vocabulary: the files of a tokenizer are missing")
     return build_processor(image_processor, tokenizer)

@@ -115,6 +115,7 @@ def assert_same_words(captioner: Captioner, tmp_path: Path, monkeypatch) -> None
         assert held <= 1.1 * (model.encoder.num_parameters() + of_cross)
 
 
+@pytest.mark.usefixtures("exporter")
 def test_a_model_that_is_none_is_one_sentence_and_nothing_is_left(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         export_onnx.main([str(tmp_path / "nowhere"), str(tmp_path / "exported")])
