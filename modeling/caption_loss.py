@@ -7,12 +7,15 @@ from torch import nn
 
 FLOAT16_TOKENS = 1024  # of up to 64 nats each
 MAX_LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32; smaller chunks make slow matrix products
+CARD_CHUNKS = 16  # a card's chunks are larger by this: up to 1.5 GiB
+CARD_ROWS = 64  # a card is slow at products whose sizes are no multiples of 8: GPT-2's vocabulary, 50,257, is odd
 HAS_LINEAR_CROSS_ENTROPY = hasattr(nn, "LinearCrossEntropyOptions")  # torch 2.14 and newer
 
 
-def chunk_size(num_tokens: int, vocab_size: int) -> int:
+def chunk_size(num_tokens: int, vocab_size: int, device: torch.device) -> int:
     """Tokens whose logits are computed together; chunks have equal sizes, since a small one takes as long as a large one."""
-    num_chunks = math.ceil(num_tokens * vocab_size / MAX_LOGITS_PER_CHUNK)
+    max_logits = MAX_LOGITS_PER_CHUNK * (CARD_CHUNKS if device.type == "cuda" else 1)
+    num_chunks = math.ceil(num_tokens * vocab_size / max_logits)
     return max(1, math.ceil(num_tokens / max(1, num_chunks)))
 
 
@@ -82,8 +85,8 @@ def caption_loss(
 ) -> torch.Tensor:
     """Cross entropy of the next token, in nats per token.
 
-    Logits are computed chunk by chunk, only where there is a label, and their gradient replaces them at once (torch's
-    `linear_cross_entropy`, or `ChunkedCrossEntropy` where it has none); loss and gradients equal those of the plain computation.
+    Logits are computed chunk by chunk and their gradient replaces them at once (torch's `linear_cross_entropy`, or
+    `ChunkedCrossEntropy` where it has none, and on a card); loss and gradients equal those of the plain computation.
 
     Args:
         hidden: Inputs of the head, float (batch, length, hidden size).
@@ -98,7 +101,11 @@ def caption_loss(
     has_label = labels != -100
     if num_items_in_batch is None:
         num_items_in_batch = has_label.sum()
-    hidden, labels = hidden[has_label], labels[has_label]  # (tokens, hidden size), (tokens,)
+    if hidden.device.type == "cuda":  # which indexing by a mask would have to wait for
+        hidden = hidden.masked_fill(~has_label.unsqueeze(-1), 0).flatten(0, 1)
+        labels = labels.flatten()
+    else:
+        hidden, labels = hidden[has_label], labels[has_label]  # (tokens, hidden size), (tokens,)
     if can_read_weight(head):
         nats = _fused_cross_entropy(hidden, labels, head.weight, head.bias, label_smoothing)
     else:
@@ -129,8 +136,9 @@ def _fused_cross_entropy(
     # On a CPU bfloat16 is slow without instructions for it: the products are float32's then.
     fast = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and computes_in_bfloat16(hidden.device)
     sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # float16 ends at 65,504 nats
-    size = chunk_size(len(hidden), len(weight))
-    if HAS_LINEAR_CROSS_ENTROPY:
+    on_card = hidden.device.type == "cuda"
+    size = chunk_size(len(hidden), len(weight), hidden.device)
+    if HAS_LINEAR_CROSS_ENTROPY and not on_card:
         options = nn.LinearCrossEntropyOptions(
             batch_chunk_size=size, chunking_method=None, acc_policy="compact" if fast else "auto"
         )
@@ -143,59 +151,87 @@ def _fused_cross_entropy(
             for hidden_part, labels_part in zip(hidden.split(part), labels.split(part), strict=True)
         )
     else:
+        operands = hidden, weight, bias
         if hidden.device.type == "cpu" and not fast:
-            hidden, weight, bias = (
-                hidden.to(sum_dtype),
-                weight.to(sum_dtype),
-                None if bias is None else bias.to(sum_dtype),
-            )
+            operands = [None if value is None else value.to(sum_dtype) for value in operands]
+        operands = pad_vocabulary(*operands) if on_card else operands
         with torch.autocast(hidden.device.type, enabled=False):
-            nats = ChunkedCrossEntropy.apply(hidden, labels, weight, bias, size)
+            nats = ChunkedCrossEntropy.apply(*operands, labels, size)
     if label_smoothing:
         # (1 - s) (logsumexp - label's logit) + s (logsumexp - mean logit); the mean over the vocabulary is linear as well.
+        has_label, labels = labels != -100, labels.clamp(min=0)  # hidden states without a label are zeros
         label_logits = (hidden * weight[labels]).sum(dtype=sum_dtype)
         mean_logits = hidden.sum(0, dtype=sum_dtype) @ weight.mean(0, dtype=sum_dtype)
         if bias is not None:
-            label_logits = label_logits + bias[labels].sum(dtype=sum_dtype)
-            mean_logits = mean_logits + len(hidden) * bias.mean(dtype=sum_dtype)
+            label_logits = label_logits + (bias[labels] * has_label).sum(dtype=sum_dtype)
+            mean_logits = mean_logits + has_label.sum() * bias.mean(dtype=sum_dtype)
         nats = nats + label_smoothing * (label_logits - mean_logits)
     return nats
+
+
+def pad_vocabulary(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The operands with rows of weight, up to a multiple of 64, that stand for tokens of probability 0."""
+    missing = -len(weight) % CARD_ROWS
+    if not missing:
+        return hidden, weight, bias
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    pad = nn.functional.pad
+    return hidden, pad(weight, (0, 0, 0, missing)), pad(bias, (0, missing), value=-math.inf)
+
+
+def chunk_gradients(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the cross entropy of a chunk, and its gradient in the logits, in float32 or more.
+
+    Args:
+        logits: (chunk, vocabulary).
+        targets: (chunk, 1), -100 where there is no label, where the gradient is the softmax alone.
+    """
+    has_label, targets = targets != -100, targets.clamp(min=0)
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)  # (chunk, vocabulary)
+    nats = -(log_probs.gather(1, targets) * has_label).sum()
+    gradient = log_probs.exp_().scatter_add_(1, targets, -has_label.to(log_probs.dtype))  # one less at the label
+    return nats, gradient
+
+
+def compile_loss(backend: str) -> None:
+    """Let torch.compile make few kernels of what is done with the logits on a card; in this process, from now on."""
+    global chunk_gradients
+    chunk_gradients = torch.compile(chunk_gradients, backend=backend, dynamic=True)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropy of a linear head, whose gradients are computed with it, chunk by chunk.
 
-    For torch before 2.14, which has no `linear_cross_entropy`; to go with it. The gradients are summed in float32, as torch's op
-    sums them. `backward` may be called once, and has no gradient itself.
+    For torch before 2.14, which has no `linear_cross_entropy` (to go with it), and for cards, whose products of a padded
+    vocabulary it can use. The gradients are summed in float32, as torch's op sums them. `backward` may be called once, and has no
+    gradient itself.
 
-    Args, of `apply`: hidden states (tokens, hidden size), labels (tokens,), weight (vocabulary, hidden size), bias
-        (vocabulary,) or None, and the number of tokens whose logits are in memory at once.
+    Args, of `apply`: hidden states (tokens, hidden size), zeros where there is no label; weight (vocabulary, hidden size) and bias
+        (vocabulary,) or None; labels (tokens,), -100 where there is none; and the number of tokens whose logits are in memory at
+        once.
     """
 
     @staticmethod
-    def forward(ctx, hidden, labels, weight, bias, size: int) -> torch.Tensor:
+    def forward(ctx, hidden, weight, bias, labels, size: int) -> torch.Tensor:
         sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        needs_hidden, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         nats = hidden.new_zeros((), dtype=sum_dtype)
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
         bias_grad = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None
         for start in range(0, len(hidden), size):
             part, targets = hidden[start : start + size], labels[start : start + size, None]
-            logits = nn.functional.linear(part, weight, bias).to(sum_dtype)  # (chunk, vocabulary)
-            label_logits = logits.gather(1, targets)  # (chunk, 1)
-            log_sums = logits.logsumexp(1, keepdim=True)  # (chunk, 1)
-            nats += (log_sums - label_logits).sum()
-            if needs_hidden or needs_weight or needs_bias:
-                logits_grad = logits.sub_(log_sums).exp_()  # the softmax, and one less at the label
-                logits_grad.scatter_add_(1, targets, torch.full_like(label_logits, -1))
-                if needs_bias:
-                    bias_grad += logits_grad.sum(0)
-                logits_grad = logits_grad.to(hidden.dtype)
-                if needs_hidden:
-                    torch.mm(logits_grad, weight, out=hidden_grad[start : start + size])
-                if needs_weight:
-                    weight_grad += logits_grad.T @ part
+            nats_of_part, logits_grad = chunk_gradients(nn.functional.linear(part, weight, bias), targets)
+            nats += nats_of_part
+            if needs_bias:
+                bias_grad += (logits_grad * (targets != -100)).sum(0)
+            logits_grad = logits_grad.to(hidden.dtype)
+            if needs_hidden:
+                torch.mm(logits_grad, weight, out=hidden_grad[start : start + size])
+            if needs_weight:
+                weight_grad += logits_grad.T @ part
         ctx.gradients = hidden_grad, weight_grad, bias_grad
         ctx.dtypes = hidden.dtype, weight.dtype, hidden.dtype if bias is None else bias.dtype
         return nats
@@ -207,5 +243,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             for value, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
         del ctx.gradients
-        hidden, weight, bias = scaled
-        return hidden, None, weight, bias, None
+        return *scaled, None, None

@@ -9,6 +9,7 @@ the loss and the pipeline with it.
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -504,7 +505,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             query: Outputs of the LSTM, (batch, length, hidden), with which attention queries the feature map.
             lstm_state: As above, after these inputs.
         """
-        query, lstm_state = self.lstm(self.dropout(inputs), lstm_state)
+        query, lstm_state = run_lstm(self.lstm, self.dropout(inputs), lstm_state)
         outputs = self.attention(query, keys_values) if self.attention else query
         return self.dropout(outputs), query, lstm_state
 
@@ -513,6 +514,28 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         start = labels.new_full((labels.shape[0], 1), self.config.decoder_start_token_id)
         shifted = torch.cat([start, labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+
+
+def run_lstm(
+    lstm: nn.LSTM, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """`lstm(inputs, state)`; under autocast to bfloat16 on a CUDA card in bfloat16.
+
+    There torch runs LSTMs in float16 whatever the dtype of autocast: gradients of batches of many tokens round to zero.
+    """
+    device = inputs.device.type
+    if device != "cuda" or not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != torch.bfloat16:
+        return lstm(inputs, state)
+    weights = [weight.bfloat16() for layer in lstm.all_weights for weight in layer]
+    if state is None:
+        zeros = inputs.new_zeros(lstm.num_layers, len(inputs), lstm.hidden_size)
+        state = zeros, zeros
+    state = [value.bfloat16() for value in state]
+    options = (lstm.bias, lstm.num_layers, lstm.dropout, lstm.training, lstm.bidirectional, lstm.batch_first)
+    with torch.autocast(device, enabled=False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        outputs, *state = torch.lstm(inputs.bfloat16(), state, weights, *options)
+    return outputs, tuple(state)
 
 
 def timm_source(name: str) -> str:

@@ -355,6 +355,8 @@ def _build_decoder(
         # The encoder is not used, and transformers makes a cache of as many layers as it has (BART, mBART).
         config.encoder_layers = config.decoder_layers
     _check_decoder(config, decoder)
+    if getattr(config, "activation_function", None) == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel, where gelu_new takes eight
     if dropout is not None:
         set_dropout(config, dropout)
     if source is not config:

@@ -116,3 +116,39 @@ def test_in_bfloat16_products_have_the_dtype_that_the_cpu_is_fast_in(batch, monk
     products = [event.dtypes()[:3] for event in events if event.name() in ("aten::mm", "aten::addmm", "aten::addmm_")]
     assert len(products) == 3  # the logits, and the gradients of hidden states and weight
     assert {name for dtypes in products for name in dtypes} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_without_a_label_and_rows_of_padding_change_nothing(batch, dtype):
+    """As on a card: no token is left out, hidden states without a label are zeros, and the vocabulary has a size of its liking."""
+    hidden, labels, head = batch
+    has_label = labels != -100
+    operands = [value.detach().to(dtype) for value in (hidden, head.weight, head.bias)]
+    expected = [value.clone().requires_grad_() for value in operands]
+    nats = module.ChunkedCrossEntropy.apply(expected[0][has_label], *expected[1:], labels[has_label], 5)
+    found = [value.clone().requires_grad_() for value in operands]
+    inputs = found[0].masked_fill(~has_label.unsqueeze(-1), 0).flatten(0, 1)
+    padded = module.pad_vocabulary(inputs, *found[1:])
+    assert len(padded[1]) == len(padded[2]) == 64 and padded[1].dtype == dtype
+    assert module.ChunkedCrossEntropy.apply(*padded, labels.flatten(), 4).item() == pytest.approx(nats.item(), rel=1e-6)
+    (2 * nats).backward()
+    (2 * module.ChunkedCrossEntropy.apply(*padded, labels.flatten(), 4)).backward()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.grad - theirs.grad).norm() <= (1e-6 if dtype == torch.float32 else 2e-2) * theirs.grad.norm()
+
+
+def test_a_vocabulary_without_bias_is_padded_with_tokens_of_no_probability(batch):
+    hidden, _, head = batch
+    states, weight, bias = module.pad_vocabulary(hidden[0], head.weight, None)
+    logits = nn.functional.linear(states, weight, bias)
+    torch.testing.assert_close(logits.softmax(-1)[:, :50], (hidden[0] @ head.weight.T).softmax(-1))
+    assert logits.softmax(-1)[:, 50:].eq(0).all()
+
+
+def test_compiled_it_is_the_same(batch, monkeypatch):
+    monkeypatch.setattr(module, "HAS_LINEAR_CROSS_ENTROPY", False)
+    monkeypatch.setattr(module, "chunk_gradients", module.chunk_gradients)  # as it was, afterwards
+    expected = loss_and_gradients(caption_loss, *batch)
+    module.compile_loss("aot_eager")
+    for ours, theirs in zip(loss_and_gradients(caption_loss, *batch), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)

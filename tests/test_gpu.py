@@ -21,6 +21,12 @@ pytestmark = [
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
+@pytest.fixture(autouse=True)
+def without_tf32(monkeypatch):
+    """torch lets cuDNN round float32 to 10 bits by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def loss_on(captioner, device: str, dtype: torch.dtype = torch.float32) -> float:
     """Loss of a batch, with autocast as in training."""
     model = copy.deepcopy(captioner.model).to(device).eval()
@@ -39,6 +45,38 @@ def loss_on(captioner, device: str, dtype: torch.dtype = torch.float32) -> float
 def test_losses_are_the_cpus(kind, dtype):
     captioner = build(kind)
     assert loss_on(captioner, DEVICE, dtype) == pytest.approx(loss_on(captioner, "cpu"), rel=BOUNDS[dtype])
+
+
+@KINDS
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradients_are_the_cpus(kind, smoothing):
+    """Those of captions of several lengths, whose padding has no label, in float32 and bfloat16, of a loss as small as that of one
+    caption among thousands: torch's autocast to bfloat16 has LSTMs in float16, where such gradients are zeros."""
+    captioner = build(kind)
+    captions = ["a dog", "a big black dog runs over the grass", "red", "two dogs"]
+    labels = captioner.tokenizer(captions, return_tensors="pt", padding=True).input_ids
+    labels = labels.masked_fill(labels == captioner.tokenizer.pad_token_id, -100)
+    pixels = captioner.processor(images=IMAGES[:4], return_tensors="pt").pixel_values
+    gradients = {}
+    for name, device, dtype in (("cpu", "cpu", None), ("float32", DEVICE, None), ("bfloat16", DEVICE, torch.bfloat16)):
+        model = copy.deepcopy(captioner.model).to(device).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        batch = {"pixel_values": pixels.to(device), "labels": labels.to(device)}
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            if kind == "vit_gpt2":
+                ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+                loss = vit_gpt2_loss(model, model, batch | {"decoder_input_ids": ids}, label_smoothing=smoothing)
+            else:
+                loss = model(**batch, label_smoothing=smoothing).loss
+        (loss * 1e-6).backward()
+        gradients[name] = {k: p.grad.cpu() for k, p in model.named_parameters() if p.grad is not None}
+    assert gradients["cpu"].keys() == gradients["float32"].keys() == gradients["bfloat16"].keys()
+    for name, expected in gradients["cpu"].items():
+        size = expected.norm() + 1e-9
+        assert (gradients["float32"][name] - expected).norm() <= 1e-3 * size, name
+        assert (gradients["bfloat16"][name] - expected).norm() <= 0.1 * size, name
 
 
 @KINDS

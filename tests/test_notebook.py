@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import nbclient
-import nbformat
 import pytest
+
+nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "caption_your_images.ipynb"

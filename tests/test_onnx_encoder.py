@@ -98,6 +98,7 @@ def test_a_whole_run_has_the_captions_of_torch(tmp_path, monkeypatch, faster, ca
     for name in ("auto", "torch"):
         output = str(tmp_path / f"{name}.jsonl")
         options = ["--model_name_or_path", str(tmp_path / "model"), "--output", output, "--encoder_engine", name]
+        options += ["--device", "cpu"]
         caption.main([*names, *options, "--batch_size", "2"])
         captions[name] = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
     assert captions["auto"] == captions["torch"] and len(chosen) == 1

@@ -23,7 +23,7 @@ from modeling.captioner import Captioner
 
 
 def expected_captions(captioner, images, **generation) -> list[str]:
-    inputs = captioner.processor(images=images, return_tensors="pt")
+    inputs = captioner.processor(images=images, return_tensors="pt").to(captioner.model.device)  # a pipeline's, if any
     captions = captioner.generate(dict(inputs), **generation)
     return [text for made in captions for text in (made["caption"], *made.get("others", []))]
 

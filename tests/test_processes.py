@@ -146,7 +146,7 @@ def launched(script: str, options: list[str], dataset: str, folder: Path) -> Ite
     command += ["--num_train_epochs", "9999", "--eval_epochs", "9999", "--save_epochs", "9999", "--save_steps", "3"]
     command += ["--report_to", "none"]
     with open(folder / "log", "w") as log:
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     ends, processes = time.monotonic() + 150, []
     try:

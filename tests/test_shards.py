@@ -305,6 +305,7 @@ def encode(tars, starts, tmp_path):
         process: int = 0,
         num_processes: int = 1,
         kind: str = "lstm",
+        words: tuple[str, ...] = (),
     ):
         def encode_shard(address, *arguments):
             counted[address] += 1
@@ -322,7 +323,7 @@ def encode(tars, starts, tmp_path):
             patches.setattr(PartialState(), "num_processes", num_processes)
             glob = f"{Path(tars[0]).parent}/*.tar"
             options = ["--model_name_or_path", starts[kind], "--output_dir", str(tmp_path / folder)]
-            command.main([glob, *options])
+            command.main([glob, *options, *words])
         return tmp_path / folder
 
     run.counted = counted
@@ -347,6 +348,30 @@ def test_shards_are_encoded_once_whatever_is_killed_and_by_however_many(encode, 
     # Of the first process's shards 0, 2, 4 the second was in flight at the first kill, the last one at the second.
     assert [encode.counted[tar] for tar in tars] == [1, 1, 2, 1, 2]
     assert features_in(encode("shared", monkeypatch)) == alone
+
+
+def test_threads_keep_the_shards_order_and_count_what_they_cannot_decode(encode, monkeypatch, caplog):
+    """The third image that is decoded, whichever that is, cannot be."""
+    from data_scripts import images
+
+    plain, decoded = images.decode_image, iter(range(1000))
+
+    def decode_image(data: bytes):
+        if next(decoded) == 2:
+            raise images.BadImage("is torn")
+        return plain(data)
+
+    alone = features_in(encode("alone", monkeypatch, words=("--batch_size", "2", "--num_workers", "1")))
+    monkeypatch.setattr(images, "decode_image", decode_image)
+    several = features_in(encode("several", monkeypatch, words=("--batch_size", "2", "--num_workers", "4")))
+    assert "is torn" in caplog.text
+    rows = {name: [row["image_id"] for row in rows] for name, rows in alone.items()}
+    left = {name: [row["image_id"] for row in rows] for name, rows in several.items()}
+    assert sum(map(len, left.values())) == sum(map(len, rows.values())) - 1
+    for name, names in left.items():
+        assert names == [one for one in rows[name] if one in names]
+        kept = {row["image_id"]: row["image"] for row in alone[name]}
+        assert all(kept[row["image_id"]] == row["image"] for row in several[name])
 
 
 def test_training_reads_features_as_it_reads_images(encode, monkeypatch, starts, tars):

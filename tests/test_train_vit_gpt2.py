@@ -14,10 +14,12 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import train_vit_gpt2
 from data_scripts.caption_table import FEATURES
+from modeling import caption_loss
 from modeling.captioner import Captioner
 from modeling.transformers_versions import CACHE
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
 from system.errors import UserError
+from training import launch
 
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 40), "blue": (30, 50, 220), "white": (250, 250, 250)}
 SMALL = {
@@ -193,6 +195,25 @@ def test_activation_checkpointing_computes_blocks_again_and_learns_the_same(trai
     assert told[1] == pytest.approx(told[0], rel=1e-5)
     for name, value in weights(folders[0]).items():
         torch.testing.assert_close(weights(folders[1])[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(train, monkeypatch):
+    """As `accelerate launch --dynamo_backend` has them; of several lengths, and never compiled for `generate()`."""
+    options = {"num_hidden_layers": 2, "num_train_epochs": 2, "per_device_train_batch_size": 3}
+    plain = train("plain", **options)
+    monkeypatch.setattr(caption_loss, "chunk_gradients", caption_loss.chunk_gradients)  # as it was, afterwards
+    monkeypatch.setattr(caption_loss, "HAS_LINEAR_CROSS_ENTROPY", False)
+    monkeypatch.setattr(launch, "follow_launcher", lambda: None)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    frames, start = torch._dynamo.utils.counters["frames"], torch._dynamo.utils.counters["frames"]["ok"]
+    compiled = train("compiled", **options)
+    assert 3 <= frames["ok"] - start <= 12  # a block, the loss, and both again for any length, in eval too
+    assert weights(plain).keys() == weights(compiled).keys()
+    for row, expected in zip(history(compiled), history(plain), strict=True):
+        assert row["cider"] == expected["cider"]
+        for name in ("train_loss", "eval_loss"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ the images and captions beside the features, in `encoder_features`.
 import logging
 import os
 import tempfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -72,6 +74,13 @@ class EncodeArguments:
         default="float16", metadata={"help": "Type in which features are written; int8 takes half the disk, lossy."}
     )
     batch_size: int = field(default=32, metadata={"help": "Images encoded together.", "min": 1})
+    num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of threads that decode images; if not given up to 8 on a GPU, and 1 on a CPU.",
+            "min": 1,
+        },
+    )
     strict: bool = field(
         default=False, metadata={"help": "End at a shard or sample that cannot be used, in place of skipping it."}
     )
@@ -192,53 +201,81 @@ def encode_shard(address: str, name: str, captioner: "Captioner", args: EncodeAr
 
 
 def _encoded(address: str, captioner: "Captioner", args: EncodeArguments, device, skipped) -> Iterator:
-    """Arrow tables of the shard's rows, 256 each."""
+    """Arrow tables of the shard's rows, 256 each or a few more."""
+    import torch
+
+    from training.features import encoder_fingerprint, quantize_features
+
+    fingerprint = encoder_fingerprint(captioner.encoder, captioner.image_processor)
+    rows, batches = [], []
+    for samples, pixels in _prepared(address, captioner, args, device, skipped):
+        with torch.inference_mode():
+            states = captioner.encoder(pixels).last_hidden_state
+        rows += samples
+        batches.append(quantize_features(states, args.feature_dtype == "int8"))
+        if len(rows) >= ROWS_PER_GROUP:
+            yield _table(rows, batches, fingerprint)
+            rows, batches = [], []
+    if rows:
+        yield _table(rows, batches, fingerprint)
+
+
+def _prepared(address: str, captioner: "Captioner", args: EncodeArguments, device, skipped) -> Iterator[tuple]:
+    """Samples that can be decoded, and their pixels on the device, batch by batch in the shard's order; decoded by threads."""
+    from data_scripts.images import BadImage, decode_image
+    from data_scripts.shards import read_shard, shown
+    from training.features import PixelCollator
+
+    collator = PixelCollator(captioner.image_processor, device)
+    num_threads = args.num_workers or (1 if device.type == "cpu" else min(8, os.cpu_count() or 1))
+
+    def prepare(samples: list["Sample"]) -> tuple[list, list, list]:
+        good, images, errors = [], [], []
+        for sample in samples:
+            try:
+                images.append(decode_image(sample.image))
+                good.append(sample)
+            except BadImage as error:
+                errors.append((sample.name, error))
+        return good, collator(images) if images else None, errors
+
+    samples = (sample for _, sample in read_shard(address, 0, args.strict, skipped))
+    batches = iter(lambda: list(islice(samples, args.batch_size)), [])
+    with ThreadPoolExecutor(num_threads) as pool:
+        waiting = deque(pool.submit(prepare, batch) for batch in islice(batches, 2 * num_threads))
+        while waiting:
+            good, pixels, errors = waiting.popleft().result()
+            waiting += [pool.submit(prepare, batch) for batch in islice(batches, 1)]
+            for name, error in errors:
+                if args.strict:
+                    raise UserError(f"{shown(address)}, {name}: {error} (--strict)") from error
+                skipped.samples[str(error)] += 1
+            if good:
+                yield good, collator.finish(pixels)
+
+
+def _table(samples: list["Sample"], batches: list[dict], fingerprint: str):
+    """An Arrow table of samples and their features."""
     import json
 
     import numpy as np
     import pyarrow as pa
-    import torch
 
     from data_scripts.shards import FEATURES_KEY
-    from training.features import encoder_fingerprint, quantize_features
 
-    fingerprint = encoder_fingerprint(captioner.encoder, captioner.image_processor)
-    samples = _decoded(address, args.strict, skipped)
-    while group := list(islice(samples, ROWS_PER_GROUP)):
-        batches = []
-        for start in range(0, len(group), args.batch_size):
-            images = [image for _, image in group[start : start + args.batch_size]]
-            pixels = captioner.image_processor(images=images, return_tensors="pt")["pixel_values"].to(device)
-            with torch.inference_mode():
-                batches.append(
-                    quantize_features(captioner.encoder(pixels).last_hidden_state, args.feature_dtype == "int8")
-                )
-        features = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        columns = {name: (values.shape[1:], values.dtype.str) for name, values in features.items()}
-        rows = {
-            "image": [{"bytes": sample.image, "path": None} for sample, _ in group],
-            "image_id": [sample.image_id for sample, _ in group],
-            "captions": [sample.captions for sample, _ in group],
-        }
-        rows |= {name: [value.tobytes() for value in values] for name, values in features.items()}
-        about = json.dumps({"fingerprint": fingerprint, "columns": columns})
-        image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-        kinds = {"image": image, "image_id": pa.string(), "captions": pa.list_(pa.string())}
-        schema = pa.schema([(name, kinds.get(name, pa.binary())) for name in rows], metadata={FEATURES_KEY: about})
-        yield pa.table(rows, schema=schema)
-
-
-def _decoded(address: str, strict: bool, skipped) -> Iterator[tuple["Sample", object]]:
-    from data_scripts.images import BadImage, decode_image
-    from data_scripts.shards import read_shard, shown
-
-    for _, sample in read_shard(address, 0, strict, skipped):
-        try:
-            yield sample, decode_image(sample.image)
-        except BadImage as error:
-            if strict:
-                raise UserError(f"{shown(address)}, {sample.name}: {error} (--strict)") from error
-            skipped.samples[str(error)] += 1
+    features = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    columns = {name: (values.shape[1:], values.dtype.str) for name, values in features.items()}
+    rows = {
+        "image": [{"bytes": sample.image, "path": None} for sample in samples],
+        "image_id": [sample.image_id for sample in samples],
+        "captions": [sample.captions for sample in samples],
+    }
+    rows |= {name: [value.tobytes() for value in values] for name, values in features.items()}
+    about = json.dumps({"fingerprint": fingerprint, "columns": columns})
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    kinds = {"image": image, "image_id": pa.string(), "captions": pa.list_(pa.string())}
+    schema = pa.schema([(name, kinds.get(name, pa.binary())) for name in rows], metadata={FEATURES_KEY: about})
+    return pa.table(rows, schema=schema)
 
 
 def _exists(output_dir: str, name: str) -> bool:

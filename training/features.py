@@ -21,9 +21,11 @@ from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import ViTImageProcessor
 
 from data_scripts.augmentations import augment_image
 from modeling.fingerprint import weights_digest
+from modeling.image_processing_timm import TimmImageProcessor
 from modeling.onnx_encoder import fastest_encoder
 from system.errors import UserError
 from system.files import write_file
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 IMAGES_PER_PART = 512  # of a file that are written together: what a kill can cost
 MAX_FILE_BYTES = 10**9  # a process can map some 65,000 files
 BATCH_SIZE = 32  # images the encoder encodes together; parts hold whole batches
+CARD_BATCH_SIZE = 128  # the same on a CUDA card, which small batches do not fill
 # What a config says of where a model comes from, and not of what it computes.
 NOT_COMPUTED = (
     "_name_or_path",
@@ -109,9 +112,12 @@ def encode_splits(
         logger.info(f"Feature cache disabled: {'the encoder is trainable' if trains else '--feature_cache none'}.")
         return {split: [None] * number for split, number in augmentations.items()}
     encoder.eval()
+    device = next(encoder.parameters()).device
     num_images = sum(len(rows) * augmentations[split] for split, rows in tables.items())
     encode = (
-        compiled_for_batches(encoder) if args.compile_encoder else fastest_encoder(encoder, num_images, logger.info)
+        compiled_for_batches(encoder, batch_size_on(device))
+        if args.compile_encoder
+        else fastest_encoder(encoder, num_images, logger.info)
     )
     streamed = {split: [None] * augmentations[split] for split in dataset if split not in tables}
     return streamed | cache_features(
@@ -122,8 +128,13 @@ def encode_splits(
         int8=args.feature_cache == "int8",
         num_augmentations=augmentations,
         num_workers=args.dataloader_num_workers,
-        device=next(encoder.parameters()).device,
+        device=device,
     )
+
+
+def batch_size_on(device: torch.device | str) -> int:
+    """Images that are encoded together on a device."""
+    return CARD_BATCH_SIZE if torch.device(device).type == "cuda" else BATCH_SIZE
 
 
 # ---- Keys -----------------------------------------------------------------------------------------------------------
@@ -132,12 +143,18 @@ def encode_splits(
 def encoder_fingerprint(encoder: torch.nn.Module, image_processor) -> str:
     """A digest of the encoder's layers, config, weights and statistics, and of all that the image processor does."""
     config = getattr(encoder, "config", None)  # layers do not show how many heads they have
-    settings = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in NOT_COMPUTED}
+    settings = {} if config is None else _what_is_computed(config.to_dict())
     pixels = json.loads(image_processor.to_json_string())
     pixels.pop("auto_map", None)  # where its code lies, which it knows once it has been saved
     pixels = json.dumps(pixels, indent=2, sort_keys=True)
     about = f"{pixels}\n {encoder} {json.dumps(settings, sort_keys=True, default=str)}"
     return weights_digest(encoder, about)
+
+
+def _what_is_computed(settings: dict) -> dict:
+    """A config without what does not change its model, in the configs inside it too."""
+    inner = {key: _what_is_computed(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    return {key: value for key, value in inner.items() if key not in NOT_COMPUTED}
 
 
 def image_fingerprints(rows: Dataset, size: int) -> Iterator[str]:
@@ -240,7 +257,7 @@ def cache_features(
     *,
     int8: bool = False,
     num_augmentations: Mapping[str, int] | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> dict[str, list[Features]]:
@@ -253,7 +270,7 @@ def cache_features(
         fingerprint: Of encoder and image processor; another one never reads this one's files.
         int8: Whether to cache each state as int8, relative to its largest value: half the disk, lossy.
         num_augmentations: Of a split's images, see `augment_image`; one where a split is not named.
-        batch_size: Images the encoder encodes together.
+        batch_size: Images the encoder encodes together; see `batch_size_on` where None.
         num_workers: Processes that decode images; 0 decodes in this one.
         device: Where the encoder is.
 
@@ -271,9 +288,9 @@ def cache_features(
 
     def encode(pixels: torch.Tensor) -> dict[str, np.ndarray]:
         with torch.inference_mode():
-            return quantize_features(encoder(pixels.to(device)), int8)
+            return quantize_features(encoder(to_pixels.finish(pixels)), int8)
 
-    to_pixels = PixelCollator(image_processor)
+    to_pixels, batch_size = PixelCollator(image_processor, device), batch_size or batch_size_on(device)
     shapes = _feature_shapes(features_folder(fingerprint, int8), lambda: encode(to_pixels([_first_image(dataset)])))
     size = sum(shape.num_bytes for shape in shapes.values())
     per_file = max(MAX_FILE_BYTES // size // IMAGES_PER_PART, 1) * IMAGES_PER_PART
@@ -356,13 +373,27 @@ def _first_image(dataset: DatasetDict) -> Image.Image:
 
 
 class PixelCollator:
-    """Images to the pixels of an image processor, (batch, 3, height, width); an object, so that it can be sent to workers."""
+    """Images to the pixels of an image processor, (batch, 3, height, width); an object, so that it can be sent to workers.
 
-    def __init__(self, image_processor):
-        self.image_processor = image_processor
+    For a CUDA card the workers resize and crop alone, and give uint8; the card, see `finish`, does the arithmetic, which takes most of
+    a processor's time. The pixels are the same.
+    """
+
+    def __init__(self, image_processor, device: torch.device | str = "cpu"):
+        self.image_processor, self.device = image_processor, torch.device(device)
+        on_card = self.device.type == "cuda" and isinstance(image_processor, (TimmImageProcessor, ViTImageProcessor))
+        self.options = {"do_rescale": False, "do_normalize": False} if on_card else {}
 
     def __call__(self, images: list[Image.Image]) -> torch.Tensor:
-        return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return self.image_processor(images=images, return_tensors="pt", **self.options)["pixel_values"]
+
+    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The pixels of a batch on the device."""
+        pixels = pixels.to(self.device, non_blocking=True)
+        if not self.options:
+            return pixels
+        shapes_stay = {"do_resize": False, "do_center_crop": False}
+        return self.image_processor(images=pixels, return_tensors="pt", **shapes_stay)["pixel_values"]
 
 
 class ImagesOfParts(torch.utils.data.Dataset):
@@ -422,6 +453,7 @@ def _encode_parts(
         batch_sampler=batches_of_parts(sizes, batch_size),
         num_workers=num_workers,
         collate_fn=to_pixels,
+        pin_memory=to_pixels.device.type == "cuda",
         generator=torch.Generator(),  # else it draws a number, and a run that finds the features has others after it
     )
     silent = not PartialState().is_main_process
@@ -495,7 +527,7 @@ def _check_room(num_images: int, image_bytes: int, shape: ArrayShape) -> None:
         )
 
 
-def compiled_for_batches(encoder: torch.nn.Module, batch_size: int = BATCH_SIZE) -> Callable:
+def compiled_for_batches(encoder: torch.nn.Module, batch_size: int) -> Callable:
     """The encoder compiled by `torch.compile` for whole batches; others, for which it would compile anew, go through it as it is.
 
     Raises:

@@ -57,6 +57,7 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
         mixed_precision="no" if in_float32 else precision,
         log_with=trackers or None,
         project_dir=args.output_dir,
+        dynamo_backend="no",  # what the launcher has for it is `compile_blocks`'s
     )
     if torch.distributed.is_initialized():
         PROCESS_GROUPS.append(torch.distributed.group.WORLD)

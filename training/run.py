@@ -48,6 +48,7 @@ from training.checkpoints import (
     new_checkpoint,
     remove_old,
 )
+from training.compiling import compile_blocks, launcher_backend, uncompiled
 from training.evaluation import caption_images
 from training.launch import refuse_fsdp, start_accelerator
 from training.loaders import ShardLoader, TableLoader
@@ -167,6 +168,8 @@ class TrainingRun:
         self.ema = None
         if getattr(args, "ema_decay", 0):
             self.ema = ema_of(model, args.ema_decay)
+        if backend := launcher_backend():
+            compile_blocks(model, backend)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self._prepare_loader(train_dataset, sampler, collator)
         warmup = args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * self.num_steps
@@ -353,11 +356,12 @@ class TrainingRun:
     def exported(self) -> Iterator[Captioner]:
         """The captioner as it is evaluated and saved: averaged, gathered from its shards, or as `export` has it."""
         processor = self.captioner.processor
-        if self.ema:
-            yield Captioner(self.ema.module.eval(), processor)
-            return
-        with self.full_model.gathered(self.model) as model, self.export(model):
-            yield Captioner(model.eval(), processor)
+        with uncompiled():
+            if self.ema:
+                yield Captioner(self.ema.module.eval(), processor)
+                return
+            with self.full_model.gathered(self.model) as model, self.export(model):
+                yield Captioner(model.eval(), processor)
 
     def _evaluate(self, evaluate: Callable) -> dict:
         """Scores of the captioner, which is saved if no evaluation before had a better CIDEr, or the same with a lower loss."""

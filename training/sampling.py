@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from modeling.caption_loss import chunk_size, hidden_states_before_head
 from modeling.captioner import Captioner
 from training.batches import CaptionCollator
+from training.compiling import uncompiled
 
 
 class SamplingConstraints(NamedTuple):
@@ -127,7 +128,10 @@ def sample_captions(
         inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=states[rows])}
     # `generate()` counts the start tokens as well.
     min_length = constraints.min_length and constraints.min_length + len(start_ids)
-    with plain_decoding(model, no_repeat_ngram_size=constraints.no_repeat_ngram_size, min_length=min_length):
+    with (
+        plain_decoding(model, no_repeat_ngram_size=constraints.no_repeat_ngram_size, min_length=min_length),
+        uncompiled(),
+    ):
         sequences = model.generate(**inputs, logits_processor=processors)
     eos = model.generation_config.eos_token_id
     return [until_eos(token_ids, eos) for token_ids in sequences[:, len(start_ids) :].tolist()]
@@ -249,7 +253,7 @@ def token_log_probs(
         logits = logits.index_put((row, column), logits.new_tensor(-torch.inf)) if len(row) else logits
         return -nn.functional.cross_entropy(logits, labels, reduction="none")
 
-    size = chunk_size(len(hidden), head.out_features)
+    size = chunk_size(len(hidden), head.out_features, hidden.device)
     if len(hidden) <= size:
         return of_chunk(hidden, labels, row.to(hidden.device), column.to(hidden.device))
     chunks = []
