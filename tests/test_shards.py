@@ -354,6 +354,7 @@ def test_shards_are_encoded_once_whatever_is_killed_and_by_however_many(encode, 
 def test_processes_that_do_not_know_of_one_another_do_not_encode_everything_each(encode, monkeypatch, capsys):
     """As two of `accelerate launch --multi_gpu` on a machine without GPUs, where nothing says that CPUs are meant."""
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     with pytest.raises(SystemExit) as ended:
         encode("twice", monkeypatch)
     assert ended.value.code == 2 and "ACCELERATE_USE_CPU" in capsys.readouterr().err
