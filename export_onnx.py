@@ -160,8 +160,6 @@ def write_export(captioner: "Captioner", folder: Path, args: ExportArguments) ->
     suffixes = {dtype: SUFFIXES[dtype] for dtype in args.dtypes}
     name, is_vit_gpt2 = args.model_name_or_path, captioner.model.config.model_type == "vision-encoder-decoder"
     if args.format == "showtell":
-        if "fp16" in args.dtypes and not is_vit_gpt2:
-            raise UserError(f"--dtype {args.dtype}: onnxruntime crashes on LSTMs in float16; give fp32 or q8")
         if reason := export_captioner(captioner, folder, suffixes):
             print(f"warning: there is no preprocess.onnx: {reason}", file=sys.stderr)
         if args.web:

@@ -17,13 +17,29 @@ MIN_WEIGHTS = 512  # below these a tensor is not worth its scales
 
 
 def to_float16(source: Path, target: Path) -> None:
-    """Weights and arithmetic in float16; inputs and outputs stay float32."""
+    """Weights and arithmetic in float16, of graphs with an LSTM the weights alone; inputs and outputs stay float32."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    model = convert_float_to_float16(onnx.load(source), keep_io_types=True, disable_shape_infer=True)
-    OnnxModel(model).topological_sort()  # the conversion appends the casts of the inputs
+    model = onnx.load(source)
+    if any(node.op_type == "LSTM" for node in model.graph.node):  # onnxruntime crashes on those in float16
+        store_as_float16(model.graph)
+    else:
+        model = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
+        OnnxModel(model).topological_sort()  # the conversion appends the casts of the inputs
     onnx.save(model, target)
+
+
+def store_as_float16(graph: onnx.GraphProto) -> None:
+    """Make the weights float16, and cast them where they are read, which onnxruntime does once, as it loads them; in place."""
+    for weight in list(graph.initializer):
+        if weight.data_type != onnx.TensorProto.FLOAT or np.prod(weight.dims) < MIN_WEIGHTS:
+            continue
+        name, values = weight.name, numpy_helper.to_array(weight)
+        graph.initializer.remove(weight)
+        graph.initializer.append(numpy_helper.from_array(values.astype(np.float16), f"{name}.float16"))
+        cast = helper.make_node("Cast", [f"{name}.float16"], [name], f"{name}.cast", to=onnx.TensorProto.FLOAT)
+        graph.node.insert(0, cast)
 
 
 def to_int8(source: Path, target: Path) -> None:
