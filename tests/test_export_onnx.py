@@ -14,7 +14,7 @@ from small_captioners import IMAGES, build
 from transformers import GenerationConfig
 
 import export_onnx
-from captioning.onnx_decoding import ExportedCaptioner
+from captioning.onnx_decoding import SUFFIXES, ExportedCaptioner
 from modeling import onnx_export, onnx_files
 from modeling.captioner import Captioner
 from system.errors import UserError
@@ -134,7 +134,8 @@ def test_what_must_be_installed_is_said(tmp_path, monkeypatch, capsys):
 def exported(request, tmp_path_factory):
     captioner, folder = build(request.param, num_layers=1), tmp_path_factory.mktemp(request.param)
     captioner.save(folder / "model")
-    export_onnx.main([str(folder / "model"), str(folder / "exported"), "--dtype", "fp32,fp16,q8"])
+    dtypes = "fp32,fp16,q8" + ",q4" * (request.param == "vit_gpt2")
+    export_onnx.main([str(folder / "model"), str(folder / "exported"), "--dtype", dtypes])
     return captioner, folder / "exported"
 
 
@@ -173,16 +174,20 @@ def test_every_setting_is_that_of_generate(exported, settings):
     assert captions == captioner.model.generate(pixel_values=pixels)[:, 1:].tolist()
 
 
-@pytest.mark.parametrize(("dtype", "suffix", "fraction"), [("fp16", "_fp16", 0.51), ("q8", "_quantized", 0.3)])
+@pytest.mark.parametrize(
+    ("dtype", "suffix", "fraction"), [("fp16", "_fp16", 0.51), ("q8", "_quantized", 0.3), ("q4", "_q4", 0.25)]
+)
 def test_smaller_weights_are_smaller_and_nearly_the_same(exported, dtype, suffix, fraction):
     captioner, folder = exported
+    if dtype == "q4" and not (folder / "step_q4.onnx").exists():
+        pytest.skip("LSTM captioners have no 4 bits")
     pixels = captioner.processor(images=IMAGES, return_tensors="pt")["pixel_values"]
     model = ExportedCaptioner(folder, dtype)
     start = torch.tensor([captioner.start_token_ids] * len(IMAGES))
     logits, _ = model.step(start.numpy(), 0, model.encode(pixels.numpy()), model.first_state(len(IMAGES)))
     with torch.no_grad():
         expected = captioner.model(pixel_values=pixels, decoder_input_ids=start).logits[:, -1].numpy()
-    assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > {"fp16": 0.99999, "q8": 0.99}[dtype]
+    assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > {"fp16": 0.99999, "q8": 0.99, "q4": 0.9}[dtype]
 
     def weights(path) -> dict[str, int]:  # bytes; the tiny models of tests have half of theirs in biases and norms
         graph = onnx.load(path).graph
@@ -197,11 +202,12 @@ def test_smaller_weights_are_smaller_and_nearly_the_same(exported, dtype, suffix
 
 def test_each_data_type_is_scored_and_warned_of_where_it_falls(exported, colors, capsys):
     captioner, folder = exported
-    arguments = ("model", str(folder), "showtell", "fp32,fp16,q8", colors)
+    dtypes = [dtype for dtype, suffix in SUFFIXES.items() if (folder / f"step{suffix}.onnx").exists()]
+    arguments = ("model", str(folder), "showtell", ",".join(dtypes), colors)
     scores = export_onnx.score_exports(captioner, folder, export_onnx.ExportArguments(*arguments))
     rows = scores["scores"]
-    assert list(rows) == ["torch", "fp32", "fp16", "q8"] and rows["fp32"]["cider"] == rows["torch"]["cider"]
-    for dtype in ("fp32", "fp16", "q8"):
+    assert list(rows) == ["torch", *dtypes] and rows["fp32"]["cider"] == rows["torch"]["cider"]
+    for dtype in dtypes:
         assert 0 < rows[dtype]["megabytes"] <= rows["fp32"]["megabytes"]
         fallen = {name: row | {"cider": 1.0 - 0.021 * (name == dtype)} for name, row in rows.items()}
         export_onnx.print_scores(scores | {"scores": fallen})
