@@ -120,14 +120,14 @@ def train(
     from training.batches import CaptionCollator, ImageDataset, subsample_evenly
     from training.evaluation import Evaluator, count_labels
     from training.features import encode_splits
-    from training.fine_tuning import LSTM, check_start
+    from training.fine_tuning import check_lstm_start
     from training.optimizer import build_adamw
     from training.run import TrainingRun
     from training.shards import pairs_of_split, sampler_of
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     if model_args.model_name_or_path:
-        check_start(model_args.model_name_or_path, args.output_dir, (LSTM,), data_args.tokenizer_name)
+        check_lstm_start(model_args, args.output_dir, data_args.tokenizer_name)
     with TrainingRun(args, options, script="train_lstm") as run:
         # ---- Data ---------------------------------------------------------------------------------------------------
         dataset, training_captions = load_for_training(

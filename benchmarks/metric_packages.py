@@ -4,66 +4,78 @@
     pip install capevalkit==0.1.3 evaluate==0.4.6
     python -m benchmarks.metric_packages
 
-Packages that are missing, or do not run, are named and left out. capevalkit needs Java; evaluate reads its metrics from the Hub.
+Packages that are missing, or do not run, are named and left out. pycocoevalcap and capevalkit need Java. evaluate reads its metrics
+from the Hub, or with --evaluate_metrics from the folder `metrics` of a clone of its repository.
 Prints a table in Markdown; scores between 0 and 1, CIDEr-D between 0 and 10.
 """
 
+import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.metrics import make_captions
 from metrics import score, tokenize
+from metrics.caption_scores.java_metrics import JavaMetricError, meteor
 
 NUM_IMAGES = 500
 
 Captions = list[str]
 References = list[list[str]]
+Measure = Callable[[Captions, References], float]
 
 
-def coco_bleu(predictions: Captions, references: References) -> float:
-    from pycocoevalcap.bleu.bleu import Bleu
+def coco(module: str, name: str, *options: int) -> Measure:
+    """The score, or scores, of one of pycocoevalcap's classes, after its own tokenizer."""
 
-    return Bleu(4).compute_score(*by_image(predictions, references), verbose=0)[0][3]
-
-
-def coco_rouge(predictions: Captions, references: References) -> float:
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    return Rouge().compute_score(*by_image(predictions, references))[0]
-
-
-def coco_cider(predictions: Captions, references: References) -> float:
-    from pycocoevalcap.cider.cider import Cider
-
-    return Cider().compute_score(*by_image(predictions, references))[0]
-
-
-def by_image(predictions: Captions, references: References) -> tuple[dict, dict]:
-    """What pycocoevalcap's scorers take, with the tokens of `tokenize`, which are those of its Java program."""
-    join = lambda caption: " ".join(tokenize(caption))  # noqa: E731
-    gts = {image: [join(caption) for caption in captions] for image, captions in enumerate(references)}
-    return gts, {image: [join(caption)] for image, caption in enumerate(predictions)}
-
-
-def aac(name: str) -> Callable[[Captions, References], float]:
-    def measure(predictions: Captions, references: References) -> float:
-        from aac_metrics import functional
-
-        gts, res = by_image(predictions, references)
-        tokenized = [captions[0] for captions in res.values()], list(gts.values())
-        if name == "bleu":
-            return float(functional.bleu(*tokenized, n=4)[0]["bleu_4"])
-        metric = {"rouge_l": functional.rouge_l, "cider_d": functional.cider_d}[name]
-        return float(metric(*tokenized)[0][name])
+    def measure(predictions: Captions, references: References) -> float | list[float]:
+        return compute_coco(module, name, options, predictions, references)[0]
 
     return measure
 
 
-def capevalkit(metric: str, name: str) -> Callable[[Captions, References], float]:
+def compute_coco(module: str, name: str, options: tuple, predictions: Captions, references: References) -> tuple:
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    tokenizer = PTBTokenizer()
+    gts = tokenizer.tokenize({i: [{"caption": text} for text in texts] for i, texts in enumerate(references)})
+    res = tokenizer.tokenize({i: [{"caption": text}] for i, text in enumerate(predictions)})
+    return getattr(import_module(f"pycocoevalcap.{module}"), name)(*options).compute_score(gts, res)
+
+
+def coco_bleu(predictions: Captions, references: References) -> float:
+    return compute_coco("bleu.bleu", "Bleu", (4,), predictions, references)[0][3]
+
+
+def coco_mean_of_meteors(predictions: Captions, references: References) -> float:
+    of_images = compute_coco("meteor.meteor", "Meteor", (), predictions, references)[1]
+    return sum(of_images) / len(of_images)
+
+
+def tokenized(predictions: Captions, references: References) -> tuple[list[str], list[list[str]]]:
+    """Captions as coco-caption's Java program splits them, joined by blanks."""
+    split = lambda caption: " ".join(tokenize(caption))  # noqa: E731
+    return [split(caption) for caption in predictions], [[split(text) for text in texts] for texts in references]
+
+
+def aac(name: str) -> Measure:
+    def measure(predictions: Captions, references: References) -> float:
+        from aac_metrics import functional
+
+        if name == "bleu_4":
+            return float(functional.bleu(*tokenized(predictions, references), n=4)[0]["bleu_4"])
+        metric = {"rouge_l": functional.rouge_l, "cider_d": functional.cider_d}[name]
+        return float(metric(*tokenized(predictions, references))[0][name])
+
+    return measure
+
+
+def capevalkit(metric: str, name: str) -> Measure:
     def measure(predictions: Captions, references: References) -> float:
         from capevalkit.metrics.pycocoevalcap_metrics import compute_pycocoevalcap
 
@@ -77,16 +89,13 @@ def capevalkit(metric: str, name: str) -> Callable[[Captions, References], float
     return measure
 
 
-def evaluate_bleu(predictions: Captions, references: References) -> float:
-    import evaluate
+def hf_evaluate(metric: Path, name: str) -> Measure:
+    def measure(predictions: Captions, references: References) -> float:
+        import evaluate
 
-    return evaluate.load("bleu").compute(predictions=predictions, references=references)["bleu"]
+        return float(evaluate.load(str(metric)).compute(predictions=predictions, references=references)[name])
 
-
-def evaluate_rouge(predictions: Captions, references: References) -> float:
-    import evaluate
-
-    return evaluate.load("rouge").compute(predictions=predictions, references=references)["rougeL"]
+    return measure
 
 
 def nltk_corpus(predictions: Captions, references: References) -> float:
@@ -104,20 +113,15 @@ def nltk_sentences(predictions: Captions, references: References) -> float:
     return sum(scores) / len(scores)
 
 
-def sacrebleu_padded(predictions: Captions, references: References) -> float:
-    from sacrebleu import corpus_bleu
+def sacrebleu_padded(padding: str | None) -> Measure:
+    def measure(predictions: Captions, references: References) -> float:
+        from sacrebleu import corpus_bleu
 
-    most = max(map(len, references))
-    streams = [[(captions + [""] * most)[i] for captions in references] for i in range(most)]
-    return corpus_bleu(predictions, streams, lowercase=True, force=True).score / 100
+        most = max(map(len, references))
+        streams = [[(captions + [padding] * most)[i] for captions in references] for i in range(most)]
+        return corpus_bleu(predictions, streams, lowercase=True, force=True).score / 100
 
-
-def sacrebleu_missing(predictions: Captions, references: References) -> float:
-    from sacrebleu import corpus_bleu
-
-    most = max(map(len, references))
-    streams = [[(captions + [None] * most)[i] for captions in references] for i in range(most)]
-    return corpus_bleu(predictions, streams, lowercase=True, force=True).score / 100
+    return measure
 
 
 def torchmetrics_bleu(predictions: Captions, references: References) -> float:
@@ -141,99 +145,92 @@ def google_rouge(predictions: Captions, references: References) -> float:
     return sum(scores) / len(scores)
 
 
-# score, package, how it is called, the measurement, why it differs where it does
-ROWS = [
-    ("bleu_4", "pycocoevalcap", "Bleu(4)", coco_bleu, "coco-caption itself"),
-    ("bleu_4", "aac-metrics", "bleu", aac("bleu"), "coco-caption's formula, given PTB's tokens"),
-    (
-        "bleu_4",
-        "capevalkit",
-        "compute_pycocoevalcap",
-        capevalkit("bleu", "BLEU-4"),
-        "pycocoevalcap with its Java tokenizer",
-    ),
-    ("bleu_4", "evaluate", 'load("bleu")', evaluate_bleu, "13a tokenizer, case counts"),
-    (
-        "bleu_4",
-        "nltk",
-        "corpus_bleu, PTB's tokens",
-        nltk_corpus,
-        "the corpus's BLEU, without coco-caption's tiny smoothing",
-    ),
-    (
-        "bleu_4",
-        "nltk",
-        "mean of sentence_bleu, smoothed",
-        nltk_sentences,
-        "a mean over sentences, not the corpus's BLEU",
-    ),
-    (
-        "bleu_4",
-        "sacrebleu",
-        "references padded with ''",
-        sacrebleu_padded,
-        "13a tokenizer: punctuation counts; '' changes nothing here",
-    ),
-    ("bleu_4", "sacrebleu", "references padded with None", sacrebleu_missing, "13a tokenizer: punctuation counts"),
-    (
-        "bleu_4",
-        "torchmetrics",
-        "bleu_score",
-        torchmetrics_bleu,
-        "split at blanks: case and punctuation count; depends on the references' order",
-    ),
-    ("rouge_l", "pycocoevalcap", "Rouge()", coco_rouge, "coco-caption itself"),
-    ("rouge_l", "aac-metrics", "rouge_l", aac("rouge_l"), "coco-caption's formula, given PTB's tokens"),
-    (
-        "rouge_l",
-        "capevalkit",
-        "compute_pycocoevalcap",
-        capevalkit("rouge", "ROUGE-L"),
-        "pycocoevalcap with its Java tokenizer",
-    ),
-    ("rouge_l", "evaluate", 'load("rouge")', evaluate_rouge, "F1 of one reference, as rouge_score"),
-    (
-        "rouge_l",
-        "rouge_score",
-        "score_multi",
-        google_rouge,
-        "F1 of one reference, not beta 1.2 over best precision and best recall",
-    ),
-    ("rouge_l", "torchmetrics", "rouge_score", torchmetrics_rouge, "F1 of one reference, as rouge_score"),
-    ("cider", "pycocoevalcap", "Cider()", coco_cider, "coco-caption itself: CIDEr-D"),
-    (
-        "cider",
-        "capevalkit",
-        "compute_pycocoevalcap",
-        capevalkit("cider", "CIDEr"),
-        "pycocoevalcap with its Java tokenizer",
-    ),
-    ("cider", "aac-metrics", "cider_d", aac("cider_d"), "coco-caption's formula, given PTB's tokens"),
-]
+def list_rows(evaluate_metrics: Path) -> list[tuple[str, str, str, Measure, str]]:
+    """For each row: score, package, how it is called, the measurement, why it differs where it does."""
+    coco_formula, java = "coco-caption's formula, given PTB's tokens", "pycocoevalcap with its Java tokenizer"
+    f1, punctuation = "F1 of one reference", "13a tokenizer: punctuation counts"
+    of_evaluate = {"bleu": "13a tokenizer: case and punctuation count; brevity by the shortest reference"}
+    of_evaluate["rouge"] = f"{f1}, as rouge_score; the median of resampled means, another one in each run"
+    corpus = "the corpus's BLEU, without coco-caption's tiny smoothing"
+    blanks = "split at blanks: case and punctuation count; depends on the references' order"
+    capevalkit_call, mean = "compute_pycocoevalcap", "a mean over sentences, not the corpus's BLEU"
+    return [
+        ("bleu_4", "pycocoevalcap", "Bleu(4)", coco_bleu, "coco-caption itself"),
+        ("bleu_4", "aac-metrics", "bleu", aac("bleu_4"), coco_formula),
+        ("bleu_4", "capevalkit", capevalkit_call, capevalkit("bleu", "BLEU-4"), java),
+        ("bleu_4", "evaluate", 'load("bleu")', hf_evaluate(evaluate_metrics / "bleu", "bleu"), of_evaluate["bleu"]),
+        ("bleu_4", "nltk", "corpus_bleu, PTB's tokens", nltk_corpus, corpus),
+        ("bleu_4", "nltk", "mean of sentence_bleu, smoothed", nltk_sentences, mean),
+        (
+            "bleu_4",
+            "sacrebleu",
+            "references padded with ''",
+            sacrebleu_padded(""),
+            f"{punctuation}; '' counts for nothing",
+        ),
+        ("bleu_4", "sacrebleu", "references padded with None", sacrebleu_padded(None), punctuation),
+        ("bleu_4", "torchmetrics", "bleu_score", torchmetrics_bleu, blanks),
+        ("rouge_l", "pycocoevalcap", "Rouge()", coco("rouge.rouge", "Rouge"), "coco-caption itself"),
+        ("rouge_l", "aac-metrics", "rouge_l", aac("rouge_l"), coco_formula),
+        ("rouge_l", "capevalkit", capevalkit_call, capevalkit("rouge", "ROUGE-L"), java),
+        (
+            "rouge_l",
+            "evaluate",
+            'load("rouge")',
+            hf_evaluate(evaluate_metrics / "rouge", "rougeL"),
+            of_evaluate["rouge"],
+        ),
+        (
+            "rouge_l",
+            "rouge_score",
+            "score_multi",
+            google_rouge,
+            f"{f1}, not beta 1.2 over best precision and best recall",
+        ),
+        ("rouge_l", "torchmetrics", "rouge_score", torchmetrics_rouge, f"{f1}, as rouge_score"),
+        ("cider", "pycocoevalcap", "Cider()", coco("cider.cider", "Cider"), "coco-caption itself: CIDEr-D"),
+        ("cider", "aac-metrics", "cider_d", aac("cider_d"), coco_formula),
+        ("cider", "capevalkit", capevalkit_call, capevalkit("cider", "CIDEr"), java),
+        ("meteor", "pycocoevalcap", "Meteor()", coco("meteor.meteor", "Meteor"), "coco-caption itself"),
+        (
+            "meteor",
+            "pycocoevalcap",
+            "mean over images",
+            coco_mean_of_meteors,
+            "METEOR of a set is no mean over its images",
+        ),
+        ("meteor", "capevalkit", capevalkit_call, capevalkit("meteor", "METEOR"), java),
+    ]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--evaluate_metrics", type=Path, default=Path(), help="folder of evaluate's metrics")
+    rows = list_rows(parser.parse_args(argv).evaluate_metrics)
     predictions, references = make_captions(NUM_IMAGES)
     # as in Flickr8k's kind of data, but with images that have fewer references
     references = [captions[: 5 - image % 3] for image, captions in enumerate(references)]
     backwards = [captions[::-1] for captions in references]
     ours = score(predictions, references)
+    try:
+        ours["meteor"] = meteor(predictions, references)
+    except JavaMetricError as error:
+        print(f"METEOR: left out ({error})", file=sys.stderr)
     print(f"{NUM_IMAGES} images, 3 to 5 references\n")
-    print(
-        "| score | package | called | value | less coco-caption's | references reversed | why |\n|---|---|---|---|---|---|---|"
-    )
-    for name in ("bleu_4", "rouge_l", "cider"):
-        print(f"| {name} | caption-scores | score | {ours[name]:.6f} | | | |")
-        for _, package, call, measure, why in (row for row in ROWS if row[0] == name):
+    print("| score | package | called | value | less coco-caption's | references reversed | why |\n" + 7 * "|---" + "|")
+    for name in [name for name in ("bleu_4", "rouge_l", "cider", "meteor") if name in ours]:
+        print(f"| {name} | caption-scores | {'meteor' if name == 'meteor' else 'score'} | {ours[name]:.6f} | | | |")
+        for _, package, call, measure, why in (row for row in rows if row[0] == name):
             try:
                 said = f"{package} {version(package)}"
-                value, turned = measure(predictions, references), measure(predictions, backwards)
+                with contextlib.redirect_stdout(sys.stderr):  # pycocoevalcap's own
+                    value, turned = measure(predictions, references), measure(predictions, backwards)
             except (ImportError, OSError) as error:
                 print(f"{package}: left out ({str(error).splitlines()[0]})", file=sys.stderr)
                 continue
             less, order = value - ours[name], turned - value
-            shown = ["equal" if abs(less) < 1e-6 else f"{less:+.6f}", "equal" if abs(order) < 1e-6 else f"{order:+.6f}"]
-            print(f"| {name} | {said} | {call} | {value:.6f} | {shown[0]} | {shown[1]} | {why} |")
+            shown = ["equal" if abs(number) < 1e-6 else f"{number:+.6f}" for number in (less, order)]
+            print(f"| {name} | {said} | {call} | {value:.6f} | {shown[0]} | {shown[1]} | {why} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,9 @@ class Captioner:
             processor = load_processor(name_or_path)
         check_weights(name_or_path, report)
         if getattr(getattr(model, "encoder", None), "pooler", None) is not None:
-            # It may be of random weights, which would give the same encoder another fingerprint each time.
+            # It may be of random weights, which would give the same encoder another fingerprint each time. Deleted first, so that no
+            # layer of that name is left, as in an encoder built without one.
+            del model.encoder.pooler
             model.encoder.pooler = None
         return cls(model.eval(), processor)
 

@@ -104,15 +104,11 @@ def load_for_fine_tuning(
     """A captioner that is trained already, to be trained as this run has it.
 
     Raises:
-        UserError: It cannot be loaded, or an option does not go with it.
+        UserError: It cannot be loaded.
     """
     captioner = Captioner.load(name_or_path)
     model = captioner.model
     config = model.config
-    if attention_dropout and not config.attention:
-        raise UserError(
-            f"--attention_dropout {attention_dropout}: --model_name_or_path {name_or_path} has no attention"
-        )
     config.update({"freeze_encoder": freeze_encoder, "dropout": dropout, "attention_dropout": attention_dropout})
     # A new model with its weights: what is trained, dropout and decoding are this run's.
     fresh = InceptionLSTMForConditionalGeneration(config)

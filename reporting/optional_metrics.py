@@ -9,7 +9,7 @@ from typing import Any
 
 from metrics.caption_scores.baselines import derangement
 from metrics.caption_scores.coco_caption import InputError
-from metrics.caption_scores.intervals import bootstrap_interval, interval_of_images
+from metrics.caption_scores.intervals import interval_of_images
 from metrics.caption_scores.java_metrics import JavaMetricError, check_installation, measure_java
 from metrics.caption_scores.object_hallucination import (
     ObjectVocabulary,
@@ -90,7 +90,7 @@ class OptionalMetrics:
             self._score_java(name, captions, references, result)
         shuffled = derangement(len(captions)) if len(captions) > 1 else None
         if self.clip_model:
-            self._score_clip(captions, references, rows, shuffled, result)
+            self._score_clip(captions, references, rows, result)
         if self.objects:
             self._score_objects(captions, references, image_ids, shuffled, result)
         return result
@@ -107,16 +107,9 @@ class OptionalMetrics:
         result["metrics"][name] = score
         result["intervals"][name] = interval_of_images(score, of_images)
 
-    def _score_clip(self, captions, references, rows, shuffled, result: dict) -> None:
-        hashes = image_hashes(rows)
-        scores = self._clip.score(rows["image"], hashes, captions, references)
-        for name, of_images in scores.items():
-            result["metrics"][name] = float(of_images.mean())
-            result["intervals"][name] = bootstrap_interval(of_images)
-        if shuffled is not None:
-            others = [captions[source] for source in shuffled]
-            scores = self._clip.score(rows["image"], hashes, others, references)
-            result["shuffled"] |= {name: float(of_images.mean()) for name, of_images in scores.items()}
+    def _score_clip(self, captions, references, rows, result: dict) -> None:
+        for part, values in self._clip.report(rows["image"], image_hashes(rows), captions, references).items():
+            result[part] |= values
         result["clip_model"] = Path(self.clip_model).name if os.path.exists(self.clip_model) else self.clip_model
 
     def _score_objects(self, captions, references, image_ids, shuffled, result: dict) -> None:

@@ -1,6 +1,8 @@
 """Runs of the training scripts in processes of their own, killed where a test wants it.
 
 python tests/kill_points.py --runs 20     kills each script at 20 moments, resumes it, and compares with the undisturbed run
+python tests/kill_points.py --shards 64   the same of training on so many webdataset tars
+python tests/kill_points.py --encode 64   four processes encode so many tars; one is killed twice, and they are started again
 """
 
 import argparse
@@ -8,9 +10,11 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -39,6 +43,12 @@ OPTIONS = [
     *("--num_train_epochs", "3", "--learning_rate", "1e-2", "--dropout", "0.3", "--num_augmentations", "2"),
     *("--lr_scheduler_type", "cosine", "--warmup_steps", "3", "--save_steps", "3", "--save_total_limit", "2"),
     *("--early_stopping_patience", "5", "--report_to", "tensorboard"),
+]
+# The same of shards, whose epochs have no end that is known.
+SHARD_OPTIONS = [
+    *("--streaming", "true", "--max_steps", "30", "--eval_steps", "9", "--save_steps", "4", "--learning_rate", "1e-2"),
+    *("--dropout", "0.3", "--num_augmentations", "2", "--save_total_limit", "2", "--lr_scheduler_type", "cosine"),
+    *("--per_device_train_batch_size", "24", "--ema_decay", "0.9", "--report_to", "tensorboard"),
 ]
 # What the weights that are evaluated are made of, where they are not those that are trained; and a part of the encoder that learns.
 OWN_OPTIONS = {
@@ -83,6 +93,26 @@ def start_options(script: str, dataset: str, folder: Path) -> list[str]:
         )
         captioner.save(folder)
     return ["--model_name_or_path", str(folder)]
+
+
+def write_shards(splits, folder: Path, images_per_shard: int) -> None:
+    """Write a table's images and captions as webdataset tars: so many in each of training, all of another split in one."""
+    import io
+    import tarfile
+
+    import datasets
+
+    for split, rows in splits.items():
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+        size = images_per_shard if split == "train" else len(rows)
+        for shard, start in enumerate(range(0, len(rows), size)):
+            with tarfile.open(folder / f"{split}-{shard:05}.tar", "w") as tar:
+                for number, row in enumerate(rows.select(range(start, min(start + size, len(rows)))), start):
+                    members = {"png": row["image"]["bytes"], "txt": repr(row["captions"]).encode()}
+                    for ending, content in members.items():
+                        member = tarfile.TarInfo(f"{number:05}.{ending}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
 
 
 def start_server() -> multiprocessing.context.BaseContext:
@@ -317,10 +347,10 @@ def choose_moments(runs: int, seconds: float, seed: int) -> list[tuple[str, floa
 class Comparison:
     """An undisturbed run of a script, and killed ones beside it."""
 
-    def __init__(self, context, script: str, dataset: str, folder: Path):
+    def __init__(self, context, script: str, options: list[str], dataset: str, folder: Path):
         self.context, self.script, self.folder = context, script, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.arguments = [*SCRIPTS[script], *OPTIONS, *OWN_OPTIONS[script], "--dataset_name", dataset]
+        self.arguments = [*SCRIPTS[script], *options, "--dataset_name", dataset]
         self.arguments += start_options(script, dataset, folder / "start")
         first = context.Process(target=time.sleep, args=(0,))  # the server imports everything before it
         first.start()
@@ -349,12 +379,56 @@ class Comparison:
         return killed, differences(what_is_left(self.folder / name), self.expected)
 
 
+def encode_with_kills(tars: Path, model: str, folder: Path) -> bool:
+    """Whether four processes, of which one is killed after an eighth of the shards and after half, encode each shard once, those in
+    flight excepted, to what one process makes of them."""
+    import pyarrow.parquet as pq
+
+    number = len(list(tars.glob("train-*.tar")))
+    finished: list[str] = []
+    for kill_at in (number // 8, number // 2, None):
+        log = folder / f"encode-{kill_at}.log"
+        launch = encode_command(4, tars, model, folder / "four")
+        with open(log, "w") as file:
+            launcher = subprocess.Popen(
+                launch, stdout=file, stderr=file, env={**os.environ, "ACCELERATE_USE_CPU": "true"}
+            )
+        while kill_at and launcher.poll() is None:
+            if len(list((folder / "four").glob("*.parquet"))) >= kill_at:
+                children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+                os.kill(int(children[-1]), signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        code = launcher.wait()
+        finished += re.findall(r"(train-\d+)\.tar: \d+ images", log.read_text())
+        there = len(list((folder / "four").glob("*.parquet")))
+        print(f"killed at {kill_at}: the launcher ended with {code}, {there} of {number} shards are there", flush=True)
+    subprocess.run(encode_command(1, tars, model, folder / "one"), check=True, capture_output=True)
+    kept, again = ({path.name: pq.read_table(path) for path in (folder / name).glob("*")} for name in ("four", "one"))
+    same = kept.keys() == again.keys() and all(kept[name].equals(again[name]) for name in again)
+    print(
+        f"{len(finished)} shards said to be finished, {len(set(finished))} of them different; equal to one process's: {same}"
+    )
+    return same and len(finished) == len(set(finished)) == number
+
+
+def encode_command(num_processes: int, tars: Path, model: str, folder: Path) -> list[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+    launch += ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    options = ["--model_name_or_path", model, "--output_dir", str(folder)]
+    return [*launch, "-m", "training.encode", f"{tars}/train-*.tar", *options]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20, help="kills of each script")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--shards", type=int, default=0, help="number of tars to train on; a table where 0")
+    parser.add_argument("--encode", type=int, default=0, help="number of tars to encode, in place of training")
     arguments = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+    from data_scripts import load_captions
     from data_scripts.caption_table import write_caption_table
     from data_scripts.scenes import scene_rows
 
@@ -362,17 +436,29 @@ def main() -> None:
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "scenes"
-        num_scenes = {"train": 24, "validation": 10, "test": 9}
+        num_scenes = {"train": 2 * (arguments.shards or arguments.encode) or 24, "validation": 10, "test": 9}
         write_caption_table(scene_rows(num_scenes, num_captions=dict.fromkeys(num_scenes, 5)), dataset)
-        for script in SCRIPTS:
-            comparison = Comparison(context, script, str(dataset), Path(folder) / script)
+        if arguments.shards or arguments.encode:
+            tars = Path(folder) / "tars"
+            tars.mkdir()
+            write_shards(load_captions(str(dataset)), tars, images_per_shard=2)
+            dataset = tars
+        if arguments.encode:
+            (_, model) = start_options("train_scst", str(Path(folder) / "scenes"), Path(folder) / "start")
+            raise SystemExit(not encode_with_kills(tars, model, Path(folder)))
+        scripts = [
+            script for script in SCRIPTS if not arguments.shards or script != "train_scst"
+        ]  # which takes no shards
+        for script in scripts:
+            options = SHARD_OPTIONS if arguments.shards else [*OPTIONS, *OWN_OPTIONS[script]]
+            comparison = Comparison(context, script, options, str(dataset), Path(folder) / script)
             for moment in choose_moments(arguments.runs, comparison.seconds, arguments.seed):
                 killed, found = comparison.kill_and_resume(moment)
                 bad += bool(found)
                 print(
                     script, *moment, "killed" if killed == -9 else f"ended with {killed}", found or "same", flush=True
                 )
-    print(f"{bad} of {arguments.runs * len(SCRIPTS)} resumed runs ended otherwise than the undisturbed one")
+    print(f"{bad} of {arguments.runs * len(scripts)} resumed runs ended otherwise than the undisturbed one")
     raise SystemExit(bool(bad))
 
 

@@ -21,6 +21,7 @@ from data_scripts.train_tokenizer import train_tokenizer
 from modeling.captioner import Captioner
 from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor, timm_image_processor
+from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
 from system.errors import UserError
 from training.arguments import DataArguments
 from training.batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset
@@ -475,6 +476,24 @@ def test_a_captioner_that_has_been_saved_finds_the_features_of_the_one_that_has_
     assert encoder_fingerprint(loaded.encoder, loaded.image_processor) == before
     loaded.image_processor.crop_mode = "squash"
     assert encoder_fingerprint(loaded.encoder, loaded.image_processor) != before
+
+
+@pytest.mark.parametrize("convolutional_stem", [False, True])
+def test_a_vit_gpt2_that_has_been_saved_finds_the_features_of_the_one_that_has_not(convolutional_stem, tmp_path):
+    """Loading adds a pooler for a moment, and a type to the configs inside the encoder's: none of it is computed with."""
+    tokenizer, sizes = (
+        build("vit_gpt2").tokenizer,
+        {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
+    )
+    encoder = encoder_config(32, 16, **sizes, convolutional_stem=convolutional_stem)
+    model = build_vit_gpt2(encoder, decoder_config(len(tokenizer), **sizes), tokenizer)
+    captioner = Captioner(model.eval(), build_processor(vit_image_processor(encoder), tokenizer))
+    before = encoder_fingerprint(captioner.encoder, captioner.image_processor)
+    captioner.save(tmp_path)
+    for _ in range(2):
+        captioner = Captioner.load(tmp_path)
+        assert encoder_fingerprint(captioner.encoder, captioner.image_processor) == before
+        captioner.save(tmp_path)
 
 
 def test_any_setting_of_an_encoder_is_part_of_its_fingerprint(processor):

@@ -325,6 +325,8 @@ def test_the_command_names_what_is_wrong_with_a_file(coco_files, tmp_path, monke
         assert main([str(broken), str(annotations)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and "broken.json" in error and error.count("\n") == 1
+    broken.write_text('[{"image_id": "1", "caption": "a dog"}]')  # the annotations have numbers
+    assert main([str(broken), str(annotations)]) == 2 and "which has 1" in capsys.readouterr().err
     assert main([str(results), str(annotations), "--spice"]) == 2
     assert "no `java`" in capsys.readouterr().err
 
@@ -387,6 +389,15 @@ def test_words_with_a_no_break_space_count_as_in_coco_caption():
             for text, texts in zip(predictions, references, strict=True)
         ]
         assert scores["rouge_l"] == pytest.approx(np.mean(rouge), abs=1e-12)
+        # the same by pycocoevalcap's classes, from what PTBTokenizer gives
+        gts, res = (
+            drop_in.PTBTokenizer().tokenize(
+                {i: [{"caption": text} for text in texts] for i, texts in enumerate(captions)}
+            )
+            for captions in (references, [[text] for text in predictions])
+        )
+        assert drop_in.Rouge().compute_score(gts, res)[0] == pytest.approx(np.mean(rouge), abs=1e-12)
+        assert drop_in.Cider().compute_score(gts, res)[0] == pytest.approx(scores["cider"], abs=1e-12)
 
 
 @settings(deadline=None, max_examples=50)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
+from PIL import ImageOps
 from small_captioners import build
 
+from benchmarks import near_duplicates as benchmark
 from training import near_duplicates
 from training.near_duplicates import caption_pairs, main, pairs_above, weighted_words
 
@@ -51,11 +53,43 @@ def test_a_changed_image_and_a_reworded_caption_are_found_and_shown(leaky, tmp_p
     main([leaky, "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out" / "near_duplicates.json").read_text(encoding="utf-8"))
     assert [pair["image_ids"] for pair in found["images"]] == [["train0", "test1"]]
-    assert [pair["image_ids"] for pair in found["captions"]] == [["train0", "test2"]]
+    assert [pair["image_ids"] for pair in found["captions"]] == [["train0", "test2"], ["train1", "test0"]]
     printed = capsys.readouterr().out
     assert "near-duplicate images: 1 pairs" in printed and "train/train0 = test/test1" in printed
     page = (tmp_path / "out" / "near_duplicates.html").read_text(encoding="utf-8")
     assert page.count('<img src="data:image/jpeg') == 2 and "train0" in page and "<b>" not in page
+
+
+def test_a_threshold_is_measured_by_changed_copies_and_by_pairs_of_others(leaky, tmp_path, capsys):
+    """Against the encoder called on the images themselves, and against a plain product of the captions' rows."""
+    captioner = build("lstm")
+    captioner.save(tmp_path / "model")
+    options = ["--model_name_or_path", str(tmp_path / "model"), "--json", str(tmp_path / "found.json")]
+    benchmark.main([leaky, *options, "--images", "3", "--captions", "3"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    tables = DatasetDict.load_from_disk(leaky)
+
+    def encode(images):
+        with torch.inference_mode():
+            pixels = captioner.image_processor(images, return_tensors="pt")["pixel_values"]
+            return captioner.encoder.eval()(pixels).last_hidden_state.mean(dim=1)
+
+    means = {split: encode(rows["image"][:]) for split, rows in tables.items()}
+    center = torch.cat(list(means.values())).mean(dim=0)
+    mirrored = encode([ImageOps.mirror(image) for image in tables["test"]["image"]])
+    cosines = torch.cosine_similarity(mirrored - center, means["test"] - center)
+    of_pairs = torch.cosine_similarity((means["test"] - center)[:, None], (means["train"] - center)[None], dim=2)
+    images = found["images"]
+    assert images["fifth_percentiles"]["mirrored"] == pytest.approx(float(cosines.quantile(0.05)), abs=5e-3)
+    assert images["pairs_compared"] == 9 and images["most_alike"][0][:2] == [1, 0]
+    assert images["thresholds"][-1]["pairs"] == int((of_pairs >= 0.5).sum())
+    for row in found["captions"]["thresholds"]:
+        assert row["of_kinds"]["two words swapped"] == row["of_kinds"]["upper case, no punctuation"] == 1
+        assert row["found"] == pytest.approx(np.mean(list(row["of_kinds"].values())))
+    assert [row["pairs"] for row in found["captions"]["thresholds"]] == sorted(
+        len(caption_pairs(tables, row["threshold"])) for row in found["captions"]["thresholds"]
+    )
+    assert "| 0.95 | " in capsys.readouterr().out
 
 
 def test_without_a_model_captions_alone_are_compared(leaky, tmp_path, capsys):

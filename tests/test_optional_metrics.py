@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -211,6 +212,98 @@ def test_meteor_is_on_the_table_with_its_interval(colors, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     low, high = results["intervals"]["meteor"]
     assert 0 < low <= results["metrics"]["meteor"] <= high < 1
+
+
+def test_the_packages_command_gives_clip_scores_of_image_files(clip, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    results, annotations, report = (tmp_path / f"{name}.json" for name in ("results", "annotations", "report"))
+    rows = [{"image_id": number, "caption": text} for number, text in enumerate(CAPTIONS)]
+    results.write_text("\ufeff" + json.dumps(rows), encoding="utf-8")  # as editors of Windows save it
+    rows = [{"image_id": number, "caption": text} for number, texts in enumerate(REFERENCES) for text in texts]
+    named = [{"id": number, "file_name": f"{color}.png"} for number, color in enumerate(COLORS)]
+    annotations.write_text(json.dumps({"annotations": rows, "images": named}))
+    for image, row in zip(IMAGES, named, strict=True):
+        image.save(tmp_path / row["file_name"])
+    command = [str(results), str(annotations), "--clip_model", clip, "--images", str(tmp_path), "--json", str(report)]
+    assert caption_scores(command) == 0
+    found, printed = json.loads(report.read_text()), capsys.readouterr().out
+    for name, expected in zip(("clip_score", "ref_clip_score"), by_formula(clip), strict=True):
+        assert found["metrics"][name] == pytest.approx(np.mean(expected), abs=1e-5)
+        low, high = found["intervals"][name]
+        assert low <= found["metrics"][name] <= high and found["shuffled"][name] != found["metrics"][name]
+        assert f"{name:14} {found['metrics'][name]:7.4f}" in printed
+    before = report.read_bytes()
+
+    (tmp_path / "red.png").write_bytes(b"no image")
+    assert caption_scores(command) == 2 and "red.png is no image" in capsys.readouterr().err
+    (tmp_path / "red.png").unlink()
+    assert caption_scores(command) == 2 and "1 of 5 images are missing" in capsys.readouterr().err
+    annotations.write_text(json.dumps({"annotations": rows}))
+    assert caption_scores(command) == 2 and "no `file_name`" in capsys.readouterr().err
+    assert report.read_bytes() == before
+
+
+def test_the_packages_command_refuses_what_has_no_effect_and_a_report_it_cannot_write(tmp_path, capsys):
+    rows = [{"image_id": 1, "caption": "a dog"}]
+    results, annotations = tmp_path / "results.json", tmp_path / "annotations.json"
+    results.write_text(json.dumps(rows))
+    annotations.write_text(json.dumps({"annotations": rows}))
+    command = [str(results), str(annotations)]
+    for options in (["--synonyms", "words.txt"], ["--clip_model", "clip"], ["--images", str(tmp_path)]):
+        with pytest.raises(SystemExit) as stop:
+            caption_scores([*command, *options])
+        assert stop.value.code == 2 and "--" in capsys.readouterr().err.splitlines()[-1]
+    for path in (tmp_path / "absent" / "report.json", tmp_path):
+        assert caption_scores([*command, "--json", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(path) in error
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "annotations.json"}
+
+
+# Stands in for pycocoevalcap.spice.spice, whose models are in no package index: what `compute_score` returns is its shape.
+SPICE = """
+class Spice:
+    def compute_score(self, references, predictions):
+        assert list(references) == list(predictions) == [0, 1] and predictions[1] == ["a cat sits"]
+        return 0.4, [{"All": {"f": f, "pr": 1.0}, "Object": {"f": 1.0}} for f in (0.1, 0.7)]
+"""
+
+
+def test_spice_runs_through_pycocoevalcap_or_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    results, annotations = tmp_path / "results.json", tmp_path / "annotations.json"
+    rows = [{"image_id": number, "caption": text} for number, text in enumerate(("a dog runs", "A cat sits."))]
+    results.write_text(json.dumps(rows))
+    annotations.write_text(json.dumps({"annotations": rows}))
+    command = [str(results), str(annotations), "--spice"]
+    jars = tmp_path / "site" / "pycocoevalcap" / "spice" / "lib"
+    jars.mkdir(parents=True)
+    for folder in (jars.parents[1], jars.parent):
+        (folder / "__init__.py").touch()
+    java = tmp_path / "bin" / "java"
+    java.parent.mkdir()
+    java.write_text("#!/bin/sh")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(java.parent))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pycocoevalcap"]:
+        monkeypatch.delitem(sys.modules, name)
+
+    (jars / "stanford-corenlp-3.6.0.jar").touch()
+    assert caption_scores(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "get_stanford_models" in error
+    (jars / "stanford-corenlp-3.6.0-models.jar").touch()
+    module = jars.parent / "spice.py"
+    module.write_text(
+        "import sys\nprint('Exception in thread: no Semgrex\\n\\tat Spice.java', file=sys.stderr)\nsys.exit(1)"
+    )
+    assert caption_scores(command) == 2 and "(Exception in thread: no Semgrex)" in capsys.readouterr().err
+    module.write_text(SPICE)
+    assert caption_scores([*command, "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["metrics"]["spice"] == 0.4 and report["intervals"]["spice"] == pytest.approx([0.1, 0.7])
+    assert "spice     0.4000" in capsys.readouterr().out
 
 
 def test_images_without_hashes_are_known_by_their_pixels():

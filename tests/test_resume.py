@@ -11,7 +11,7 @@ from pathlib import Path
 
 import kill_points
 import pytest
-from kill_points import SCRIPTS, Comparison, differences, log_of, run_script, what_is_left
+from kill_points import OPTIONS, OWN_OPTIONS, SCRIPTS, Comparison, differences, log_of, run_script, what_is_left
 
 from system.errors import UserError
 from training import checkpoints as whole
@@ -39,7 +39,9 @@ def runs(context, small_scenes, tmp_path_factory):
 
     def undisturbed(script: str) -> Comparison:
         if script not in made:
-            made[script] = Comparison(context, script, small_scenes, tmp_path_factory.mktemp(script))
+            made[script] = Comparison(
+                context, script, [*OPTIONS, *OWN_OPTIONS[script]], small_scenes, tmp_path_factory.mktemp(script)
+            )
         return made[script]
 
     return undisturbed

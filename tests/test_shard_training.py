@@ -6,11 +6,9 @@ import socket
 import threading
 from pathlib import Path
 
-import datasets
 import pytest
-from kill_points import SCRIPTS, differences, run_script, run_together, start_server, what_is_left
+from kill_points import SCRIPTS, differences, run_script, run_together, start_server, what_is_left, write_shards
 from safetensors.torch import load_file
-from test_shards import write_tar
 
 from data_scripts import load_captions
 from data_scripts.shards import Skipped, find_shards, read_shard
@@ -31,15 +29,7 @@ def context():
 def shards(small_scenes, tmp_path_factory) -> str:
     """The scenes as a folder of tars: eight for training, one each for validation and test."""
     folder = tmp_path_factory.mktemp("shards")
-    for split, rows in load_captions(small_scenes).items():
-        rows = rows.cast_column("image", datasets.Image(decode=False))
-        size = 3 if split == "train" else len(rows)
-        for shard, start in enumerate(range(0, len(rows), size)):
-            members = []
-            for number, row in enumerate(rows.select(range(start, start + size))):
-                members.append((f"{start + number:05}.png", row["image"]["bytes"]))
-                members.append((f"{start + number:05}.txt", repr(row["captions"]).encode()))
-            write_tar(folder / f"{split}-{shard:05}.tar", members)
+    write_shards(load_captions(small_scenes), folder, images_per_shard=3)
     return str(folder)
 
 

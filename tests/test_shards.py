@@ -350,6 +350,16 @@ def test_shards_are_encoded_once_whatever_is_killed_and_by_however_many(encode, 
     assert features_in(encode("shared", monkeypatch)) == alone
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_processes_that_do_not_know_of_one_another_do_not_encode_everything_each(encode, monkeypatch, capsys):
+    """As two of `accelerate launch --multi_gpu` on a machine without GPUs, where nothing says that CPUs are meant."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        encode("twice", monkeypatch)
+    assert ended.value.code == 2 and "ACCELERATE_USE_CPU" in capsys.readouterr().err
+    assert not encode.counted
+
+
 def test_threads_keep_the_shards_order_and_count_what_they_cannot_decode(encode, monkeypatch, caplog):
     """The third image that is decoded, whichever that is, cannot be."""
     from data_scripts import images

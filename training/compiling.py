@@ -2,7 +2,9 @@
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import nn
 
 from modeling.caption_loss import compile_loss
@@ -15,6 +17,11 @@ def launcher_backend() -> str | None:
     """The backend of torch.compile that the launcher names; None where it names none."""
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     return None if backend == "no" else backend
+
+
+def uncompiled() -> AbstractContextManager:
+    """Context in which compiled blocks run as they are: for `generate()` they would be compiled anew for every length of its cache."""
+    return torch.compiler.set_stance("force_eager") if launcher_backend() else nullcontext()
 
 
 def compile_blocks(model: nn.Module, backend: str) -> None:

@@ -98,9 +98,13 @@ def encode_shards(args: EncodeArguments) -> None:
     from accelerate.utils import set_seed
 
     from data_scripts.shards import Skipped, find_shards, shown
+    from training.launch import check_launch, on_cpu
 
     logging.basicConfig(level="INFO", format="%(message)s")
-    state = PartialState()
+    state = PartialState(
+        cpu=on_cpu()
+    )  # by itself it does not read ACCELERATE_USE_CPU, and each process would encode all
+    check_launch()
     splits = find_shards(args.shards)
     if args.split not in splits:
         raise UserError(f"{shown(args.shards)} has no split {args.split}, only {', '.join(splits)}: see --split")

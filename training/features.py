@@ -143,12 +143,18 @@ def batch_size_on(device: torch.device | str) -> int:
 def encoder_fingerprint(encoder: torch.nn.Module, image_processor) -> str:
     """A digest of the encoder's layers, config, weights and statistics, and of all that the image processor does."""
     config = getattr(encoder, "config", None)  # layers do not show how many heads they have
-    settings = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in NOT_COMPUTED}
+    settings = {} if config is None else _what_is_computed(config.to_dict())
     pixels = json.loads(image_processor.to_json_string())
     pixels.pop("auto_map", None)  # where its code lies, which it knows once it has been saved
     pixels = json.dumps(pixels, indent=2, sort_keys=True)
     about = f"{pixels}\n {encoder} {json.dumps(settings, sort_keys=True, default=str)}"
     return weights_digest(encoder, about)
+
+
+def _what_is_computed(settings: dict) -> dict:
+    """A config without what does not change its model, in the configs inside it too."""
+    inner = {key: _what_is_computed(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    return {key: value for key, value in inner.items() if key not in NOT_COMPUTED}
 
 
 def image_fingerprints(rows: Dataset, size: int) -> Iterator[str]:

@@ -54,6 +54,20 @@ def check_start(
     return config
 
 
+def check_lstm_start(model_args, output_dir: str | os.PathLike, tokenizer_name: str | None) -> None:
+    """Refuse what train_lstm.py does not fine-tune, and options that do not go with it, see `check_start`.
+
+    Raises:
+        UserError: As `check_start`, or an option does not go with the captioner.
+    """
+    name = model_args.model_name_or_path
+    config = check_start(name, output_dir, (LSTM,), tokenizer_name)
+    if model_args.attention_dropout and not config.attention:
+        raise UserError(
+            f"--attention_dropout {model_args.attention_dropout}: --model_name_or_path {name} has no attention"
+        )
+
+
 def check_vit_gpt2_start(model_args, output_dir: str | os.PathLike, tokenizer_name: str | None) -> None:
     """Refuse what train_vit_gpt2.py does not fine-tune, and options that do not go with it, see `check_start`.
 

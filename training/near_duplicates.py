@@ -40,7 +40,7 @@ class NearDuplicateArguments:
         },
     )
     image_threshold: float = field(
-        default=0.9,
+        default=0.85,
         metadata={
             "help": "Min cosine similarity of a pair of images, of their features less the mean.",
             "above": 0,
@@ -48,7 +48,7 @@ class NearDuplicateArguments:
         },
     )
     caption_threshold: float = field(
-        default=0.95,
+        default=0.9,
         metadata={
             "help": "Min cosine similarity of a pair of captions, of their words weighted by TF-IDF.",
             "above": 0,
@@ -96,6 +96,20 @@ def image_pairs(dataset: "DatasetDict", args: NearDuplicateArguments) -> list[di
     """
     import torch
 
+    means = encode_means(dataset, args)
+    units = unit_rows(means, torch.cat(list(means.values())).mean(dim=0))
+    pairs = []
+    for first, second in combinations(dataset, 2):
+        for i, j, cosine in pairs_above(units[first], units[second], args.image_threshold):
+            ids = dataset[first][i]["image_id"], dataset[second][j]["image_id"]
+            pairs.append({"splits": [first, second], "rows": [i, j], "image_ids": list(ids), "cosine": cosine})
+    return sorted(pairs, key=lambda pair: -pair["cosine"])
+
+
+def encode_means(dataset: "DatasetDict", args: NearDuplicateArguments) -> dict[str, "torch.Tensor"]:
+    """The encoder's features of each split's images, averaged over positions, float32 (images, size)."""
+    import torch
+
     from modeling.captioner import Captioner
     from training.features import encode_splits
 
@@ -103,15 +117,14 @@ def image_pairs(dataset: "DatasetDict", args: NearDuplicateArguments) -> list[di
     captioner.to("cuda" if torch.cuda.is_available() else "cpu")
     encoder = captioner.encoder.requires_grad_(False)
     features = encode_splits(dataset, encoder, captioner.image_processor, args)
-    means = {split: mean_features(columns[0]) for split, columns in features.items()}
-    center = torch.cat(list(means.values())).mean(dim=0)
-    units = {split: torch.nn.functional.normalize(rows - center, dim=1) for split, rows in means.items()}
-    pairs = []
-    for first, second in combinations(dataset, 2):
-        for i, j, cosine in pairs_above(units[first], units[second], args.image_threshold):
-            ids = dataset[first][i]["image_id"], dataset[second][j]["image_id"]
-            pairs.append({"splits": [first, second], "rows": [i, j], "image_ids": list(ids), "cosine": cosine})
-    return sorted(pairs, key=lambda pair: -pair["cosine"])
+    return {split: mean_features(columns[0]) for split, columns in features.items()}
+
+
+def unit_rows(means: dict[str, "torch.Tensor"], center: "torch.Tensor") -> dict[str, "torch.Tensor"]:
+    """Each row less the center, of length one."""
+    import torch
+
+    return {split: torch.nn.functional.normalize(rows - center, dim=1) for split, rows in means.items()}
 
 
 def mean_features(features) -> "torch.Tensor":
@@ -134,25 +147,11 @@ def caption_pairs(dataset: "DatasetDict", threshold: float) -> list[dict]:
 
     Words count as often as they occur times log(captions / captions with the word); their order does not count.
     """
-    import numpy as np
-    import torch
-
-    from metrics.caption_scores.ngrams import WordIndex
-    from metrics.caption_scores.tokenizers import choose_tokenizer, get_split
-
     texts = {split: [text for texts in rows["captions"] for text in texts] for split, rows in dataset.items()}
     owners = {
         split: [row for row, texts in enumerate(rows["captions"]) for _ in texts] for split, rows in dataset.items()
     }
-    every = [text for of_split in texts.values() for text in of_split]
-    words = WordIndex(get_split(choose_tokenizer(every)))
-    encoded = words.encode(every, learn=True)
-    matrix = weighted_words(encoded.words, encoded.lengths, len(words.words))
-    ends = np.cumsum([len(of_split) for of_split in texts.values()]).tolist()
-    matrices = {
-        split: matrix.index_select(0, torch.arange(end - len(texts[split]), end))
-        for split, end in zip(texts, ends, strict=True)
-    }
+    matrices = caption_rows(texts)
     ids = {split: rows["image_id"] for split, rows in dataset.items()}
     pairs = []
     for first, second in combinations(dataset, 2):
@@ -168,6 +167,25 @@ def caption_pairs(dataset: "DatasetDict", threshold: float) -> list[dict]:
                 }
             )
     return sorted(pairs, key=lambda pair: -pair["cosine"])
+
+
+def caption_rows(texts: dict[str, list[str]]) -> dict[str, "torch.Tensor"]:
+    """Sparse rows of length one, (captions, words), of each split's captions; see `weighted_words`."""
+    import numpy as np
+    import torch
+
+    from metrics.caption_scores.ngrams import WordIndex
+    from metrics.caption_scores.tokenizers import choose_tokenizer, get_split
+
+    every = [text for of_split in texts.values() for text in of_split]
+    words = WordIndex(get_split(choose_tokenizer(every)))
+    encoded = words.encode(every, learn=True)
+    matrix = weighted_words(encoded.words, encoded.lengths, len(words.words))
+    ends = np.cumsum([len(of_split) for of_split in texts.values()]).tolist()
+    return {
+        split: matrix.index_select(0, torch.arange(end - len(texts[split]), end))
+        for split, end in zip(texts, ends, strict=True)
+    }
 
 
 def weighted_words(words: "np.ndarray", lengths: "np.ndarray", num_words: int) -> "torch.Tensor":

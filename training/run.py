@@ -48,7 +48,7 @@ from training.checkpoints import (
     new_checkpoint,
     remove_old,
 )
-from training.compiling import compile_blocks, launcher_backend
+from training.compiling import compile_blocks, launcher_backend, uncompiled
 from training.evaluation import caption_images
 from training.launch import refuse_fsdp, start_accelerator
 from training.loaders import ShardLoader, TableLoader
@@ -356,8 +356,7 @@ class TrainingRun:
     def exported(self) -> Iterator[Captioner]:
         """The captioner as it is evaluated and saved: averaged, gathered from its shards, or as `export` has it."""
         processor = self.captioner.processor
-        # Compiled blocks would be compiled anew for every length of a cache.
-        with torch.compiler.set_stance("force_eager"):
+        with uncompiled():
             if self.ema:
                 yield Captioner(self.ema.module.eval(), processor)
                 return

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from modeling.caption_loss import chunk_size, hidden_states_before_head
 from modeling.captioner import Captioner
 from training.batches import CaptionCollator
+from training.compiling import uncompiled
 
 
 class SamplingConstraints(NamedTuple):
@@ -129,8 +130,8 @@ def sample_captions(
     min_length = constraints.min_length and constraints.min_length + len(start_ids)
     with (
         plain_decoding(model, no_repeat_ngram_size=constraints.no_repeat_ngram_size, min_length=min_length),
-        torch.compiler.set_stance("force_eager"),
-    ):  # compiled blocks would be compiled anew for every length of a cache
+        uncompiled(),
+    ):
         sequences = model.generate(**inputs, logits_processor=processors)
     eos = model.generation_config.eos_token_id
     return [until_eos(token_ids, eos) for token_ids in sequences[:, len(start_ids) :].tolist()]

@@ -8,8 +8,40 @@ from pathlib import Path
 
 import numpy as np
 
+from .baselines import derangement
+from .intervals import bootstrap_interval
+
 WEIGHT, PREFIX = 2.5, "A photo depicts "
 CACHE = Path("caption_scores") / "clip_features"
+
+
+class ImageFiles(Sequence):
+    """Images of files, opened when they are read, upright by their EXIF orientation.
+
+    Raises:
+        ValueError: When read: a file that is no image, or is damaged.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, place: int):
+        from PIL import Image, ImageOps
+
+        try:
+            with Image.open(self.files[place]) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{self.files[place]} is no image that can be read ({error}): give another file"
+            ) from error
+
+    def hashes(self) -> list[str]:
+        """A digest of each file's content."""
+        return [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.files]
 
 
 class ClipScorer:
@@ -88,6 +120,27 @@ class ClipScorer:
         both = clip + nearest
         harmonic = np.divide(2 * clip * nearest, both, out=np.zeros(len(both)), where=both > 0)
         return {"clip_score": clip, "ref_clip_score": harmonic}
+
+    def report(
+        self,
+        images: Sequence,
+        image_hashes: Sequence[str],
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]],
+    ) -> dict[str, dict]:
+        """The means of `score`, arguments as there: "metrics", "intervals" (95 %, over images) and "shuffled", by score.
+
+        The shuffled baseline is of the same captions assigned to other images; a single image has none.
+        """
+        result: dict[str, dict] = {"metrics": {}, "intervals": {}, "shuffled": {}}
+        for name, of_images in self.score(images, image_hashes, captions, references).items():
+            result["metrics"][name] = float(of_images.mean())
+            result["intervals"][name] = bootstrap_interval(of_images)
+        if len(captions) > 1:
+            others = [captions[source] for source in derangement(len(captions))]
+            scores = self.score(images, image_hashes, others, references)
+            result["shuffled"] = {name: float(of_images.mean()) for name, of_images in scores.items()}
+        return result
 
     def image_features(self, images: Sequence, hashes: Sequence[str]) -> np.ndarray:
         """Features of length one, float64 (images, size)."""

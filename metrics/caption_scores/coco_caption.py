@@ -148,9 +148,9 @@ def read_coco(results_file: Path, annotations_file: Path) -> tuple[list, list[st
     for row in _read_rows(results_file, None):
         image = row["image_id"]
         if image not in references:
-            raise InputError(
-                f"{results_file}: image {image!r} has no caption in {annotations_file}: give its annotations"
-            )
+            other = int(image) if isinstance(image, str) and image.isdecimal() else str(image)
+            known = f", which has {other!r}: write ids alike" if other in references else ": give its annotations"
+            raise InputError(f"{results_file}: image {image!r} has no caption in {annotations_file}{known}")
         if image in captions:
             raise InputError(f"{results_file}: image {image!r} has two captions: give one of each image")
         captions[image] = row["caption"]
@@ -164,13 +164,38 @@ def read_coco(results_file: Path, annotations_file: Path) -> tuple[list, list[st
     )
 
 
-def _read_rows(file: Path, key: str | None) -> list[dict]:
+def find_images(annotations_file: Path, folder: Path, images: Sequence) -> list[Path]:
+    """The file of each image, by the names that the annotations' list `images` has.
+
+    Raises:
+        InputError: An image that the list does not have, or whose file is missing.
+    """
+    content = _read_json(annotations_file)
+    rows = content.get("images") if isinstance(content, dict) else None
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    names = {row.get("id"): row["file_name"] for row in rows if isinstance(row.get("file_name"), str)}
+    if unnamed := [image for image in images if image not in names]:
+        raise InputError(
+            f"{annotations_file}: {len(unnamed)} of {len(images)} images, the first {unnamed[0]!r}, have no `file_name` in "
+            "its list `images`: give COCO's annotations with it"
+        )
+    files = [folder / names[image] for image in images]
+    if absent := [file for file in files if not file.is_file()]:
+        raise InputError(f"{len(absent)} of {len(files)} images are missing, the first {absent[0]}: give their folder")
+    return files
+
+
+def _read_json(file: Path):
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}): give the path of COCO's file") from None
     except ValueError:
         raise InputError(f"{file}: is not JSON: give the file as COCO publishes it") from None
+
+
+def _read_rows(file: Path, key: str | None) -> list[dict]:
+    content = _read_json(file)
     rows = content.get(key) if key and isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise InputError(f"{file}: is not a COCO caption file: it needs a list of rows with `image_id` and `caption`")

@@ -82,8 +82,8 @@ def check_installation(name: str) -> None:
             f"{name.upper()} runs through pycocoevalcap, which is not installed: pip install pycocoevalcap"
         )
     # without its models pycocoevalcap would start a large download in the middle of an evaluation
-    models = Path(package.submodule_search_locations[0]) / "spice" / "lib" / "stanford-corenlp-3.6.0.jar"
-    if name == "spice" and not models.exists():
+    jars = Path(package.submodule_search_locations[0]) / "spice" / "lib"
+    if name == "spice" and not all((jars / f"stanford-corenlp-3.6.0{part}.jar").exists() for part in ("", "-models")):
         raise JavaMetricError(
             "SPICE needs models that pycocoevalcap has not fetched yet: run "
             "`python -m pycocoevalcap.spice.get_stanford_models` once, with a network"
@@ -119,7 +119,9 @@ def _run(
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if process.returncode:
-        reason = (errors.strip().splitlines() or ["no message"])[-1]
+        lines = errors.strip().splitlines() or ["no message"]
+        # Java's own word rather than that of the Python process around it
+        reason = next((line for line in lines if line.startswith(("Exception in thread", "Error"))), lines[-1])
         raise JavaMetricError(f"{name.upper()} failed ({reason}): try pycocoevalcap's own example with this Java")
     score, of_images = json.loads(output.splitlines()[-1])
     return score, of_images

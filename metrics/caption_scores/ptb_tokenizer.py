@@ -49,7 +49,8 @@ WORDS = rf"{WORD}(?:[.!?]{WORD})*"  # also run together across the end of a sent
 JOINED = rf"{ELISION}{ALPHANUMERIC}+(?:[-_‐‑֊]{ELISION}{ALPHANUMERIC}+)*"
 HYPHENATED = rf"{ASCII}[A-Za-z0-9.,\xad]*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9\xad]+))+"  # mid-a.m.
 COMPANY = r"[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+"
-MARKUP = r"(?:</?[A-Za-z][\w:.-]*(?: +[A-Za-z][\w:.-]*(?:=\"[^\"]*\")?)* */?>|<[!?][A-Za-z-][^>]*>)"
+NAME = r"[A-Za-z][A-Za-z0-9_:.-]*"
+MARKUP = rf"(?:</?{NAME}(?: +{NAME}(?:=\"[^\"]*\")?)* */?>|<[!?][A-Za-z-][^>]*>)"
 EYE = r"[-^x=~<>']"
 
 # Abbreviations keep their period. The first may end a sentence.

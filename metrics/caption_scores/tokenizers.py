@@ -27,11 +27,13 @@ SACREBLEU = {
     "ja-mecab": ("tokenizer_ja_mecab", "TokenizerJaMecab"),
 }
 # scripts without blanks between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han
-NO_BLANKS = re.compile(
+# (both are compiled when a reference is not in ASCII: a large class takes milliseconds)
+NO_BLANKS = (
     "[\u0e01-\u0e5b\u0e81-\u0edf\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff]"
 )
-EUROPEAN = re.compile("[A-Za-z\u00aa-\u058f\u1e00-\u1fff]")  # Latin, Greek, Cyrillic, Armenian
+EUROPEAN = "[A-Za-z\u00aa-\u058f\u1e00-\u1fff]"  # Latin, Greek, Cyrillic, Armenian
+NOT_BLANK = re.compile(r"(?:\S|\xa0)+")  # PTBTokenizer's words may hold a no-break space
 NUM_SAMPLED = 2000
 
 
@@ -51,7 +53,7 @@ def get_split(name: str) -> Split | None:
     if name == "ptb_in_order":
         return tokenize_in_order
     if name == "none":
-        return lambda captions: [caption.split() for caption in captions]
+        return lambda captions: [NOT_BLANK.findall(caption) for caption in captions]
     if name == "char":
         return lambda captions: [_without_punctuation(caption.lower().replace(" ", "")) for caption in captions]
     if name == "intl":
@@ -68,7 +70,7 @@ def choose_tokenizer(references: Sequence[str]) -> str:
     "ptb" for European scripts, so that scores equal coco-caption's; "char" for scripts without blanks between words; "intl" for
     all others, of which PTB leaves the punctuation in the captions as words.
     """
-    if not (letters := _letters(references)) or len(EUROPEAN.findall(letters)) > len(letters) / 2:
+    if not (letters := _letters(references)) or len(re.findall(EUROPEAN, letters)) > len(letters) / 2:
         return "ptb"
     return "char" if _has_no_blanks(letters) else "intl"
 
@@ -89,7 +91,7 @@ def _letters(captions: Sequence[str]) -> str:
 
 
 def _has_no_blanks(letters: str) -> bool:
-    return len(NO_BLANKS.findall(letters)) > len(letters) / 2
+    return len(re.findall(NO_BLANKS, letters)) > len(letters) / 2
 
 
 def _without_punctuation(words: Sequence[str]) -> list[str]:
