@@ -24,7 +24,7 @@ def to_float16(source: Path, target: Path) -> None:
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     model = onnx.load(source)
-    if any(node.op_type == "LSTM" for node in model.graph.node):  # onnxruntime crashes on those in float16
+    if any(node.op_type == "LSTM" for node in model.graph.node):  # onnxruntime crashes on some of those in float16
         store_as_float16(model.graph)
     else:
         model = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
