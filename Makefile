@@ -73,7 +73,7 @@ $(READY): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(INSTALL) --quiet torch torchvision --index-url $(TORCH_INDEX))
-	$(INSTALL) --quiet --upgrade --editable '.[dev]'
+	$(INSTALL) --quiet --editable '.[dev]'
 	@touch $(READY)
 
 clean:

@@ -117,6 +117,10 @@ def open_session(path: Path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # warnings are about the graph, which the exporter made
     try:
+        if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 32):  # Python 3.10 has no newer one than 1.23
+            import onnx
+
+            onnx.load(path)  # refuses weights outside its folder, as onnxruntime does from 1.32 on
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common class of their own
         raise UserError(f"{path} is refused by onnxruntime: {str(error).strip().splitlines()[0]}") from error

@@ -129,17 +129,11 @@ def _list_folder(root: Path) -> SourceFiles:
     for folder, _, file_names in os.walk(root):
         for file_name in file_names:
             path = Path(folder, file_name)
-            # A link may point anywhere on the machine; only its targets inside the folder belong to the source.
-            if not path.is_symlink() or _is_inside(path, root):
+            # A link may point anywhere on the machine; only its targets inside the folder belong to the source. (One to
+            # itself does not exist; `resolve()` raises on it up to Python 3.12.)
+            if not path.is_symlink() or (path.exists() and path.resolve().is_relative_to(root)):
                 readers[path.relative_to(root).as_posix()] = partial(read_file, path)
     return SourceFiles(str(root), readers)
-
-
-def _is_inside(path: Path, root: Path) -> bool:
-    try:
-        return path.resolve().is_relative_to(root)
-    except (OSError, RuntimeError):  # a link to itself
-        return False
 
 
 def read_file(path: Path) -> bytes:

@@ -214,7 +214,9 @@ def _load_captions(
 
 def _code(*readers) -> str:
     """The text of what makes a table's rows: what an older version prepared is not taken for this one's."""
-    return "".join(Path(module.__file__).read_text() for module in (caption_table, row_checks, images, *readers))
+    return "".join(
+        Path(module.__file__).read_text(encoding="utf-8") for module in (caption_table, row_checks, images, *readers)
+    )
 
 
 def _cached(

@@ -81,10 +81,17 @@ def load_processor(name_or_path: str):
     """The processor saved with a captioner.
 
     Checkpoints older than processors (ViT-GPT2) have an image processor and a tokenizer only, which are put together.
+
+    Raises:
+        ValueError: The tokenizer has no vocabulary. Other errors of transformers' own.
     """
     processor = AutoProcessor.from_pretrained(name_or_path)
     if hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"):
-        return build_processor(processor.image_processor, processor.tokenizer)
-    return build_processor(
-        AutoImageProcessor.from_pretrained(name_or_path), AutoTokenizer.from_pretrained(name_or_path)
-    )
+        image_processor, tokenizer = processor.image_processor, processor.tokenizer
+    else:
+        image_processor = AutoImageProcessor.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    # Of no files at all transformers 5.5 makes one of <s>, </s>, <pad>, <unk> and [START_REF].
+    if all(token[0] + token[-1] in ("<>", "[]") for token in tokenizer.get_vocab() if token):
+        raise ValueError("its tokenizer has no vocabulary: the files of a tokenizer are missing")
+    return build_processor(image_processor, tokenizer)

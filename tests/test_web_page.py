@@ -44,6 +44,7 @@ def test_tokens_whose_texts_depend_on_each_other_are_refused():
         token_pieces(tokenizer)
 
 
+@pytest.mark.usefixtures("exporter")
 def test_a_missing_runtime_is_one_sentence_and_nothing_is_left(starts, tmp_path, capsys, monkeypatch):
     def export(captioner, folder, suffixes):
         for name in ("preprocess", "encoder", "step"):
@@ -59,6 +60,7 @@ def test_a_missing_runtime_is_one_sentence_and_nothing_is_left(starts, tmp_path,
         assert not (tmp_path / "page").exists()
 
 
+@pytest.mark.usefixtures("exporter")
 def test_the_page_is_pushed_as_a_static_space(starts, tmp_path, hub, monkeypatch):
     def export(captioner, folder, args):
         (folder / "index.html").write_text("page")
@@ -94,6 +96,7 @@ def served():
         server.server_close()
 
 
+@pytest.mark.usefixtures("exporter")
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", "a big")])
 def test_the_page_captions_as_onnxruntime_does_in_python(kind, prompt, browser, node_modules, served, tmp_path):

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 import transformers
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import LoggerType, parse_flag_from_env, set_seed
 
 from modeling.caption_loss import computes_in_bfloat16
@@ -20,6 +20,9 @@ from training.arguments import TrainingArguments
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+# Kept until the process ends: where a model that is done with drops the last reference to a gloo group, torch 2.6 and 2.7 wait for
+# the group's threads while they hold the interpreter's lock, for which one of those threads may be waiting.
+PROCESS_GROUPS: list[torch.distributed.ProcessGroup] = []
 # What Accelerate assumes where the launcher says nothing, and what is needed: FSDP1 is another thing; sharded checkpoints are read
 # with pickle; and every process needs the weights, to encode images and for its copy.
 FSDP_SETTINGS = {
@@ -37,6 +40,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     """
     follow_launcher()
     refuse_deepspeed()
+    refuse_missing_gpus()
+    check_sharding()
     trackers = [name for name in args.report_to.split(",") if name != "none"]
     check_trackers(trackers)
     run_name = args.run_name or args.output_dir
@@ -54,7 +59,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
         project_dir=args.output_dir,
         dynamo_backend="no",  # what the launcher has for it is `compile_blocks`'s
     )
-    check_launch()
+    if torch.distributed.is_initialized():
+        PROCESS_GROUPS.append(torch.distributed.group.WORLD)
     level = logging.INFO if accelerator.is_local_main_process else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s")
     if in_float32:
@@ -99,18 +105,26 @@ def refuse_fsdp(feature: str) -> None:
         raise UserError(f"{feature} is not supported under FSDP: launch with recipes/accelerate/several_gpus.yaml")
 
 
-def check_launch() -> None:
-    """Check that the processes know of one another, and that a model is sharded in a supported way.
+def refuse_missing_gpus() -> None:
+    """Refuse several processes for GPUs where there are none, before Accelerate starts each alone or waits for the others.
 
     Raises:
-        UserError: The launcher asks for something that is not there, or not supported.
+        UserError: There are none.
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
-    if started > 1 and PartialState().num_processes == 1:
+    if started > 1 and on_cpu() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         raise UserError(
             f"{started} processes were launched for GPUs, of which there are none: launch one process, or set "
             "ACCELERATE_USE_CPU=true"
         )
+
+
+def check_sharding() -> None:
+    """Check that a model is sharded in a supported way.
+
+    Raises:
+        UserError: The launcher asks for FSDP with other settings.
+    """
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         for name, (default, needed) in FSDP_SETTINGS.items():
             given = os.environ.get(name, default)

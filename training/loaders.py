@@ -60,6 +60,7 @@ class TableLoader:
         loader.set_epoch(epoch)
         if done:
             loader = self.accelerator.skip_first_batches(loader, done * self.num_batches)
+            loader.set_epoch(epoch)  # accelerate 1.12 and older forget it, and deal the first epoch's batches again
         # A loader that starts draws a random number; a run resumed inside the epoch would draw it a second time.
         with torch.random.fork_rng(devices=[]):
             batches = iter(loader)

@@ -116,7 +116,10 @@ def _run(
             ) from None
         finally:
             if process.poll() is None:  # also when interrupted: leave no Java program behind
-                os.killpg(process.pid, signal.SIGKILL)
+                if os.name == "nt":  # which has no groups of processes: the Java program ends by itself
+                    process.kill()
+                else:
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if process.returncode:
         lines = errors.strip().splitlines() or ["no message"]
