@@ -64,7 +64,9 @@ class ExportArguments:
     )
     dtype: str = field(
         default="fp32",
-        metadata={"help": "Data types of the weights, a set of files each, comma-separated: fp32, fp16, q8 (int8)."},
+        metadata={
+            "help": "Data types of the weights, a set of files each, comma-separated: fp32, fp16, q8 (8 bits), q4 (4 bits, ViT-GPT2)."
+        },
     )
     dataset_name: str | None = field(
         default=None,
@@ -166,8 +168,10 @@ def write_export(captioner: "Captioner", folder: Path, args: ExportArguments) ->
     suffixes = {dtype: SUFFIXES[dtype] for dtype in args.dtypes}
     name, is_vit_gpt2 = args.model_name_or_path, captioner.model.config.model_type == "vision-encoder-decoder"
     if args.format == "showtell":
-        if "fp16" in args.dtypes and not is_vit_gpt2:
-            raise UserError(f"--dtype {args.dtype}: onnxruntime crashes on LSTMs in float16; give fp32 or q8")
+        if "q4" in args.dtypes and not is_vit_gpt2:
+            raise UserError(
+                f"--dtype {args.dtype}: onnxruntime has no LSTMs with weights of 4 bits; give fp32, fp16 or q8"
+            )
         if reason := export_captioner(captioner, folder, suffixes):
             print(f"warning: there is no preprocess.onnx: {reason}", file=sys.stderr)
         if args.web:

@@ -10,7 +10,8 @@ import numpy as np
 from system.errors import UserError
 
 DEFAULT_NEW_TOKENS = 20  # of transformers' `generate()`, where the generation config has no limit
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized"}  # of a file's name, as transformers.js has them
+# Of a file's name, as transformers.js has them.
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4"}
 LOWEST = np.float32(-1e9)  # score of what is not to be chosen, as in `generate()`
 
 
@@ -19,7 +20,7 @@ class ExportedCaptioner:
 
     Args:
         folder: Written by export_onnx.py, in either format.
-        dtype: Of the files: fp32, fp16 or q8.
+        dtype: Of the files, one of `SUFFIXES`.
 
     Raises:
         UserError: A file is missing, or onnxruntime refuses it.

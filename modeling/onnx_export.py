@@ -127,7 +127,7 @@ def export_captioner(captioner: Captioner, folder: Path, suffixes: Mapping[str, 
     """Write preprocess.onnx, encoder.onnx, step.onnx, the processor and generation_config.json into a folder.
 
     Args:
-        suffixes: Of the names of encoder and step of each data type: fp32, fp16, q8.
+        suffixes: Of the names of encoder and step of each data type: fp32, fp16, q8, q4.
 
     Returns:
         Why there is no preprocess.onnx, where the image processor does what `PixelProcessor` does not.

@@ -8,7 +8,7 @@ import onnx
 import torch
 from torch import nn
 
-from .onnx_quantization import to_float16, to_int8
+from .onnx_quantization import to_float16, to_int4, to_int8
 
 OPSET = 20
 MAX_BYTES_IN_FILE = 1_800_000_000  # of weights; an .onnx file ends at 2 GiB, and more goes into a .data file beside it
@@ -50,7 +50,7 @@ def without_traces(path: Path) -> None:
 
 
 def convert(source: Path, target: Path, dtype: str) -> None:
-    """Write a float32 model with weights of another data type: fp32 as it is, fp16, q8.
+    """Write a float32 model with weights of another data type: fp32 as it is, fp16, q8, q4.
 
     Raises:
         ValueError: The weights are too many for one file, and are to be converted.
@@ -63,4 +63,4 @@ def convert(source: Path, target: Path, dtype: str) -> None:
         return
     if data.exists():
         raise ValueError(f"{source.name}: its weights are too many for one file, which {dtype} needs")
-    {"fp16": to_float16, "q8": to_int8}[dtype](source, target)
+    {"fp16": to_float16, "q8": to_int8, "q4": to_int4}[dtype](source, target)

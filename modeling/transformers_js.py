@@ -67,7 +67,7 @@ def export_transformers_js(captioner: Captioner, folder: Path, suffixes: Mapping
     """Write onnx/, the configs, the tokenizer and the preprocessor's settings into a folder.
 
     Args:
-        suffixes: Of the names of the files of each data type: fp32, fp16, q8.
+        suffixes: Of the names of the files of each data type: fp32, fp16, q8, q4.
 
     Raises:
         ValueError: The decoder is no GPT-2, the weights are too many for one file, or the image processor does what the encoder's

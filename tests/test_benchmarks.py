@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_captioners import IMAGES, build
 
-from benchmarks import full_size, generate, gpu, train_epoch
+from benchmarks import full_size, generate, gpu, onnx_step, train_epoch
 from modeling import caption_loss
 
 KINDS = ("lstm", "vit_gpt2")
@@ -75,3 +75,14 @@ def test_without_a_card_the_check_says_so(capsys):
     with pytest.raises(SystemExit) as ended:
         gpu.main([])
     assert ended.value.code == 2 and "no CUDA card" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("exporter")
+def test_a_profile_of_the_exported_step_names_the_lstm_and_its_int8(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_step, "build_captioner", lambda: build("lstm", "attention", num_layers=1))
+    onnx_step.main(["--batch_sizes", "2", "--runs", "1", "--json", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["batch 2"]["ratio"] > 0 and result["megabytes"]["q8"] < result["megabytes"]["fp32"]
+    shares = result["profile"]["batch 2"]
+    assert "LSTM" in shares["fp32"] and "DynamicQuantizeLSTM" in shares["q8"] and "LSTM" not in shares["q8"]
+    assert all(90 < sum(of_one.values()) <= 100.5 for of_one in shares.values())

@@ -14,7 +14,7 @@ from small_captioners import IMAGES, build
 from transformers import GenerationConfig
 
 import export_onnx
-from captioning.onnx_decoding import ExportedCaptioner
+from captioning.onnx_decoding import SUFFIXES, ExportedCaptioner
 from modeling import onnx_export, onnx_files
 from modeling.captioner import Captioner
 from system.errors import UserError
@@ -144,7 +144,7 @@ def test_a_torch_that_exports_no_captioner_is_refused(tmp_path, monkeypatch, cap
 def exported(request, exporter, tmp_path_factory):
     captioner, folder = build(request.param, num_layers=1), tmp_path_factory.mktemp(request.param)
     captioner.save(folder / "model")
-    dtypes = "fp32,q8" if request.param == "lstm" else "fp32,fp16,q8"
+    dtypes = "fp32,fp16,q8" + ",q4" * (request.param == "vit_gpt2")
     export_onnx.main([str(folder / "model"), str(folder / "exported"), "--dtype", dtypes])
     return captioner, folder / "exported"
 
@@ -184,18 +184,20 @@ def test_every_setting_is_that_of_generate(exported, settings):
     assert captions == captioner.model.generate(pixel_values=pixels)[:, 1:].tolist()
 
 
-@pytest.mark.parametrize(("dtype", "suffix", "fraction"), [("fp16", "_fp16", 0.51), ("q8", "_quantized", 0.3)])
+@pytest.mark.parametrize(
+    ("dtype", "suffix", "fraction"), [("fp16", "_fp16", 0.51), ("q8", "_quantized", 0.3), ("q4", "_q4", 0.25)]
+)
 def test_smaller_weights_are_smaller_and_nearly_the_same(exported, dtype, suffix, fraction):
     captioner, folder = exported
-    if dtype == "fp16" and not (folder / "step_fp16.onnx").exists():
-        pytest.skip("LSTM captioners have no float16")
+    if dtype == "q4" and not (folder / "step_q4.onnx").exists():
+        pytest.skip("LSTM captioners have no 4 bits")
     pixels = captioner.processor(images=IMAGES, return_tensors="pt")["pixel_values"]
     model = ExportedCaptioner(folder, dtype)
     start = torch.tensor([captioner.start_token_ids] * len(IMAGES))
     logits, _ = model.step(start.numpy(), 0, model.encode(pixels.numpy()), model.first_state(len(IMAGES)))
     with torch.no_grad():
         expected = captioner.model(pixel_values=pixels, decoder_input_ids=start).logits[:, -1].numpy()
-    assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.99
+    assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > {"fp16": 0.99999, "q8": 0.99, "q4": 0.9}[dtype]
 
     def weights(path) -> dict[str, int]:  # bytes; the tiny models of tests have half of theirs in biases and norms
         graph = onnx.load(path).graph
@@ -206,6 +208,21 @@ def test_smaller_weights_are_smaller_and_nearly_the_same(exported, dtype, suffix
         assert sum(small.values()) <= fraction * sum(whole.values())
     operators = {node.op_type for node in onnx.load(folder / f"step{suffix}.onnx").graph.node}
     assert dtype != "q8" or "LSTM" not in operators  # onnxruntime's tool leaves the exporter's in float32
+
+
+def test_each_data_type_is_scored_and_warned_of_where_it_falls(exported, colors, capsys):
+    captioner, folder = exported
+    dtypes = [dtype for dtype, suffix in SUFFIXES.items() if (folder / f"step{suffix}.onnx").exists()]
+    arguments = ("model", str(folder), "showtell", ",".join(dtypes), colors)
+    scores = export_onnx.score_exports(captioner, folder, export_onnx.ExportArguments(*arguments))
+    rows = scores["scores"]
+    assert list(rows) == ["torch", *dtypes] and rows["fp32"]["cider"] == rows["torch"]["cider"]
+    for dtype in dtypes:
+        assert 0 < rows[dtype]["megabytes"] <= rows["fp32"]["megabytes"]
+        fallen = {name: row | {"cider": 1.0 - 0.021 * (name == dtype)} for name, row in rows.items()}
+        export_onnx.print_scores(scores | {"scores": fallen})
+        (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert dtype in warning
 
 
 def test_the_exported_image_processor_gives_the_pixels_of_the_captioners_own(exported):

@@ -31,7 +31,16 @@ def exported(exporter, tmp_path_factory, colors):
     captioner = build("vit_gpt2", "a big", num_layers=1)
     captioner.model.generation_config.update(no_repeat_ngram_size=2, min_length=5, num_beams=3, length_penalty=0.5)
     captioner.save(folder / "model")
-    options = ["--format", "transformers.js", "--dtype", "fp32,q8", "--dataset_name", colors, "--max_eval_samples", "3"]
+    options = [
+        "--format",
+        "transformers.js",
+        "--dtype",
+        "fp32,q8,q4",
+        "--dataset_name",
+        colors,
+        "--max_eval_samples",
+        "3",
+    ]
     export_onnx.main([str(folder / "model"), str(folder / "js"), *options])
     noise = np.random.default_rng(0)
     sizes = ((32, 32), (128, 128), (200, 170), (96, 40))
@@ -87,7 +96,7 @@ def test_captions_are_scored_beside_torchs(exported, capsys):
     _, folder, _, _ = exported
     saved = json.loads((folder / "scores.json").read_text())
     assert (saved["split"], saved["num_images"]) == ("validation", 3)
-    assert list(saved["scores"]) == ["torch", "torch, greedy", "fp32", "q8"]  # the saved decoding has beams
+    assert list(saved["scores"]) == ["torch", "torch, greedy", "fp32", "q8", "q4"]  # the saved decoding has beams
     assert saved["scores"]["fp32"]["cider"] == saved["scores"]["torch, greedy"]["cider"]
     card = (folder / "README.md").read_text()
     for name, row in {"torch, saved decoding": saved["scores"]["torch"], "q8": saved["scores"]["q8"]}.items():
@@ -103,14 +112,14 @@ def test_captions_are_scored_beside_torchs(exported, capsys):
 @pytest.mark.usefixtures("exporter")
 def test_an_lstm_captioner_and_what_it_cannot_have_are_refused(tmp_path, capsys):
     build("lstm").save(tmp_path / "model")
-    for options in (["--format", "transformers.js"], ["--dtype", "fp32,int3"], ["--dtype", "fp16"]):
+    for options in (["--format", "transformers.js"], ["--dtype", "fp32,int3"], ["--dtype", "q4"]):
         with pytest.raises(SystemExit) as exit_:
             export_onnx.main([str(tmp_path / "model"), str(tmp_path / "js"), *options])
         assert exit_.value.code == 2 and not (tmp_path / "js").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "q8"])
+@pytest.mark.parametrize("dtype", ["fp32", "q8", "q4"])
 def test_the_npm_package_captions_as_the_files_say(exported, node_modules, tmp_path, dtype):
     captioner, folder, images, _ = exported
     os.symlink(node_modules, tmp_path / "node_modules")
