@@ -116,7 +116,7 @@ def finish_axis(axis: "Axes", title: str, time: str, from_zero: bool = False) ->
 def save_figure(figure: "Figure", path: Path) -> Path:
     """Write the figure as PNG, atomically."""
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    figure.savefig(content, format="png", bbox_inches="tight", pad_inches=0.1)  # a title may be longer than its panel
     return write_file(path, content.getvalue())
 
 

@@ -549,7 +549,7 @@ def test_curves_have_a_panel_for_each_kind_of_value(tmp_path):
     for more in ({}, {"cider": 0.4, "shuffled_cider": 0.1}, {"bleu_4": 0.2}):
         history.append({"step": len(history) + 1} | more)
         widths.append(Image.open(draw_curves(tmp_path, history)).width)
-    assert widths == [widths[0], 2 * widths[0], 3 * widths[0]]
+    assert widths == pytest.approx([widths[0], 2 * widths[0], 3 * widths[0]], rel=0.03)  # and a margin
     with pytest.raises(ValueError, match="no loss and no score"):
         draw_curves(tmp_path, [{"step": 1, "train_loss": math.nan}])
 
@@ -599,6 +599,14 @@ def test_the_comparison_plots_the_shuffled_baseline_of_each_run(tmp_path, monkey
     (ours, solid), (shuffled, dotted) = [line for line in drawn if line[0]]
     assert (ours, shuffled) == ([0.3], [0.1])
     assert solid["color"] == dotted["color"] and solid.get("style", "-") != dotted["style"]
+
+
+def test_no_word_of_a_plot_is_cut_off(tmp_path):
+    """The names of runs are paths, beside which little is left for the panel and less for its title."""
+    names = ["outputs/a_folder_with_a_long_name/of_a_run", "outputs/another"]
+    path = compare.draw_comparison(tmp_path / "plot.png", dict.fromkeys(names, some_results()), {})
+    pixels = np.asarray(Image.open(path).convert("L"))
+    assert all(edge.min() == 255 for edge in (pixels[:8], pixels[-8:], pixels[:, :8], pixels[:, -8:]))
 
 
 def test_epochs_are_counted_in_whole_numbers():
