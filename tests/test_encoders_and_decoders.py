@@ -1,11 +1,13 @@
 """Laws of what fits into a ViT-GPT2: encoders of timm, decoders of other kinds, and what is refused."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import timm
 import torch
 from fresh import run_fresh
+from packaging.version import Version
 from safetensors.torch import save_file
 from small_captioners import WORDS, word_tokenizer
 from transformers import (
@@ -193,6 +195,8 @@ def test_a_decoder_trains_saves_loads_and_captions(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", UNFIT | BROKEN)
 def test_a_decoder_that_does_not_fit_is_refused(kind):
+    if kind == "megatron-bert" and Version(version("transformers")) < Version("5.17"):
+        pytest.skip("it trains with transformers 5.5; with 5.17 it does not")
     with pytest.raises(UserError, match=f"{kind}.*GPT-2"):
         build_vit_gpt2(encoder_config(32, 16, **SIZES), (UNFIT | BROKEN)[kind], word_tokenizer())
 
