@@ -5,6 +5,7 @@ import json
 import os
 import re
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -244,7 +245,11 @@ SOURCES = {
     "caption that says nan": caption("nan"),
     "caption with an end token": caption("a dog</s> <s> [PAD]"),
     # What a csv may be.
-    "csv with null bytes": csv_source(("a.png", "a\0dog"), expected={}, skipped="null character"),
+    "csv with null bytes": (
+        csv_source(("a.png", "a\0dog"), expected={}, skipped="null character")
+        if sys.version_info >= (3, 11)  # whose csv reads them
+        else table(metadata(("good.png", "fine"), ("a.png", "a\0dog")), "metadata.csv, line 3: not valid CSV")
+    ),
     "csv not UTF-8": table(b"file_name,caption\ngood.png,fine\na.png,caf\xe9\n", "metadata.csv, line 3: not UTF-8"),
     "csv of UTF-16": table("file_name,caption\ngood.png,fine\n".encode("utf-16"), "metadata.csv, line 1: not UTF-8"),
     "csv with a byte order mark": table(b"\xef\xbb\xbffile_name,caption\ngood.png,fine\n", FINE),
