@@ -133,7 +133,7 @@ def run_tests(deadline: float) -> dict:
     root = Path(__file__).parent.parent
     # The others may need packages that a cluster's image lacks.
     files = [str(path) for path in (root / "tests").glob("test_*.py") if "pytest.mark.gpu" in path.read_text("utf-8")]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "false"}
     timeout = max(60.0, (deadline - time.monotonic()) / 2)
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout)
