@@ -27,6 +27,7 @@ from training.arguments import DataArguments
 from training.batches import CaptionCollator, CaptionPairs, CaptionSampler, ImageDataset
 from training.features import (
     Features,
+    PixelCollator,
     cache_features,
     compiled_for_batches,
     encode_splits,
@@ -208,6 +209,19 @@ def test_an_image_is_seen_in_each_view_in_turn_and_with_the_captions_of_that_vie
             assert told == augment_caption(captions[pair], view)
         seen += order
     assert sorted(seen) == [(pair, augmentation) for pair in range(len(pairs)) for augmentation in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["lstm", "vit_gpt2"])
+def test_pixels_that_a_card_finishes_are_the_image_processors(kind):
+    """Resized and cropped by workers, as bytes, and scaled and normalized on the device."""
+    image_processor, draw = build(kind).image_processor, np.random.default_rng(0)
+    sizes = ((40, 60, 3), (50, 50, 3), (300, 200, 3), (40, 60, 3))
+    images = [Image.fromarray(draw.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
+    collator = PixelCollator(image_processor, "cuda")
+    collator.device = torch.device("cpu")
+    pixels = collator(images)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(collator.finish(pixels), PixelCollator(image_processor)(images))
 
 
 def test_features_of_a_view_are_those_of_the_image_seen_so(rows, processor):

@@ -21,11 +21,10 @@ from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import ViTImageProcessor
+from transformers import CLIPImageProcessor, ViTImageProcessor
 
 from data_scripts.augmentations import augment_image
 from modeling.fingerprint import weights_digest
-from modeling.image_processing_timm import TimmImageProcessor
 from modeling.onnx_encoder import fastest_encoder
 from system.errors import UserError
 from system.files import write_file
@@ -381,7 +380,7 @@ class PixelCollator:
 
     def __init__(self, image_processor, device: torch.device | str = "cpu"):
         self.image_processor, self.device = image_processor, torch.device(device)
-        on_card = self.device.type == "cuda" and isinstance(image_processor, (TimmImageProcessor, ViTImageProcessor))
+        on_card = self.device.type == "cuda" and isinstance(image_processor, (CLIPImageProcessor, ViTImageProcessor))
         self.options = {"do_rescale": False, "do_normalize": False} if on_card else {}
 
     def __call__(self, images: list[Image.Image]) -> torch.Tensor:
