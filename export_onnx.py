@@ -23,6 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from packaging.version import Version
+
 from captioning.onnx_decoding import SUFFIXES, ExportedCaptioner, caption_images
 from system.errors import UserError, one_line_errors
 from system.files import atomic_folder
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["caption_images", "main"]
 
-MIN_TORCH = (2, 7)  # the exporter of 2.6 ends on a BatchNorm, and on a matrix product of images of any size
+MIN_TORCH = "2.7"  # the exporter of 2.6 ends on a BatchNorm, and on a matrix product of images of any size
 MAX_FALL = 0.02  # of CIDEr, below torch's, before the export warns
 # Settings of a generation config that `caption_images` applies, and those without effect on its captions.
 APPLIED = {
@@ -122,10 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
             raise UserError(f"the export needs {' and '.join(missing)}: pip install --editable '.[onnx]'")
-        if tuple(map(int, version("torch").split(".")[:2])) < MIN_TORCH:
-            raise UserError(
-                f"the export needs torch {'.'.join(map(str, MIN_TORCH))} or newer; {version('torch')} is installed"
-            )
+        if Version(version("torch")) < Version(MIN_TORCH):
+            raise UserError(f"the export needs torch {MIN_TORCH} or newer; {version('torch')} is installed")
         import transformers
 
         from modeling.captioner import Captioner

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from packaging.version import Version
 
 from system.errors import UserError
 
@@ -117,7 +118,7 @@ def open_session(path: Path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # warnings are about the graph, which the exporter made
     try:
-        if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 32):  # Python 3.10 has no newer one than 1.23
+        if Version(onnxruntime.__version__) < Version("1.32"):  # Python 3.10 has no newer one than 1.23
             import onnx
 
             onnx.load(path)  # refuses weights outside its folder, as onnxruntime does from 1.32 on

@@ -7,14 +7,14 @@ from torch import nn
 
 FLOAT16_TOKENS = 1024  # of up to 64 nats each
 MAX_LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32; smaller chunks make slow matrix products
-CARD_CHUNKS = 16  # a card's chunks are larger by this: up to 1.5 GiB
-CARD_ROWS = 64  # a card is slow at products whose sizes are no multiples of 8: GPT-2's vocabulary, 50,257, is odd
+GPU_CHUNKS = 16  # a GPU's chunks are larger by this: up to 1.5 GiB
+GPU_ROWS = 64  # a GPU is slow at products whose sizes are no multiples of 8: GPT-2's vocabulary, 50,257, is odd
 HAS_LINEAR_CROSS_ENTROPY = hasattr(nn, "LinearCrossEntropyOptions")  # torch 2.14 and newer
 
 
 def chunk_size(num_tokens: int, vocab_size: int, device: torch.device) -> int:
     """Tokens whose logits are computed together; chunks have equal sizes, since a small one takes as long as a large one."""
-    max_logits = MAX_LOGITS_PER_CHUNK * (CARD_CHUNKS if device.type == "cuda" else 1)
+    max_logits = MAX_LOGITS_PER_CHUNK * (GPU_CHUNKS if device.type == "cuda" else 1)
     num_chunks = math.ceil(num_tokens * vocab_size / max_logits)
     return max(1, math.ceil(num_tokens / max(1, num_chunks)))
 
@@ -86,7 +86,7 @@ def caption_loss(
     """Cross entropy of the next token, in nats per token.
 
     Logits are computed chunk by chunk and their gradient replaces them at once (torch's `linear_cross_entropy`, or
-    `ChunkedCrossEntropy` where it has none, and on a card); loss and gradients equal those of the plain computation.
+    `ChunkedCrossEntropy` where it has none, and on a GPU); loss and gradients equal those of the plain computation.
 
     Args:
         hidden: Inputs of the head, float (batch, length, hidden size).
@@ -136,9 +136,9 @@ def _fused_cross_entropy(
     # On a CPU bfloat16 is slow without instructions for it: the products are float32's then.
     fast = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and computes_in_bfloat16(hidden.device)
     sum_dtype = torch.promote_types(hidden.dtype, torch.float32)  # float16 ends at 65,504 nats
-    on_card = hidden.device.type == "cuda"
+    on_gpu = hidden.device.type == "cuda"
     size = chunk_size(len(hidden), len(weight), hidden.device)
-    if HAS_LINEAR_CROSS_ENTROPY and not on_card:
+    if HAS_LINEAR_CROSS_ENTROPY and not on_gpu:
         options = nn.LinearCrossEntropyOptions(
             batch_chunk_size=size, chunking_method=None, acc_policy="compact" if fast else "auto"
         )
@@ -154,7 +154,7 @@ def _fused_cross_entropy(
         operands = hidden, weight, bias
         if hidden.device.type == "cpu" and not fast:
             operands = [None if value is None else value.to(sum_dtype) for value in operands]
-        operands = pad_vocabulary(*operands) if on_card else operands
+        operands = pad_vocabulary(*operands) if on_gpu else operands
         with torch.autocast(hidden.device.type, enabled=False):
             nats = ChunkedCrossEntropy.apply(*operands, labels, size)
     if label_smoothing:
@@ -173,7 +173,7 @@ def pad_vocabulary(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The operands with rows of weight, up to a multiple of 64, that stand for tokens of probability 0."""
-    missing = -len(weight) % CARD_ROWS
+    missing = -len(weight) % GPU_ROWS
     if not missing:
         return hidden, weight, bias
     bias = weight.new_zeros(len(weight)) if bias is None else bias
@@ -196,7 +196,7 @@ def chunk_gradients(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.
 
 
 def compile_loss(backend: str) -> None:
-    """Let torch.compile make few kernels of what is done with the logits on a card; in this process, from now on."""
+    """Let torch.compile make few kernels of what is done with the logits on a GPU; in this process, from now on."""
     global chunk_gradients
     chunk_gradients = torch.compile(chunk_gradients, backend=backend, dynamic=True)
 
@@ -204,7 +204,7 @@ def compile_loss(backend: str) -> None:
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropy of a linear head, whose gradients are computed with it, chunk by chunk.
 
-    For torch before 2.14, which has no `linear_cross_entropy` (to go with it), and for cards, whose products of a padded
+    For torch before 2.14, which has no `linear_cross_entropy` (to go with it), and for GPUs, whose products of a padded
     vocabulary it can use. The gradients are summed in float32, as torch's op sums them. `backward` may be called once, and has no
     gradient itself.
 

@@ -519,7 +519,7 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 def run_lstm(
     lstm: nn.LSTM, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """`lstm(inputs, state)`; under autocast to bfloat16 on a CUDA card in bfloat16.
+    """`lstm(inputs, state)`; under autocast to bfloat16 on a GPU in bfloat16.
 
     There torch runs LSTMs in float16 whatever the dtype of autocast: gradients of batches of many tokens round to zero.
     """

@@ -11,6 +11,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 
 torch.set_num_threads(1)
@@ -49,7 +50,7 @@ def own_caches(tmp_path_factory):
 @pytest.fixture(scope="session")
 def exporter():
     """Torch's exporter to ONNX; tests that need it are skipped with a torch whose exporter cannot export a captioner."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+    if Version(torch.__version__) < Version("2.7"):
         pytest.skip(f"export_onnx.py needs torch 2.7, and refuses {torch.__version__}")
 
 

@@ -232,7 +232,8 @@ def _prepared(address: str, captioner: "Captioner", args: EncodeArguments, devic
     collator = PixelCollator(captioner.image_processor, device)
     num_threads = args.num_workers or (1 if device.type == "cpu" else min(8, os.cpu_count() or 1))
 
-    def prepare(samples: list["Sample"]) -> tuple[list, list, list]:
+    def prepare(samples: list["Sample"]) -> tuple:
+        """Those of a batch that can be decoded, their pixels, and (name, error) of the others."""
         good, images, errors = [], [], []
         for sample in samples:
             try:

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 IMAGES_PER_PART = 512  # of a file that are written together: what a kill can cost
 MAX_FILE_BYTES = 10**9  # a process can map some 65,000 files
 BATCH_SIZE = 32  # images the encoder encodes together; parts hold whole batches
-CARD_BATCH_SIZE = 128  # the same on a CUDA card, which small batches do not fill
+GPU_BATCH_SIZE = 128  # the same on a GPU, which small batches do not fill
 # What a config says of where a model comes from, and not of what it computes.
 NOT_COMPUTED = (
     "_name_or_path",
@@ -133,7 +133,7 @@ def encode_splits(
 
 def batch_size_on(device: torch.device | str) -> int:
     """Images that are encoded together on a device."""
-    return CARD_BATCH_SIZE if torch.device(device).type == "cuda" else BATCH_SIZE
+    return GPU_BATCH_SIZE if torch.device(device).type == "cuda" else BATCH_SIZE
 
 
 # ---- Keys -----------------------------------------------------------------------------------------------------------
@@ -374,14 +374,14 @@ def _first_image(dataset: DatasetDict) -> Image.Image:
 class PixelCollator:
     """Images to the pixels of an image processor, (batch, 3, height, width); an object, so that it can be sent to workers.
 
-    For a CUDA card the workers resize and crop alone, and give uint8; the card, see `finish`, does the arithmetic, which takes most of
+    For a GPU the workers resize and crop alone, and give uint8; the GPU, see `finish`, does the arithmetic, which takes most of
     a processor's time. The pixels are the same.
     """
 
     def __init__(self, image_processor, device: torch.device | str = "cpu"):
         self.image_processor, self.device = image_processor, torch.device(device)
-        on_card = self.device.type == "cuda" and isinstance(image_processor, (CLIPImageProcessor, ViTImageProcessor))
-        self.options = {"do_rescale": False, "do_normalize": False} if on_card else {}
+        on_gpu = self.device.type == "cuda" and isinstance(image_processor, (CLIPImageProcessor, ViTImageProcessor))
+        self.options = {"do_rescale": False, "do_normalize": False} if on_gpu else {}
 
     def __call__(self, images: list[Image.Image]) -> torch.Tensor:
         return self.image_processor(images=images, return_tensors="pt", **self.options)["pixel_values"]
