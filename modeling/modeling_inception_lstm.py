@@ -519,11 +519,13 @@ class InceptionLSTMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 def run_lstm(
     lstm: nn.LSTM, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """`lstm(inputs, state)`; under autocast to bfloat16 on a GPU in bfloat16.
+    """`lstm(inputs, state)`; under autocast to bfloat16 on a GPU in bfloat16, and of one token of one caption on a CPU cell by cell.
 
-    There torch runs LSTMs in float16 whatever the dtype of autocast: gradients of batches of many tokens round to zero.
+    On that GPU torch runs LSTMs in float16 whatever the dtype of autocast: gradients of batches of many tokens round to zero.
     """
     device = inputs.device.type
+    if state is not None and not lstm.training and _is_one_token(inputs):
+        return _run_cells(lstm, inputs[:, 0], state)
     if device != "cuda" or not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != torch.bfloat16:
         return lstm(inputs, state)
     weights = [weight.bfloat16() for layer in lstm.all_weights for weight in layer]
@@ -536,6 +538,25 @@ def run_lstm(
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         outputs, *state = torch.lstm(inputs.bfloat16(), state, weights, *options)
     return outputs, tuple(state)
+
+
+def _is_one_token(inputs: torch.Tensor) -> bool:
+    """Whether `nn.LSTM` would reorder its weights, as it does at each call on a CPU, for longer than it computes."""
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    return inputs.device.type == "cpu" and inputs.dtype == torch.float32 and inputs.shape[:2] == (1, 1)
+
+
+def _run_cells(
+    lstm: nn.LSTM, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """One token of each caption, (batch, input size), in evaluation; outputs (batch, 1, hidden) and the state after it."""
+    states = []
+    for weights, hidden, cell in zip(lstm.all_weights, *state, strict=True):
+        states.append(torch.lstm_cell(inputs, (hidden, cell), *weights))  # each (batch, hidden)
+        inputs = states[-1][0]
+    hidden, cell = (torch.stack(values) for values in zip(*states, strict=True))  # each (layers, batch, hidden)
+    return inputs.unsqueeze(1), (hidden, cell)
 
 
 def timm_source(name: str) -> str:

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import Captioner
 from modeling.inception_lstm import build_inception_lstm
-from modeling.modeling_inception_lstm import TimmEncoder
+from modeling.modeling_inception_lstm import TimmEncoder, run_lstm
 from modeling.processing import build_processor, timm_image_processor
 from training.encoder_training import unfreeze_last_blocks
 
@@ -112,6 +112,16 @@ def test_decoding_with_state_equals_decoding_without(decoding, attention):
         sequences.append(model.generate(pixel_values=pixel_values, max_length=15, use_cache=use_cache, **decoding))
     assert sequences[0].shape[1] > 5
     assert torch.equal(*sequences)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+@torch.no_grad()
+def test_one_token_of_one_caption_is_what_torchs_lstm_computes(num_layers):
+    lstm = torch.nn.LSTM(5, 7, num_layers, batch_first=True).eval()
+    inputs, state = torch.randn(1, 1, 5), (torch.randn(num_layers, 1, 7), torch.randn(num_layers, 1, 7))
+    found, wanted = run_lstm(lstm, inputs, state), lstm(inputs, state)
+    for value, other in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+        torch.testing.assert_close(value, other)
 
 
 def test_greedy_is_the_likeliest_next_token_of_the_whole_prefix():
