@@ -6,11 +6,15 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 MAX_DIFFERENCE = 1e-3  # of a state, relative to the largest one
 NUM_CHECKED = 4  # images of the first batch that both encode
@@ -105,12 +109,21 @@ def onnx_encoder(encoder: nn.Module, pixels: torch.Tensor) -> Encode:
     One image after the other: as fast as batches, and with all sizes known the exporter leaves no arithmetic on sizes in the
     graph, which costs a tenth where a layer pads by the size of its input.
     """
+    return session_encoder(onnx_session(exported_encoder(encoder, pixels[:1])))
+
+
+def onnx_session(model: bytes) -> "InferenceSession":
+    """A session of an ONNX model on as many threads as torch has."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)  # its warnings are about the graph, which nobody wrote
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(_exported(encoder, pixels[:1]), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def session_encoder(session: "InferenceSession") -> Encode:
+    """An exported encoder, one image after the other."""
 
     def encode(pixel_values: torch.Tensor) -> BaseModelOutput:
         images = pixel_values.float().numpy()
@@ -120,7 +133,8 @@ def onnx_encoder(encoder: nn.Module, pixels: torch.Tensor) -> Encode:
     return encode
 
 
-def _exported(encoder: nn.Module, pixels: torch.Tensor) -> bytes:
+def exported_encoder(encoder: nn.Module, pixels: torch.Tensor) -> bytes:
+    """The encoder as a serialized ONNX model, for batches of this shape."""
     content = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

@@ -86,3 +86,18 @@ def test_a_profile_of_the_exported_step_names_the_lstm_and_its_int8(tmp_path, mo
     shares = result["profile"]["batch 2"]
     assert "LSTM" in shares["fp32"] and "DynamicQuantizeLSTM" in shares["q8"] and "LSTM" not in shares["q8"]
     assert all(90 < sum(of_one.values()) <= 100.5 for of_one in shares.values())
+
+
+def test_engines_of_an_encoder_have_the_captions_of_torch_but_for_8_bits(small_scenes, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime (pip install onnx onnxruntime)")
+    from benchmarks import encoder_engines
+
+    build("lstm", "attention").save(tmp_path / "model")
+    small = ["--max_eval_samples", "5", "--num_timed", "2", "--num_calibration", "2", "--num_float", "1", "--runs", "1"]
+    small += ["--dataset_name", str(small_scenes)]
+    encoder_engines.main([str(tmp_path / "model"), *small, "--json", str(tmp_path / "engines.json")])
+    result = json.loads((tmp_path / "engines.json").read_text())
+    assert result["images"] == 5
+    assert result["onnxruntime"]["same_captions"] == 5
+    assert result["onnxruntime"]["difference_of_states"] < 1e-4 < result["8 bits"]["difference_of_states"] < 0.5
+    assert result["8 bits"]["images_per_processor_second"] > 0
