@@ -11,6 +11,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 
 import pytest
 import torch
+from filelock import FileLock
 from packaging.version import Version
 from PIL import Image
 
@@ -48,10 +49,34 @@ def own_caches(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def exporter():
-    """Torch's exporter to ONNX; tests that need it are skipped with a torch whose exporter cannot export a captioner."""
+def exporter(tmp_path_factory):
+    """Torch's exporter to ONNX, which exports the same weights once for all workers, as it takes seconds.
+
+    Tests that need it are skipped with a torch whose exporter cannot export a captioner.
+    """
     if Version(torch.__version__) < Version("2.7"):
         pytest.skip(f"export_onnx.py needs torch 2.7, and refuses {torch.__version__}")
+    from benchmarks import onnx_step
+    from modeling import onnx_export
+    from training.features import weights_digest
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    export = onnx_export.export_encoder_and_step
+
+    def export_once(captioner, into):
+        kept = folder / f"exported-{weights_digest(captioner.model)}"
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                kept.mkdir()
+                export(captioner, kept)
+        shutil.copytree(kept, into, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (onnx_export, onnx_step):
+            patch.setattr(module, "export_encoder_and_step", export_once)
+        yield
 
 
 @pytest.fixture(scope="session")
