@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from metrics.caption_scores import coco_caption as drop_in
 from metrics.caption_scores.baselines import derangement
 from metrics.caption_scores.command import main
 from metrics.caption_scores.java_metrics import JavaMetricError, meteor
-from metrics.caption_scores.ngrams import KeyNumbers, PieceNumbers, cut_pieces, distinct_pairs
+from metrics.caption_scores.ngrams import KeyNumbers, PieceNumbers, cut_pieces, sort_pairs
 
 REPOSITORY = Path(__file__).parents[1]
 PREDICTIONS, REFERENCES = benchmark.make_captions(40)
@@ -120,6 +121,19 @@ def test_scores_are_those_of_plain_implementations(num_references):
         scorer = CaptionScorer(references)
         assert list(scorer.score(predictions).values()) == pytest.approx(expected, abs=1e-9), name
         assert scorer.per_image_cider(predictions) == pytest.approx(cider, abs=1e-9), name
+
+
+@pytest.mark.parametrize("longest", [16, 17, 33, 64, 65, 150])
+def test_captions_of_any_length_have_the_scores_of_plain_implementations(longest):
+    """Their words are bits of numbers of 16, 32 and 64 bits, and of Python's integers beyond."""
+    generator = random.Random(longest)
+    words = [[generator.choices("abcdef", k=generator.choice([3, longest])) for _ in range(4)] for _ in range(5)]
+    predictions, references = [texts[0] for texts in words], [texts[1:] for texts in words]
+    cider = plain_cider_d(predictions, references)
+    rouge = [plain_rouge_l(*pair) for pair in zip(predictions, references, strict=True)]
+    expected = [*plain_bleu(predictions, references), np.mean(rouge), np.mean(cider)]
+    scorer = CaptionScorer([[" ".join(text) for text in texts] for texts in references])
+    assert list(scorer.score([" ".join(text) for text in predictions]).values()) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.skipif(find_spec("pycocoevalcap") is None, reason="the comparison needs pycocoevalcap")
@@ -401,29 +415,36 @@ def test_words_with_a_no_break_space_count_as_in_coco_caption():
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.lists(st.integers(-3, 60), max_size=40), max_size=5))
-def test_keys_are_numbered_as_by_a_dict(batches):
+@given(st.lists(st.lists(st.tuples(st.integers(-3, 20), st.integers(-1, 2)), max_size=40), max_size=5))
+def test_pairs_of_int64_are_numbered_as_by_a_dict(batches):
     table, numbers = KeyNumbers(), {}
     for batch in batches:
-        given_ = table.number(np.array(batch, dtype=np.int64) << 40).tolist()
-        for key, number in zip(batch, given_, strict=True):
-            assert numbers.setdefault(key, number) == number
+        first, second = np.array(batch, dtype=np.int64).reshape(-1, 2).T << 40
+        for pair, number in zip(batch, table.number(first, second).tolist(), strict=True):
+            assert numbers.setdefault(pair, number) == number
     assert sorted(numbers.values()) == list(range(table.size))
 
 
 @pytest.mark.parametrize("largest", [7, (1 << 31) - 1])
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=40))
-def test_pairs_are_numbered_in_their_order(largest, pairs):
-    """By one sort where a pair and its place fit in one number, and by numpy's `unique` where they do not."""
-    high, low = (np.array([largest - pair[side] for pair in pairs], dtype=np.int32) for side in (0, 1))
-    keys, which = distinct_pairs(high, low)
-    distinct = sorted({*zip(high.tolist(), low.tolist(), strict=True)})
-    assert [(key >> 32, key & (1 << 32) - 1) for key in keys.tolist()] == distinct
-    assert [distinct[number] for number in which] == list(zip(high.tolist(), low.tolist(), strict=True))
+def test_pairs_are_sorted_with_their_places(largest, pairs):
+    """By one sort where a pair and its place fit in one number, and by argsort where they do not."""
+    pairs = [(largest - high, largest - low) for high, low in pairs]
+    place = np.arange(len(pairs)) * 3
+    high, low = (np.array([pair[side] for pair in pairs], dtype=np.int32) for side in (0, 1))
+    keys, first, sorted_place = sort_pairs(high, low, place)
+    in_order = sorted(zip(pairs, place.tolist(), strict=True))
+    assert [(key >> 32, key & (1 << 32) - 1) for key in keys.tolist()] == sorted(set(pairs))
+    assert first.tolist() == [
+        position for position, (pair, _) in enumerate(in_order) if pair != in_order[position - 1][0] or not position
+    ]
+    assert sorted_place.tolist() == [where for _, where in in_order]
 
 
 PIECES = st.lists(
-    st.one_of(st.sampled_from(["a", "b" * 7, "b" * 8, "b" * 14, "b" * 15, "ü" * 9]), st.text(max_size=24))
+    st.one_of(
+        st.sampled_from(["a", "b" * 7, "b" * 8, "b" * 9, "b" * 16, "b" * 17, "ü" * 9, "ü" * 16]), st.text(max_size=24)
+    )
 )
 
 

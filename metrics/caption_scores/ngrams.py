@@ -5,7 +5,7 @@ Numpy sorts, joins and sums the numbers: no Python loop runs over n-grams.
 
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, compress
 from types import MappingProxyType
 from typing import NamedTuple
@@ -19,9 +19,9 @@ MAX_ORDER = 4
 SHIFT = 32  # two numbers below 2**31 share one int64 key: (high << SHIFT) | low
 CAPTIONS_AT_ONCE = 8192
 CHUNK = 8  # bytes of an int64
-LOWER_BYTES = np.array([(1 << 8 * size) - 1 for size in range(CHUNK)], dtype=np.int64)
-CHAINED = np.int64(-(1 << 63))
-LAST_BLANK = ord(" ")
+LOWER_BYTES = np.array([(1 << 8 * size) - 1 for size in range(CHUNK)] + [-1], dtype=np.int64)
+SIZE_SHIFT = 8 * (CHUNK - 1)
+LAST_BLANK, LINE_END = ord(" "), ord("\n")
 IS_BLANK = np.array([chr(code).isspace() for code in range(LAST_BLANK + 1)])
 UNICODE_BLANKS = re.compile(r"[^\S\x00-\x7f]")
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # multiplicative hashing (Knuth, TAOCP 6.4)
@@ -39,34 +39,6 @@ def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     ends = np.cumsum(sizes, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
     return np.repeat(starts - (ends - sizes), sizes) + np.arange(total)
-
-
-def distinct_pairs(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What two arrays of numbers hold in pairs.
-
-    Returns:
-        the distinct pairs, sorted, as keys `(high << SHIFT) | low`; and for each pair the place of its key, int32.
-    """
-    low_bits, place_bits = int(low.max(initial=0)).bit_length(), len(low).bit_length()
-    if int(high.max(initial=0)).bit_length() + low_bits + place_bits >= 64:
-        keys, which = np.unique((high.astype(np.int64) << SHIFT) | low, return_inverse=True)
-        return keys, which.astype(np.int32)
-    # high, low and the place in one number: sorted at once, several times as fast as by argsort
-    key = high.astype(np.int64)
-    key <<= low_bits
-    key |= low
-    key <<= place_bits
-    key |= np.arange(len(low))
-    key.sort()
-    place = key & ((1 << place_bits) - 1)
-    key >>= place_bits
-    first = np.empty(len(key), dtype=bool)
-    first[:1] = True
-    np.not_equal(key[1:], key[:-1], out=first[1:])
-    which = np.empty(len(key), dtype=np.int32)
-    which[place] = np.cumsum(first, dtype=np.int32) - 1
-    key = key[first]
-    return ((key >> low_bits) << SHIFT) | (key & ((1 << low_bits) - 1)), which
 
 
 class Captions(NamedTuple):
@@ -134,33 +106,35 @@ def cut_pieces(captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndar
     """Cut captions at blanks, all at once.
 
     Returns:
-        text: All captions as UTF-8, uint8, with `CHUNK` zeros behind.
+        text: All captions as UTF-8, uint8, with `2 * CHUNK` zeros behind.
         start, length: Of each piece between blanks, in bytes.
         ends: Of each caption, the number of pieces up to its end.
     """
-    joined = " ".join(captions)
-    if joined.isascii():
-        content, lengths = joined.encode(), map(len, captions)
-    else:
-        # bytes know the blanks of ASCII alone
-        encoded = [UNICODE_BLANKS.sub(" ", caption).encode("utf-8", "surrogatepass") for caption in captions]
-        content, lengths = b" ".join(encoded), map(len, encoded)
-    text = np.frombuffer(content + bytes(CHUNK), dtype=np.uint8)
-    # between two blanks, those before the text and behind it included, is a piece, which may be empty
-    blank = np.flatnonzero(text[:-CHUNK] <= LAST_BLANK)
-    blank = np.concatenate(([-1], blank[IS_BLANK[text[blank]]], [len(content)]))
-    start, length = blank[:-1] + 1, np.diff(blank) - 1
-    there = length > 0
-    caption_ends = np.cumsum(np.fromiter(lengths, dtype=np.int64, count=len(captions)) + 1)
-    ends = np.cumsum(there)[np.searchsorted(start, caption_ends) - 1]
-    return text, start[there], length[there], ends
+    joined = "\n".join(captions)
+    if joined.count("\n") >= len(captions):
+        joined = "\n".join([caption.replace("\n", " ") for caption in captions])
+    if not joined.isascii():  # bytes know the blanks of ASCII alone
+        joined = UNICODE_BLANKS.sub(" ", joined)
+    text = np.frombuffer(joined.encode("utf-8", "surrogatepass") + b"\n" + bytes(2 * CHUNK), dtype=np.uint8)
+    blank = np.flatnonzero(text[: -2 * CHUNK] <= LAST_BLANK)
+    code = text[blank]
+    if not (is_blank := IS_BLANK[code]).all():
+        blank, code = blank[is_blank], code[is_blank]
+    # before each blank is a piece, which may be empty
+    length = np.diff(blank, prepend=-1) - 1
+    ends = np.flatnonzero(code == LINE_END) + 1
+    if not length.all():
+        there = np.flatnonzero(length)
+        ends = np.searchsorted(there, ends)
+        blank, length = blank[there], length[there]
+    return text, blank - length, length, ends
 
 
 class PieceNumbers:
-    """Numbers texts by their content, without collisions: chunks of seven bytes, each numbered with those before it.
+    """Numbers texts by their content, without collisions.
 
-    A chunk is the lower seven bytes of an int64 key; with chunks before it, whose number is known, the key is that number and the
-    chunk's own, with a bit that no chunk has. Chunks share the numbers of whole texts.
+    A text of up to 15 bytes is two int64: its first eight bytes, and the others with its length. A longer one is the number of what
+    comes before its last bytes, and those with how many they are.
     """
 
     def __init__(self) -> None:
@@ -169,16 +143,17 @@ class PieceNumbers:
     def number(self, text: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
         """The number of the text of so many bytes at each start; new ones are learned."""
         # eight bytes from every position on, as one number
-        eight = np.ndarray(len(text) - CHUNK, dtype="<i8", buffer=text, strides=(1,))
-        number = self.keys.number(eight[start] & LOWER_BYTES[np.minimum(length, CHUNK - 1)])
-        long, done = np.flatnonzero(length > CHUNK - 1), CHUNK - 1
-        while len(long):
-            left = np.minimum(length[long] - done, CHUNK - 1)
-            chunk = self.keys.number(eight[start[long] + done] & LOWER_BYTES[left])
-            key = (number[long].astype(np.int64) << SHIFT) | chunk | CHAINED
-            number[long] = self.keys.number(key)
+        eight = np.ndarray(len(text) - CHUNK + 1, dtype="<i8", buffer=text, strides=(1,))
+        first = eight[start] & LOWER_BYTES[np.minimum(length, CHUNK)]
+        second = np.minimum(length, 2 * CHUNK - 1) << SIZE_SHIFT
+        long, done = np.flatnonzero(length > CHUNK), CHUNK
+        second[long] |= eight[start[long] + done] & LOWER_BYTES[np.minimum(length[long] - done, CHUNK - 1)]
+        number = self.keys.number(first, second)
+        while len(long := long[length[long] >= done + CHUNK]):
             done += CHUNK - 1
-            long = long[length[long] > done]
+            left = np.minimum(length[long] - done, CHUNK - 1)
+            last = eight[start[long] + done] & LOWER_BYTES[left] | left << SIZE_SHIFT
+            number[long] = self.keys.number(~number[long].astype(np.int64), last)
         return number
 
 
@@ -270,17 +245,22 @@ class WordIndex:
             content[begin:end] for begin, end in zip(start[new].tolist(), (start + length)[new].tolist(), strict=True)
         ]
         # nearly all are one word each: letters alone
-        simple = np.fromiter(map(bytes.isalpha, texts), dtype=bool, count=len(texts))
-        words = b" ".join(compress(texts, simple)).decode().lower().split()
-        simple[np.flatnonzero(simple)[[word in TWO_WORDS for word in words]]] = False
-        words = [word for word in words if word not in TWO_WORDS]
-        self.first[numbers[simple]] = len(self.flat) + np.arange(len(words))
-        self.size[numbers[simple]], self.flags[numbers[simple]] = 1, 0
-        self.flat.extend([self.words.setdefault(word, len(self.words)) for word in words])
-        for number, other in zip(numbers[~simple].tolist(), compress(texts, ~simple), strict=True):
-            words, flags = split_piece(other.decode("utf-8", "surrogatepass"))
-            self.first[number], self.size[number], self.flags[number] = len(self.flat), len(words), flags
-            self.flat.extend([self.words[word] if word in self.words else self.number(word) for word in words])
+        alone = np.fromiter(map(bytes.isalpha, texts), dtype=bool, count=len(texts))
+        words = b" ".join(compress(texts, alone)).decode().lower().split()
+        alone[np.flatnonzero(alone)[[word in TWO_WORDS for word in words]]] = False
+        self._keep(numbers[alone], [word for word in words if word not in TWO_WORDS], 1, 0)
+        split = [split_piece(other.decode("utf-8", "surrogatepass")) for other in compress(texts, ~alone)]
+        sizes = np.array([len(words) for words, _ in split], dtype=np.int32)
+        flags = np.array([flags for _, flags in split], dtype=np.int8)
+        self._keep(numbers[~alone], chain.from_iterable(words for words, _ in split), sizes, flags)
+
+    def _keep(self, pieces: np.ndarray, words: Iterable[str], sizes: np.ndarray | int, flags: np.ndarray | int) -> None:
+        """Keep of pieces their words, one piece after the other, how many of them each has, and its flags."""
+        self.size[pieces], self.flags[pieces] = sizes, flags
+        sizes = self.size[pieces]
+        self.first[pieces] = len(self.flat) + np.cumsum(sizes) - sizes
+        numbers = self.words
+        self.flat.extend([numbers[word] if word in numbers else self.number(word) for word in words])
 
     def _encode_whole(self, captions, words, lengths, spans, ends) -> tuple[np.ndarray, np.ndarray]:
         """Tokenize again, as a whole, the captions in which a token may reach over a blank."""
@@ -296,54 +276,59 @@ class WordIndex:
 
 
 class KeyNumbers:
-    """Numbers int64 keys 0, 1, 2, ...: a hash table with linear probing that takes all keys of an array at once."""
+    """Numbers pairs of int64 0, 1, 2, ...: a hash table with linear probing that takes all pairs of two arrays at once."""
 
     def __init__(self) -> None:
         self.size = 0
-        self.keys = np.zeros(1, dtype=np.int64)
+        self.first, self.second = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
         self.slots = np.full(2, -1, dtype=np.int32)
 
-    def number(self, keys: np.ndarray) -> np.ndarray:
-        """The number of each key, int32; new ones get the next numbers."""
-        self._reserve(len(keys))
-        slot = self._slot(keys)
-        numbers = held = self._held(keys, slot)
-        wanted, place = keys, None
-        # where a slot holds another key, the next slot is looked at
-        while len(others := np.flatnonzero(self.keys[held] != wanted)):
-            wanted, slot = wanted[others], (slot[others] + 1) & (len(self.slots) - 1)
+    def number(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """The number of each pair, int32; new ones get the next numbers."""
+        self._reserve(len(first))
+        slot = self._slot(first, second)
+        numbers = held = self._held(first, second, slot)
+        place = None
+        # where a slot holds another pair, the next slot is looked at
+        while len(others := np.flatnonzero((self.first[held] != first) | (self.second[held] != second))):
+            first, second, slot = first[others], second[others], (slot[others] + 1) & (len(self.slots) - 1)
             place = others if place is None else place[others]
-            numbers[place] = held = self._held(wanted, slot)
+            numbers[place] = held = self._held(first, second, slot)
         return numbers
 
-    def _held(self, keys: np.ndarray, slot: np.ndarray) -> np.ndarray:
-        """The numbers in slots, of which keys take the free ones first."""
+    def _held(self, first: np.ndarray, second: np.ndarray, slot: np.ndarray) -> np.ndarray:
+        """The numbers in slots, of which pairs take the free ones first."""
         held = self.slots[slot]
         if len(free := np.flatnonzero(held < 0)):
             wanted = slot[free]
-            self.slots[wanted] = free  # of several keys that want a slot, the last gets it
-            first = np.flatnonzero(self.slots[wanted] == free)
-            self.slots[wanted[first]] = np.arange(self.size, self.size + len(first))
-            self.keys[self.size : self.size + len(first)] = keys[free[first]]
-            self.size += len(first)
+            self.slots[wanted] = free  # of several pairs that want a slot, the last gets it
+            gets = np.flatnonzero(self.slots[wanted] == free)
+            new, free_new = np.arange(self.size, self.size + len(gets)), free[gets]
+            self.slots[wanted[gets]] = new
+            self.first[new], self.second[new] = first[free_new], second[free_new]
+            self.size += len(gets)
             held[free] = self.slots[wanted]
         return held
 
-    def _slot(self, keys: np.ndarray) -> np.ndarray:
+    def _slot(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         shift = np.uint64(64 - (len(self.slots) - 1).bit_length())
-        return ((keys.view(np.uint64) * GOLDEN) >> shift).view(np.int64)
+        mixed = (first.view(np.uint64) * GOLDEN) ^ second.view(np.uint64)
+        return ((mixed * GOLDEN) >> shift).view(np.int64)
 
-    def _reserve(self, num_keys: int) -> None:
-        """Make room for so many new keys: at most three quarters of the slots are ever taken."""
-        room = self.size + num_keys
-        if room > len(self.keys):
-            known, self.keys = self.keys[: self.size], np.empty(room, dtype=np.int64)
-            self.keys[: self.size] = known  # the room behind takes no memory before it is used
+    def _reserve(self, num_pairs: int) -> None:
+        """Make room for so many new pairs: at most three quarters of the slots are ever taken."""
+        room = self.size + num_pairs
+        if room > len(self.first):
+            known = self.first[: self.size], self.second[: self.size]
+            self.first, self.second = np.empty(room, dtype=np.int64), np.empty(room, dtype=np.int64)
+            self.first[: self.size], self.second[: self.size] = (
+                known  # the room behind takes no memory before it is used
+            )
         if 4 * room <= 3 * len(self.slots):
             return
         self.slots = np.full(1 << (4 * room // 3).bit_length(), -1, dtype=np.int32)
         number = np.arange(self.size, dtype=np.int32)
-        slot = self._slot(self.keys[: self.size])
+        slot = self._slot(self.first[: self.size], self.second[: self.size])
         while len(number):
             free = self.slots[slot] < 0
             self.slots[slot[free]] = number[free]
@@ -351,70 +336,104 @@ class KeyNumbers:
             number, slot = number[homeless], (slot[homeless] + 1) & (len(self.slots) - 1)
 
 
-class Ngrams(NamedTuple):
-    """The n-grams of one order in the order of the text: the caption of each, its number, and, of words, the place there."""
-
-    caption: np.ndarray
-    ngram: np.ndarray
-    position: np.ndarray | None = None
-
-    def rows(self, start: int, stop: int) -> "Ngrams":
-        """Those of the captions from start up to stop, numbered from zero again."""
-        rows = self.cut(*np.searchsorted(self.caption, [start, stop]))
-        return rows._replace(caption=rows.caption - start)
-
-    def cut(self, start: int, end: int) -> "Ngrams":
-        """Those from one place up to another."""
-        position = None if self.position is None else self.position[start:end]
-        return Ngrams(self.caption[start:end], self.ngram[start:end], position)
-
-    def count(self) -> "NgramCounts":
-        pair = np.sort((self.caption << SHIFT) | self.ngram)
-        first = first_of_runs(pair)
-        return NgramCounts(pair[first] >> SHIFT, pair[first] & ((1 << SHIFT) - 1), np.diff(first, append=len(pair)))
-
-
-class NgramCounts(NamedTuple):
-    """How often each n-gram of one order occurs in each caption, sorted by caption."""
-
-    caption: np.ndarray
-    ngram: np.ndarray
-    count: np.ndarray
-
-
 class NgramIndex:
-    """Numbers the n-grams, of one to four words, of a reference set; others have higher numbers, for one call.
+    """Weighs the n-grams, of one to four words, of a reference set by how many images' references hold them.
 
-    An n-gram is known by the number of its first n-1 words and its last word, so every order is looked up the same way.
+    Numbered are those of at least `least` images. All others have the weight of an n-gram of one image, so that, with the usual two,
+    nothing is lost, and few n-grams of three and four words are ever looked at: only those made of two that are numbered. An n-gram
+    is known by the number of its first n-1 words and its last word, so every order is looked up the same way.
+
+    Attributes:
+        words: The numbers of words.
+        weights: Of each order, by number: the log of the number of images over the number of those whose references hold the
+            n-gram; then that of all others; then 0, at -1, for the places where no n-gram begins.
+        keys: Of each order from two words on, the keys of those numbered, sorted: their places are their numbers.
     """
 
-    def __init__(self, split: Split | None = None) -> None:
-        self.words = WordIndex(split)
-        # of each order from two words on, the keys of the known n-grams, sorted: their places are their numbers
-        self.known = [np.empty(0, dtype=np.int64) for _ in range(MAX_ORDER - 1)]
+    def __init__(self, words: WordIndex, least: int = 2) -> None:
+        self.words, self.least = words, least
+        self.weights: list[np.ndarray] = []
+        self.keys: list[np.ndarray] = []
 
-    def number(self, captions: Captions, learn: bool = False) -> Iterator[Ngrams]:
-        """Number the n-grams of captions, order after order; those of the reference set, given at once, are to be learned."""
-        caption = np.repeat(np.arange(len(captions.lengths)), captions.lengths)
-        position = captions.positions()
-        yield Ngrams(caption, captions.words, position)
-        words_left = np.repeat(captions.lengths, captions.lengths) - position
-        start, ngram = np.arange(len(captions.words)), captions.words
+    def learn(self, captions: Captions, images: np.ndarray, num_images: int) -> list[np.ndarray]:
+        """Learn the n-grams of the reference set, whose images are given in ascending order; returns what `number` does."""
+        image = np.repeat(images.astype(np.int32), captions.lengths)
+        weights = np.log(float(num_images)) - np.log(np.maximum(np.arange(num_images + 1.0), 1))
+        # words and their images in the smallest numbers, which are sorted fastest
+        kind = np.int32 if len(self.words.words) * num_images < 1 << 31 else np.int64
+        word = captions.words.astype(kind) * kind(num_images) + image.astype(kind)
+        word.sort()
+        images_with = np.bincount(word[first_of_runs(word)] // kind(num_images), minlength=len(self.words.words))
+        self.weights = [np.append(weights[images_with], [weights[1], 0.0])]
+
+        def learn_order(_, keys: np.ndarray, first: np.ndarray, place: np.ndarray) -> np.ndarray:
+            images_with = count_images(image[place], first)
+            numbered = images_with >= self.least
+            keep = np.flatnonzero(numbered)
+            self.keys.append(keys[keep])
+            self.weights.append(np.append(weights[images_with[keep]], [weights[1], 0.0]))
+            return np.where(numbered, np.cumsum(numbered) - 1, len(keep))
+
+        return self._number(captions, learn_order)
+
+    def number(self, captions: Captions) -> list[np.ndarray]:
+        """For each order, the number of the n-gram that begins at each word, int32 (words,).
+
+        It is that of all others where the n-gram has none, and -1 where too few words are left in the caption.
+        """
+
+        def look_up(order: int, keys: np.ndarray, *_) -> np.ndarray:
+            known = self.keys[order - 1]
+            number = np.searchsorted(known, keys)
+            if len(known):
+                number[known.take(number, mode="clip") != keys] = len(known)
+            return number
+
+        return self._number(captions, look_up)
+
+    def _number(self, captions: Captions, number_keys: Callable[..., np.ndarray]) -> list[np.ndarray]:
+        words_left = np.repeat(captions.ends(), captions.lengths) - np.arange(len(captions.words))
+        numbers = [np.minimum(captions.words, len(self.weights[0]) - 2)]
         for order in range(1, MAX_ORDER):
-            keep = np.flatnonzero(words_left[start] > order)
-            start = start[keep]
-            keys, ngram = distinct_pairs(ngram[keep], captions.words[start + order])
-            if learn:
-                self.known[order - 1] = keys
-            else:
-                ngram = self._number_keys(keys, self.known[order - 1])[ngram]
-            yield Ngrams(caption[start], ngram)
+            begins, known = words_left > order, numbers[-1] < len(self.weights[order - 1]) - 2
+            place = np.flatnonzero(begins[:-1] & known[:-1] & known[1:])
+            keys, first, place = sort_pairs(numbers[-1][place], captions.words[place + order], place)
+            of_key = number_keys(order, keys, first, place).astype(np.int32)
+            number = np.where(begins, np.int32(len(self.weights[order]) - 2), np.int32(-1))
+            number[place] = np.repeat(of_key, np.diff(first, append=len(place)))
+            numbers.append(number)
+        return numbers
 
-    @staticmethod
-    def _number_keys(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """The place of each key, sorted, among the known ones, and numbers beyond for the others; int32."""
-        place = np.searchsorted(known, keys)
-        new = place == len(known)
-        new[~new] = known[place[~new]] != keys[~new]
-        place[new] = len(known) + np.arange(np.count_nonzero(new))
-        return place.astype(np.int32)
+
+def sort_pairs(high: np.ndarray, low: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sort pairs of numbers.
+
+    Returns:
+        the distinct pairs, as keys `(high << SHIFT) | low`; where the run of each begins among all; and the places of all.
+    """
+    low_bits, place_bits = int(low.max(initial=0)).bit_length(), int(place.max(initial=0)).bit_length()
+    key = high.astype(np.int64)
+    key <<= low_bits
+    key |= low
+    if int(high.max(initial=0)).bit_length() + low_bits + place_bits < 64:
+        # with the place in the same number: sorted at once, several times as fast as by argsort
+        key <<= place_bits
+        key |= place
+        key.sort()
+        place = key & ((1 << place_bits) - 1)
+        key >>= place_bits
+    else:
+        order = np.argsort(key, kind="stable")
+        key, place = key[order], place[order]
+    first = first_of_runs(key)
+    key = key[first]
+    return ((key >> low_bits) << SHIFT) | (key & ((1 << low_bits) - 1)), first, place
+
+
+def count_images(image: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """How many different images each run of n-grams has, in which images ascend; `first` is where the runs begin."""
+    new = np.ones(len(image), dtype=bool)
+    np.not_equal(image[1:], image[:-1], out=new[1:])
+    new[first] = True
+    before = np.cumsum(new, dtype=np.int32)
+    return np.diff(before[first], append=before[-1:] + 1)

@@ -1,0 +1,105 @@
+"""Where the n-grams of captions occur in other captions, and longest common subsequences: many captions at once, by bits.
+
+Each word of a caption gets a mask: the places of another caption that hold the word, as bits of one number. An n-gram begins
+where the masks of its words, each shifted by its place in the n-gram, agree.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from .ngrams import MAX_ORDER, Captions
+
+CELLS_AT_ONCE = 1 << 17  # what is looked at again and again stays in the processor's cache
+NO_WORD, NO_OTHER_WORD = -1, -2  # behind the end of a caption, and of what it is compared with
+bit_count = getattr(np, "bitwise_count", None) or np.frompyfunc(int.bit_count, 1, 1)  # numpy 1 has no bitwise_count
+
+
+def similar_sizes(sizes: np.ndarray, columns: np.ndarray | int = 1) -> Iterator[np.ndarray]:
+    """Cut captions into blocks of similar size, so that little is padded: the places of those of each block.
+
+    Args:
+        sizes: The longest caption that each is compared with, itself included.
+        columns: The number of captions that each is compared with.
+    """
+    order = np.argsort(sizes, kind="stable")
+    block = np.cumsum((np.maximum(sizes, 1) * columns)[order], dtype=np.int64) // CELLS_AT_ONCE
+    return iter(np.split(order, np.flatnonzero(block[1:] != block[:-1]) + 1))
+
+
+def place_columns(
+    captions: Captions, ends: np.ndarray, chosen: np.ndarray, no_word: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lay captions out side by side, a column each, with `no_word` behind their ends: words and their places, (longest, columns)."""
+    lengths = captions.lengths[chosen]
+    row = np.arange(int(lengths.max(initial=0)))[:, None]
+    place = row + (ends[chosen] - lengths)
+    words = captions.words.take(place, mode="clip") if len(captions.words) else np.empty(place.shape, dtype=np.int32)
+    np.copyto(words, no_word, where=row >= lengths)
+    return words, place
+
+
+def word_masks(words: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """For each word, the places of the other caption in the same column that hold it, as bits; `MAX_ORDER` rows of zeros behind.
+
+    The bits are those of the smallest unsigned type that has enough, or of Python's integers beyond 64.
+    """
+    bits = len(others)
+    if bits > 64:
+        return _long_masks(words, others)
+    kind = np.uint16 if bits <= 16 else np.uint32 if bits <= 32 else np.uint64
+    masks = np.zeros((len(words) + MAX_ORDER, words.shape[1]), dtype=kind)
+    for position, other in enumerate(others):
+        masks[: len(words)] |= (words == other) * kind(1 << position)
+    return masks
+
+
+def _long_masks(words: np.ndarray, others: np.ndarray) -> np.ndarray:
+    masks = np.zeros((len(words) + MAX_ORDER, words.shape[1]), dtype=object)
+    for column, of_column in enumerate(others.T.tolist()):
+        places: dict[int, int] = {}
+        for position, word in enumerate(of_column):
+            places[word] = places.get(word, 0) | 1 << position
+        masks[: len(words), column] = [places.get(word, 0) for word in words[:, column].tolist()]
+    return masks
+
+
+def occurrences(masks: np.ndarray, place: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The n-grams that occur in the other caption of their column, order after order.
+
+    Yields:
+        of each, row after row: its column, its place, and how often it occurs there, int64.
+    """
+    columns = masks.shape[1]
+    masks, place = masks.ravel(), place.ravel()
+    at = np.flatnonzero(masks)
+    column, place, found = np.tile(np.arange(columns), len(masks) // max(columns, 1))[at], place[at], masks[at]
+    yield column, place, bit_count(found).astype(np.int64)
+    for order in range(1, MAX_ORDER):
+        found = found & (masks[at + order * columns] >> order)
+        keep = np.flatnonzero(found)
+        at, column, place, found = at[keep], column[keep], place[keep], found[keep]
+        yield column, place, bit_count(found).astype(np.int64)
+
+
+def common_subsequences(masks: np.ndarray) -> np.ndarray:
+    """The length of the longest common subsequence of the two captions of each column, int64 (Hyyro 2004)."""
+    unmatched = ~np.zeros(masks.shape[1], dtype=masks.dtype)
+    for row in masks[:-MAX_ORDER]:
+        hit = unmatched & row
+        unmatched = (unmatched + hit) | (unmatched - hit)
+    return bit_count(~unmatched).astype(np.int64)
+
+
+def own_counts(captions: Captions) -> np.ndarray:
+    """How often the n-gram that begins at each word occurs in its caption, (4, words); 1 where too few words are left."""
+    counts = np.ones((MAX_ORDER, len(captions.words)), dtype=np.min_scalar_type(int(captions.lengths.max(initial=0))))
+    ends = captions.ends()
+    for chosen in similar_sizes(captions.lengths):
+        words, place = place_columns(captions, ends, chosen, NO_WORD)
+        masks = word_masks(words, np.where(words == NO_WORD, NO_OTHER_WORD, words))
+        for position in range(len(words)):
+            masks[position] &= ~masks.dtype.type(1 << position)  # the others alone: few n-grams occur twice
+        for of_order, (_, at, others) in zip(counts, occurrences(masks, place), strict=True):
+            of_order[at] += others.astype(counts.dtype)
+    return counts
