@@ -42,7 +42,7 @@ def best_constant(candidates: Iterable[str], index: NgramIndex, table: Reference
     # n-grams of one image count one by one here
     every = NgramIndex(index.words, least=1)
     numbers = every.learn(table.captions, table.image, len(table.num_references))
-    means = [_mean_reference(table, order, numbers[order], every.weights[order]) for order in range(MAX_ORDER)]
+    means = [_mean_reference(table, order, numbers[order], every.squares[order]) for order in range(MAX_ORDER)]
     reference_lengths, how_many = np.unique(table.captions.lengths, return_counts=True)
     best: list[tuple[float, int, tuple[str, ...], str]] = []  # minus its rank value, its place, its words, the caption
     first = 0
@@ -76,13 +76,16 @@ def _with_block(best: list[tuple], texts: list[str], value: np.ndarray, first: i
     return sorted(found.values())[:NUM_FINALISTS]
 
 
-def _mean_reference(table: ReferenceTable, order: int, number: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The mean weight of every n-gram in the references scaled to length one; an image's references share one vote."""
+def _mean_reference(table: ReferenceTable, order: int, number: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """What every n-gram of a caption adds to its product with the mean of the references, scaled to length one.
+
+    An image's references share one vote.
+    """
     norm = table.norms[order] * table.num_references[table.image]
     share = np.divide(1.0, norm, out=np.zeros(len(norm)), where=norm != 0)
     # numbers begin at -1, where no n-gram does
-    shares = np.bincount(number + 1, np.repeat(share, table.captions.lengths), minlength=len(weights))
-    return np.roll(shares, -1) * weights
+    shares = np.bincount(number + 1, np.repeat(share, table.captions.lengths), minlength=len(squares))
+    return np.roll(shares, -1) * squares
 
 
 def _similarity(index: NgramIndex, captions: Captions, means: list[np.ndarray]) -> np.ndarray:
@@ -91,7 +94,7 @@ def _similarity(index: NgramIndex, captions: Captions, means: list[np.ndarray]) 
     norms = caption_norms(index, captions, numbers, own_counts(captions))
     caption = np.repeat(np.arange(len(captions.lengths)), captions.lengths)
     similarity = np.zeros(len(captions.lengths))
-    for number, weights, mean, norm in zip(numbers, index.weights, means, norms, strict=True):
-        dot = np.bincount(caption, (weights * mean)[number], minlength=len(similarity))
+    for number, mean, norm in zip(numbers, means, norms, strict=True):
+        dot = np.bincount(caption, mean.take(number), minlength=len(similarity))
         similarity += np.divide(dot, norm, out=np.zeros(len(norm)), where=norm != 0)
     return similarity

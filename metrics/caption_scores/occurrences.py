@@ -10,8 +10,8 @@ import numpy as np
 
 from .ngrams import MAX_ORDER, Captions
 
-CELLS_AT_ONCE = 1 << 17  # what is looked at again and again stays in the processor's cache
-NO_WORD, NO_OTHER_WORD = -1, -2  # behind the end of a caption, and of what it is compared with
+CELLS_AT_ONCE = 1 << 16  # what is looked at again and again stays in the processor's cache
+NO_WORD = np.iinfo(np.int32).min
 bit_count = getattr(np, "bitwise_count", None) or np.frompyfunc(int.bit_count, 1, 1)  # numpy 1 has no bitwise_count
 
 
@@ -27,15 +27,16 @@ def similar_sizes(sizes: np.ndarray, columns: np.ndarray | int = 1) -> Iterator[
     return iter(np.split(order, np.flatnonzero(block[1:] != block[:-1]) + 1))
 
 
-def place_columns(
-    captions: Captions, ends: np.ndarray, chosen: np.ndarray, no_word: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lay captions out side by side, a column each, with `no_word` behind their ends: words and their places, (longest, columns)."""
+def place_columns(captions: Captions, chosen: np.ndarray, no_word: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Lay captions out side by side, a column each: words and their places, (longest, columns).
+
+    Behind the end of a caption is `no_word` or, by default, negative numbers above `NO_WORD`, each once in a column.
+    """
     lengths = captions.lengths[chosen]
-    row = np.arange(int(lengths.max(initial=0)))[:, None]
-    place = row + (ends[chosen] - lengths)
-    words = captions.words.take(place, mode="clip") if len(captions.words) else np.empty(place.shape, dtype=np.int32)
-    np.copyto(words, no_word, where=row >= lengths)
+    row = np.arange(int(lengths.max(initial=0)), dtype=np.int32)[:, None]
+    place = row + captions.starts[chosen]
+    words = captions.words.take(place, mode="clip") if place.size else np.empty(place.shape, dtype=np.int32)
+    np.copyto(words, ~row if no_word is None else no_word, where=row >= lengths)
     return words, place
 
 
@@ -71,14 +72,15 @@ def occurrences(masks: np.ndarray, place: np.ndarray) -> Iterator[tuple[np.ndarr
         of each, row after row: its column, its place, and how often it occurs there, int64.
     """
     columns = masks.shape[1]
+    column = np.tile(np.arange(columns), len(masks))
     masks, place = masks.ravel(), place.ravel()
-    at = np.flatnonzero(masks)
-    column, place, found = np.tile(np.arange(columns), len(masks) // max(columns, 1))[at], place[at], masks[at]
+    at = np.flatnonzero(masks != 0)
+    column, place, found = column.take(at), place.take(at), masks.take(at)
     yield column, place, bit_count(found).astype(np.int64)
     for order in range(1, MAX_ORDER):
-        found = found & (masks[at + order * columns] >> order)
-        keep = np.flatnonzero(found)
-        at, column, place, found = at[keep], column[keep], place[keep], found[keep]
+        found = found & (masks.take(at + order * columns) >> order)
+        keep = np.flatnonzero(found != 0)
+        at, column, place, found = at.take(keep), column.take(keep), place.take(keep), found.take(keep)
         yield column, place, bit_count(found).astype(np.int64)
 
 
@@ -93,13 +95,13 @@ def common_subsequences(masks: np.ndarray) -> np.ndarray:
 
 def own_counts(captions: Captions) -> np.ndarray:
     """How often the n-gram that begins at each word occurs in its caption, (4, words); 1 where too few words are left."""
-    counts = np.ones((MAX_ORDER, len(captions.words)), dtype=np.min_scalar_type(int(captions.lengths.max(initial=0))))
-    ends = captions.ends()
+    kind = np.min_scalar_type(int(captions.lengths.max(initial=0)))
+    counts = np.ones((MAX_ORDER, len(captions.words)), dtype=kind)
     for chosen in similar_sizes(captions.lengths):
-        words, place = place_columns(captions, ends, chosen, NO_WORD)
-        masks = word_masks(words, np.where(words == NO_WORD, NO_OTHER_WORD, words))
+        words, place = place_columns(captions, chosen)
+        masks = word_masks(words, words)
         for position in range(len(words)):
             masks[position] &= ~masks.dtype.type(1 << position)  # the others alone: few n-grams occur twice
-        for of_order, (_, at, others) in zip(counts, occurrences(masks, place), strict=True):
-            of_order[at] += others.astype(counts.dtype)
+        for of_order, (_, at, count) in zip(counts, occurrences(masks, place), strict=True):
+            of_order[at] += count.astype(kind)
     return counts

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .ngrams import MAX_ORDER, SHIFT, Captions, NgramIndex, first_of_runs, ranges
+from .ngrams import CAPTIONS_AT_ONCE, MAX_ORDER, SHIFT, Captions, NgramIndex, ranges
 from .occurrences import (
-    NO_OTHER_WORD,
     NO_WORD,
     common_subsequences,
     occurrences,
@@ -24,19 +23,21 @@ def caption_norms(index: NgramIndex, captions: Captions, numbers: list[np.ndarra
     """The length of each caption's vector of weighted n-grams, per order: float64 (4, captions).
 
     Args:
-        index: Has the weights.
+        index: Has the weights of n-grams.
         captions: The captions.
         numbers: Those of their n-grams, as `NgramIndex.number` gives them.
         counts: What `own_counts` gives.
     """
-    caption = np.repeat(np.arange(len(captions.lengths)), captions.lengths)
-    norms = np.empty((MAX_ORDER, len(captions.lengths)))
-    for order in range(MAX_ORDER):
-        square = index.weights[order][numbers[order]]
-        square *= square
-        square *= counts[order]  # an n-gram that occurs n times is met n times, and has n * n squares
-        norms[order] = np.bincount(caption, square, minlength=len(captions.lengths))
-    return np.sqrt(norms)
+    squares = np.zeros((MAX_ORDER, len(captions.lengths)))
+    for first in range(0, len(captions.lengths), CAPTIONS_AT_ONCE):
+        block = slice(first, first + CAPTIONS_AT_ONCE)
+        lengths, words = captions.lengths[block], slice(captions.starts[first], captions.ends[block][-1])
+        caption = np.repeat(np.arange(len(lengths)), lengths)
+        for order in range(MAX_ORDER):
+            square = index.squares[order].take(numbers[order][words])
+            square *= counts[order, words]  # an n-gram that occurs n times is met n times, and has n * n squares
+            squares[order, block] = np.bincount(caption, square, minlength=len(lengths))
+    return np.sqrt(squares)
 
 
 class ReferenceTable:
@@ -72,37 +73,33 @@ class ReferenceTable:
             pairs: Each caption with each reference of its image.
 
         Returns:
-            clipped n-gram matches for BLEU, int (captions, 4); CIDEr-D, float (captions,); and the length of each pair's
+            clipped n-gram matches for BLEU, float (captions, 4); CIDEr-D, float (captions,); and the length of each pair's
             longest common subsequence, int (pairs,).
         """
         numbers, counts = self.index.number(captions), own_counts(captions)
         norms = caption_norms(self.index, captions, numbers, counts)
-        weights = [of_order[number] for of_order, number in zip(self.index.weights, numbers, strict=True)]
-        matches = np.zeros((len(captions.lengths), MAX_ORDER), dtype=np.int64)
+        squares = [of_order.take(number) for of_order, number in zip(self.index.squares, numbers, strict=True)]
+        clipped = np.zeros((MAX_ORDER, len(captions.words)))
         similarity, common = np.zeros(len(pairs.caption)), np.zeros(len(pairs.caption), dtype=np.int64)
-        for block, chosen, masks, place in pairs.masks(captions, self.captions):
-            caption, reference = pairs.caption[chosen], pairs.reference[chosen]
-            in_block = np.repeat(np.arange(len(block)), pairs.num_references[block])
+        for chosen, masks, place in pairs.masks(captions, self.captions):
             common[chosen] = common_subsequences(masks)
+            caption, reference = pairs.caption[chosen], pairs.reference[chosen]
             for order, (column, at, count) in enumerate(occurrences(masks, place)):
-                own = counts[order][at]
-                # the n-gram is met at each of its places in the caption: each has a share of what it counts
-                share = weights[order][at]
-                share *= share
-                share *= np.minimum(own, count) * count / own
-                dot = np.bincount(column, share, minlength=len(chosen))
-                norm = norms[order][caption] * self.norms[order][reference]
+                # an n-gram is met at each of its places in the caption: each has a share of what it counts
+                own = counts[order].take(at)
+                share = np.minimum(own, count) / own
+                dot = np.bincount(column, share * count * squares[order].take(at), minlength=len(chosen))
+                norm = norms[order].take(caption) * self.norms[order].take(reference)
                 similarity[chosen] += np.divide(dot, norm, out=np.zeros(len(norm)), where=norm != 0)
                 # BLEU clips a count at the largest one any reference of the image has
-                first = first_of_runs(at)
-                own = own[first]
-                clipped = np.minimum(own, np.maximum.reduceat(count, first)) / own if len(first) else own
-                matches[block, order] = np.rint(np.bincount(in_block[column[first]], clipped, minlength=len(block)))
+                np.maximum.at(clipped[order], at, share)
+        caption = np.repeat(np.arange(len(captions.lengths)), captions.lengths)
+        matches = [np.bincount(caption, of_order, minlength=len(captions.lengths)) for of_order in clipped]
         # the "length" CIDEr-D compares is the number of bigrams
         difference = np.maximum(pairs.num_words - 1, 0)[pairs.caption] - np.maximum(pairs.reference_words - 1, 0)
         similarity *= np.exp(-(difference**2.0) / (2 * CIDER_SIGMA**2))
-        total = np.bincount(pairs.caption, similarity, minlength=len(matches))
-        return matches, 10.0 * total / MAX_ORDER / self.num_references[pairs.image], common
+        total = np.bincount(pairs.caption, similarity, minlength=len(captions.lengths))
+        return np.rint(np.column_stack(matches)), 10.0 * total / MAX_ORDER / self.num_references[pairs.image], common
 
     def rouge_l(self, tokens: Captions, pairs: "Pairs", common: np.ndarray) -> np.ndarray:
         """ROUGE-L of captions, float (captions,): the best recall and the best precision, each over all references.
@@ -115,7 +112,7 @@ class ReferenceTable:
             common: What `match` gives, which holds unless words have a no-break space.
         """
         if tokens.parts:
-            for _, chosen, masks, _ in pairs.masks(tokens, self.tokens):
+            for chosen, masks, _ in pairs.masks(tokens, self.tokens):
                 common[chosen] = common_subsequences(masks)
         reference_words, words = self.tokens.lengths[pairs.reference].astype(np.int64), tokens.lengths.astype(np.int64)
         # as coco-caption splits: an empty caption is one empty word, and equals another empty caption
@@ -145,21 +142,18 @@ class Pairs:
         self.reference = ranges(table.first_reference[image], self.num_references)
         self.reference_words = table.captions.lengths[self.reference].astype(np.int64)
 
-    def masks(
-        self, captions: Captions, references: Captions
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    def masks(self, captions: Captions, references: Captions) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Where the words of captions occur in their references, captions of similar length at once.
 
         Yields:
-            captions; their pairs, those of a caption side by side; their columns of masks, as of `word_masks`; and the words' places.
+            pairs, those of a caption side by side; a column for each as of `word_masks`; and the places of the caption's words.
         """
         longest = np.maximum(np.maximum.reduceat(references.lengths[self.reference], self.first), captions.lengths)
-        ends, reference_ends = captions.ends(), references.ends()
         for block in similar_sizes(longest, self.num_references):
             chosen = ranges(self.first[block], self.num_references[block])
-            words, place = place_columns(captions, ends, self.caption[chosen], NO_WORD)
-            others, _ = place_columns(references, reference_ends, self.reference[chosen], NO_OTHER_WORD)
-            yield block, chosen, word_masks(words, others), place
+            words, place = place_columns(captions, self.caption[chosen])
+            others, _ = place_columns(references, self.reference[chosen], NO_WORD)
+            yield chosen, word_masks(words, others), place
 
     def closest_length(self) -> np.ndarray:
         """Words in the reference nearest in length to each caption; of two as near, in the shorter one."""

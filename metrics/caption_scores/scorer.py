@@ -217,7 +217,7 @@ class CaptionScorer:
         self, predictions: Sequence[str], captions: Captions, ended: Sequence[bool] | None
     ) -> dict[str, float | int | None]:
         words = captions.split_words()
-        repeated = np.searchsorted(words.ends(), np.flatnonzero(own_counts(words)[2] > 1), side="right")
+        repeated = np.searchsorted(words.ends, np.flatnonzero(own_counts(words)[2] > 1), side="right")
         return {
             "ended": None if ended is None else float(np.mean([bool(end) for end in ended])),
             "repeated_trigram": len(np.unique(repeated)) / self.num_images,
