@@ -23,7 +23,7 @@ PART_BITS = 28
 CHAINED = np.int64(-(1 << 56))
 LAST_BLANK, LINE_END = ord(" "), ord("\n")
 IS_BLANK = np.array([chr(code).isspace() for code in range(LAST_BLANK + 1)])
-DROPPED_MARKS = np.frombuffer(b",!?", dtype=np.uint8)
+IS_DROPPED = np.array([chr(code) in ",!?" for code in range(256)])
 UNICODE_BLANKS = re.compile(r"[^\S\x00-\x7f]")
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # multiplicative hashing (Knuth, TAOCP 6.4)
 
@@ -214,11 +214,11 @@ class WordIndex:
 
     def _sizes(self, text: np.ndarray, start: np.ndarray, length: np.ndarray, piece: np.ndarray) -> np.ndarray:
         """How many words each piece has; those that were not split before are split."""
-        more = self.pieces.keys.size - len(self.size)
-        if more > 0:
+        if (more := self.pieces.keys.size - len(self.size)) > 0:
             more = max(more, len(self.size) // 2)
-            self.first, self.flags = np.pad(self.first, (0, more)), np.pad(self.flags, (0, more))
-            self.size = np.pad(self.size, (0, more), constant_values=-1)
+            self.first = np.concatenate((self.first, np.zeros(more, dtype=np.int32)))
+            self.size = np.concatenate((self.size, np.full(more, -1, dtype=np.int32)))
+            self.flags = np.concatenate((self.flags, np.zeros(more, dtype=np.int8)))
         size = self.size.take(piece)
         if len(unsplit := np.flatnonzero(size < 0)):
             last = np.full(len(self.size), -1)
@@ -232,7 +232,7 @@ class WordIndex:
         """Split pieces that were not split before, from start to end in the text."""
         content = text.tobytes()
         # nearly all are one word each: letters alone, and at most one mark that is dropped
-        unmarked = end - np.isin(text[end - 1], DROPPED_MARKS)
+        unmarked = end - IS_DROPPED[text[end - 1]]
         texts = [content[first:last] for first, last in zip(start.tolist(), unmarked.tolist(), strict=True)]
         alone = np.fromiter(map(bytes.isalpha, texts), dtype=bool, count=len(texts))
         words = b" ".join(compress(texts, alone)).decode().lower().split()

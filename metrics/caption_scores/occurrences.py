@@ -22,8 +22,9 @@ def similar_sizes(sizes: np.ndarray, columns: np.ndarray | int = 1) -> Iterator[
         sizes: The longest caption that each is compared with, itself included.
         columns: The number of captions that each is compared with.
     """
+    sizes = sizes.astype(np.min_scalar_type(int(sizes.max(initial=0))))  # small numbers are sorted by counting
     order = np.argsort(sizes, kind="stable")
-    block = np.cumsum((np.maximum(sizes, 1) * columns)[order], dtype=np.int64) // CELLS_AT_ONCE
+    block = np.cumsum((np.maximum(sizes, 1) * np.int64(1) * columns)[order]) // CELLS_AT_ONCE
     return iter(np.split(order, np.flatnonzero(block[1:] != block[:-1]) + 1))
 
 

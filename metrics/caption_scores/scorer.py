@@ -14,6 +14,7 @@ from .overlap import Pairs, ReferenceTable, bleu
 from .tokenizers import choose_tokenizer, describe_misfit, get_split
 
 END = " END"  # a word that no caption has: no tokenizer gives a blank
+KEPT_BYTES = 1 << 23
 METRIC_NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
 
 
@@ -304,6 +305,8 @@ def learn_references(
     Returns:
         the index of the numbers, the table of the references, and the tokenizer's name.
     """
+    # glibc's malloc keeps what is freed, up to twice the largest array that was: without this, pages are fetched again and again
+    np.empty(KEPT_BYTES, dtype=np.uint8)
     captions = list(chain.from_iterable(references))
     tokenizer = choose_tokenizer(captions) if tokenizer == "auto" else tokenizer
     if misfit := describe_misfit(tokenizer, captions):
