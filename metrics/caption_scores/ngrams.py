@@ -19,8 +19,7 @@ SHIFT = 32  # two numbers below 2**31 share one int64 key: (high << SHIFT) | low
 CAPTIONS_AT_ONCE = 4096
 CHUNK = 8  # bytes of an int64
 LOWER_BYTES = np.array([(1 << 8 * size) - 1 for size in range(CHUNK)] + [-1], dtype=np.int64)
-PART_BITS = 28
-CHAINED = np.int64(-(1 << 56))
+CHAINED, PART_BITS = np.int64(-(1 << 56)), 28  # a first byte that no UTF-8 has, and two numbers below 2**28
 LAST_BLANK, LINE_END = ord(" "), ord("\n")
 IS_BLANK = np.array([chr(code).isspace() for code in range(LAST_BLANK + 1)])
 IS_DROPPED = np.array([chr(code) in ",!?" for code in range(256)])

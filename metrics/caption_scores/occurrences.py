@@ -5,13 +5,15 @@ where the masks of its words, each shifted by its place in the n-gram, agree.
 """
 
 from collections.abc import Iterator
+from itertools import repeat
 
 import numpy as np
 
 from .ngrams import MAX_ORDER, Captions
 
 CELLS_AT_ONCE = 1 << 16  # what is looked at again and again stays in the processor's cache
-NO_WORD = np.iinfo(np.int32).min
+SIZE_LIMITS = 16 << np.arange(32)  # of blocks; up to 64 these are the bits of numpy's types
+NO_WORD = np.iinfo(np.int32).min  # stands behind the end of what captions are compared with
 bit_count = getattr(np, "bitwise_count", None) or np.frompyfunc(int.bit_count, 1, 1)  # numpy 1 has no bitwise_count
 
 
@@ -22,9 +24,9 @@ def similar_sizes(sizes: np.ndarray, columns: np.ndarray | int = 1) -> Iterator[
         sizes: The longest caption that each is compared with, itself included.
         columns: The number of captions that each is compared with.
     """
-    sizes = sizes.astype(np.min_scalar_type(int(sizes.max(initial=0))))  # small numbers are sorted by counting
-    order = np.argsort(sizes, kind="stable")
-    block = np.cumsum((np.maximum(sizes, 1) * np.int64(1) * columns)[order]) // CELLS_AT_ONCE
+    order = np.argsort(sizes.astype(np.min_scalar_type(int(sizes.max(initial=0)))), kind="stable")  # counted, if small
+    sizes, cells = sizes[order], (np.maximum(sizes, 1).astype(np.int64) * columns)[order]
+    block = np.cumsum(cells) // CELLS_AT_ONCE + np.searchsorted(SIZE_LIMITS, sizes)
     return iter(np.split(order, np.flatnonzero(block[1:] != block[:-1]) + 1))
 
 
@@ -57,12 +59,14 @@ def word_masks(words: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _long_masks(words: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """As `word_masks`, with captions of any length."""
     masks = np.zeros((len(words) + MAX_ORDER, words.shape[1]), dtype=object)
-    for column, of_column in enumerate(others.T.tolist()):
+    bits = [1 << position for position in range(len(others))]
+    for column, (of_column, of_other) in enumerate(zip(words.T.tolist(), others.T.tolist(), strict=True)):
         places: dict[int, int] = {}
-        for position, word in enumerate(of_column):
-            places[word] = places.get(word, 0) | 1 << position
-        masks[: len(words), column] = [places.get(word, 0) for word in words[:, column].tolist()]
+        for word, bit in zip(of_other, bits, strict=True):
+            places[word] = places[word] | bit if word in places else bit
+        masks[: len(words), column] = list(map(places.get, of_column, repeat(0)))
     return masks
 
 

@@ -305,7 +305,7 @@ def learn_references(
     Returns:
         the index of the numbers, the table of the references, and the tokenizer's name.
     """
-    # glibc's malloc keeps what is freed, up to twice the largest array that was: without this, pages are fetched again and again
+    # what is freed is kept up to twice the largest array that was (glibc, mallopt(3)): pages are not fetched again for each block
     np.empty(KEPT_BYTES, dtype=np.uint8)
     captions = list(chain.from_iterable(references))
     tokenizer = choose_tokenizer(captions) if tokenizer == "auto" else tokenizer
