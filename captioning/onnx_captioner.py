@@ -92,7 +92,7 @@ class OnnxCaptioner:
     def settings(self) -> dict:
         """What captions depend on, of JSON's types: a digest of the files, and the decoding settings."""
         digest = hashlib.sha256()
-        for path in [*self.model.files, *self.folder.glob("*.onnx.data"), self.folder / "preprocess.onnx"]:
+        for path in [*self.model.files, *sorted(self.folder.glob("*.onnx.data")), self.folder / "preprocess.onnx"]:
             with path.open("rb") as file:
                 while chunk := file.read(BYTES_AT_ONCE):
                     digest.update(chunk)
