@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from packaging.version import Version
 from small_captioners import IMAGES, build
 from transformers import GenerationConfig
 
+import caption
 import export_onnx
 from captioning.onnx_decoding import SUFFIXES, ExportedCaptioner
 from modeling import onnx_files
@@ -269,6 +273,79 @@ def test_settings_that_are_left_out_are_named(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().err
     assert all(f"{name}=" in told for name in ("do_sample", "top_p", "bad_words_ids of several tokens"))
     assert not any(f"{name}=" in told for name in ("max_length", "eos_token_id", "num_beams"))
+
+
+@pytest.fixture
+def both(exported, tmp_path, monkeypatch) -> dict[str, str]:
+    """A captioner and its export in folders of the test's own, and three images."""
+    captioner, folder = exported
+    shutil.copytree(folder, tmp_path / "exported")
+    config = GenerationConfig(decoder_start_token_id=1, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=12)
+    monkeypatch.setattr(captioner.model, "generation_config", config)
+    captioner.save(tmp_path / "model")
+    config.save_pretrained(tmp_path / "exported")
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(IMAGES[:3]):
+        image.save(tmp_path / "images" / f"{number}.png")
+    return {name: str(tmp_path / name) for name in ("model", "exported", "images")}
+
+
+@pytest.mark.parametrize("options", [(), ("--num_beams", "3", "--min_length", "5", "--length_penalty", "2")], ids=len)
+def test_caption_py_gives_the_captions_of_the_model_and_resumes(both, options, tmp_path, capsys):
+    lines = {}
+    for name in ("model", "exported"):
+        output = tmp_path / f"{name}.jsonl"
+        arguments = ["--model_name_or_path", both[name], both["images"], "--output", str(output), *options]
+        caption.main(arguments)
+        lines[name] = output.read_text()
+        capsys.readouterr()
+        caption.main(arguments)
+        assert output.read_text() == lines[name] and "0 of 3" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            caption.main([*arguments, "--max_length", "2"])
+        assert "max_" in capsys.readouterr().err
+    assert lines["exported"] == lines["model"] and lines["model"].count("\n") == 3
+
+
+def test_an_export_captions_without_torch(both):
+    arguments = ["--model_name_or_path", both["exported"], both["images"]]
+    heavy = {"torch", "transformers", "torchvision", "timm", "datasets", "accelerate", "pyarrow", "onnx"}
+    code = f"import sys, caption; caption.main({arguments}); print(sorted({heavy} & sys.modules.keys()))"
+    root = Path(caption.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    allowed = ["onnx"] if Version(onnxruntime.__version__) < Version("1.32") else []  # which checks paths of weights
+    assert len(done.stdout.splitlines()) == 4 and done.stdout.splitlines()[-1] == str(allowed)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--confidence", "--top_p 0.9", "--num_return_sequences 2", "--device cuda", "--dtype bfloat16"),
+        *("--num_workers 1", "--prompt describe", "--encoder_engine torch", "--length_penalty 2", "--min_length 12"),
+    ],
+)
+@pytest.mark.parametrize("exported", ["lstm"], indirect=True)
+def test_an_option_that_an_export_cannot_take_is_refused(both, option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        caption.main(["--model_name_or_path", both["exported"], both["images"], *option.split()])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and option.split()[0].strip("-") in said.err and not said.out
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        *("preprocess.onnx", "encoder.onnx", "tokenizer.json", "tokenizer_config.json", "processor_config.json"),
+        "generation_config.json",
+    ],
+)
+@pytest.mark.parametrize("exported", ["lstm"], indirect=True)
+def test_an_export_that_lacks_a_file_is_one_sentence(both, missing, capsys):
+    (Path(both["exported"]) / missing).unlink()
+    with pytest.raises(SystemExit) as ended:
+        caption.main(["--model_name_or_path", both["exported"], both["images"]])
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and missing in sentence
 
 
 def strange_model(name: str, folder: Path) -> None:
