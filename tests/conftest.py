@@ -1,5 +1,6 @@
 """Every test runs offline, on one thread of the CPU unless ACCELERATE_USE_CPU=false, with caches of its own."""
 
+import gc
 import os
 import shutil
 import sys
@@ -33,6 +34,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     """Runs of the tests leave a blank curves.png: they are many, and drawing takes longer than so small a training."""
+    gc.freeze()  # the collector would go through all libraries again and again
     if run := sys.modules.get("training.run"):
         run.draw_curves = lambda folder, history: Image.new("L", (1, 1), 255).save(Path(folder) / "curves.png")
 
