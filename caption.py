@@ -2,6 +2,7 @@
 
     python caption.py --model_name_or_path outputs/demo/lstm image.jpg folder/ https://example.org/image.jpg
     python caption.py --model_name_or_path outputs/demo/lstm folder/ --output captions.jsonl
+    python caption.py --model_name_or_path outputs/demo/lstm_onnx image.jpg   # of export_onnx.py: starts without torch
     accelerate launch caption.py --model_name_or_path outputs/demo/lstm shards/ --output captions.parquet
 
 The suffix of --output says what it is: text (`name<TAB>caption`), .jsonl, .html, or .parquet, a folder of parts; a folder without a
@@ -16,11 +17,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from captioning.descriptions import Descriptions, load_exiv2
 from captioning.job import ImageCollator, Job, begin_or_resume, load_batches
+from captioning.onnx_captioner import OnnxCaptioner, is_exported
 from captioning.outputs import Lines, Output, Page, Parquet, Screen, Sidecars, WebDataset
 from captioning.processes import Processes
 from captioning.sources import ImageDecoder, ImageRef, ImageSources, one_for_each_sidecar, without_repeats
@@ -37,6 +40,11 @@ FOLDERS = ("parquet", "sidecars", "webdataset", "xmp")
 BESIDE = ("sidecars", "xmp")  # may go to where the images are
 NUM_NAMED = 5  # images of a dry run
 SIDECAR_OPTIONS = ("existing", "prefix", "suffix", "separator", "sidecar_suffix")
+# What an exported captioner cannot do, and the values that ask for no more than it does.
+NOT_EXPORTED = {
+    **dict.fromkeys(("prompt", "confidence", "min_confidence", "encoder_engine", "top_p"), ()),
+    **{"device": ("cpu",), "dtype": ("float32",), "num_workers": (0,), "num_return_sequences": (1,)},
+}
 
 
 @dataclass
@@ -48,7 +56,9 @@ class CaptionArguments:
         }
     )
     model_name_or_path: str = field(
-        metadata={"help": "Folder, training checkpoint or Hub id of a captioner, trained here or third-party."}
+        metadata={
+            "help": "Folder, training checkpoint or Hub id of a captioner, trained here or third-party; or folder of export_onnx.py."
+        }
     )
     prompt: str | None = field(
         default=None,
@@ -191,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         total = sources.count(quiet=not processes.is_first)
         if args.dry_run:
             return dry_run(args, sources, total)
-        captioner = load_captioner(args, generation_args, processes)
+        load = load_exported if is_exported(args.model_name_or_path) else load_captioner
+        captioner = load(args, generation_args, processes)
         outcome = caption_sources(captioner, sources, total, args, processes)
         processes.end()
     if not outcome:
@@ -261,19 +272,41 @@ def load_captioner(args: CaptionArguments, generation_args: GenerationArguments,
             )
         captioner = load(args.model_name_or_path, args.prompt).to(device, args.dtype)
     finally:
+        if not gc.get_freeze_count():  # once a process, or what earlier calls have left would stay
+            gc.freeze()  # what is imported stays: going through it later took a quarter of the time of one image
         gc.enable()
     captioner.set_decoding(**generation_args.settings())
     return captioner
 
 
+def load_exported(args: CaptionArguments, generation_args: GenerationArguments, _: Processes) -> OnnxCaptioner:
+    """The captioner of a folder of export_onnx.py, with the decoding settings of the command line; torch is not imported.
+
+    Raises:
+        UserError: onnxruntime is not installed, an option asks for what is not exported, or the folder is damaged.
+    """
+    if find_spec("onnxruntime") is None:
+        raise UserError("an exported captioner needs onnxruntime: pip install --editable '.[onnx]'")
+    for options in (args, generation_args):
+        for name in NOT_EXPORTED:
+            if getattr(options, name, None) not in (getattr(type(options), name, None), *NOT_EXPORTED[name]):
+                raise UserError(
+                    f"--{name} does not go with {args.model_name_or_path}, an exported captioner: give the one that it was exported from"
+                )
+    captioner = OnnxCaptioner(args.model_name_or_path)
+    captioner.set_decoding(**generation_args.settings())
+    return captioner
+
+
 def caption_sources(
-    captioner: "Captioner", sources: ImageSources, total: int, args: CaptionArguments, processes: Processes
+    captioner: "Captioner | OnnxCaptioner",
+    sources: ImageSources,
+    total: int,
+    args: CaptionArguments,
+    processes: Processes,
 ) -> bool:
     """Caption the images, say what became of them, and return whether there is a caption."""
-    from modeling.processing import resized_side
-
-    num_captions = captioner.generation_config.num_return_sequences or 1
-    output, doubtful = open_outputs(args, processes, num_captions)
+    output, doubtful = open_outputs(args, processes, captioner.num_captions)
     if processes.is_first and settings_path(args):
         settings, in_folder = settings_of(captioner, args), args.output_format in FOLDERS
         begin_or_resume(settings_path(args), output, settings, args.resume, is_there(args), in_folder)
@@ -286,14 +319,12 @@ def caption_sources(
     on_page = args.output_format == "html"
     job = Job(captioner, output, processes, choose_encoder(captioner, args, total, processes), doubtful)
     job.min_confidence = args.min_confidence or 0.0
-    job.with_confidence = (on_page and not captioner.is_third_party) or args.confidence or doubtful is not None
-    job.num_inspected = Page.num_images if on_page and not captioner.is_third_party else 0
+    job.with_confidence = (on_page and not captioner.captions_only) or args.confidence or doubtful is not None
+    job.num_inspected = Page.num_images if on_page and not captioner.captions_only else 0
     refs = refs_for(output, sources)
     if args.num_workers is None:
-        args.num_workers = 0 if captioner.model.device.type == "cpu" else min(8, os.cpu_count())
-    # Third-party models cut images by the size they are stored in.
-    min_side = None if captioner.is_third_party else 2 * resized_side(captioner.image_processor)
-    decoder = ImageDecoder(min_side, args.output_format == "webdataset", args.window)
+        args.num_workers = 0 if str(captioner.device) == "cpu" else min(8, os.cpu_count())
+    decoder = ImageDecoder(captioner.min_image_side, args.output_format == "webdataset", args.window)
     collate = ImageCollator(captioner.preprocess, Page.image_size() if on_page else 0)
     job.run(load_batches(job.batches(refs, args.batch_size), decoder, collate, args.num_workers), total)
     captioned, there, num_bad, num_doubtful = processes.total(*vars(job.counts).values())
@@ -321,12 +352,12 @@ def refs_for(output: Output, sources: ImageSources) -> Iterable[ImageRef]:
     return one_for_each_sidecar(sources, output.path_of, beside=output.folder is None)
 
 
-def choose_encoder(captioner: "Captioner", args: CaptionArguments, total: int, processes: Processes):
+def choose_encoder(captioner: "Captioner | OnnxCaptioner", args: CaptionArguments, total: int, processes: Processes):
     """The encoder by the fastest engine; None where the captioner encodes by itself."""
+    if args.encoder_engine == "torch" or captioner.captions_only:
+        return None
     from modeling.onnx_encoder import fastest_encoder
 
-    if args.encoder_engine == "torch" or captioner.is_third_party:
-        return None
     report = partial(print, file=sys.stderr) if processes.is_first else lambda sentence: None
     encoder = fastest_encoder(captioner.encoder, total // processes.number, report)
     return None if encoder is captioner.encoder else encoder
@@ -382,17 +413,12 @@ def is_there(args: CaptionArguments) -> bool:
     return path.exists() and (args.output_format not in FOLDERS or any(path.iterdir()))
 
 
-def settings_of(captioner: "Captioner", args: CaptionArguments) -> dict:
+def settings_of(captioner: "Captioner | OnnxCaptioner", args: CaptionArguments) -> dict:
     """What captions and their output depend on."""
-    from modeling.fingerprint import weights_digest
-
-    decoding = captioner.decoding.to_diff_dict()
-    decoding.pop("transformers_version", None)
     names = ("output_format", "dtype", "confidence", "min_confidence", "id_column", "seed")
     names += SIDECAR_OPTIONS if args.output_format in BESIDE else ()
     names += ("window",) if args.window else ()
-    weights = weights_digest(captioner.model, captioner.image_processor.to_json_string())
-    return {"weights": weights, "decoding": decoding} | {name: getattr(args, name) for name in names}
+    return captioner.settings() | {name: getattr(args, name) for name in names}
 
 
 def dry_run(args: CaptionArguments, sources: ImageSources, total: int) -> None:

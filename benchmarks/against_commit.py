@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -108,6 +109,12 @@ class Tree:
         option = self.option("caption.py", "model_name_or_path")
         return self.run("caption.py", option, self.output_dir(name), image)
 
+    def exported(self, name: str, image: Path) -> Callable[[], float]:
+        """As `caption`, with an export of that captioner, made now."""
+        folder = self.output_dir(name).with_name(f"{self.output_dir(name).name}_onnx")
+        self.run("export_onnx.py", self.output_dir(name), folder)
+        return partial(self.run, "caption.py", "--model_name_or_path", folder, image)
+
     def output_dir(self, name: str) -> Path:
         return self.outputs / name.replace(", ", "-").replace(" ", "-")
 
@@ -161,6 +168,8 @@ def compare(args, folder: Path) -> dict:
             print(f"caption.py, {name}")
             sides = {side: partial(tree.caption, name, folder / "image.png") for side, tree in trees.items()}
             result["seconds"][f"caption.py, {name}"] = compared(sides)
+            sides["working tree"] = trees["working tree"].exported(name, folder / "image.png")
+            result["seconds"][f"caption.py, {name}, exported"] = compared(sides)
     return result
 
 

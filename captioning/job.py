@@ -19,6 +19,7 @@ from system.files import write_file
 if TYPE_CHECKING:
     import torch
 
+    from captioning.onnx_captioner import OnnxCaptioner
     from modeling.captioner import Captioner
 
 BATCHES_AHEAD = 2  # decoded while the model generates
@@ -94,7 +95,7 @@ class Job:
         num_inspected: Number of first captions that are inspected, see `Captioner.inspect`.
     """
 
-    captioner: "Captioner"
+    captioner: "Captioner | OnnxCaptioner"
     output: Output
     processes: Processes = field(default_factory=Processes)
     encode: "Callable[[torch.Tensor], object] | None" = None
@@ -188,9 +189,9 @@ def progress_bar(total: int, shown: bool):
 
 def load_batches(batches: Iterable[list[ImageRef]], decoder: ImageDecoder, collate: ImageCollator, num_workers: int):
     """Batches decoded ahead: by as many processes, or by a thread of this one where there are none."""
-    from torch.utils.data import DataLoader
-
     if num_workers:
+        from torch.utils.data import DataLoader
+
         return iter(DataLoader(decoder, batch_sampler=batches, num_workers=num_workers, collate_fn=collate))
     return decoded_ahead(collate([decoder[ref] for ref in batch]) for batch in batches)
 

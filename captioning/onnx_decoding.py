@@ -1,6 +1,7 @@
 """Caption with an exported model: greedy decoding and beam search as `generate()` has them, by onnxruntime and numpy alone."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ def open_session(path: Path):
         raise UserError(f"{path}: no such file; export_onnx.py writes it")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # warnings are about the graph, which the exporter made
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a comma stands before those of nested loops
+    options.intra_op_num_threads = int(threads) if threads.isdigit() else 0  # as torch; 0 is all cores
     try:
         if Version(onnxruntime.__version__) < Version("1.32"):  # Python 3.10 has no newer one than 1.23
             import onnx

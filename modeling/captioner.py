@@ -31,8 +31,9 @@ from system.errors import UserError
 from . import captioning_pipeline
 from .caption_loss import computes_in_bfloat16
 from .confidence import caption_confidences, token_texts
+from .fingerprint import weights_digest
 from .loading import POOLER, check_weights, is_trained_here, kind_of, loading
-from .processing import ImagesToPixels, center_crop, load_processor
+from .processing import ImagesToPixels, center_crop, load_processor, resized_side
 from .transformers_versions import CACHE, set_attn_implementation
 from .vit_gpt2 import BeamCache
 
@@ -46,6 +47,7 @@ class Captioner:
     """
 
     is_third_party = False  # see image_text_to_text.py
+    captions_only = False  # whether it is not inspected, and encodes by itself
 
     def __init__(self, model: PreTrainedModel, processor):
         self.model = model
@@ -72,6 +74,27 @@ class Captioner:
     def decoding(self) -> GenerationConfig:
         """What a report says of how captions are generated."""
         return self.generation_config
+
+    def settings(self) -> dict:
+        """What captions depend on, of JSON's types: a digest of weights and image processor, and the decoding settings."""
+        decoding = self.decoding.to_diff_dict()
+        decoding.pop("transformers_version", None)
+        weights = weights_digest(self.model, self.image_processor.to_json_string())
+        return {"weights": weights, "decoding": decoding}
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def num_captions(self) -> int:
+        """Captions that are generated of each image."""
+        return self.generation_config.num_return_sequences or 1
+
+    @property
+    def min_image_side(self) -> int | None:
+        """Pixels of the short side below which no image is shrunk as it is decoded; None where none may be shrunk at all."""
+        return 2 * resized_side(self.image_processor)
 
     @property
     def preprocess(self) -> Callable[[list[Image]], dict]:

@@ -131,7 +131,8 @@ class ImageTextToTextCaptioner(Captioner):
         prompt: See `PromptedImages`.
     """
 
-    is_third_party = True
+    is_third_party = captions_only = True
+    min_image_side = None  # these models cut images by the size that they are stored in
 
     def __init__(self, model: PreTrainedModel, processor, prompt: str | None = None):
         super().__init__(model, processor)

@@ -1,5 +1,6 @@
 """Every test runs offline, on one thread of the CPU unless ACCELERATE_USE_CPU=false, with caches of its own."""
 
+import gc
 import os
 import shutil
 import sys
@@ -11,6 +12,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 
 import pytest
 import torch
+from filelock import FileLock
 from packaging.version import Version
 from PIL import Image
 
@@ -32,6 +34,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     """Runs of the tests leave a blank curves.png: they are many, and drawing takes longer than so small a training."""
+    gc.freeze()  # the collector would go through all libraries again and again
     if run := sys.modules.get("training.run"):
         run.draw_curves = lambda folder, history: Image.new("L", (1, 1), 255).save(Path(folder) / "curves.png")
 
@@ -48,10 +51,34 @@ def own_caches(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def exporter():
-    """Torch's exporter to ONNX; tests that need it are skipped with a torch whose exporter cannot export a captioner."""
+def exporter(tmp_path_factory):
+    """Torch's exporter to ONNX, which exports the same weights once for all workers, as it takes seconds.
+
+    Tests that need it are skipped with a torch whose exporter cannot export a captioner.
+    """
     if Version(torch.__version__) < Version("2.7"):
         pytest.skip(f"export_onnx.py needs torch 2.7, and refuses {torch.__version__}")
+    from benchmarks import onnx_step
+    from modeling import onnx_export
+    from training.features import weights_digest
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    export = onnx_export.export_encoder_and_step
+
+    def export_once(captioner, into):
+        kept = folder / f"exported-{weights_digest(captioner.model)}"
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                kept.mkdir()
+                export(captioner, kept)
+        shutil.copytree(kept, into, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (onnx_export, onnx_step):
+            patch.setattr(module, "export_encoder_and_step", export_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ python tests/kill_points.py --encode 64   four processes encode so many tars; on
 """
 
 import argparse
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -37,6 +38,7 @@ SCRIPTS = {
     ],
     "train_scst": ["--num_samples", "2", "--max_length", "12"],  # and --model_name_or_path, see `start_options`
 }
+HANGS_AFTER = 200  # seconds; ten before them a process writes into its log where it stands
 # 120 captions in steps of 24, or 24 images in steps of 5: five steps an epoch, three epochs, a checkpoint inside each epoch and one at
 # its end: all that a run has to remember.
 OPTIONS = [
@@ -163,14 +165,15 @@ def run_together(
         run = {"script": script, "arguments": arguments, "cache": str(cache), "moment": moment, "log": str(log)}
         processes.append(context.Process(target=_run, kwargs={**run, "environment": variables, **conditions}))
         processes[-1].start()
-    ends = time.monotonic() + 200
+    ends = time.monotonic() + HANGS_AFTER
     for process in processes:
         process.join(max(ends - time.monotonic(), 0))
     hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for rank in hanging:
         processes[rank].kill()
     if hanging:
-        raise TimeoutError(f"{script}: processes {hanging} of {len(processes)} still ran after 200 seconds")
+        where = "\n".join(log_of(script, cache, rank).read_text() for rank in hanging)
+        raise TimeoutError(f"{script}: processes {hanging} of {len(processes)} ran for {HANGS_AFTER} seconds\n{where}")
     return [process.exitcode for process in processes]
 
 
@@ -192,6 +195,7 @@ def _run(
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.dump_traceback_later(HANGS_AFTER - 10, file=2)
     os.environ.update(environment)
     import datasets
     import torch

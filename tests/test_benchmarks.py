@@ -79,7 +79,7 @@ def test_without_a_card_the_check_says_so(capsys):
 
 @pytest.mark.usefixtures("exporter")
 def test_a_profile_of_the_exported_step_names_the_lstm_and_its_int8(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_step, "build_captioner", lambda: build("lstm", "attention", num_layers=1))
+    monkeypatch.setattr(onnx_step, "build_captioner", lambda: build("lstm", "attention"))
     onnx_step.main(["--batch_sizes", "2", "--runs", "1", "--json", str(tmp_path / "result.json")])
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["batch 2"]["ratio"] > 0 and result["megabytes"]["q8"] < result["megabytes"]["fp32"]

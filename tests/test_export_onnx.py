@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from packaging.version import Version
 from small_captioners import IMAGES, build
 from transformers import GenerationConfig
 
+import caption
 import export_onnx
 from captioning.onnx_decoding import SUFFIXES, ExportedCaptioner
-from modeling import onnx_export, onnx_files
+from modeling import onnx_files
 from modeling.captioner import Captioner
 from system.errors import UserError
 
@@ -28,21 +32,40 @@ def reference_captions(captioner: Captioner, pixel_values: torch.Tensor) -> list
 @pytest.mark.parametrize(("kind", "prompt"), [("lstm", "attention"), ("vit_gpt2", "a big")])
 @pytest.mark.usefixtures("exporter")
 @pytest.mark.slow
-def test_exported_models_of_two_layers_write_the_same_words(kind, prompt, tmp_path, monkeypatch):
+def test_exported_attention_and_prompt_write_the_same_words(kind, prompt, tmp_path, monkeypatch):
     captioner = build(kind, prompt)
     captioner.save(tmp_path / "model")
-    if prompt == "attention":  # weights beside the file, as of a model too large for one
-        monkeypatch.setattr(onnx_files, "MAX_BYTES_IN_FILE", 0)
     export_onnx.main([str(tmp_path / "model"), str(tmp_path / "exported")])
-    assert (tmp_path / "exported" / "step.onnx.data").exists() == (prompt == "attention")
     assert_same_words(captioner, tmp_path, monkeypatch)
 
 
-def test_exported_models_of_one_layer_write_the_same_words(exported, tmp_path, monkeypatch):
+def test_exported_models_write_the_same_words(exported, tmp_path, monkeypatch):
     captioner, folder = exported
     shutil.copytree(folder, tmp_path / "exported")
     monkeypatch.setattr(captioner.model, "generation_config", copy.deepcopy(captioner.model.generation_config))
     assert_same_words(captioner, tmp_path, monkeypatch)
+
+
+def test_weights_too_many_for_one_file_stand_beside_it(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_files, "MAX_BYTES_IN_FILE", 0)
+    module, pixels = torch.nn.Linear(64, 64), torch.randn(2, 64)
+    onnx_files.export_module(module, (pixels,), tmp_path / "layer.onnx", ["x"], ["y"], ({},))
+    (tmp_path / "copied").mkdir()
+    onnx_files.convert(tmp_path / "layer.onnx", tmp_path / "copied" / "layer.onnx", "fp32")
+    (layer,) = onnxruntime.InferenceSession(tmp_path / "copied" / "layer.onnx").run(None, {"x": pixels.numpy()})
+    np.testing.assert_allclose(layer, module(pixels).detach(), atol=1e-6)
+    assert (tmp_path / "copied" / "layer.onnx.data").stat().st_size >= 4 * 64 * 64
+
+    captioner, folder = exported
+    shutil.copytree(folder, tmp_path / "model")
+    for name in ("encoder.onnx", "step.onnx"):
+        beside = {"save_as_external_data": True, "location": f"{name}.data"}
+        onnx.save(onnx.load(folder / name), tmp_path / "model" / name, **beside)
+    captions = [
+        ExportedCaptioner(place).generate(captioner.processor(images=IMAGES, return_tensors="np")["pixel_values"])
+        for place in (folder, tmp_path / "model")
+    ]
+    assert captions[0] == captions[1]
 
 
 def assert_same_words(captioner: Captioner, tmp_path: Path, monkeypatch) -> None:
@@ -142,7 +165,8 @@ def test_a_torch_that_exports_no_captioner_is_refused(tmp_path, monkeypatch, cap
 
 @pytest.fixture(scope="module", params=["lstm", "vit_gpt2"])
 def exported(request, exporter, tmp_path_factory):
-    captioner, folder = build(request.param, num_layers=1), tmp_path_factory.mktemp(request.param)
+    captioner = build(request.param, num_layers=1 if request.param == "lstm" else 2)
+    folder = tmp_path_factory.mktemp(request.param)
     captioner.save(folder / "model")
     dtypes = "fp32,fp16,q8" + ",q4" * (request.param == "vit_gpt2")
     export_onnx.main([str(folder / "model"), str(folder / "exported"), "--dtype", dtypes])
@@ -251,6 +275,79 @@ def test_settings_that_are_left_out_are_named(tmp_path, capsys, monkeypatch):
     assert not any(f"{name}=" in told for name in ("max_length", "eos_token_id", "num_beams"))
 
 
+@pytest.fixture
+def both(exported, tmp_path, monkeypatch) -> dict[str, str]:
+    """A captioner and its export in folders of the test's own, and three images."""
+    captioner, folder = exported
+    shutil.copytree(folder, tmp_path / "exported")
+    config = GenerationConfig(decoder_start_token_id=1, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=12)
+    monkeypatch.setattr(captioner.model, "generation_config", config)
+    captioner.save(tmp_path / "model")
+    config.save_pretrained(tmp_path / "exported")
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(IMAGES[:3]):
+        image.save(tmp_path / "images" / f"{number}.png")
+    return {name: str(tmp_path / name) for name in ("model", "exported", "images")}
+
+
+@pytest.mark.parametrize("options", [(), ("--num_beams", "3", "--min_length", "5", "--length_penalty", "2")], ids=len)
+def test_caption_py_gives_the_captions_of_the_model_and_resumes(both, options, tmp_path, capsys):
+    lines = {}
+    for name in ("model", "exported"):
+        output = tmp_path / f"{name}.jsonl"
+        arguments = ["--model_name_or_path", both[name], both["images"], "--output", str(output), *options]
+        caption.main(arguments)
+        lines[name] = output.read_text()
+        capsys.readouterr()
+        caption.main(arguments)
+        assert output.read_text() == lines[name] and "0 of 3" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            caption.main([*arguments, "--max_length", "2"])
+        assert "max_" in capsys.readouterr().err
+    assert lines["exported"] == lines["model"] and lines["model"].count("\n") == 3
+
+
+def test_an_export_captions_without_torch(both):
+    arguments = ["--model_name_or_path", both["exported"], both["images"]]
+    heavy = {"torch", "transformers", "torchvision", "timm", "datasets", "accelerate", "pyarrow", "onnx"}
+    code = f"import sys, caption; caption.main({arguments}); print(sorted({heavy} & sys.modules.keys()))"
+    root = Path(caption.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    allowed = ["onnx"] if Version(onnxruntime.__version__) < Version("1.32") else []  # which checks paths of weights
+    assert len(done.stdout.splitlines()) == 4 and done.stdout.splitlines()[-1] == str(allowed)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--confidence", "--top_p 0.9", "--num_return_sequences 2", "--device cuda", "--dtype bfloat16"),
+        *("--num_workers 1", "--prompt describe", "--encoder_engine torch", "--length_penalty 2", "--min_length 12"),
+    ],
+)
+@pytest.mark.parametrize("exported", ["lstm"], indirect=True)
+def test_an_option_that_an_export_cannot_take_is_refused(both, option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        caption.main(["--model_name_or_path", both["exported"], both["images"], *option.split()])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and option.split()[0].strip("-") in said.err and not said.out
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        *("preprocess.onnx", "encoder.onnx", "tokenizer.json", "tokenizer_config.json", "processor_config.json"),
+        "generation_config.json",
+    ],
+)
+@pytest.mark.parametrize("exported", ["lstm"], indirect=True)
+def test_an_export_that_lacks_a_file_is_one_sentence(both, missing, capsys):
+    (Path(both["exported"]) / missing).unlink()
+    with pytest.raises(SystemExit) as ended:
+        caption.main(["--model_name_or_path", both["exported"], both["images"]])
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and missing in sentence
+
+
 def strange_model(name: str, folder: Path) -> None:
     """An encoder.onnx that adds weights, or an operator's output, to its input."""
     weights, domain = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[2]), ""
@@ -290,19 +387,15 @@ def test_a_step_of_another_model_is_refused(exported, tmp_path):
         ExportedCaptioner(tmp_path / "mixed")
 
 
-@pytest.mark.parametrize("exported", ["vit_gpt2"], indirect=True)
-def test_a_plain_vision_encoder_decoder_model_is_exported(exported, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("exporter")
+@pytest.mark.slow
+def test_a_plain_vision_encoder_decoder_model_is_exported(tmp_path):
     """As save_pretrained leaves it: no max_length, no pad token, the start token in config.json alone."""
-    captioner = build("vit_gpt2", num_layers=1)
+    captioner = build("vit_gpt2")
     captioner.model.generation_config = GenerationConfig(decoder_start_token_id=1, bos_token_id=1, eos_token_id=2)
     captioner.model.save_pretrained(tmp_path / "model")
     captioner.processor.save_pretrained(tmp_path / "model")
 
-    def export_again(_, folder: Path) -> None:  # the same weights
-        for name in ("encoder.onnx", "step.onnx"):
-            shutil.copy(exported[1] / name, folder)
-
-    monkeypatch.setattr(onnx_export, "export_encoder_and_step", export_again)
     export_onnx.main([str(tmp_path / "model"), str(tmp_path / "exported")])
     pixels = captioner.processor(images=IMAGES, return_tensors="pt")["pixel_values"]
     captions = export_onnx.caption_images(tmp_path / "exported", pixels.numpy())

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -24,7 +25,8 @@ from metrics.caption_scores import coco_caption as drop_in
 from metrics.caption_scores.baselines import derangement
 from metrics.caption_scores.command import main
 from metrics.caption_scores.java_metrics import JavaMetricError, meteor
-from metrics.caption_scores.ngrams import KeyNumbers, PieceNumbers, cut_pieces, distinct_pairs
+from metrics.caption_scores.ngrams import KeyNumbers, PieceNumbers, cut_pieces, sort_pairs
+from metrics.caption_scores.occurrences import CELLS_AT_ONCE, similar_sizes
 
 REPOSITORY = Path(__file__).parents[1]
 PREDICTIONS, REFERENCES = benchmark.make_captions(40)
@@ -120,6 +122,26 @@ def test_scores_are_those_of_plain_implementations(num_references):
         scorer = CaptionScorer(references)
         assert list(scorer.score(predictions).values()) == pytest.approx(expected, abs=1e-9), name
         assert scorer.per_image_cider(predictions) == pytest.approx(cider, abs=1e-9), name
+
+
+def test_a_long_caption_makes_no_wide_block_of_short_ones():
+    sizes = np.array([9] * 5000 + [0, 5000, 16, 17])
+    blocks = list(similar_sizes(sizes))
+    assert sorted(np.concatenate(blocks).tolist()) == list(range(len(sizes)))
+    assert all(len(block) * sizes[block].max() <= 2 * CELLS_AT_ONCE for block in blocks)
+
+
+@pytest.mark.parametrize("longest", [16, 17, 33, 64, 65, 150])
+def test_captions_of_any_length_have_the_scores_of_plain_implementations(longest):
+    """Their words are bits of numbers of 16, 32 and 64 bits, and of Python's integers beyond."""
+    generator = random.Random(longest)
+    words = [[generator.choices("abcdef", k=generator.choice([3, longest])) for _ in range(4)] for _ in range(5)]
+    predictions, references = [texts[0] for texts in words], [texts[1:] for texts in words]
+    cider = plain_cider_d(predictions, references)
+    rouge = [plain_rouge_l(*pair) for pair in zip(predictions, references, strict=True)]
+    expected = [*plain_bleu(predictions, references), np.mean(rouge), np.mean(cider)]
+    scorer = CaptionScorer([[" ".join(text) for text in texts] for texts in references])
+    assert list(scorer.score([" ".join(text) for text in predictions]).values()) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.skipif(find_spec("pycocoevalcap") is None, reason="the comparison needs pycocoevalcap")
@@ -413,17 +435,24 @@ def test_keys_are_numbered_as_by_a_dict(batches):
 
 @pytest.mark.parametrize("largest", [7, (1 << 31) - 1])
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=40))
-def test_pairs_are_numbered_in_their_order(largest, pairs):
-    """By one sort where a pair and its place fit in one number, and by numpy's `unique` where they do not."""
-    high, low = (np.array([largest - pair[side] for pair in pairs], dtype=np.int32) for side in (0, 1))
-    keys, which = distinct_pairs(high, low)
-    distinct = sorted({*zip(high.tolist(), low.tolist(), strict=True)})
-    assert [(key >> 32, key & (1 << 32) - 1) for key in keys.tolist()] == distinct
-    assert [distinct[number] for number in which] == list(zip(high.tolist(), low.tolist(), strict=True))
+def test_pairs_are_sorted_with_their_places(largest, pairs):
+    """By one sort where a pair and its place fit in one number, and by argsort where they do not."""
+    pairs = [(largest - high, largest - low) for high, low in pairs]
+    place = np.arange(len(pairs)) * 3
+    high, low = (np.array([pair[side] for pair in pairs], dtype=np.int32) for side in (0, 1))
+    keys, first, sorted_place = sort_pairs(high, low, place)
+    in_order = sorted(zip(pairs, place.tolist(), strict=True))
+    assert [(key >> 32, key & (1 << 32) - 1) for key in keys.tolist()] == sorted(set(pairs))
+    assert first.tolist() == [
+        position for position, (pair, _) in enumerate(in_order) if pair != in_order[position - 1][0] or not position
+    ]
+    assert sorted_place.tolist() == [where for _, where in in_order]
 
 
 PIECES = st.lists(
-    st.one_of(st.sampled_from(["a", "b" * 7, "b" * 8, "b" * 14, "b" * 15, "ü" * 9]), st.text(max_size=24))
+    st.one_of(
+        st.sampled_from(["a", "b" * 7, "b" * 8, "b" * 9, "b" * 16, "b" * 17, "ü" * 9, "ü" * 16]), st.text(max_size=24)
+    )
 )
 
 
@@ -435,7 +464,7 @@ def test_captions_are_cut_at_blanks_and_the_same_pieces_have_the_same_number(cap
     numbers, place_of = PieceNumbers(), {}
     for texts in (captions, others or [""], captions):
         text, start, length, ends = cut_pieces(texts)
-        split = [[*map(str, caption.split())] for caption in texts]
+        split = [caption.replace("\0", "\1").split() for caption in texts]  # the tokenizer knows neither
         assert np.diff(ends, prepend=0).tolist() == list(map(len, split))
         pieces = [text[begin : begin + size].tobytes() for begin, size in zip(start, length, strict=True)]
         assert [piece.decode("utf-8", "surrogatepass") for piece in pieces] == [piece for row in split for piece in row]

@@ -42,7 +42,7 @@ def commands(text: str) -> list[str]:
 # devices (test_processes.py), shards (test_shard_training.py), the export, which takes long (test_export_onnx.py), and what has
 # nothing to work on.
 NOT_RUN = (
-    "export_onnx",
+    "_onnx",
     "me/",
     "nlpconnect/",
     "blip",

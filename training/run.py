@@ -9,6 +9,7 @@ evaluates, saves checkpoints, pushes and reports. The forward and backward pass 
         run.optimizer_step()
 """
 
+import gc
 import logging
 import math
 import time
@@ -113,6 +114,8 @@ class TrainingRun:
 
     def __enter__(self) -> "TrainingRun":
         args = self.args
+        if not gc.get_freeze_count():  # once a process, or what earlier runs have left would stay
+            gc.freeze()  # going through all that is imported again, at exit if not before, takes a second
         with ExitStack() as stack:
             stack.enter_context(lock_output_dir(args.output_dir))
             self.resume_from = checkpoint_to_resume(

@@ -5,8 +5,9 @@ from itertools import islice
 
 import numpy as np
 
-from .ngrams import MAX_ORDER, NgramIndex, Ngrams
-from .overlap import CIDER_SIGMA, Pairs, ReferenceTable
+from .ngrams import MAX_ORDER, Captions, NgramIndex
+from .occurrences import own_counts
+from .overlap import CIDER_SIGMA, Pairs, ReferenceTable, caption_norms
 
 NUM_FINALISTS = 5
 BLOCK = 8192
@@ -38,7 +39,10 @@ def best_constant(candidates: Iterable[str], index: NgramIndex, table: Reference
     All candidates are ranked by their similarity to the mean of the references, which is CIDEr-D without its clipping; the
     first five are then scored in full. Of captions with the same words, and of those that are as good, the first counts.
     """
-    means = [_mean_reference(table, order) for order in range(MAX_ORDER)]
+    # n-grams of one image count one by one here
+    every = NgramIndex(index.words, least=1)
+    numbers = every.learn(table.captions, table.image, len(table.num_references))
+    means = [_mean_reference(table, order, numbers[order], every.squares[order]) for order in range(MAX_ORDER)]
     reference_lengths, how_many = np.unique(table.captions.lengths, return_counts=True)
     best: list[tuple[float, int, tuple[str, ...], str]] = []  # minus its rank value, its place, its words, the caption
     first = 0
@@ -46,7 +50,7 @@ def best_constant(candidates: Iterable[str], index: NgramIndex, table: Reference
         tokens = index.words.encode(texts, learn=False)
         captions = tokens.split_words()
         gaussian = np.exp(-((captions.lengths[:, None] - reference_lengths) ** 2.0) / (2 * CIDER_SIGMA**2))
-        value = _similarity(index.number(captions), len(texts), means, table) * (gaussian @ how_many)
+        value = _similarity(every, captions, means) * (gaussian @ how_many)
         value = np.round(value, 9)  # so that of captions as good the first is chosen
         best = _with_block(best, texts, value, first, index)
         first += len(texts)
@@ -56,8 +60,7 @@ def best_constant(candidates: Iterable[str], index: NgramIndex, table: Reference
     finalists = [caption for _, _, _, caption in sorted(best, key=lambda candidate: candidate[1])]
     for finalist in finalists:
         everywhere = index.words.encode([finalist], learn=False).take(np.zeros(len(images), dtype=int)).split_words()
-        counts = [ngrams.count() for ngrams in index.number(everywhere)]
-        mean_cider.append(table.match(counts, Pairs(table, images, everywhere.lengths))[1].mean())
+        mean_cider.append(table.match(everywhere, Pairs(table, images, everywhere.lengths))[1].mean())
     return finalists[int(np.argmax(np.round(mean_cider, 12)))]
 
 
@@ -73,25 +76,25 @@ def _with_block(best: list[tuple], texts: list[str], value: np.ndarray, first: i
     return sorted(found.values())[:NUM_FINALISTS]
 
 
-def _mean_reference(table: ReferenceTable, order: int) -> np.ndarray:
-    """The mean weight of every known n-gram in the references scaled to length one; an image's references share one vote."""
-    entries = table.orders[order]
+def _mean_reference(table: ReferenceTable, order: int, number: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """What every n-gram of a caption adds to its product with the mean of the references, scaled to length one.
+
+    An image's references share one vote.
+    """
     norm = table.norms[order] * table.num_references[table.image]
-    weight = entries.count * table.frequencies.weigh(entries.ngram, order)
-    share = np.divide(weight, norm[entries.reference], out=np.zeros(len(weight)), where=norm[entries.reference] != 0)
-    # behind the known n-grams stand all others, which no reference has
-    return np.bincount(entries.ngram, share, minlength=len(table.frequencies.weights[order]))
+    share = np.divide(1.0, norm, out=np.zeros(len(norm)), where=norm != 0)
+    # numbers begin at -1, where no n-gram does
+    shares = np.bincount(number + 1, np.repeat(share, table.captions.lengths), minlength=len(squares))
+    return np.roll(shares, -1) * squares
 
 
-def _similarity(
-    ngrams: Iterable[Ngrams], num_captions: int, means: list[np.ndarray], table: ReferenceTable
-) -> np.ndarray:
-    similarity = np.zeros(num_captions)
-    for order, of_order in enumerate(ngrams):
-        counts = of_order.count()
-        weight = counts.count * table.frequencies.weigh(counts.ngram, order)
-        norm = np.sqrt(np.bincount(counts.caption, weight**2, minlength=num_captions))
-        mean = means[order][np.minimum(counts.ngram, len(means[order]) - 1)]
-        dot = np.bincount(counts.caption, weight * mean, minlength=num_captions)
+def _similarity(index: NgramIndex, captions: Captions, means: list[np.ndarray]) -> np.ndarray:
+    """Of each caption with the mean of the references."""
+    numbers = index.number(captions)
+    norms = caption_norms(index, captions, numbers, own_counts(captions))
+    caption = np.repeat(np.arange(len(captions.lengths)), captions.lengths)
+    similarity = np.zeros(len(captions.lengths))
+    for number, mean, norm in zip(numbers, means, norms, strict=True):
+        dot = np.bincount(caption, mean.take(number), minlength=len(similarity))
         similarity += np.divide(dot, norm, out=np.zeros(len(norm)), where=norm != 0)
     return similarity

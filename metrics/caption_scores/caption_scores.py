@@ -8,6 +8,7 @@ import evaluate
 
 from .baselines import derangement
 from .ngrams import NgramIndex
+from .occurrences import occurrences
 from .overlap import ReferenceTable
 from .ptb_characters import LETTERS
 from .ptb_tokenizer import tokenize

@@ -5,10 +5,9 @@ Numpy sorts, joins and sums the numbers: no Python loop runs over n-grams.
 
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, compress
 from types import MappingProxyType
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,12 +16,13 @@ from .tokenizers import Split
 
 MAX_ORDER = 4
 SHIFT = 32  # two numbers below 2**31 share one int64 key: (high << SHIFT) | low
-CAPTIONS_AT_ONCE = 8192
+CAPTIONS_AT_ONCE = 4096
 CHUNK = 8  # bytes of an int64
-LOWER_BYTES = np.array([(1 << 8 * size) - 1 for size in range(CHUNK)], dtype=np.int64)
-CHAINED = np.int64(-(1 << 63))
-LAST_BLANK = ord(" ")
+LOWER_BYTES = np.array([(1 << 8 * size) - 1 for size in range(CHUNK)] + [-1], dtype=np.int64)
+CHAINED, PART_BITS = np.int64(-(1 << 56)), 28  # a first byte that no UTF-8 has, and two numbers below 2**28
+LAST_BLANK, LINE_END = ord(" "), ord("\n")
 IS_BLANK = np.array([chr(code).isspace() for code in range(LAST_BLANK + 1)])
+IS_DROPPED = np.array([chr(code) in ",!?" for code in range(256)])
 UNICODE_BLANKS = re.compile(r"[^\S\x00-\x7f]")
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # multiplicative hashing (Knuth, TAOCP 6.4)
 
@@ -36,82 +36,38 @@ def first_of_runs(values: np.ndarray) -> np.ndarray:
 
 def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """The integers start, start + 1, ..., start + size - 1 of every range, one range after the other."""
-    ends = np.cumsum(sizes, dtype=np.int64)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(starts - (ends - sizes), sizes) + np.arange(total)
+    integers = np.repeat(starts - (np.cumsum(sizes, dtype=np.int64) - sizes), sizes)
+    integers += np.arange(len(integers))
+    return integers
 
 
-def distinct_pairs(high: np.ndarray, low: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What two arrays of numbers hold in pairs.
-
-    Returns:
-        the distinct pairs, sorted, as keys `(high << SHIFT) | low`; and for each pair the place of its key, int32.
-    """
-    low_bits, place_bits = int(low.max(initial=0)).bit_length(), len(low).bit_length()
-    if int(high.max(initial=0)).bit_length() + low_bits + place_bits >= 64:
-        keys, which = np.unique((high.astype(np.int64) << SHIFT) | low, return_inverse=True)
-        return keys, which.astype(np.int32)
-    # high, low and the place in one number: sorted at once, several times as fast as by argsort
-    key = high.astype(np.int64)
-    key <<= low_bits
-    key |= low
-    key <<= place_bits
-    key |= np.arange(len(low))
-    key.sort()
-    place = key & ((1 << place_bits) - 1)
-    key >>= place_bits
-    first = np.empty(len(key), dtype=bool)
-    first[:1] = True
-    np.not_equal(key[1:], key[:-1], out=first[1:])
-    which = np.empty(len(key), dtype=np.int32)
-    which[place] = np.cumsum(first, dtype=np.int32) - 1
-    key = key[first]
-    return ((key >> low_bits) << SHIFT) | (key & ((1 << low_bits) - 1)), which
-
-
-class Captions(NamedTuple):
-    """Tokenized captions: the numbers of all words, one caption after the other, and the number of words of each.
+class Captions:
+    """Tokenized captions.
 
     coco-caption's BLEU and CIDEr split words at a no-break space, too, its ROUGE-L does not: `parts` has the parts of those.
+
+    Attributes:
+        words: The numbers of all words, one caption after the other, int32.
+        lengths: The number of words of each caption, int32.
+        ends, starts: Where the words of each end and begin.
+        parts: By the number of a word.
     """
 
-    words: np.ndarray
-    lengths: np.ndarray
-    parts: Mapping[int, list[int]] = MappingProxyType({})
-
-    def ends(self) -> np.ndarray:
-        """Where the words of each caption end."""
-        return np.cumsum(self.lengths, dtype=np.int64)
-
-    def positions(self) -> np.ndarray:
-        """The place of each word in its caption."""
-        return ranges(np.zeros(len(self.lengths), dtype=np.int64), self.lengths)
-
-    def of(self, caption: int) -> np.ndarray:
-        """The words of one caption."""
-        end = int(self.lengths[: caption + 1].sum(dtype=np.int64))
-        return self.words[end - self.lengths[caption] : end]
+    def __init__(
+        self, words: np.ndarray, lengths: np.ndarray, parts: Mapping[int, list[int]] = MappingProxyType({})
+    ) -> None:
+        self.words, self.lengths, self.parts = words, lengths, parts
+        self.ends = np.cumsum(lengths, dtype=np.int64)
+        self.starts = self.ends - lengths
 
     def take(self, captions: np.ndarray) -> "Captions":
         """Choose captions by their places; they may come again."""
         lengths = self.lengths[captions]
-        return Captions(self.words[ranges((self.ends() - self.lengths)[captions], lengths)], lengths, self.parts)
-
-    def cut(self, stops: np.ndarray) -> Iterator[tuple[int, "Captions"]]:
-        """The captions up to each of the stops, and the rest; each part with the place of its first caption."""
-        ends, start = np.concatenate(([0], self.ends())), 0
-        for stop in [*stops.tolist(), len(self.lengths)]:
-            if stop > start:
-                yield start, Captions(self.words[ends[start] : ends[stop]], self.lengths[start:stop], self.parts)
-            start = stop
-
-    def blocks(self, size: int) -> Iterator[tuple[int, "Captions"]]:
-        """Parts of so many captions."""
-        return self.cut(np.arange(size, len(self.lengths), size))
+        return Captions(self.words[ranges(self.starts[captions], lengths)], lengths, self.parts)
 
     def keys(self) -> Iterator[bytes]:
         """For each caption what equals another's exactly if they have the same words."""
-        content, ends = self.words.tobytes(), (self.ends() * self.words.itemsize).tolist()
+        content, ends = self.words.tobytes(), (self.ends * self.words.itemsize).tolist()
         return (content[start:end] for start, end in zip([0, *ends], ends, strict=False))
 
     def split_words(self) -> "Captions":
@@ -123,61 +79,63 @@ class Captions(NamedTuple):
             parts = self.parts[words[place]]
             words[place : place + 1], size[place] = parts, len(parts)
         before = np.concatenate(([0], np.cumsum(size)))
-        return Captions(np.array(words, dtype=np.int32), np.diff(before[self.ends()], prepend=0).astype(np.int32))
+        return Captions(np.array(words, dtype=np.int32), np.diff(before[self.ends], prepend=0).astype(np.int32))
 
     def append_word(self, number: int, where: np.ndarray) -> "Captions":
         """Append one word to the captions for which `where` is true."""
-        return Captions(np.insert(self.words, self.ends()[where], number), self.lengths + where, self.parts)
+        return Captions(np.insert(self.words, self.ends[where], number), self.lengths + where, self.parts)
 
 
 def cut_pieces(captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Cut captions at blanks, all at once.
 
     Returns:
-        text: All captions as UTF-8, uint8, with `CHUNK` zeros behind.
+        text: All captions, of which no line ends and zeros are left, as UTF-8, uint8, with `CHUNK` zeros behind.
         start, length: Of each piece between blanks, in bytes.
         ends: Of each caption, the number of pieces up to its end.
     """
-    joined = " ".join(captions)
-    if joined.isascii():
-        content, lengths = joined.encode(), map(len, captions)
-    else:
-        # bytes know the blanks of ASCII alone
-        encoded = [UNICODE_BLANKS.sub(" ", caption).encode("utf-8", "surrogatepass") for caption in captions]
-        content, lengths = b" ".join(encoded), map(len, encoded)
-    text = np.frombuffer(content + bytes(CHUNK), dtype=np.uint8)
-    # between two blanks, those before the text and behind it included, is a piece, which may be empty
+    joined = "\n".join(captions)
+    if joined.count("\n") >= len(captions) or "\0" in joined:
+        joined = "\n".join([caption.replace("\n", " ").replace("\0", "\1") for caption in captions])
+    if not joined.isascii():  # bytes know the blanks of ASCII alone
+        joined = UNICODE_BLANKS.sub(" ", joined)
+    text = np.frombuffer(joined.encode("utf-8", "surrogatepass") + b"\n" + bytes(CHUNK), dtype=np.uint8)
     blank = np.flatnonzero(text[:-CHUNK] <= LAST_BLANK)
-    blank = np.concatenate(([-1], blank[IS_BLANK[text[blank]]], [len(content)]))
-    start, length = blank[:-1] + 1, np.diff(blank) - 1
-    there = length > 0
-    caption_ends = np.cumsum(np.fromiter(lengths, dtype=np.int64, count=len(captions)) + 1)
-    ends = np.cumsum(there)[np.searchsorted(start, caption_ends) - 1]
-    return text, start[there], length[there], ends
+    code = text.take(blank)
+    if not (is_blank := IS_BLANK.take(code)).all():
+        blank, code = blank[is_blank], code[is_blank]
+    # before each blank is a piece, which may be empty
+    length = np.diff(blank, prepend=-1)
+    length -= 1
+    ends = np.flatnonzero(code == LINE_END) + 1
+    if not length.all():
+        there = np.flatnonzero(length)
+        ends = np.searchsorted(there, ends)
+        blank, length = blank[there], length[there]
+    return text, blank - length, length, ends
 
 
 class PieceNumbers:
-    """Numbers texts by their content, without collisions: chunks of seven bytes, each numbered with those before it.
+    """Numbers texts by their content, without collisions: chunks of eight bytes, each numbered with those before it.
 
-    A chunk is the lower seven bytes of an int64 key; with chunks before it, whose number is known, the key is that number and the
-    chunk's own, with a bit that no chunk has. Chunks share the numbers of whole texts.
+    A chunk is an int64 key. With chunks before it, whose number is known, the key is that number and the chunk's own, below a byte
+    that no UTF-8 has. Chunks share the numbers of whole texts.
     """
 
     def __init__(self) -> None:
         self.keys = KeyNumbers()
 
     def number(self, text: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-        """The number of the text of so many bytes at each start; new ones are learned."""
+        """The number of the text of so many bytes at each start, without zeros; new ones are learned."""
         # eight bytes from every position on, as one number
-        eight = np.ndarray(len(text) - CHUNK, dtype="<i8", buffer=text, strides=(1,))
-        number = self.keys.number(eight[start] & LOWER_BYTES[np.minimum(length, CHUNK - 1)])
-        long, done = np.flatnonzero(length > CHUNK - 1), CHUNK - 1
+        eight = np.ndarray(len(text) - CHUNK + 1, dtype="<i8", buffer=text, strides=(1,))
+        number = self.keys.number(eight[start] & LOWER_BYTES.take(length, mode="clip"))
+        long, done = np.flatnonzero(length > CHUNK), CHUNK
         while len(long):
-            left = np.minimum(length[long] - done, CHUNK - 1)
-            chunk = self.keys.number(eight[start[long] + done] & LOWER_BYTES[left])
-            key = (number[long].astype(np.int64) << SHIFT) | chunk | CHAINED
-            number[long] = self.keys.number(key)
-            done += CHUNK - 1
+            left = LOWER_BYTES.take(length[long] - done, mode="clip")
+            chunk = self.keys.number(eight[start[long] + done] & left)
+            number[long] = self.keys.number((number[long].astype(np.int64) << PART_BITS) | chunk | CHAINED)
+            done += CHUNK
             long = long[length[long] > done]
         return number
 
@@ -242,45 +200,59 @@ class WordIndex:
     def _encode(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         text, start, length, ends = cut_pieces(captions)
         piece = self.pieces.number(text, start, length)
-        self._split_new(text, start, length, piece)
-        size = self.size[piece]
-        words = np.frombuffer(self.flat, dtype=np.int32)[ranges(self.first[piece], size)]
+        size = self._sizes(text, start, length, piece)
+        words = np.frombuffer(self.flat, dtype=np.int32).take(ranges(self.first.take(piece), size))
         words_before = np.concatenate(([0], np.cumsum(size)))
         lengths = np.diff(words_before[ends], prepend=0).astype(np.int32)
-        flags = self.flags[piece]
+        flags = self.flags.take(piece)
         spans = (flags & HOLDS_SPAN) != 0
         spans[:-1] |= (flags[:-1] & ENDS_SPAN != 0) & (flags[1:] & BEGINS_SPAN != 0)
         if spans.any():
             words, lengths = self._encode_whole(captions, words, lengths, np.flatnonzero(spans), ends)
         return words, lengths
 
-    def _split_new(self, text: np.ndarray, start: np.ndarray, length: np.ndarray, piece: np.ndarray) -> None:
-        """Split the pieces that were not split before."""
-        more = self.pieces.keys.size - len(self.size)
-        if more > 0:
+    def _sizes(self, text: np.ndarray, start: np.ndarray, length: np.ndarray, piece: np.ndarray) -> np.ndarray:
+        """How many words each piece has; those that were not split before are split."""
+        if (more := self.pieces.keys.size - len(self.size)) > 0:
             more = max(more, len(self.size) // 2)
-            self.first, self.flags = np.pad(self.first, (0, more)), np.pad(self.flags, (0, more))
-            self.size = np.pad(self.size, (0, more), constant_values=-1)
-        unsplit = np.flatnonzero(self.size[piece] < 0)
-        last = np.full(len(self.size), -1)
-        last[piece[unsplit]] = unsplit
-        new = last[last >= 0]
-        content, numbers = text.tobytes(), piece[new]
-        texts = [
-            content[begin:end] for begin, end in zip(start[new].tolist(), (start + length)[new].tolist(), strict=True)
-        ]
-        # nearly all are one word each: letters alone
-        simple = np.fromiter(map(bytes.isalpha, texts), dtype=bool, count=len(texts))
-        words = b" ".join(compress(texts, simple)).decode().lower().split()
-        simple[np.flatnonzero(simple)[[word in TWO_WORDS for word in words]]] = False
-        words = [word for word in words if word not in TWO_WORDS]
-        self.first[numbers[simple]] = len(self.flat) + np.arange(len(words))
-        self.size[numbers[simple]], self.flags[numbers[simple]] = 1, 0
-        self.flat.extend([self.words.setdefault(word, len(self.words)) for word in words])
-        for number, other in zip(numbers[~simple].tolist(), compress(texts, ~simple), strict=True):
-            words, flags = split_piece(other.decode("utf-8", "surrogatepass"))
-            self.first[number], self.size[number], self.flags[number] = len(self.flat), len(words), flags
-            self.flat.extend([self.words[word] if word in self.words else self.number(word) for word in words])
+            self.first = np.concatenate((self.first, np.zeros(more, dtype=np.int32)))
+            self.size = np.concatenate((self.size, np.full(more, -1, dtype=np.int32)))
+            self.flags = np.concatenate((self.flags, np.zeros(more, dtype=np.int8)))
+        size = self.size.take(piece)
+        if len(unsplit := np.flatnonzero(size < 0)):
+            last = np.full(len(self.size), -1)
+            last[piece[unsplit]] = unsplit
+            new = last[last >= 0]
+            self._split_new(text, start[new], (start + length)[new], piece[new])
+            size[unsplit] = self.size.take(piece[unsplit])
+        return size
+
+    def _split_new(self, text: np.ndarray, start: np.ndarray, end: np.ndarray, numbers: np.ndarray) -> None:
+        """Split pieces that were not split before, from start to end in the text."""
+        content = text.tobytes()
+        # nearly all are one word each: letters alone, and at most one mark that is dropped
+        unmarked = end - IS_DROPPED[text[end - 1]]
+        texts = [content[first:last] for first, last in zip(start.tolist(), unmarked.tolist(), strict=True)]
+        alone = np.fromiter(map(bytes.isalpha, texts), dtype=bool, count=len(texts))
+        words = b" ".join(compress(texts, alone)).decode().lower().split()
+        if not TWO_WORDS.isdisjoint(words):
+            alone[np.flatnonzero(alone)[[word in TWO_WORDS for word in words]]] = False
+            words = [word for word in words if word not in TWO_WORDS]
+        known = self.words
+        self._keep(numbers[alone], [known.setdefault(word, len(known)) for word in words], 1, 0)
+        others = zip(start[~alone].tolist(), end[~alone].tolist(), strict=True)
+        split = [split_piece(content[first:last].decode("utf-8", "surrogatepass")) for first, last in others]
+        sizes = np.array([len(words) for words, _ in split], dtype=np.int32)
+        flags = np.array([flags for _, flags in split], dtype=np.int8)
+        words = chain.from_iterable(words for words, _ in split)
+        self._keep(numbers[~alone], [self.number(word) for word in words], sizes, flags)
+
+    def _keep(self, pieces: np.ndarray, words: list[int], sizes: np.ndarray | int, flags: np.ndarray | int) -> None:
+        """Keep of pieces their words, one piece after the other, how many of them each has, and its flags."""
+        self.size[pieces], self.flags[pieces] = sizes, flags
+        sizes = self.size[pieces]
+        self.first[pieces] = len(self.flat) + np.cumsum(sizes) - sizes
+        self.flat.extend(words)
 
     def _encode_whole(self, captions, words, lengths, spans, ends) -> tuple[np.ndarray, np.ndarray]:
         """Tokenize again, as a whole, the captions in which a token may reach over a blank."""
@@ -289,7 +261,7 @@ class WordIndex:
         for caption in np.unique(np.searchsorted(ends, spans, side="right")).tolist():
             parts.append(words[done : word_ends[caption] - lengths[caption]])
             done = word_ends[caption]
-            whole = [self.number(word) for word in tokenize(captions[caption])]
+            whole = [self.number(word) for word in tokenize(captions[caption].replace("\0", "\1"))]
             parts.append(np.array(whole, dtype=np.int32))
             lengths[caption] = len(whole)
         return np.concatenate([*parts, words[done:]]), lengths
@@ -310,7 +282,7 @@ class KeyNumbers:
         numbers = held = self._held(keys, slot)
         wanted, place = keys, None
         # where a slot holds another key, the next slot is looked at
-        while len(others := np.flatnonzero(self.keys[held] != wanted)):
+        while len(others := np.flatnonzero(self.keys.take(held) != wanted)):
             wanted, slot = wanted[others], (slot[others] + 1) & (len(self.slots) - 1)
             place = others if place is None else place[others]
             numbers[place] = held = self._held(wanted, slot)
@@ -318,7 +290,7 @@ class KeyNumbers:
 
     def _held(self, keys: np.ndarray, slot: np.ndarray) -> np.ndarray:
         """The numbers in slots, of which keys take the free ones first."""
-        held = self.slots[slot]
+        held = self.slots.take(slot)
         if len(free := np.flatnonzero(held < 0)):
             wanted = slot[free]
             self.slots[wanted] = free  # of several keys that want a slot, the last gets it
@@ -351,70 +323,108 @@ class KeyNumbers:
             number, slot = number[homeless], (slot[homeless] + 1) & (len(self.slots) - 1)
 
 
-class Ngrams(NamedTuple):
-    """The n-grams of one order in the order of the text: the caption of each, its number, and, of words, the place there."""
-
-    caption: np.ndarray
-    ngram: np.ndarray
-    position: np.ndarray | None = None
-
-    def rows(self, start: int, stop: int) -> "Ngrams":
-        """Those of the captions from start up to stop, numbered from zero again."""
-        rows = self.cut(*np.searchsorted(self.caption, [start, stop]))
-        return rows._replace(caption=rows.caption - start)
-
-    def cut(self, start: int, end: int) -> "Ngrams":
-        """Those from one place up to another."""
-        position = None if self.position is None else self.position[start:end]
-        return Ngrams(self.caption[start:end], self.ngram[start:end], position)
-
-    def count(self) -> "NgramCounts":
-        pair = np.sort((self.caption << SHIFT) | self.ngram)
-        first = first_of_runs(pair)
-        return NgramCounts(pair[first] >> SHIFT, pair[first] & ((1 << SHIFT) - 1), np.diff(first, append=len(pair)))
-
-
-class NgramCounts(NamedTuple):
-    """How often each n-gram of one order occurs in each caption, sorted by caption."""
-
-    caption: np.ndarray
-    ngram: np.ndarray
-    count: np.ndarray
-
-
 class NgramIndex:
-    """Numbers the n-grams, of one to four words, of a reference set; others have higher numbers, for one call.
+    """Weighs the n-grams, of one to four words, of a reference set by how many images' references hold them.
 
-    An n-gram is known by the number of its first n-1 words and its last word, so every order is looked up the same way.
+    Numbered are those of at least `least` images. All others have the weight of an n-gram of one image, so that, with the usual two,
+    nothing is lost, and few n-grams of three and four words are ever looked at: only those made of two that are numbered. An n-gram
+    is known by the number of its first n-1 words and its last word, so every order is looked up the same way.
+
+    Attributes:
+        words: The numbers of words.
+        squares: Of each order, by number, the square of an n-gram's weight, which is the log of the number of images over the number
+            of those whose references hold it; then that of all others; then 0, at -1, for the places where no n-gram begins.
+        keys: Of each order from two words on, the keys of those numbered, sorted: their places are their numbers.
     """
 
-    def __init__(self, split: Split | None = None) -> None:
-        self.words = WordIndex(split)
-        # of each order from two words on, the keys of the known n-grams, sorted: their places are their numbers
-        self.known = [np.empty(0, dtype=np.int64) for _ in range(MAX_ORDER - 1)]
+    def __init__(self, words: WordIndex, least: int = 2) -> None:
+        self.words, self.least = words, least
+        self.squares: list[np.ndarray] = []
+        self.keys: list[np.ndarray] = []
 
-    def number(self, captions: Captions, learn: bool = False) -> Iterator[Ngrams]:
-        """Number the n-grams of captions, order after order; those of the reference set, given at once, are to be learned."""
-        caption = np.repeat(np.arange(len(captions.lengths)), captions.lengths)
-        position = captions.positions()
-        yield Ngrams(caption, captions.words, position)
-        words_left = np.repeat(captions.lengths, captions.lengths) - position
-        start, ngram = np.arange(len(captions.words)), captions.words
+    def learn(self, captions: Captions, images: np.ndarray, num_images: int) -> list[np.ndarray]:
+        """Learn the n-grams of the reference set, whose images are given in ascending order; returns what `number` does."""
+        image = np.repeat(images.astype(np.int32), captions.lengths)
+        squares = (np.log(float(num_images)) - np.log(np.maximum(np.arange(num_images + 1.0), 1))) ** 2
+        # words and their images in the smallest numbers, which are sorted fastest
+        kind = np.int32 if len(self.words.words) * num_images < 1 << 31 else np.int64
+        word = captions.words.astype(kind) * kind(num_images) + image.astype(kind)
+        word.sort()
+        images_with = np.bincount(word[first_of_runs(word)] // kind(num_images), minlength=len(self.words.words))
+        self.squares = [np.append(squares[images_with], [squares[1], 0.0])]
+
+        def learn_order(_, keys: np.ndarray, first: np.ndarray, place: np.ndarray) -> np.ndarray:
+            images_with = count_images(image.take(place), first)
+            numbered = images_with >= self.least
+            keep = np.flatnonzero(numbered)
+            self.keys.append(keys[keep])
+            self.squares.append(np.append(squares[images_with[keep]], [squares[1], 0.0]))
+            return np.where(numbered, np.cumsum(numbered) - 1, len(keep))
+
+        return self._number(captions, learn_order)
+
+    def number(self, captions: Captions) -> list[np.ndarray]:
+        """For each order, the number of the n-gram that begins at each word, int32 (words,).
+
+        It is that of all others where the n-gram has none, and -1 where too few words are left in the caption.
+        """
+
+        def look_up(order: int, keys: np.ndarray, *_) -> np.ndarray:
+            known = self.keys[order - 1]
+            number = np.searchsorted(known, keys)
+            if len(known):
+                number[known.take(number, mode="clip") != keys] = len(known)
+            return number
+
+        return self._number(captions, look_up)
+
+    def _number(self, captions: Captions, number_keys: Callable[..., np.ndarray]) -> list[np.ndarray]:
+        words_left = np.repeat(captions.ends.astype(np.int32), captions.lengths)
+        words_left -= np.arange(len(words_left), dtype=np.int32)
+        numbers = [np.minimum(captions.words, len(self.squares[0]) - 2)]
         for order in range(1, MAX_ORDER):
-            keep = np.flatnonzero(words_left[start] > order)
-            start = start[keep]
-            keys, ngram = distinct_pairs(ngram[keep], captions.words[start + order])
-            if learn:
-                self.known[order - 1] = keys
-            else:
-                ngram = self._number_keys(keys, self.known[order - 1])[ngram]
-            yield Ngrams(caption[start], ngram)
+            begins, known = words_left > order, numbers[-1] < len(self.squares[order - 1]) - 2
+            place = np.flatnonzero(begins[:-1] & known[:-1] & known[1:])
+            keys, first, place = sort_pairs(numbers[-1].take(place), captions.words.take(place + order), place)
+            of_key = number_keys(order, keys, first, place).astype(np.int32)
+            # without a number: len(numbered) where an n-gram begins, and -1 elsewhere
+            number = begins.astype(np.int32)
+            number *= len(self.squares[order]) - 1
+            number -= 1
+            number[place] = np.repeat(of_key, np.diff(first, append=len(place)))
+            numbers.append(number)
+        return numbers
 
-    @staticmethod
-    def _number_keys(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """The place of each key, sorted, among the known ones, and numbers beyond for the others; int32."""
-        place = np.searchsorted(known, keys)
-        new = place == len(known)
-        new[~new] = known[place[~new]] != keys[~new]
-        place[new] = len(known) + np.arange(np.count_nonzero(new))
-        return place.astype(np.int32)
+
+def sort_pairs(high: np.ndarray, low: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sort pairs of numbers.
+
+    Returns:
+        the distinct pairs, as keys `(high << SHIFT) | low`; where the run of each begins among all; and the places of all.
+    """
+    low_bits, place_bits = int(low.max(initial=0)).bit_length(), int(place.max(initial=0)).bit_length()
+    key = high.astype(np.int64)
+    key <<= low_bits
+    key |= low
+    if int(high.max(initial=0)).bit_length() + low_bits + place_bits < 64:
+        # with the place in the same number: sorted at once, several times as fast as by argsort
+        key <<= place_bits
+        key |= place
+        key.sort()
+        place = key & ((1 << place_bits) - 1)
+        key >>= place_bits
+    else:
+        order = np.argsort(key, kind="stable")
+        key, place = key[order], place[order]
+    first = first_of_runs(key)
+    key = key.take(first)
+    return ((key >> low_bits) << SHIFT) | (key & ((1 << low_bits) - 1)), first, place
+
+
+def count_images(image: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """How many different images each run of n-grams has, in which images ascend; `first` is where the runs begin."""
+    new = np.ones(len(image), dtype=bool)
+    np.not_equal(image[1:], image[:-1], out=new[1:])
+    new[first] = True
+    before = np.cumsum(new, dtype=np.int32)
+    return np.diff(before.take(first), append=before[-1:] + 1)

@@ -159,12 +159,10 @@ SINGLE_LETTER = re.compile(r"\b[A-Za-z]\.$")
 ENDS_OPEN = re.compile(rf"(?:(?<![^\W_])[A-Za-z]|(?<![^\W_])(?ai:{NUMBERED}))\.\s*$")
 
 LONE_MARKS = frozenset(".,;:!?'\"")  # of which nothing is left
-TWO_WORDS = ("cannot", "gonna", "wanna", "gotta", "lemme", "gimme")
+TWO_WORDS = frozenset(["cannot", "gonna", "wanna", "gotta", "lemme", "gimme"])
 # Nearly all words: letters that no rule splits, hyphens and a genitive, at most one mark behind, and no abbreviation.
-SIMPLE_WORD = re.compile(
-    rf"(?!(?ai:(?:{'|'.join(TWO_WORDS)})[.,!?]?|(?:{CLOSING}|{TITLES}|{STATES}|[a-z]|m[ft]g|p?pt[ey]s?)\.)$)"
-    r"([A-Za-z]+(?:-[A-Za-z]+)*)('s)?[.,!?]?"
-)
+SIMPLE_WORD = re.compile(r"([A-Za-z]+(?:-[A-Za-z]+)*)('s)?[.,!?]?")
+ABBREVIATION = rf"(?ai:{CLOSING}|{TITLES}|{STATES}|[a-z]|m[ft]g|p?pt[ey]s?)\."
 
 
 @lru_cache(maxsize=1)
@@ -208,8 +206,13 @@ def split_piece(piece: str) -> tuple[tuple[str, ...], int]:
         return (word,), 0
     if piece in LONE_MARKS:
         return (), ENDS_SPAN * (piece == ".")
-    if simple := SIMPLE_WORD.fullmatch(piece):
-        return tuple(part.lower() for part in simple.groups() if part), ENDS_SPAN * (piece[-1] == ".")
+    if (simple := SIMPLE_WORD.fullmatch(piece)) and piece.rstrip(".,!?").lower() not in TWO_WORDS:
+        word, genitive = simple.groups()
+        words = (word.lower(), genitive) if genitive else (word.lower(),)
+        if piece[-1] != ".":
+            return words, 0
+        if not re.fullmatch(ABBREVIATION, piece):
+            return words, ENDS_SPAN
     flags = HOLDS_SPAN * bool("<" in piece or SINGLE_LETTER.search(piece))
     flags |= ENDS_SPAN * (piece[-1] in ")." or piece[-1].isdecimal())
     flags |= BEGINS_SPAN * (piece[0] == "(" or piece[0].isdecimal())

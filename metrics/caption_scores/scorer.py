@@ -8,13 +8,14 @@ from itertools import chain
 import numpy as np
 
 from .baselines import best_constant, blocks, derangement
-from .ngrams import MAX_ORDER, Captions, NgramIndex
+from .ngrams import MAX_ORDER, Captions, NgramIndex, WordIndex
+from .occurrences import own_counts
 from .overlap import Pairs, ReferenceTable, bleu
 from .tokenizers import choose_tokenizer, describe_misfit, get_split
 
 END = " END"  # a word that no caption has: no tokenizer gives a blank
+KEPT_BYTES = 1 << 23
 METRIC_NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider")
-IMAGES_AT_ONCE = 2048
 
 
 def check_predictions(predictions: Sequence[str], num_images: int) -> None:
@@ -217,10 +218,10 @@ class CaptionScorer:
         self, predictions: Sequence[str], captions: Captions, ended: Sequence[bool] | None
     ) -> dict[str, float | int | None]:
         words = captions.split_words()
-        trigrams = list(self.index.number(words))[2].count()
+        repeated = np.searchsorted(words.ends, np.flatnonzero(own_counts(words)[2] > 1), side="right")
         return {
             "ended": None if ended is None else float(np.mean([bool(end) for end in ended])),
-            "repeated_trigram": len(np.unique(trigrams.caption[trigrams.count > 1])) / self.num_images,
+            "repeated_trigram": len(np.unique(repeated)) / self.num_images,
             "mean_length": float(words.lengths.mean()),
             "mean_reference_length": float(self.table.captions.lengths.mean()),
             "unique_words": len(np.unique(words.words)),
@@ -229,11 +230,7 @@ class CaptionScorer:
 
     def _measure(self, captions: Captions) -> np.ndarray:
         """What scores are sums of, (images, 12): BLEU's four matches, four guesses and two lengths, ROUGE-L, CIDEr-D."""
-        rows = [
-            measure(self.index, self.table, block, np.arange(first, first + len(block.lengths)))
-            for first, block in captions.blocks(IMAGES_AT_ONCE)
-        ]
-        return np.concatenate(rows)
+        return measure(self.table, captions, np.arange(self.num_images))
 
     @staticmethod
     def mean(measured: np.ndarray) -> dict[str, float]:
@@ -265,22 +262,15 @@ class CiderD:
         """Score a batch of captions that ended, each against the references of its own image, float64 (len(predictions),)."""
         check_references(references)
         check_predictions(predictions, len(references))
-        # numbered together, so that a new n-gram has the same number in a prediction and in its references
+        # split together, so that a new word has the same number in a prediction and in its references
         num_references = np.array([len(captions) for captions in references])
         together = [*predictions, *chain.from_iterable(references)]
         tokens = self._encode(together, np.ones(len(together), dtype=bool))
-        captions = tokens.split_words()
-        ngrams = list(self.index.number(captions))
         of_predictions, of_references = np.arange(len(predictions)), np.arange(len(predictions), len(together))
-        table = ReferenceTable(
-            tokens.take(of_references),
-            captions.take(of_references),
-            num_references,
-            [of_order.rows(len(predictions), len(together)) for of_order in ngrams],
-            self.table.frequencies,
-        )
-        counts = [of_order.rows(0, len(predictions)).count() for of_order in ngrams]
-        return table.match(counts, Pairs(table, of_predictions, captions.lengths[of_predictions]))[1]
+        captions, texts = tokens.take(of_predictions).split_words(), tokens.take(of_references)
+        words = texts.split_words()
+        table = ReferenceTable(self.index, texts, words, num_references, self.index.number(words))
+        return table.match(captions, Pairs(table, of_predictions, captions.lengths))[1]
 
     def reward(
         self, predictions: Sequence[str], ended: Sequence[bool], images: Sequence[int]
@@ -294,7 +284,7 @@ class CiderD:
         """
         check_predictions(predictions, len(images))
         captions = self._encode(predictions, np.asarray(ended, dtype=bool))
-        rows = measure(self.index, self.table, captions, np.asarray(images, dtype=np.int64))
+        rows = measure(self.table, captions, np.asarray(images, dtype=np.int64))
         return rows[:, -1], bleu(rows[:, :4], rows[:, 4:8], rows[:, 8], rows[:, 9])[:, -1], rows[:, -2]
 
     def _encode(self, captions: Sequence[str], ended: np.ndarray) -> Captions:
@@ -315,24 +305,27 @@ def learn_references(
     Returns:
         the index of the numbers, the table of the references, and the tokenizer's name.
     """
+    # what is freed is kept up to twice the largest array that was (glibc, mallopt(3)): pages are not fetched again for each block
+    np.empty(KEPT_BYTES, dtype=np.uint8)
     captions = list(chain.from_iterable(references))
     tokenizer = choose_tokenizer(captions) if tokenizer == "auto" else tokenizer
     if misfit := describe_misfit(tokenizer, captions):
         warnings.warn(misfit, stacklevel=3)
-    index = NgramIndex(get_split(tokenizer))
+    index = NgramIndex(WordIndex(get_split(tokenizer)))
     tokens = index.words.encode(captions, learn=True)
     if end:
         tokens = tokens.append_word(index.words.number(end), np.ones(len(captions), dtype=bool))
     words = tokens.split_words()
     num_references = np.array([len(of_image) for of_image in references])
-    return index, ReferenceTable(tokens, words, num_references, index.number(words, learn=True)), tokenizer
+    images = np.repeat(np.arange(len(references)), num_references)
+    numbers = index.learn(words, images, len(references))
+    return index, ReferenceTable(index, tokens, words, num_references, numbers), tokenizer
 
 
-def measure(index: NgramIndex, table: ReferenceTable, tokens: Captions, images: np.ndarray) -> np.ndarray:
+def measure(table: ReferenceTable, tokens: Captions, images: np.ndarray) -> np.ndarray:
     """What the scores of captions are computed from, float64 (captions, 12).
 
     Args:
-        index: The numbers of words and n-grams.
         table: The references.
         tokens: The captions, tokenized.
         images: The image of each caption.
@@ -342,7 +335,7 @@ def measure(index: NgramIndex, table: ReferenceTable, tokens: Captions, images: 
     """
     captions = tokens.split_words()
     pairs = Pairs(table, images, captions.lengths)
-    matches, cider = table.match([ngrams.count() for ngrams in index.number(captions)], pairs)
+    matches, cider, common = table.match(captions, pairs)
     guesses = np.maximum(pairs.num_words[:, None] - np.arange(MAX_ORDER), 0)
-    rouge = table.rouge_l(tokens, pairs)
+    rouge = table.rouge_l(tokens, pairs, common)
     return np.column_stack([matches, guesses, pairs.num_words, pairs.closest_length(), rouge, cider])

@@ -91,7 +91,7 @@ def _letters(captions: Sequence[str]) -> str:
 
 
 def _has_no_blanks(letters: str) -> bool:
-    return len(re.findall(NO_BLANKS, letters)) > len(letters) / 2
+    return bool(letters) and len(re.findall(NO_BLANKS, letters)) > len(letters) / 2
 
 
 def _without_punctuation(words: Sequence[str]) -> list[str]:

@@ -1,0 +1,138 @@
+"""An exported captioner in place of one of torch: it starts in a fraction of the time that importing torch takes."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from captioning.onnx_decoding import SUFFIXES, ExportedCaptioner, Rules, read_settings
+from system.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+BYTES_AT_ONCE = 2**20
+
+
+def is_exported(name_or_path: str) -> bool:
+    """Whether a model is a folder that export_onnx.py has written in its own format."""
+    return exported_dtype(name_or_path) is not None
+
+
+def exported_dtype(folder: str) -> str | None:
+    """The data type that an exported folder is captioned in: the first of `SUFFIXES` that it has; None where it has none."""
+    return next((dtype for dtype, suffix in SUFFIXES.items() if (Path(folder) / f"step{suffix}.onnx").is_file()), None)
+
+
+class OnnxCaptioner:
+    """Images in, captions out, by onnxruntime, tokenizers and numpy; the part of `modeling.captioner.Captioner` that a job needs.
+
+    Args:
+        folder: Written by export_onnx.py in its own format.
+
+    Raises:
+        UserError: A file is missing or damaged, or the captions need transformers.
+    """
+
+    captions_only = True  # it is not inspected, and encodes by itself
+    device = "cpu"
+    num_captions = 1
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        self.model = ExportedCaptioner(folder, exported_dtype(folder))
+        if not self.model.has_pixel_processor:
+            raise UserError(
+                f"{folder} has no preprocess.onnx, since ONNX has no such image processor: give the captioner that it was exported from"
+            )
+        self.tokenizer = load_tokenizer(self.folder)
+
+    @property
+    def min_image_side(self) -> int | None:
+        """Pixels of the short side below which no image is shrunk as it is decoded; None where the folder has no size."""
+        processor = read_settings(self.folder / "processor_config.json").get("image_processor") or {}
+        sides = [side for side in (processor.get("size") or {}).values() if side]
+        return 2 * max(sides) if sides else None
+
+    @property
+    def preprocess(self) -> Callable[[list["Image"]], dict]:
+        """RGB images to what `generate` takes."""
+        return lambda images: {
+            "pixel_values": np.concatenate([self.model.preprocess(np.asarray(image)) for image in images])
+        }
+
+    def on_device(self, inputs: dict) -> dict:
+        return inputs
+
+    def set_decoding(self, max_length: int | None = None, min_length: int | None = None, **settings) -> None:
+        """Put decoding settings over those of the folder; those that are None stay as they are.
+
+        Args:
+            max_length, min_length: Of a caption, in tokens.
+            settings: Others that `caption_images` applies.
+
+        Raises:
+            UserError: The minimum length exceeds the maximum length, or a length penalty has no beams.
+        """
+        settings |= {"max_new_tokens": max_length, "min_new_tokens": min_length}
+        self.model.settings |= {name: value for name, value in settings.items() if value is not None}
+        if settings.get("length_penalty") is not None and (self.model.settings.get("num_beams") or 1) == 1:
+            raise UserError(
+                f"--length_penalty {settings['length_penalty']} has no effect without beams: give --num_beams 2 or more"
+            )
+        rules = Rules.of(self.model.settings, None)
+        if rules.min_length > rules.max_length:
+            shortest, longest = (length - len(rules.start) for length in (rules.min_length, rules.max_length))
+            raise UserError(
+                f"min_length {shortest} exceeds max_length {longest}: give a lower --min_length or a higher --max_length"
+            )
+
+    def settings(self) -> dict:
+        """What captions depend on, of JSON's types: a digest of the files, and the decoding settings."""
+        digest = hashlib.sha256()
+        for path in [*self.model.files, *sorted(self.folder.glob("*.onnx.data")), self.folder / "preprocess.onnx"]:
+            with path.open("rb") as file:
+                while chunk := file.read(BYTES_AT_ONCE):
+                    digest.update(chunk)
+        return {"weights": digest.hexdigest(), "decoding": self.model.settings}
+
+    def generate(self, inputs: dict, inspect: bool = False, **_) -> list[dict]:
+        """Caption one batch of images.
+
+        Args:
+            inputs: `pixel_values`, float32 (batch, 3, height, width).
+
+        Returns:
+            For each image {"caption": text, "ended": whether EOS ended it before the maximum length did}.
+        """
+        token_ids = self.model.generate(inputs["pixel_values"])
+        eos = set(Rules.of(self.model.settings, None).eos.tolist())
+        texts = self.tokenizer.decode_batch(token_ids, skip_special_tokens=True)
+        return [
+            {"caption": text.strip(), "ended": not eos.isdisjoint(ids)}
+            for text, ids in zip(texts, token_ids, strict=True)
+        ]
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a folder, as transformers decodes with it.
+
+    Raises:
+        UserError: It cannot be read, or transformers would change its texts.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises Exception itself
+        raise UserError(f"{path} cannot be read: {error}") from error
+    cleans_up = read_settings(folder / "tokenizer_config.json").get("clean_up_tokenization_spaces")
+    if cleans_up and type(tokenizer.model).__name__ != "BPE":  # as transformers asks
+        raise UserError(
+            f"{folder}: its tokenizer deletes spaces before punctuation, which transformers does: give the captioner that it was "
+            "exported from"
+        )
+    return tokenizer
