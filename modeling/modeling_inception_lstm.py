@@ -524,7 +524,7 @@ def run_lstm(
     On that GPU torch runs LSTMs in float16 whatever the dtype of autocast: gradients of batches of many tokens round to zero.
     """
     device = inputs.device.type
-    if state is not None and not lstm.training and _is_one_token(inputs):
+    if state is not None and _is_one_token(lstm, inputs):
         return _run_cells(lstm, inputs[:, 0], state)
     if device != "cuda" or not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != torch.bfloat16:
         return lstm(inputs, state)
@@ -540,11 +540,15 @@ def run_lstm(
     return outputs, tuple(state)
 
 
-def _is_one_token(inputs: torch.Tensor) -> bool:
-    """Whether `nn.LSTM` would reorder its weights, as it does at each call on a CPU, for longer than it computes."""
+def _is_one_token(lstm: nn.Module, inputs: torch.Tensor) -> bool:
+    """Whether `nn.LSTM` would reorder its weights, as it does at each call on a CPU, for longer than it computes.
+
+    Not so where the module is quantized, or its weights are offloaded: only calling it brings them then.
+    """
     if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return False
-    return inputs.device.type == "cpu" and inputs.dtype == torch.float32 and inputs.shape[:2] == (1, 1)
+    is_plain = isinstance(lstm, nn.LSTM) and not lstm.training and lstm.weight_ih_l0.device.type == "cpu"
+    return is_plain and inputs.device.type == "cpu" and inputs.dtype == torch.float32 and inputs.shape[:2] == (1, 1)
 
 
 def _run_cells(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from accelerate import disk_offload
 from fresh import run_fresh
 from PIL import Image
 from safetensors.torch import save_file
@@ -122,6 +123,18 @@ def test_one_token_of_one_caption_is_what_torchs_lstm_computes(num_layers):
     found, wanted = run_lstm(lstm, inputs, state), lstm(inputs, state)
     for value, other in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
         torch.testing.assert_close(value, other)
+
+
+@pytest.mark.parametrize("way", ["quantized", "offloaded"])
+def test_a_caption_of_one_image_comes_from_a_quantized_and_from_an_offloaded_model(way, tmp_path):
+    model, pixel_values = make_model().eval(), random_batch()["pixel_values"][:1]
+    wanted = model.generate(pixel_values=pixel_values, max_length=9)
+    if way == "offloaded":
+        found = disk_offload(model, str(tmp_path), execution_device="cpu")
+        assert torch.equal(found.generate(pixel_values=pixel_values, max_length=9), wanted)
+    else:
+        quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.LSTM}, dtype=torch.qint8)
+        assert quantized.generate(pixel_values=pixel_values, max_length=9).shape == wanted.shape
 
 
 def test_greedy_is_the_likeliest_next_token_of_the_whole_prefix():
