@@ -21,6 +21,8 @@ INSTALL := $(if $(shell command -v uv 2>/dev/null),uv pip install --python $(BIN
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
 export TOKENIZERS_PARALLELISM = false
+# The tests start dozens of processes, which need not compile the same modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast test-floors npm quality bench gpu-check clean
 

@@ -64,7 +64,7 @@ import train_lstm, caption
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("forkserver")
-    multiprocessing.set_forkserver_preload(["torch", "transformers.models.auto.processing_auto"])
+    multiprocessing.set_forkserver_preload(["train_lstm", "training.features", "training.batches", "caption", "captioning.job"])
     train, generate = json.loads(sys.argv[1])
     train_lstm.main(train)
     caption.main(generate)

@@ -102,7 +102,7 @@ def served():
 def test_the_page_captions_as_onnxruntime_does_in_python(kind, prompt, browser, node_modules, served, tmp_path):
     from playwright.sync_api import expect
 
-    captioner = build(kind, prompt)
+    captioner = build(kind, prompt, num_layers=2 if kind == "lstm" else 1)
     rules = {"no_repeat_ngram_size": 2, "min_length": 5, "max_length": 14, "sequence_bias": [[[2], 3.0]]}
     captioner.model.generation_config.update(num_beams=3, length_penalty=3.0, **rules)
     captioner.save(tmp_path / "model")
