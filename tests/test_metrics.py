@@ -133,7 +133,7 @@ def test_a_long_caption_makes_no_wide_block_of_short_ones():
 
 @pytest.mark.parametrize("longest", [16, 17, 33, 64, 65, 150])
 def test_captions_of_any_length_have_the_scores_of_plain_implementations(longest):
-    """Their words are bits of numbers of 16, 32 and 64 bits, and of Python's integers beyond."""
+    """Their words are bits of numbers of 16, 32 and 64 bits, and of several of those beyond."""
     generator = random.Random(longest)
     words = [[generator.choices("abcdef", k=generator.choice([3, longest])) for _ in range(4)] for _ in range(5)]
     predictions, references = [texts[0] for texts in words], [texts[1:] for texts in words]
@@ -142,6 +142,13 @@ def test_captions_of_any_length_have_the_scores_of_plain_implementations(longest
     expected = [*plain_bleu(predictions, references), np.mean(rouge), np.mean(cider)]
     scorer = CaptionScorer([[" ".join(text) for text in texts] for texts in references])
     assert list(scorer.score([" ".join(text) for text in predictions]).values()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_words_in_the_wrong_order_with_hundreds_of_words_between_are_no_longer_subsequence():
+    """What an addition carries passes through whole numbers of 64 bits."""
+    reference = ["a", *["word"] * 250, "b"]
+    scores = CaptionScorer([[" ".join(reference)]]).score(["b a"])
+    assert scores["rouge_l"] == pytest.approx(plain_rouge_l(["b", "a"], [reference]), abs=1e-12)
 
 
 @pytest.mark.skipif(find_spec("pycocoevalcap") is None, reason="the comparison needs pycocoevalcap")

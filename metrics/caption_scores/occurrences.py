@@ -5,11 +5,10 @@ where the masks of its words, each shifted by its place in the n-gram, agree.
 """
 
 from collections.abc import Iterator
-from itertools import repeat
 
 import numpy as np
 
-from .ngrams import MAX_ORDER, Captions
+from .ngrams import MAX_ORDER, Captions, sort_pairs
 
 CELLS_AT_ONCE = 1 << 16  # what is looked at again and again stays in the processor's cache
 SIZE_LIMITS = 16 << np.arange(32)  # of blocks; up to 64 these are the bits of numpy's types
@@ -46,28 +45,35 @@ def place_columns(captions: Captions, chosen: np.ndarray, no_word: int | None = 
 def word_masks(words: np.ndarray, others: np.ndarray) -> np.ndarray:
     """For each word, the places of the other caption in the same column that hold it, as bits; `MAX_ORDER` rows of zeros behind.
 
-    The bits are those of the smallest unsigned type that has enough, or of Python's integers beyond 64.
+    The bits are those of the smallest unsigned type that has enough, or of as many numbers of 64 as it takes, lowest first:
+    (numbers, rows, columns).
     """
     bits = len(others)
     if bits > 64:
         return _long_masks(words, others)
     kind = np.uint16 if bits <= 16 else np.uint32 if bits <= 32 else np.uint64
-    masks = np.zeros((len(words) + MAX_ORDER, words.shape[1]), dtype=kind)
+    masks = np.zeros((1, len(words) + MAX_ORDER, words.shape[1]), dtype=kind)
     for position, other in enumerate(others):
-        masks[: len(words)] |= (words == other) * kind(1 << position)
+        masks[0, : len(words)] |= (words == other) * kind(1 << position)
     return masks
 
 
 def _long_masks(words: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """As `word_masks`, with captions of any length."""
-    masks = np.zeros((len(words) + MAX_ORDER, words.shape[1]), dtype=object)
-    bits = [1 << position for position in range(len(others))]
-    for column, (of_column, of_other) in enumerate(zip(words.T.tolist(), others.T.tolist(), strict=True)):
-        places: dict[int, int] = {}
-        for word, bit in zip(of_other, bits, strict=True):
-            places[word] = places[word] | bit if word in places else bit
-        masks[: len(words), column] = list(map(places.get, of_column, repeat(0)))
-    return masks
+    """As `word_masks`: the places of each word of a column are found by sorting, not by comparing all with all."""
+    columns = words.shape[1]
+    cells = np.concatenate((others.ravel(), words.ravel()))
+    place = np.flatnonzero(cells >= 0)
+    _, first, place = sort_pairs(place % columns, cells.take(place), place)
+    run = np.repeat(np.arange(len(first)), np.diff(first, append=len(place)))
+    in_other = place < others.size
+    row = place[in_other] // columns
+    of_run = np.zeros((-(-len(others) // 64), len(first)), dtype=np.uint64)
+    np.bitwise_or.at(
+        of_run.ravel(), row // 64 * len(first) + run[in_other], np.uint64(1) << (row % 64).astype(np.uint64)
+    )
+    masks = np.zeros((len(of_run), (len(words) + MAX_ORDER) * columns), dtype=np.uint64)
+    masks[:, place[~in_other] - others.size] = of_run[:, run[~in_other]]
+    return masks.reshape(len(masks), -1, columns)
 
 
 def occurrences(masks: np.ndarray, place: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -76,26 +82,34 @@ def occurrences(masks: np.ndarray, place: np.ndarray) -> Iterator[tuple[np.ndarr
     Yields:
         of each, row after row: its column, its place, and how often it occurs there, int64.
     """
-    columns = masks.shape[1]
-    column = np.tile(np.arange(columns), len(masks))
-    masks, place = masks.ravel(), place.ravel()
-    at = np.flatnonzero(masks != 0)
-    column, place, found = column.take(at), place.take(at), masks.take(at)
-    yield column, place, bit_count(found).astype(np.int64)
+    numbers, rows, columns = masks.shape
+    column = np.tile(np.arange(columns), rows)
+    masks, place = masks.reshape(numbers, -1), place.ravel()
+    at = np.flatnonzero(masks.any(axis=0))
+    column, place, found = column.take(at), place.take(at), masks.take(at, axis=1)
+    yield column, place, bit_count(found).sum(axis=0, dtype=np.int64)
     for order in range(1, MAX_ORDER):
-        found = found & (masks.take(at + order * columns) >> order)
-        keep = np.flatnonzero(found != 0)
-        at, column, place, found = at.take(keep), column.take(keep), place.take(keep), found.take(keep)
-        yield column, place, bit_count(found).astype(np.int64)
+        next_word = masks.take(at + order * columns, axis=1)
+        found[:-1] &= next_word[:-1] >> order | next_word[1:] << (64 - order)
+        found[-1] &= next_word[-1] >> order
+        keep = np.flatnonzero(found.any(axis=0))
+        at, column, place, found = at.take(keep), column.take(keep), place.take(keep), found.take(keep, axis=1)
+        yield column, place, bit_count(found).sum(axis=0, dtype=np.int64)
 
 
 def common_subsequences(masks: np.ndarray) -> np.ndarray:
     """The length of the longest common subsequence of the two captions of each column, int64 (Hyyro 2004)."""
-    unmatched = ~np.zeros(masks.shape[1], dtype=masks.dtype)
-    for row in masks[:-MAX_ORDER]:
-        hit = unmatched & row
-        unmatched = (unmatched + hit) | (unmatched - hit)
-    return bit_count(~unmatched).astype(np.int64)
+    unmatched = np.full((len(masks), masks.shape[2]), ~masks.dtype.type(0))
+    for row in range(masks.shape[1] - MAX_ORDER):
+        hit = unmatched & masks[:, row]
+        total = unmatched + hit
+        carry = (total < hit)[:-1]
+        while carry.any():
+            total[1:] += carry
+            carry[1:] = carry[:-1] & (total[1:-1] == 0)
+            carry[:1] = False
+        unmatched = total | (unmatched - hit)
+    return bit_count(~unmatched).sum(axis=0, dtype=np.int64)
 
 
 def own_counts(captions: Captions) -> np.ndarray:
@@ -105,8 +119,9 @@ def own_counts(captions: Captions) -> np.ndarray:
     for chosen in similar_sizes(captions.lengths):
         words, place = place_columns(captions, chosen)
         masks = word_masks(words, words)
-        for position in range(len(words)):
-            masks[position] &= ~masks.dtype.type(1 << position)  # the others alone: few n-grams occur twice
+        bits = 8 * masks.itemsize
+        for position in range(len(words)):  # the others alone: few n-grams occur twice
+            masks[position // bits, position] &= ~masks.dtype.type(1 << position % bits)
         for of_order, (_, at, count) in zip(counts, occurrences(masks, place), strict=True):
             of_order[at] += count.astype(kind)
     return counts
