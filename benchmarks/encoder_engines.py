@@ -133,9 +133,8 @@ def rate(encode: Encode, pixels: torch.Tensor) -> float:
 def compare_captions(captioner: Captioner, engines: dict[str, Encode], batches: list[torch.Tensor], references) -> dict:
     """CIDEr of each engine's captions, and how they and the states differ from torch's."""
     scorer = CaptionScorer([list(captions) for captions in references])
-    result, captions, ciders, errors = {}, {}, {}, dict.fromkeys(engines, 0.0)
-    for name in engines:
-        captions[name] = []
+    result, ciders, errors = {}, {}, dict.fromkeys(engines, 0.0)
+    captions: dict[str, list[str]] = {name: [] for name in engines}
     for pixels in batches:
         wanted = engines["torch"](pixels).last_hidden_state
         for name, encode in engines.items():

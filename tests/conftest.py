@@ -60,7 +60,7 @@ def exporter(tmp_path_factory):
         pytest.skip(f"export_onnx.py needs torch 2.7, and refuses {torch.__version__}")
     from benchmarks import onnx_step
     from modeling import onnx_export
-    from training.features import weights_digest
+    from modeling.fingerprint import weights_digest
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -71,8 +71,10 @@ def exporter(tmp_path_factory):
         kept = folder / f"exported-{weights_digest(captioner.model)}"
         with FileLock(f"{kept}.lock"):
             if not kept.exists():
-                kept.mkdir()
-                export(captioner, kept)
+                begun = kept.with_name(f"{kept.name}-begun")  # a failed export is none
+                begun.mkdir(exist_ok=True)
+                export(captioner, begun)
+                begun.rename(kept)
         shutil.copytree(kept, into, dirs_exist_ok=True)
 
     with pytest.MonkeyPatch.context() as patch:
