@@ -1,6 +1,5 @@
 """An exported captioner in place of one of torch: it starts in a fraction of the time that importing torch takes."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,11 +8,10 @@ import numpy as np
 
 from captioning.onnx_decoding import SUFFIXES, ExportedCaptioner, Rules, read_settings
 from system.errors import UserError
+from system.files import sha256_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-BYTES_AT_ONCE = 2**20
 
 
 def is_exported(name_or_path: str) -> bool:
@@ -91,12 +89,8 @@ class OnnxCaptioner:
 
     def settings(self) -> dict:
         """What captions depend on, of JSON's types: a digest of the files, and the decoding settings."""
-        digest = hashlib.sha256()
-        for path in [*self.model.files, *sorted(self.folder.glob("*.onnx.data")), self.folder / "preprocess.onnx"]:
-            with path.open("rb") as file:
-                while chunk := file.read(BYTES_AT_ONCE):
-                    digest.update(chunk)
-        return {"weights": digest.hexdigest(), "decoding": self.model.settings}
+        files = [*self.model.files, *sorted(self.folder.glob("*.onnx.data")), self.folder / "preprocess.onnx"]
+        return {"weights": sha256_of(*files), "decoding": self.model.settings}
 
     def generate(self, inputs: dict, inspect: bool = False, **_) -> list[dict]:
         """Caption one batch of images.

@@ -1,6 +1,7 @@
 """Atomic writes: files and folders that are complete or absent."""
 
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -82,3 +83,13 @@ def resumable_folder(output_dir: str | Path, key: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256_of(*paths: Path) -> str:
+    """Digest of the content of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -8,7 +8,6 @@ folder has to be one that all processes see.
 
 import errno
 import filecmp
-import hashlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 
 from system.errors import UserError
-from system.files import write_file
+from system.files import sha256_of, write_file
 
 CHECKSUMS = "checksums.json"
 TRAINER_STATE = "trainer_state.json"
@@ -154,16 +153,8 @@ def newest_whole(output_dir: str | os.PathLike) -> str:
 
 
 def _write_checksums(folder: Path) -> None:
-    sums = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    sums = {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
@@ -304,7 +295,7 @@ def checkpoint_problem(folder: Path) -> str | None:
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
         for name, expected in sums.items():
-            if _sha256(folder / name) != expected:
+            if sha256_of(folder / name) != expected:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"
