@@ -1,6 +1,7 @@
 """Image files: which are read and how large they may be, and their pixels as 8-bit RGB, whatever depth they have."""
 
 import io
+import json
 import os
 import re
 import sys
@@ -8,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -150,6 +151,41 @@ def table_image(content: bytes, window: tuple[float, float] | None = None) -> tu
     image.save(buffer, "PNG")
     stored = [] if decoded.is_scaled else [f"{decoded.format}, stored as PNG"]
     return buffer.getvalue(), decoded.notes + stored
+
+
+NOTED = ("exif", "width", "height")  # by img2dataset: of the download, and of what it wrote
+# EXIF orientations in the words of exifread, which img2dataset keeps.
+ORIENTATIONS = {
+    "Mirrored horizontal": 2,
+    "Rotated 180": 3,
+    "Mirrored vertical": 4,
+    "Mirrored horizontal then rotated 90 CCW": 5,
+    "Rotated 90 CW": 6,
+    "Mirrored horizontal then rotated 90 CW": 7,
+    "Rotated 90 CCW": 8,
+}
+
+
+def keep_noted_orientation(content: bytes, about: dict[str, Any]) -> bytes:
+    """The bytes of a JPEG with the EXIF orientation that img2dataset dropped as it wrote the photo anew; all else as it is.
+
+    Args:
+        content: The image file as img2dataset has it.
+        about: What it notes of the sample: the cells of `NOTED`, of which `exif` is JSON text.
+    """
+    try:
+        orientation = ORIENTATIONS.get(json.loads(about["exif"])["Image Orientation"])
+        if orientation is None or not content.startswith(b"\xff\xd8"):
+            return content
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+            if "exif" in image.info or image.size != (about.get("width"), about.get("height")):
+                return content  # the download itself, or changed since
+    except Exception:  # not img2dataset's words, or an image that its own check will name
+        return content
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    segment = exif.tobytes()
+    return content[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + content[2:]
 
 
 class PlugIn(NamedTuple):

@@ -4,8 +4,9 @@
     python -m data_scripts.img2dataset "train-{00000..00009}.tar" --output_dir data/mine
 
 A sample is an image with a .json or .txt of the same name; its captions are `caption` in the first, else the second. What img2dataset
-could not download or resize (`status` in its Parquet files is not "success") is counted. A sample's split is that of the folders' and
-tars' names, `val-00000.tar`. More than fits on the disk twice is better streamed: docs/scale.md.
+could not download or resize (`status` in its Parquet files is not "success") is counted. It writes photos anew without their EXIF
+orientation: a JPEG gets back the one that its `exif` notes. A sample's split is that of the folders' and tars' names, `val-00000.tar`.
+More than fits on the disk twice is better streamed: docs/scale.md.
 
 Source: https://github.com/rom1504/img2dataset, img2dataset/writer.py (1.47).
 """
@@ -15,7 +16,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_scripts.archives import SourceFiles, open_files, read_file
 from data_scripts.command_line import add_archive_option, add_table_options, prepare
-from data_scripts.images import MAX_IMAGE_BYTES
+from data_scripts.images import MAX_IMAGE_BYTES, NOTED, keep_noted_orientation
 from data_scripts.row_checks import SourceRow, note_row, problem_row
 from data_scripts.splits import SPLIT_NAMES
 from data_scripts.text_files import IMAGE_SUFFIXES
@@ -82,18 +83,28 @@ def split_of(name: str) -> str:
     return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
 
 
+def notes_of(texts: dict[str, bytes]) -> dict[str, Any]:
+    """What the .json of a sample says, from the contents of its text files by suffix."""
+    try:
+        about = json.loads(texts.get(".json", b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
 def captions_of(texts: dict[str, bytes]) -> list[Any]:
     """The captions of a sample, from the contents of its text files by suffix."""
-    if ".json" in texts:
-        try:
-            about = json.loads(texts[".json"])
-        except (ValueError, RecursionError):
-            about = None
-        if isinstance(about, dict):
-            for name in CAPTION_NAMES:
-                if about.get(name):
-                    return about[name] if isinstance(about[name], list) else [about[name]]
+    about = notes_of(texts)
+    for name in CAPTION_NAMES:
+        if about.get(name):
+            return about[name] if isinstance(about[name], list) else [about[name]]
     return [texts[suffix].decode("utf-8", "replace").strip() for suffix in TEXT_SUFFIXES if suffix in texts][:1]
+
+
+def _upright(read: Callable[[], bytes], about: dict[str, Any]) -> Callable[[], bytes]:
+    """`read`, with the orientation of what it reads, where `about` notes one."""
+    noted = {name: about.get(name) for name in NOTED}  # a table of rows need not hold the captions twice
+    return (lambda: keep_noted_orientation(read(), noted)) if noted["exif"] else read
 
 
 # ---- Tars -----------------------------------------------------------------------------------------------------------
@@ -106,7 +117,7 @@ def tar_rows(path: Path, name: str) -> Iterator[SourceRow]:
     def row() -> SourceRow:
         if image is None:
             return problem_row(f"{name}, {key}", "sample without an image")
-        read = partial(_read_part, path, *image)
+        read = _upright(partial(_read_part, path, *image), notes_of(texts))
         return SourceRow(split_of(name), key, captions_of(texts), f"{name}, {key}", read)
 
     try:
@@ -165,7 +176,8 @@ def file_rows(files: SourceFiles) -> Iterator[SourceRow]:
                 continue
             key = PurePosixPath(stem).name if PurePosixPath(stem).name.isdigit() else name
             split = split_of(str(PurePosixPath(name).parent))
-            yield SourceRow(split, key, captions_of(texts), name, partial(files.read, name))
+            read = _upright(partial(files.read, name), notes_of(texts))
+            yield SourceRow(split, key, captions_of(texts), name, read)
 
 
 # ---- Parquet --------------------------------------------------------------------------------------------------------
@@ -190,7 +202,7 @@ def parquet_rows(path: Path, name: str) -> tuple[list[SourceRow], bool]:
         columns = parquet.schema_arrow.names
         image = next((field.name for field in parquet.schema_arrow if holds_images(field.type)), None)
         caption = next((column for column in CAPTION_NAMES if column in columns), None)
-        wanted = [column for column in ("key", "status", caption) if column in columns]
+        wanted = [column for column in ("key", "status", caption, *NOTED) if column in columns]
         rows = []
         for group in range(parquet.num_row_groups):
             for number, cells in enumerate(parquet.read_row_group(group, wanted).to_pylist()):
@@ -201,11 +213,8 @@ def parquet_rows(path: Path, name: str) -> tuple[list[SourceRow], bool]:
                 elif image:
                     captions = cells.get(caption)
                     captions = captions if isinstance(captions, list) else [captions]
-                    rows.append(
-                        SourceRow(
-                            split_of(name), str(key), captions, place, partial(_read_cell, path, image, group, number)
-                        )
-                    )
+                    read = _upright(partial(_read_cell, path, image, group, number), cells)
+                    rows.append(SourceRow(split_of(name), str(key), captions, place, read))
     return rows, image is not None
 
 

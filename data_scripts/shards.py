@@ -22,6 +22,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_scripts.images import NOTED, keep_noted_orientation
 from data_scripts.row_checks import caption_problem, listed_captions, valid_id
 from data_scripts.splits import SplitNames
 from data_scripts.text_files import IMAGE_SUFFIXES, find_column
@@ -251,7 +252,7 @@ def _tar_sample(name: str, members: dict[str, bytes]) -> dict[str, Any]:
     about = about if isinstance(about, dict) else {}
     captions = [about[key] for key in CAPTION_NAMES if about.get(key)]
     captions += [members[suffix].decode("utf-8", "replace") for suffix in TEXT_SUFFIXES if suffix in members]
-    image = images[0] if images else b""
+    image = keep_noted_orientation(images[0], about) if images else b""
     return {
         "name": name,
         "image_id": name,
@@ -268,6 +269,7 @@ def _read_parquet(file: io.IOBase, start: int) -> Iterator[dict[str, Any]]:
     parquet = pq.ParquetFile(file)
     columns = _parquet_columns(parquet.schema_arrow)
     wanted = [name for name in columns.values() if name]
+    wanted += [name for name in NOTED if name in parquet.schema_arrow.names and name not in wanted]
     features = features_of_shard(parquet.schema_arrow)
     wanted += list(features["columns"]) if features else []
     first = 0
@@ -321,10 +323,11 @@ def holds_images(kind: pa.DataType) -> bool:
 def _parquet_sample(row: dict, number: int, columns: dict[str, str | None], features: dict | None) -> dict[str, Any]:
     image, captions = row[columns["image"]], row[columns["captions"]]
     image_id = valid_id(row[columns["name"]]) if columns["name"] else None
+    content = image.get("bytes") if isinstance(image, dict) else image
     sample = {
         "name": f"row {number}" if image_id is None else image_id,
         "image_id": image_id,
-        "image": image.get("bytes") if isinstance(image, dict) else image,
+        "image": keep_noted_orientation(content, row) if content else content,
         "captions": captions if isinstance(captions, list) else [captions],
     }
     if features:

@@ -17,7 +17,9 @@ from PIL import Image
 from small_captioners import COLORS, IMAGES, build
 
 import data_scripts.__main__ as data_scripts_command
-from data_scripts import load_captions, load_for_training
+from data_scripts import img2dataset, load_captions, load_for_training
+from data_scripts.images import decode_image
+from data_scripts.shards import read_shard
 from training.batches import CaptionCollator, CaptionPairs
 from training.shards import CaptionStream, StreamedCaption
 
@@ -326,6 +328,41 @@ def test_what_img2dataset_wrote_is_streamed_too(tmp_path, captioner, make):
     token_ids = [list(captioner.tokenizer(text).input_ids) for text in captions]
     items = [StreamedCaption(n, content(n), ids, 0, "", None) for n, ids in enumerate(token_ids)]
     assert_trains(captioner, stream.__getitems__(items))
+
+
+def test_photos_that_img2dataset_laid_on_their_side_are_upright(tmp_path):
+    """In tars, files, Parquet and streamed: by its notes, unless the bytes are the download's or were changed since."""
+    upright = Image.new("RGB", (20, 40), "blue")
+    upright.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    written, download = io.BytesIO(), io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(written, "JPEG")  # the pixels as the camera stored them
+    upright.transpose(Image.Transpose.ROTATE_90).save(download, "JPEG", exif=exif)
+    turned = io.BytesIO()
+    upright.save(turned, "JPEG")
+    images = [file.getvalue() for file in (written, download, turned)]
+    noted = {"caption": "red above blue", "width": 40, "height": 20, "exif": '{"Image Orientation": "Rotated 90 CW"}'}
+    samples = {str(n): {"jpg": image, "json": json.dumps(noted).encode()} for n, image in enumerate(images)}
+    for folder in ("tars", "files", "table"):
+        (tmp_path / folder).mkdir()
+    write_tar(tmp_path / "tars" / "0.tar", samples)
+    for key, members in samples.items():
+        for suffix, data in members.items():
+            (tmp_path / "files" / f"{key}.{suffix}").write_bytes(data)
+    columns = {name: [value] * 3 for name, value in noted.items()} | {"jpg": images, "key": list(samples)}
+    pq.write_table(pa.table(columns), tmp_path / "table" / "0.parquet")
+    read = []
+    for folder in ("tars", "files", "table"):
+        img2dataset.main([str(tmp_path / folder), "--output_dir", str(tmp_path / "out" / folder), *UNCUT])
+        read += [row["image"] for row in load_captions(str(tmp_path / "out" / folder))["train"]]
+    for shard in ("tars/0.tar", "table/0.parquet"):
+        streamed = [sample.image for _, sample in read_shard(str(tmp_path / shard), 0, True)]
+        assert streamed[1:] == images[1:]
+        read += map(decode_image, streamed)
+    assert len(read) == 15
+    for image in read:
+        assert image.size == (20, 40) and image.getpixel((10, 5))[0] > 200 > 60 > image.getpixel((10, 35))[0]
 
 
 def refused(capsys, *argv: object) -> str:
