@@ -253,7 +253,7 @@ def color_in_window(image: Image.Image, content: bytes, window: tuple[float, flo
         BadImage: Pillow has no such raw mode, as of gray with alpha.
     """
     lower = Image.open(io.BytesIO(content), formats=[image.format])
-    lower.tile = [(*tile[:3], _turned_around(tile[3])) for tile in lower.tile]
+    lower.tile = [_with_arguments(tile, _turned_around(tile[3])) for tile in lower.tile]
     try:
         lower.load()
     except (ValueError, OSError) as error:
@@ -263,6 +263,11 @@ def color_in_window(image: Image.Image, content: bytes, window: tuple[float, flo
     scaled = Image.fromarray((np.clip((values - low) / (high - low), 0, 1) * 255).round().astype(np.uint8))
     scaled.getexif().update(image.getexif())  # for its orientation
     return to_rgb(scaled)
+
+
+def _with_arguments(tile: tuple, arguments: str | tuple) -> tuple:
+    """Pillow's tile with other arguments of its decoder: a named tuple, which Pillow 13 insists on, or a plain one in old versions."""
+    return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
 
 def _turned_around(raw_mode: str | tuple) -> str | tuple:
