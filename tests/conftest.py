@@ -11,12 +11,9 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 import pytest
-import torch
 from filelock import FileLock
 from packaging.version import Version
 from PIL import Image
-
-torch.set_num_threads(1)
 
 # Fixtures of tests that take seconds: whole runs, processes of their own, a browser.
 SLOW_FIXTURES = {
@@ -34,6 +31,8 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     """Runs of the tests leave a blank curves.png: they are many, and drawing takes longer than so small a training."""
+    if torch := sys.modules.get("torch"):  # not imported here: pytest-xdist starts its workers after this process
+        torch.set_num_threads(1)
     gc.freeze()  # the collector would go through all libraries again and again
     if run := sys.modules.get("training.run"):
         run.draw_curves = lambda folder, history: Image.new("L", (1, 1), 255).save(Path(folder) / "curves.png")
@@ -56,6 +55,8 @@ def exporter(tmp_path_factory):
 
     Tests that need it are skipped with a torch whose exporter cannot export a captioner.
     """
+    import torch
+
     if Version(torch.__version__) < Version("2.7"):
         pytest.skip(f"export_onnx.py needs torch 2.7, and refuses {torch.__version__}")
     from benchmarks import onnx_step

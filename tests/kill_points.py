@@ -68,6 +68,8 @@ OWN_OPTIONS = {
 }
 # Modules that the scripts, or the libraries they use, import when they need them.
 IMPORTED_LATE = [
+    *("accelerate.commands.launch", "torch.distributed.run", "modeling.encoders"),
+    "torch.nn.modules.linear_cross_entropy",
     *("torch.utils.tensorboard", "matplotlib.backends.backend_agg", "torch._dynamo", "training.run", "training.lora"),
     *("training.self_critical", "training.tokenizers", "training.encoder_training", "modeling.inception_lstm"),
     *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("vit", "gpt2", "vision_encoder_decoder")),

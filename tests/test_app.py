@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 import torch
+from fresh import run_fresh
 from PIL import Image
 
 import app
@@ -66,6 +64,7 @@ def serve():
 
     yield serve_app
     for blocks in served:
+        blocks.server.force_exit = True  # without waiting for seconds until the browser has closed its connections
         blocks.close(verbose=False)
 
 
@@ -127,9 +126,12 @@ def test_from_image_to_caption_with_a_click(browser, serve, captioners, images):
     page.close()
 
 
-def test_a_model_of_scenes_has_scenes_to_try_and_a_note_beside_any_other_image(browser, serve, captioners, images):
+def test_a_model_of_scenes_has_scenes_to_try_and_a_note_beside_any_other_image(
+    browser, serve, captioners, images, monkeypatch
+):
     from playwright.sync_api import expect
 
+    monkeypatch.setattr(scenes, "NUM_SCENES", {"train": 40, "validation": 8, "test": 9})
     page = browser.new_page()
     page.goto(serve(captioners, one=TrainingData("scenes", is_scenes=True)))
     expect(page.locator("#examples img")).to_have_count(app.NUM_EXAMPLES)
@@ -311,20 +313,39 @@ def test_the_app_starts_on_the_demos_models_and_leaves_the_address_to_gradio(
     assert launched["max_file_size"] == app.MAX_IMAGE_BYTES and launched["queue"] == app.MAX_WAITING
 
 
+# The app serves until it is ended; a thread beside it asks for a file as soon as there is an answer, and ends it.
+SERVED = f"""
+import os, sys, threading, time
+import requests
+sys.path.insert(0, {str(Path(app.__file__).parent)!r})
+name, port, model = sys.argv[1:]
+os.environ.update(GRADIO_SERVER_NAME=name, GRADIO_SERVER_PORT=port)
+
+def ask():
+    for _ in range(6000):
+        try:
+            print(requests.get(f"http://{{name}}:{{port}}/config").status_code, flush=True)
+        except requests.ConnectionError:
+            time.sleep(0.01)
+        else:
+            time.sleep(0.5)  # in which the app says where it is
+            os._exit(0)
+    os._exit(1)
+
+threading.Thread(target=ask, daemon=True).start()
+import app
+app.main([model])
+"""
+
+
 @pytest.mark.slow
 def test_the_environments_address_is_obeyed_and_a_wrong_one_refused(captioners, tmp_path, monkeypatch, capsys):
     captioners["one"].save(tmp_path / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"GRADIO_SERVER_NAME": "localhost", "GRADIO_SERVER_PORT": str(port)}
-    command = [sys.executable, app.__file__, str(tmp_path / "model")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert f"http://localhost:{port}" in next(line for line in server.stdout if "http" in line)
-            assert requests.get(f"http://localhost:{port}/config").status_code == 200
-        finally:
-            server.terminate()
+    said = run_fresh(SERVED, "localhost", str(port), tmp_path / "model", folder=tmp_path / "elsewhere")
+    assert "200" in said.splitlines() and f"http://localhost:{port}" in said
     monkeypatch.setenv("GRADIO_SERVER_PORT", "abc")
     with pytest.raises(SystemExit) as stopped:
         app.main([str(tmp_path / "model")])

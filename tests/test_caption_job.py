@@ -203,7 +203,7 @@ def captioned(arguments: list[str], peak=None) -> None:
         peak.value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def kill_and_resume(model: str, folder: Path, output: Path, kills: int, options=(), seconds: float = 1.5) -> None:
+def kill_and_resume(model: str, folder: Path, output: Path, kills: int, options=(), seconds: float = 0.8) -> None:
     """Start a run as often as there are kills, each killed at a random moment, and once more to its end."""
     context = start_server()
     arguments = ["--model_name_or_path", model, str(folder), "--batch_size", "4", "--encoder_engine", "torch"]
@@ -212,7 +212,7 @@ def kill_and_resume(model: str, folder: Path, output: Path, kills: int, options=
     for _ in range(kills):
         process = context.Process(target=captioned, args=(arguments,))
         process.start()
-        process.join(moment.uniform(0.2, seconds))
+        process.join(moment.uniform(0.3, seconds))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -225,11 +225,11 @@ def kill_and_resume(model: str, folder: Path, output: Path, kills: int, options=
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_kills_cost_nothing(name, model, tmp_path):
-    folder = make_images(tmp_path / "images", 400)
+    folder = make_images(tmp_path / "images", 300)
     run(model, folder, "--output", tmp_path / "whole.jsonl")
     kill_and_resume(model, folder, tmp_path / name, 5, FORMATS[name])
     found = read_output(tmp_path / name)
-    assert len(found) == 400 and dict(found) == dict(read_output(tmp_path / "whole.jsonl"))
+    assert len(found) == 300 and dict(found) == dict(read_output(tmp_path / "whole.jsonl"))
 
 
 @pytest.mark.slow

@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from kill_points import SCRIPTS, log_of, run_script, run_together, start_server
 from safetensors.torch import load_file
@@ -137,22 +138,31 @@ def test_a_model_sharded_over_two_processes_ends_where_a_whole_one_does(context,
     assert_same(tmp_path / "ended", folder / "one")
 
 
+def launch(options: list[str], log: Path) -> None:
+    """Be `accelerate launch`, in a process that has its modules imported, which takes seconds."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update({"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""})
+    os.chdir(ROOT)
+    launch_command(launch_command_parser().parse_args(options))
+
+
 @contextmanager
-def launched(script: str, options: list[str], dataset: str, folder: Path) -> Iterator[tuple]:
+def launched(context, script: str, options: list[str], dataset: str, folder: Path) -> Iterator[tuple]:
     """A long run as a user starts it, once it has a checkpoint: the launcher, and its processes. `folder` gets the run and a log."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_machines", "1"]
+    command = [*options, "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [f"{script}.py", *SCRIPTS[script], "--dataset_name", dataset, "--output_dir", str(folder / "run")]
     command += ["--num_train_epochs", "9999", "--eval_epochs", "9999", "--save_epochs", "9999", "--save_steps", "3"]
     command += ["--report_to", "none"]
-    with open(folder / "log", "w") as log:
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    launcher = context.Process(target=launch, args=(command, folder / "log"))
+    launcher.start()
     ends, processes = time.monotonic() + 150, []
     try:
         while not list((folder / "run").glob("checkpoint-*")):
-            assert time.monotonic() < ends and launcher.poll() is None, (folder / "log").read_text()[-3000:]
-            time.sleep(0.2)
+            assert time.monotonic() < ends and launcher.is_alive(), (folder / "log").read_text()[-3000:]
+            time.sleep(0.01)
         processes = children(launcher)
         yield launcher, processes
     finally:
@@ -162,21 +172,20 @@ def launched(script: str, options: list[str], dataset: str, folder: Path) -> Ite
                 os.kill(pid, signal.SIGKILL)
 
 
-def children(launcher: subprocess.Popen) -> list[int]:
+def children(launcher: BaseProcess) -> list[int]:
     found = subprocess.run(["ps", "--ppid", str(launcher.pid), "-o", "pid="], capture_output=True, text=True)
     return [int(pid) for pid in found.stdout.split()]
 
 
 @pytest.mark.slow
-def test_the_launcher_ends_when_one_process_dies(small_scenes, tmp_path):
+def test_the_launcher_ends_when_one_process_dies(context, small_scenes, tmp_path):
     """In the middle of a long run, from outside."""
-    with launched("train_lstm", ["--multi_gpu", "--num_processes", "2"], small_scenes, tmp_path) as (
-        launcher,
-        processes,
-    ):
+    options = ["--multi_gpu", "--num_processes", "2"]
+    with launched(context, "train_lstm", options, small_scenes, tmp_path) as (launcher, processes):
         assert len(processes) == 2
         os.kill(processes[1], signal.SIGKILL)
-        assert launcher.wait(timeout=90) != 0
+        launcher.join(90)
+        assert launcher.exitcode not in (0, None)
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
 
 
@@ -186,14 +195,15 @@ LAUNCHERS = {"train_lstm": ["--multi_gpu", "--num_processes", "2"], "train_vit_g
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the launcher of one process leaves it alone")
 @pytest.mark.parametrize("script", LAUNCHERS)
-def test_sigterm_to_the_launcher_saves_too(small_scenes, tmp_path, script):
-    with launched(script, LAUNCHERS[script], small_scenes, tmp_path) as (launcher, processes):
+def test_sigterm_to_the_launcher_saves_too(context, small_scenes, tmp_path, script):
+    with launched(context, script, LAUNCHERS[script], small_scenes, tmp_path) as (launcher, processes):
         launcher.terminate()
-        assert launcher.wait(timeout=90) != 0
+        launcher.join(90)
+        assert launcher.exitcode not in (0, None)
         ends = time.monotonic() + 60
         while any(Path(f"/proc/{pid}").exists() for pid in processes):
             assert time.monotonic() < ends, "the run has outlived its launcher"
-            time.sleep(0.2)
+            time.sleep(0.01)
     newest = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
     (sentence,) = re.findall("stopped by SIGTERM.*", (tmp_path / "log").read_text())
     assert f"checkpoint-{newest} " in sentence and "--resume_from_checkpoint last" in sentence

@@ -1,10 +1,6 @@
 """Processes that decode images work however they are started: macOS and Windows spawn them, Python 3.14 uses a fork server."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import multiprocessing
 
 import pytest
 import torch
@@ -12,14 +8,14 @@ from kill_points import start_server
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor
 
+import caption
+import train_lstm
 from data_scripts import load_captions
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling.processing import build_processor
 from training.arguments import DataArguments
 from training.batches import CaptionCollator, CaptionPairs, CaptionSampler
 from training.features import encode_splits
-
-ROOT = Path(__file__).parent.parent
 
 
 class MeanColor(torch.nn.Module):
@@ -58,24 +54,20 @@ def test_batches_of_a_worker_that_inherits_nothing_are_the_same(small_scenes):
                 assert torch.equal(one["encoder_outputs"][0], other["encoder_outputs"][0])
 
 
-RUN = """
-import json, multiprocessing, sys
-import train_lstm, caption
-
-if __name__ == "__main__":
-    multiprocessing.set_start_method("forkserver")
-    multiprocessing.set_forkserver_preload(["train_lstm", "training.features", "training.batches", "caption", "captioning.job"])
-    train, generate = json.loads(sys.argv[1])
-    train_lstm.main(train)
-    caption.main(generate)
-"""
+@pytest.fixture
+def inheriting_nothing():
+    """Processes that this one starts are forked from the server of `start_server`, unless told otherwise."""
+    start_server()
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inheriting_nothing")
 def test_a_training_and_a_captioning_run_whose_workers_inherit_nothing(small_scenes, tmp_path):
     """As on macOS and Windows: all that a worker needs is pickled. A fork server has the libraries at hand, which saves their import."""
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
     run, image = tmp_path / "run", tmp_path / "red.png"
     load_captions(small_scenes)["test"][0]["image"].save(image)
     train = {
@@ -85,8 +77,6 @@ def test_a_training_and_a_captioning_run_whose_workers_inherit_nothing(small_sce
     }
     generate = {"model_name_or_path": run, "num_workers": 1, "output": tmp_path / "c.jsonl"}
     options = [[f"--{name}={value}" for name, value in of.items()] for of in (train, generate)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(script), json.dumps([options[0], [*options[1], str(image)]])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    train_lstm.main(options[0])
+    caption.main([*options[1], str(image)])
     assert (run / "results.json").is_file() and len((tmp_path / "c.jsonl").read_text().splitlines()) == 1
