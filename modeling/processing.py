@@ -77,6 +77,17 @@ class ImagesToPixels:
         return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
 
 
+def has_vocabulary(tokenizer) -> bool:
+    """Whether a tokenizer has more than special tokens: of no files at all transformers 5 makes one of those alone."""
+    added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    # 5.5's is of <s>, </s>, <pad>, <unk> and [START_REF], not all of them special; T5's and mBART's have the blank besides.
+    return any(
+        token[0] + token[-1] not in ("<>", "[]", "▁▁")
+        for token in tokenizer.get_vocab()
+        if token and token not in added
+    )
+
+
 def load_processor(name_or_path: str):
     """The processor saved with a captioner.
 
@@ -91,7 +102,6 @@ def load_processor(name_or_path: str):
     else:
         image_processor = AutoImageProcessor.from_pretrained(name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    # Of no files at all transformers 5.5 makes one of <s>, </s>, <pad>, <unk> and [START_REF].
-    if all(token[0] + token[-1] in ("<>", "[]") for token in tokenizer.get_vocab() if token):
+    if not has_vocabulary(tokenizer):
         raise ValueError("its tokenizer has no vocabulary: the files of a tokenizer are missing")
     return build_processor(image_processor, tokenizer)

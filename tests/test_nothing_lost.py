@@ -15,12 +15,14 @@ from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image, features
 from tokenizers import normalizers
+from transformers import AutoConfig
 
 from data_scripts import coco, flickr8k, flickr30k, hub, image_folder, karpathy, load_captions, paragraphs
 from data_scripts.caption_table import FEATURES, write_caption_table
 from data_scripts.captions_file import read_captions
 from data_scripts.row_checks import SourceRow, listed_captions
 from data_scripts.train_tokenizer import train_tokenizer
+from system.errors import UserError
 from training.tokenizers import load_or_train_tokenizer
 
 UNCUT = ["--validation_share", "0", "--test_share", "0"]
@@ -553,3 +555,11 @@ def test_a_tokenizer_that_changes_captions_is_told_with_a_count(tmp_path, caplog
         load_or_train_tokenizer(str(tmp_path), captions, 60, None)
         assert len(caplog.messages) == bool(num_changed)
         assert all(f" {num_changed} of the first 4 " in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart", "bert", "t5", "mbart"])
+def test_a_folder_without_tokenizer_files_has_no_tokenizer(tmp_path, kind) -> None:
+    """transformers makes one of special tokens alone, which has nothing of any caption."""
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no vocabulary"):
+        load_or_train_tokenizer(str(tmp_path), ["a dog"], 60, None)

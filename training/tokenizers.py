@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data_scripts.augmentations import augment_caption
 from data_scripts.train_tokenizer import check_special_tokens, train_tokenizer
 from data_scripts.trim_vocabulary import trim_tokenizer
+from modeling.processing import has_vocabulary
+from system.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +23,12 @@ def load_or_train_tokenizer(
     """The tokenizer that is named, or one of `vocab_size` tokens trained on the training captions.
 
     Raises:
-        UserError: It has no start or no end token, or `vocab_size` is too small for the captions' characters.
+        UserError: It has no vocabulary, no start or no end token, or `vocab_size` is too small for the captions' characters.
     """
     if name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        if not has_vocabulary(tokenizer):
+            raise UserError(f"{name_or_path}: its tokenizer has no vocabulary, the files of a tokenizer are missing")
         _warn_of_changed_captions(tokenizer, training_captions)
     else:
         trained = [train_tokenizer(training_captions, vocab_size) if accelerator.is_main_process else None]
