@@ -108,6 +108,8 @@ class Job:
 
     def is_there(self, ref: ImageRef) -> bool:
         """Whether a run before has captioned an image."""
+        if ref.problem:  # such as another image's sidecar, which may be there
+            return False
         return self.output.has(ref) or (self.doubtful is not None and self.doubtful.has(ref))
 
     def batches(self, refs: Iterable[ImageRef], batch_size: int) -> Iterator[list[ImageRef]]:

@@ -227,10 +227,22 @@ class Sidecars:
         self.there = Names()
 
     def path_of(self, ref: ImageRef) -> Path:
-        """The sidecar of an image."""
+        """The sidecar of an image; beside it, the one that is there in upper case, as X.TXT beside X.JPG."""
         if self.folder:
             return self.folder.joinpath(*safe_parts(ref.relative)).with_suffix(self.suffix)
-        return Path(ref.path).with_suffix(self.suffix)
+        path = Path(ref.path).with_suffix(self.suffix)
+        upper = path.with_suffix(self.suffix.upper())
+        return upper if not path.exists() and upper.exists() else path
+
+    def problem_of(self, ref: ImageRef) -> str:
+        """Why an image's caption cannot be joined with what its sidecar has; "" if it can."""
+        path = self.path_of(ref)
+        if self.existing in ("append", "prepend") and path.exists():
+            try:
+                self.read_text(path)
+            except UnicodeDecodeError:
+                return f"its sidecar {printable(path.name)} is not UTF-8 text, and stays as it is: save it as UTF-8"
+        return ""
 
     def recover(self) -> None:
         for path in [self.journal.path, *self.journal.parts()]:
@@ -282,7 +294,7 @@ class Sidecars:
         return new + "\n"
 
     def read_text(self, path: Path) -> str:
-        return path.read_text(encoding="utf-8", errors="surrogateescape")
+        return path.read_text(encoding="utf-8-sig")
 
     def write_text(self, path: Path, text: str) -> None:
         write_file(path, text.encode("utf-8", "backslashreplace"), sync=False)

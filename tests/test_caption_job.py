@@ -315,6 +315,36 @@ def test_sidecars_in_a_folder_of_their_own_and_images_of_one_stem(model, tmp_pat
     assert "000000.png" in (error := capsys.readouterr().err) and "2 of 3 images captioned, 1 cannot be" in error
 
 
+def test_what_a_sidecar_has_is_joined_whole_or_stays(model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 4, 4) / "000"
+    latin, with_mark, utf_16 = (folder / f"{index:06d}.txt" for index in range(3))
+    latin.write_bytes("caf\u00e9".encode("latin-1"))
+    with_mark.write_bytes(b"\xef\xbb\xbfold\r\n")
+    utf_16.write_bytes("old".encode("utf-16"))
+    (folder / "000003.png").rename(folder / "UPPER.PNG")
+    (folder / "UPPER.TXT").write_text("old")
+    options = ["--output_format", "sidecars", "--existing", "prepend"]
+    run(model, folder, *options, "--dry_run")
+    assert "2 of 4 images would be captioned, 2 sidecars prepended to; 0 are already; 2 " in capsys.readouterr().out
+    run(model, folder, *options)
+    error = capsys.readouterr().err
+    assert all(path.name in error for path in (latin, utf_16)) and "2 of 4 images captioned, 2 cannot be" in error
+    assert latin.read_bytes() == "caf\u00e9".encode("latin-1") and utf_16.read_bytes() == "old".encode("utf-16")
+    assert with_mark.read_text().endswith(", old\n") and "\ufeff" not in with_mark.read_text()
+    assert (folder / "UPPER.TXT").read_text().endswith(", old\n") and not (folder / "UPPER.txt").exists()
+
+
+def test_an_image_whose_sidecar_is_anothers_is_named_by_every_run(model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 2, 2)
+    Image.new("RGB", (9, 9)).save(folder / "000" / "000000.bmp")
+    for summary in (
+        "2 of 3 images captioned, 1 cannot be",
+        "0 of 3 images captioned, 2 were captioned before, 1 cannot be",
+    ):
+        run(model, folder, "--output_format", "sidecars")
+        assert "000000.png" in (error := capsys.readouterr().err) and summary in error
+
+
 def test_a_sidecar_is_appended_to_once_whenever_the_kill_comes(model, tmp_path, monkeypatch):
     import captioning.outputs as outputs
 
