@@ -185,6 +185,8 @@ class CaptionArguments:
             raise UserError(
                 "--min_confidence needs an --output that is not .html, beside which the doubtful captions go"
             )
+        if self.confidence and self.output_format in (None, "txt", *BESIDE):
+            raise UserError("--confidence has no effect on text: give a .jsonl, .html, .parquet or webdataset --output")
         if self.dry_run and self.output_format == "html":
             raise UserError("--dry_run has no effect on a page, which is made anew each time")
 
@@ -232,6 +234,10 @@ def check_sources(args: CaptionArguments, sources: ImageSources, processes: Proc
         raise UserError("a page needs one process: caption into a .jsonl")
     if args.output_format == "xmp":
         load_exiv2()
+    if args.output_format == "webdataset" and (around := [name for name in sources.names if holds(name, args.output)]):
+        raise UserError(
+            f"--output {args.output} is in {printable(around[0])}, and the next run would caption its tars: give a folder elsewhere"
+        )
     if args.output_format not in BESIDE:
         return
     if not args.output and (others := [name for name in sources.names if not is_local_image(name)]):
@@ -241,6 +247,11 @@ def check_sources(args: CaptionArguments, sources: ImageSources, processes: Proc
         raise UserError(
             "two inputs have the same name, and so would their folders of sidecars: caption one after the other"
         )
+
+
+def holds(name: str, output: str) -> bool:
+    """Whether an input is a folder that the output lies in, or is."""
+    return os.path.isdir(name) and Path(output).resolve().is_relative_to(Path(name).resolve())
 
 
 def is_local_image(name: str) -> bool:

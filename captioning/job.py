@@ -233,7 +233,13 @@ def begin_or_resume(
         output.remove()
         path.unlink(missing_ok=True)
     elif path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            before.keys()
+        except (ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged, which says how the output was begun: give another --output, or --resume false to begin it anew"
+            ) from error
         changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
         if changed:
             name = min(changed)

@@ -325,7 +325,7 @@ def tar_refs(path: str, relative: str = "") -> Iterator[ImageRef]:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 archive.members = []  # else it keeps the header of every member
-                if member.isfile() and _has_image_suffix(member.name):
+                if member.isfile() and has_image_suffix(member.name):
                     name = f"{path}/{member.name}"
                     inside = os.path.join(relative, *safe_parts(member.name))
                     yield ImageRef(name, path, inside, member.offset_data, member.size)
@@ -338,7 +338,8 @@ def safe_parts(name: str) -> list[str]:
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
 
 
-def _has_image_suffix(name: str) -> bool:
+def has_image_suffix(name: str) -> bool:
+    """Whether a name ends as those of images do that can be read."""
     from PIL import Image
 
     from data_scripts.images import image_formats
