@@ -243,8 +243,12 @@ def begin_or_resume(
         changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
         if changed:
             name = min(changed)
+            old, new = before.get(name), settings.get(name)
+            if isinstance(old, dict) and isinstance(new, dict):  # what of it differs
+                keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+                old, new = ({key: values.get(key) for key in keys} for values in (old, new))
             raise UserError(
-                f"{path} says that this output was begun with {name} {before.get(name)}, and not {settings.get(name)}: "
+                f"{path} says that this output was begun with {name} {old}, and not {new}: "
                 "give another --output, or --resume false to begin it anew"
             )
     write_file(path, json_line(settings).encode("utf-8", "backslashreplace"))

@@ -284,6 +284,14 @@ def test_an_output_that_was_damaged_is_refused_by_name(harmed, model, tmp_path, 
     assert len(read_output(tmp_path / "c.jsonl")) == 2
 
 
+def test_a_refusal_names_what_of_the_decoding_differs(model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 2, 2)
+    run(model, folder, "--output", tmp_path / "c.jsonl", "--num_beams", 2)
+    with pytest.raises(SystemExit):
+        run(model, folder, "--output", tmp_path / "c.jsonl", "--num_beams", 3)
+    assert "decoding {'num_beams': 2}, and not {'num_beams': 3}" in capsys.readouterr().err
+
+
 def test_a_part_that_somebody_took_away_costs_no_other(model, tmp_path, monkeypatch):
     monkeypatch.setattr("captioning.outputs.ROWS_PER_PART", 2)
     output = tmp_path / "c.parquet"
