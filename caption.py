@@ -185,6 +185,8 @@ class CaptionArguments:
             raise UserError(
                 "--min_confidence needs an --output that is not .html, beside which the doubtful captions go"
             )
+        if self.confidence and self.output_format in (None, "txt", *BESIDE):
+            raise UserError("--confidence has no effect on text: give a .jsonl, .html, .parquet or webdataset --output")
         if self.dry_run and self.output_format == "html":
             raise UserError("--dry_run has no effect on a page, which is made anew each time")
 
@@ -232,6 +234,10 @@ def check_sources(args: CaptionArguments, sources: ImageSources, processes: Proc
         raise UserError("a page needs one process: caption into a .jsonl")
     if args.output_format == "xmp":
         load_exiv2()
+    if args.output_format == "webdataset" and (around := [name for name in sources.names if holds(name, args.output)]):
+        raise UserError(
+            f"--output {args.output} is in {printable(around[0])}, and the next run would caption its tars: give a folder elsewhere"
+        )
     if args.output_format not in BESIDE:
         return
     if not args.output and (others := [name for name in sources.names if not is_local_image(name)]):
@@ -241,6 +247,11 @@ def check_sources(args: CaptionArguments, sources: ImageSources, processes: Proc
         raise UserError(
             "two inputs have the same name, and so would their folders of sidecars: caption one after the other"
         )
+
+
+def holds(name: str, output: str) -> bool:
+    """Whether an input is a folder that the output lies in, or is."""
+    return os.path.isdir(name) and Path(output).resolve().is_relative_to(Path(name).resolve())
 
 
 def is_local_image(name: str) -> bool:
@@ -345,11 +356,12 @@ def caption_sources(
 
 def refs_for(output: Output, sources: ImageSources) -> Iterable[ImageRef]:
     """The images, with a problem where they cannot have a sidecar."""
-    if isinstance(output, Descriptions):
-        return (replace(ref, problem=output.problem_of(ref)) for ref in sources)
     if not isinstance(output, Sidecars):
         return sources
-    return one_for_each_sidecar(sources, output.path_of, beside=output.folder is None)
+    refs = sources
+    if not isinstance(output, Descriptions):
+        refs = one_for_each_sidecar(sources, output.path_of, beside=output.folder is None)
+    return (ref if ref.problem else replace(ref, problem=output.problem_of(ref)) for ref in refs)
 
 
 def choose_encoder(captioner: "Captioner | OnnxCaptioner", args: CaptionArguments, total: int, processes: Processes):
@@ -430,22 +442,26 @@ def dry_run(args: CaptionArguments, sources: ImageSources, total: int) -> None:
             doubtful.open()
     job = Job(None, output, doubtful=doubtful)
     refs = refs_for(output, sources)
-    num_new = num_with_sidecar = 0
+    num_new = num_bad = num_with_sidecar = 0
     for ref in (ref for batch in job.batches(refs, args.batch_size) for ref in batch):
-        if num_new < NUM_NAMED:
+        if num_new + num_bad < NUM_NAMED:
             print(f"{printable(ref.name)}\t{printable(where(ref, output, args))}")
+        if ref.problem:
+            num_bad += 1
+            continue
         num_new += 1
         num_with_sidecar += args.output_format == "sidecars" and output.path_of(ref).exists()
     verb = {"overwrite": "overwritten", "append": "appended to", "prepend": "prepended to"}.get(args.existing)
     sidecars = f", {num_with_sidecar:,} sidecars {verb}" if num_with_sidecar else ""
-    print(f"{num_new:,} of {total:,} images would be captioned{sidecars}; {total - num_new:,} are already")
+    bad = f"; {num_bad:,} cannot be" if num_bad else ""
+    print(f"{num_new:,} of {total:,} images would be captioned{sidecars}; {job.counts.there:,} are already{bad}")
 
 
 def where(ref: ImageRef, output: Output, args: CaptionArguments) -> str:
     """Where the caption of an image would go."""
-    if isinstance(output, Sidecars):
-        return f"{ref.problem or output.path_of(ref)}"
-    return args.output or "the screen"
+    if ref.problem:
+        return ref.problem
+    return str(output.path_of(ref)) if isinstance(output, Sidecars) else args.output or "the screen"
 
 
 if __name__ == "__main__":

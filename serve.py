@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 def build_server(captioner: "Captioner", args: ServeArguments) -> "FastAPI":
     """The server of one captioner."""
     from fastapi import FastAPI
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
 
     name = Path(args.model_name_or_path).name
@@ -112,6 +113,11 @@ def build_server(captioner: "Captioner", args: ServeArguments) -> "FastAPI":
 
     def captions_of(images: list[bytes], max_new_tokens: Any = None) -> list[dict]:
         return caption_images(batching, images, max_new_tokens)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(request, _):
+        text = "the request is no JSON object"
+        return JSONResponse({"error": text} if request.url.path == "/api/generate" else openai_error(text), 400)
 
     # Not async: FastAPI calls these in threads, where images are decoded while others are captioned.
     @app.post("/v1/chat/completions")
@@ -184,7 +190,7 @@ def caption_images(batching: BatchingCaptioner, images: list[bytes], max_new_tok
     if not 0 < len(images) <= MAX_IMAGES:
         raise BadRequest(f"{len(images)} images: give 1 to {MAX_IMAGES}")
     if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
-        raise BadRequest(f"max_tokens {max_new_tokens!r}: give a number from 1 on")
+        raise BadRequest(f"max_tokens or num_predict {max_new_tokens!r}: give a number from 1 on")
     try:
         decoded = [decode_image(content) for content in images]
     except BadImage as error:
@@ -199,7 +205,8 @@ def caption_images(batching: BatchingCaptioner, images: list[bytes], max_new_tok
 def from_base64(text: Any) -> bytes:
     """The bytes of an image that is sent as text."""
     try:
-        return base64.b64decode(text, validate=True)
+        lines = text.split() if isinstance(text, str) else text  # some programs wrap it
+        return base64.b64decode("".join(lines), validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise BadRequest("an image is not base64") from error
 
@@ -252,7 +259,10 @@ def read_image_url(url: Any, allow_urls: bool) -> bytes:
     if not isinstance(url, str):
         raise BadRequest("image_url has no url")
     if url.startswith("data:"):
-        return from_base64(url.partition(";base64,")[2])
+        _, is_base64, content = url.partition(";base64,")
+        if not is_base64:
+            raise BadRequest("a data URL is not base64: send data:image/...;base64,...")
+        return from_base64(content)
     if not allow_urls:
         raise BadRequest("images are taken as data URLs alone: the server was not started with --allow_urls")
     from system.downloads import download

@@ -114,9 +114,7 @@ class Descriptions(Sidecars):
         return ""
 
     def has(self, ref: ImageRef) -> bool:
-        if self.existing != "skip":
-            return super().has(ref)
-        return not ref.problem and bool(self.read_text(self.path_of(ref)))
+        return bool(self.read_text(self.path_of(ref))) if self.existing == "skip" else super().has(ref)
 
     def read_text(self, path: Path) -> str:
         return read_description(path.read_bytes())

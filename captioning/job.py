@@ -108,6 +108,8 @@ class Job:
 
     def is_there(self, ref: ImageRef) -> bool:
         """Whether a run before has captioned an image."""
+        if ref.problem:  # such as another image's sidecar, which may be there
+            return False
         return self.output.has(ref) or (self.doubtful is not None and self.doubtful.has(ref))
 
     def batches(self, refs: Iterable[ImageRef], batch_size: int) -> Iterator[list[ImageRef]]:
@@ -231,12 +233,22 @@ def begin_or_resume(
         output.remove()
         path.unlink(missing_ok=True)
     elif path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            before.keys()
+        except (ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path} is damaged, which says how the output was begun: give another --output, or --resume false to begin it anew"
+            ) from error
         changed = [name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name)]
         if changed:
             name = min(changed)
+            old, new = before.get(name), settings.get(name)
+            if isinstance(old, dict) and isinstance(new, dict):  # what of it differs
+                keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+                old, new = ({key: values.get(key) for key in keys} for values in (old, new))
             raise UserError(
-                f"{path} says that this output was begun with {name} {before.get(name)}, and not {settings.get(name)}: "
+                f"{path} says that this output was begun with {name} {old}, and not {new}: "
                 "give another --output, or --resume false to begin it anew"
             )
     write_file(path, json_line(settings).encode("utf-8", "backslashreplace"))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from system.errors import UserError
 from system.files import write_file
 
 LINES_AT_ONCE = 10_000  # of a part that is added
@@ -56,6 +57,20 @@ class LineFile:
             with open(self.path, encoding="utf-8", newline="\n") as file:
                 yield from file
 
+    def names(self) -> Iterator[str]:
+        """The image of each line of the file.
+
+        Raises:
+            UserError: A line is none of this output.
+        """
+        for number, line in enumerate(self, 1):
+            try:
+                yield self.name_of(line)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.path}, line {number}: no line of captions: remove it, or --resume false to begin the output anew"
+                ) from error
+
     def parts(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part-*"))
 
@@ -66,7 +81,7 @@ class LineFile:
                 self.cut(path)
         if parts := self.parts():
             # A kill may come between adding a part and removing it: its images are then there already.
-            known = Names(self.name_of(line) for line in self)
+            known = Names(self.names())
             for part in parts:
                 with open(part, encoding="utf-8", newline="\n") as file:
                     lines = (line for line in file if self.name_of(line) not in known)

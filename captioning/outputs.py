@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from captioning.lines import LineFile, Names, image_id_of, json_line
-from captioning.sources import ImageRef, safe_parts
+from captioning.sources import ImageRef, has_image_suffix, safe_parts
 from system.errors import printable
 from system.files import write_file
 
@@ -73,7 +73,7 @@ class Lines:
         self.file.recover()
 
     def open(self) -> None:
-        self.there = Names(self.file.name_of(line) for line in self.file)
+        self.there = Names(self.file.names())
 
     def has(self, ref: ImageRef) -> bool:
         return (ref.name if self.is_json else printable(ref.name)) in self.there
@@ -181,7 +181,8 @@ class Parquet:
         table = pa.Table.from_pylist(rows, pa.schema({name: kinds[name] for name in rows[0]}))
         content = io.BytesIO()
         pq.write_table(table, content)
-        number = len(list(self.folder.glob(f"part-{self.process:02d}-*.parquet")))
+        ours = sorted(self.folder.glob(f"part-{self.process:02d}-*.parquet"))
+        number = int(ours[-1].stem.rpartition("-")[2]) + 1 if ours else 0  # beyond those that somebody took away
         write_file(self.folder / f"part-{self.process:02d}-{number:05d}.parquet", content.getvalue())
 
     def close(self) -> None:
@@ -227,10 +228,22 @@ class Sidecars:
         self.there = Names()
 
     def path_of(self, ref: ImageRef) -> Path:
-        """The sidecar of an image."""
+        """The sidecar of an image; beside it, the one that is there in upper case, as X.TXT beside X.JPG."""
         if self.folder:
             return self.folder.joinpath(*safe_parts(ref.relative)).with_suffix(self.suffix)
-        return Path(ref.path).with_suffix(self.suffix)
+        path = Path(ref.path).with_suffix(self.suffix)
+        upper = path.with_suffix(self.suffix.upper())
+        return upper if not path.exists() and upper.exists() else path
+
+    def problem_of(self, ref: ImageRef) -> str:
+        """Why an image's caption cannot be joined with what its sidecar has; "" if it can."""
+        path = self.path_of(ref)
+        if self.existing in ("append", "prepend") and path.exists():
+            try:
+                self.read_text(path)
+            except UnicodeDecodeError:
+                return f"its sidecar {printable(path.name)} is not UTF-8 text, and stays as it is: save it as UTF-8"
+        return ""
 
     def recover(self) -> None:
         for path in [self.journal.path, *self.journal.parts()]:
@@ -282,7 +295,7 @@ class Sidecars:
         return new + "\n"
 
     def read_text(self, path: Path) -> str:
-        return path.read_text(encoding="utf-8", errors="surrogateescape")
+        return path.read_text(encoding="utf-8-sig")
 
     def write_text(self, path: Path, text: str) -> None:
         write_file(path, text.encode("utf-8", "backslashreplace"), sync=False)
@@ -358,7 +371,7 @@ class WebDataset:
     def _sample(self, item: dict) -> bytes:
         key = f"{self._shard:05d}{self._number:07d}"
         self._number += 1
-        suffix = Path(item["ref"].relative).suffix.lower() or ".img"
+        suffix = image_suffix(item["ref"].relative, item["content"])
         about = json_line(record(item)).encode("utf-8", "backslashreplace")
         texts = "\n".join([item["caption"], *item.get("others", [])]).encode("utf-8", "backslashreplace")
         members = ((suffix, item["content"]), (".txt", texts), (".json", about))
@@ -377,6 +390,18 @@ class WebDataset:
     def remove(self) -> None:
         for path in self.tars():
             path.unlink()
+
+
+def image_suffix(name: str, content: bytes) -> str:
+    """The suffix of an image file by which others know what it is: that of its name, or else of its format."""
+    if has_image_suffix(name):
+        return Path(name).suffix.lower()
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        kind = "JPEG" if image.format == "MPO" else image.format
+    known = Image.registered_extensions()
+    return next(suffix for suffix in (".jpg", *known) if known[suffix] == kind)
 
 
 def _member(name: str, content: bytes) -> bytes:

@@ -112,6 +112,7 @@ class ImageSources:
     image_column: str | None = None
     id_column: str | None = None
     ignored: Sequence[str] = field(default=())
+    num_parquet: int = field(default=0, init=False)
     id_hashes: array = field(default_factory=lambda: array("q"), init=False, repr=False)  # of all rows, once counted
 
     def __iter__(self) -> Iterator[ImageRef]:
@@ -132,7 +133,7 @@ class ImageSources:
         elif path.endswith(".parquet"):
             if not in_folder or self._column(path, required=False):
                 yield from self._parquet_refs(path, relative)
-        elif not in_folder or is_image_file(path):
+        elif not in_folder or (is_image_file(path) and not os.path.isdir(path)):
             yield ImageRef(path, path, relative)
 
     def _column(self, path: str, required: bool = True) -> str | None:
@@ -186,9 +187,13 @@ class ImageSources:
             UserError: A folder has no images, a tar or parquet file cannot be read, or an ID is not unique.
         """
         self.id_hashes = array("q")
+        self.num_parquet = 0
         number = sum(
             self._count_folder(source, quiet) if os.path.isdir(source) else self._count(source) for source in self.names
         )
+        for option in ("image_column", "id_column"):
+            if getattr(self, option) and not self.num_parquet:
+                raise UserError(f"--{option} has no effect: there is no parquet file with images")
         if self.id_column:
             self._check_ids(quiet)
         return number
@@ -214,6 +219,7 @@ class ImageSources:
         if path.endswith(".parquet"):
             import pyarrow.parquet as pq
 
+            self.num_parquet += 1
             self._column(path)
             if self.id_column and self.id_column in pq.read_schema(path).names:
                 ids = pq.read_table(path, columns=[self.id_column])[self.id_column]
@@ -227,7 +233,7 @@ class ImageSources:
             if path.endswith(".tar") or (path.endswith(".parquet") and self._column(path, required=False)):
                 num_images += self._count(path)
                 listing.num_used += 1
-            elif is_image_file(path):
+            elif is_image_file(path) and not os.path.isdir(path):
                 num_images += 1
                 listing.num_used += 1
             elif Path(path).suffix.lower() not in self.ignored and not os.path.basename(path).startswith(".showtell"):
@@ -251,7 +257,8 @@ class Listing:
     def pass_over(self, path: str) -> None:
         self.num_others += 1
         if len(self.named) < NUM_NAMED:
-            self.named.append(printable(os.path.relpath(path, self.folder)))
+            link = " (a link to a folder, not followed)" if os.path.isdir(path) else ""
+            self.named.append(printable(os.path.relpath(path, self.folder)) + link)
         if (suffix := Path(path).suffix.lower()) in PLUG_INS:
             self.plug_ins.add(f"{suffix} needs `pip install {PLUG_INS[suffix]}`")
 
@@ -304,14 +311,14 @@ def one_for_each_sidecar(
 
 
 def walk(folder: str) -> Iterator[str]:
-    """The files below a folder in the order of their names; links to folders are not followed."""
+    """The files below a folder in the order of their names, and the links to folders or to nothing, which are not followed."""
     with os.scandir(folder) as entries:
         names = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
     for name, is_folder in names:
         path = os.path.join(folder, name)
         if is_folder:
             yield from walk(path)
-        elif os.path.isfile(path):
+        elif os.path.isfile(path) or os.path.islink(path):
             yield path
 
 
@@ -325,7 +332,7 @@ def tar_refs(path: str, relative: str = "") -> Iterator[ImageRef]:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 archive.members = []  # else it keeps the header of every member
-                if member.isfile() and _has_image_suffix(member.name):
+                if member.isfile() and has_image_suffix(member.name):
                     name = f"{path}/{member.name}"
                     inside = os.path.join(relative, *safe_parts(member.name))
                     yield ImageRef(name, path, inside, member.offset_data, member.size)
@@ -338,7 +345,8 @@ def safe_parts(name: str) -> list[str]:
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
 
 
-def _has_image_suffix(name: str) -> bool:
+def has_image_suffix(name: str) -> bool:
+    """Whether a name ends as those of images do that can be read."""
     from PIL import Image
 
     from data_scripts.images import image_formats

@@ -31,12 +31,14 @@ class SourceFiles:
     Args:
         location: The source's name in messages.
         readers: Functions that return a file's bytes, by relative name with forward slashes.
+        links: Names of links that are not followed.
 
     `named` are the files that a reader has been asked for.
     """
 
-    def __init__(self, location: str, readers: dict[str, Callable[[], bytes]]):
+    def __init__(self, location: str, readers: dict[str, Callable[[], bytes]], links: Sequence[str] = ()):
         self.location = location
+        self.links = sorted(links)
         self.names = sorted(readers)
         self.named: set[str] = set()
         self._readers = readers
@@ -125,15 +127,20 @@ def open_files(source: str | Path, max_unpacked_gigabytes: float = MAX_UNPACKED_
 
 def _list_folder(root: Path) -> SourceFiles:
     root = root.resolve()
-    readers = {}
-    for folder, _, file_names in os.walk(root):
+    readers, links = {}, []
+    for folder, folder_names, file_names in os.walk(root):
+        for name in folder_names:
+            if (path := Path(folder, name)).is_symlink():
+                links.append(path.relative_to(root).as_posix())
         for file_name in file_names:
             path = Path(folder, file_name)
             # A link may point anywhere on the machine; only its targets inside the folder belong to the source. (One to
             # itself does not exist; `resolve()` raises on it up to Python 3.12.)
             if not path.is_symlink() or (path.exists() and path.resolve().is_relative_to(root)):
                 readers[path.relative_to(root).as_posix()] = partial(read_file, path)
-    return SourceFiles(str(root), readers)
+            else:
+                links.append(path.relative_to(root).as_posix())
+    return SourceFiles(str(root), readers, links)
 
 
 def read_file(path: Path) -> bytes:

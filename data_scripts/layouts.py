@@ -111,6 +111,8 @@ def recognize(sources: Sequence[str]) -> str:
         return _layout_of_file(first)
     with open_files(first, MAX_UNPACKED_GIGABYTES) as files:
         hint = image_folder.rename_hint(files) or ": see docs/data.md"
+        if files.links:
+            hint += f"; {len(files.links):,} links to folders or out of it, such as {files.links[0]}, are not followed: copy the files"
         found = {name: evidence for name, layout in LAYOUTS.items() if (evidence := layout.evidence(files))}
     covered = {other for name in found for other in LAYOUTS[name].covers}
     found = {name: evidence for name, evidence in found.items() if name not in covered}

@@ -250,13 +250,16 @@ def gather_images(files: SourceFiles, refs: Iterable[ImageRef], root: str, short
 
 
 def unnamed_images(files: SourceFiles, root: str = "") -> list[SourceRow]:
-    """Notes on the image files below a folder that no row names; called when all rows have their readers."""
+    """Notes on the image files below a folder that no row names, and links; called when all rows have their readers."""
 
     def is_hidden(path: PurePosixPath) -> bool:
         return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
     paths = [PurePosixPath(name) for name in files.names if name not in files.named]
-    return [
+    links = [
+        note_row(name, "link to a folder or out of the source, not followed: copy the files") for name in files.links
+    ]
+    return links + [
         note_row(str(path), "image file that no row names")
         for path in paths
         if path.suffix.lower() in IMAGE_SUFFIXES

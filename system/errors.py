@@ -1,5 +1,6 @@
 """Errors that a user can fix end in one sentence; every other error is a bug of ours and keeps its traceback."""
 
+import errno
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ class UserError(ValueError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a `UserError`, and an OSError that names a file, into `error: ...` on stderr and exit code 2."""
+    """Turn a `UserError`, and an OSError that names a file or is of a full disk, into `error: ...` on stderr and exit code 2."""
     with warnings.catch_warnings():
         # Pillow's warnings about single images lack the image's name; the summary names it.
         warnings.filterwarnings("ignore", module="PIL")
@@ -21,14 +22,16 @@ def one_line_errors() -> Iterator[None]:
         except UserError as error:
             _exit_with(error)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                _exit_with("no space left on the device that is written to: free some, and give the command again")
             if error.filename is None:
                 raise
             _exit_with(error)
 
 
-def _exit_with(error: Exception) -> None:
+def _exit_with(error: Exception | str) -> None:
     print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2) from error
+    raise SystemExit(2) from (error if isinstance(error, Exception) else None)
 
 
 def printable(text: str) -> str:

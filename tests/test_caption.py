@@ -171,6 +171,27 @@ def test_several_captions_of_an_image(model, tmp_path, capsys):
     assert refused.value.code == 2 and "--num_beams" in capsys.readouterr().err
 
 
+def test_links_that_are_not_followed_are_named(model, tmp_path, capsys):
+    folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for place in (folder, elsewhere):
+        place.mkdir()
+        IMAGES[0].save(place / "a.png")
+    (folder / "more.png").symlink_to(elsewhere)
+    (folder / "lost.png").symlink_to("nowhere.png")
+    (folder / "b.png").symlink_to(elsewhere / "a.png")
+    assert captions_of(model, folder).keys() == {"a.png", "b.png"}
+    error = capsys.readouterr().err
+    assert "1 of 4 files" in error and "more.png" in error and "lost.png: " in error and "2 of 3 images" in error
+
+
+@pytest.mark.parametrize("option", ["image_column", "id_column"])
+def test_columns_have_no_effect_without_parquet(option, model, tmp_path, capsys):
+    IMAGES[0].save(tmp_path / "a.png")
+    with pytest.raises(SystemExit):
+        captions_of(model, tmp_path, f"--{option}", "key")
+    assert f"--{option} has no effect" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ids", [[1.0, float("nan"), 2.0, None], ["a", "", " ", "b"]])
 def test_rows_without_an_id_are_named_by_their_file_and_ids_have_to_be_unique(model, tmp_path, capsys, ids):
     contents = []

@@ -4,6 +4,7 @@ python tests/test_caption_job.py --images 100000     the long version: 20 kills,
 """
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import load_from_disk
 from kill_points import log_of, run_together, start_server
 from PIL import Image
 from small_captioners import build
@@ -269,6 +271,63 @@ def test_what_other_processes_have_left_is_added_once(model, images, undisturbed
     assert len(found) == NUM_IMAGES and dict(found) == undisturbed and not part.exists()
 
 
+@pytest.mark.parametrize("harmed", ["c.jsonl", "c.jsonl.settings.json"])
+def test_an_output_that_was_damaged_is_refused_by_name(harmed, model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 2, 2)
+    run(model, folder, "--output", tmp_path / "c.jsonl")
+    content = (tmp_path / harmed).read_text()
+    (tmp_path / harmed).write_text("{no JSON\n" + content)
+    with pytest.raises(SystemExit):
+        run(model, folder, "--output", tmp_path / "c.jsonl")
+    assert harmed in (error := capsys.readouterr().err) and "--resume false" in error
+    run(model, folder, "--output", tmp_path / "c.jsonl", "--resume", "false")
+    assert len(read_output(tmp_path / "c.jsonl")) == 2
+
+
+def test_a_refusal_names_what_of_the_decoding_differs(model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 2, 2)
+    run(model, folder, "--output", tmp_path / "c.jsonl", "--num_beams", 2)
+    with pytest.raises(SystemExit):
+        run(model, folder, "--output", tmp_path / "c.jsonl", "--num_beams", 3)
+    assert "decoding {'num_beams': 2}, and not {'num_beams': 3}" in capsys.readouterr().err
+
+
+def test_a_part_that_somebody_took_away_costs_no_other(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("captioning.outputs.ROWS_PER_PART", 2)
+    output = tmp_path / "c.parquet"
+    run(model, make_images(tmp_path / "first", 6, 3), "--output", output, "--batch_size", 2)
+    first = sorted(output.glob("part-*"))
+    first[0].rename(tmp_path / "taken.parquet")
+    kept = {path: path.read_bytes() for path in first[1:]}
+    run(model, make_images(tmp_path / "second", 2, 2), "--output", output)
+    assert all(path.read_bytes() == content for path, content in kept.items()) and len(read_output(output)) == 6
+
+
+def test_a_full_disk_ends_in_one_sentence(model, tmp_path, capsys, monkeypatch):
+    folder = make_images(tmp_path / "images", 2, 2)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("captioning.lines.LineFile.append", full)
+        with pytest.raises(SystemExit) as ended:
+            run(model, folder, "--output", tmp_path / "c.jsonl")
+    assert ended.value.code == 2 and "space" in capsys.readouterr().err
+    run(model, folder, "--output", tmp_path / "c.jsonl")
+    assert len(read_output(tmp_path / "c.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    "output", [[], ["--output", "c.txt"], ["--output", "sidecars"], ["--output_format", "sidecars"]]
+)
+def test_confidence_is_refused_where_it_has_no_place(output, model, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run(model, images, "--confidence", *output)
+    assert "--confidence has no effect" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 # ---- Sidecars -------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +372,36 @@ def test_sidecars_in_a_folder_of_their_own_and_images_of_one_stem(model, tmp_pat
     found = sorted(path.relative_to(tmp_path / "texts").as_posix() for path in (tmp_path / "texts").rglob("*.caption"))
     assert found == ["000/000000.caption", "000/000001.caption"]
     assert "000000.png" in (error := capsys.readouterr().err) and "2 of 3 images captioned, 1 cannot be" in error
+
+
+def test_what_a_sidecar_has_is_joined_whole_or_stays(model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 4, 4) / "000"
+    latin, with_mark, utf_16 = (folder / f"{index:06d}.txt" for index in range(3))
+    latin.write_bytes("caf\u00e9".encode("latin-1"))
+    with_mark.write_bytes(b"\xef\xbb\xbfold\r\n")
+    utf_16.write_bytes("old".encode("utf-16"))
+    (folder / "000003.png").rename(folder / "UPPER.PNG")
+    (folder / "UPPER.TXT").write_text("old")
+    options = ["--output_format", "sidecars", "--existing", "prepend"]
+    run(model, folder, *options, "--dry_run")
+    assert "2 of 4 images would be captioned, 2 sidecars prepended to; 0 are already; 2 " in capsys.readouterr().out
+    run(model, folder, *options)
+    error = capsys.readouterr().err
+    assert all(path.name in error for path in (latin, utf_16)) and "2 of 4 images captioned, 2 cannot be" in error
+    assert latin.read_bytes() == "caf\u00e9".encode("latin-1") and utf_16.read_bytes() == "old".encode("utf-16")
+    assert with_mark.read_text().endswith(", old\n") and "\ufeff" not in with_mark.read_text()
+    assert (folder / "UPPER.TXT").read_text().endswith(", old\n") and not (folder / "UPPER.txt").exists()
+
+
+def test_an_image_whose_sidecar_is_anothers_is_named_by_every_run(model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 2, 2)
+    Image.new("RGB", (9, 9)).save(folder / "000" / "000000.bmp")
+    for summary in (
+        "2 of 3 images captioned, 1 cannot be",
+        "0 of 3 images captioned, 2 were captioned before, 1 cannot be",
+    ):
+        run(model, folder, "--output_format", "sidecars")
+        assert "000000.png" in (error := capsys.readouterr().err) and summary in error
 
 
 def test_a_sidecar_is_appended_to_once_whenever_the_kill_comes(model, tmp_path, monkeypatch):
@@ -373,6 +462,26 @@ def test_our_own_tars_are_images_again(model, images, undisturbed, tmp_path):
 
     rows = datasets.load_dataset("webdataset", data_files=str(tmp_path / "tars" / "*.tar"), split="train")
     assert [row["json"]["image_id"] for row in rows] == sorted(undisturbed) and rows[0]["png"].size == (40, 30)
+
+
+def test_tars_of_rows_without_a_file_name_are_read_by_others(model, images, undisturbed, tmp_path):
+    from data_scripts import img2dataset
+
+    contents = [Path(name).read_bytes() for name in sorted(undisturbed)[:2]]
+    pq.write_table(pa.table({"image": contents}), tmp_path / "rows.parquet")
+    run(model, tmp_path / "rows.parquet", "--output", tmp_path / "tars", "--output_format", "webdataset")
+    with tarfile.open(tmp_path / "tars" / "00000.tar") as archive:
+        assert [name for name in archive.getnames() if name.endswith(".png")]
+    uncut = ["--validation_share", "0", "--test_share", "0"]
+    img2dataset.main([str(tmp_path / "tars"), "--output_dir", str(tmp_path / "table"), *uncut])
+    assert len(load_from_disk(str(tmp_path / "table"))["train"]) == 2
+
+
+def test_tars_among_the_images_are_refused(model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 2, 2)
+    with pytest.raises(SystemExit):
+        run(model, folder, "--output", folder / "tars", "--output_format", "webdataset")
+    assert "--output" in capsys.readouterr().err and not (folder / "tars").exists()
 
 
 def test_images_in_a_tar_have_no_sidecars_beside_them(model, images, tmp_path, capsys):

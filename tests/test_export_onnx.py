@@ -319,7 +319,13 @@ def test_an_export_captions_without_torch(both):
 @pytest.mark.parametrize(
     "option",
     [
-        *("--confidence", "--top_p 0.9", "--num_return_sequences 2", "--device cuda", "--dtype bfloat16"),
+        *(
+            "--confidence --output c.jsonl",
+            "--top_p 0.9",
+            "--num_return_sequences 2",
+            "--device cuda",
+            "--dtype bfloat16",
+        ),
         *("--num_workers 1", "--prompt describe", "--encoder_engine torch", "--length_penalty 2", "--min_length 12"),
     ],
 )

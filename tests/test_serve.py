@@ -108,6 +108,29 @@ def test_ollamas_requests(address, wanted):
     assert requests.get(address + "/api/tags").json()["models"][0]["name"] == "tiny"
 
 
+def test_base64_in_lines_is_taken_and_refusals_name_what_was_sent(address, wanted):
+    content = png(IMAGES[2])
+    lines = "\r\n".join(content[start : start + 76] for start in range(0, len(content), 76))
+    answer = requests.post(address + "/api/generate", json={"images": [lines], "stream": False}).json()
+    assert answer["response"] == wanted[2]
+
+    def ask(**part) -> str:
+        body = {"messages": [{"role": "user", "content": [{"type": "image_url", **part}]}]}
+        return requests.post(address + "/v1/chat/completions", json=body).json()["error"]["message"]
+
+    assert "base64" in ask(image_url={"url": "data:image/png,x"})
+    body = {"images": [content], "options": {"num_predict": "all"}}
+    assert "num_predict" in requests.post(address + "/api/generate", json=body).json()["error"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/generate"])
+@pytest.mark.parametrize("body", [b"{no JSON", b"[1]", b""])
+def test_a_body_that_is_no_object_is_refused_in_the_apis_form(address, path, body):
+    refused = requests.post(address + path, data=body, headers={"Content-Type": "application/json"})
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and "JSON object" in (error if path == "/api/generate" else error["message"])
+
+
 def test_requests_at_the_same_time_are_captioned_together(address, captioner, wanted, monkeypatch):
     sizes, generate = [], captioner.generate
 

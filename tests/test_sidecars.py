@@ -7,6 +7,7 @@ from datasets import load_from_disk
 from PIL import Image
 
 from data_scripts import image_folder
+from data_scripts.__main__ import main as data_scripts_main
 
 
 @pytest.mark.parametrize("one_caption", [False, True])
@@ -42,3 +43,23 @@ def test_an_image_of_two_text_files_and_a_text_file_of_two_images_are_named(tmp_
     assert captions == {"a.png": {"a dog"}, "a.jpg": {"a dog"}, "b.png": {"a cat", "an old cat"}}
     printed = capsys.readouterr().out
     assert "a.txt" in printed and ("b.txt" in printed or "b.caption" in printed)
+
+
+def test_links_that_are_not_followed_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    for folder in (source, elsewhere):
+        folder.mkdir()
+        Image.new("RGB", (32, 32)).save(folder / "a.png")
+        (folder / "a.txt").write_text("a dog")
+    (source / "more").symlink_to(elsewhere)
+    (source / "b.png").symlink_to(elsewhere / "a.png")
+    uncut = ["--validation_share", "0", "--test_share", "0"]
+    image_folder.main([str(source), "--output_dir", str(tmp_path / "out"), *uncut])
+    assert load_from_disk(str(tmp_path / "out"))["train"]["image_id"] == ["a.png"]
+    printed = capsys.readouterr().out
+    assert "not followed: copy the files: 2\n" in printed and "  more\n" in printed and "  b.png\n" in printed
+    for path in (source / "a.png", source / "a.txt"):
+        path.unlink()
+    with pytest.raises(SystemExit):
+        data_scripts_main([str(source), "--output_dir", str(tmp_path / "none")])
+    assert "links" in capsys.readouterr().err
