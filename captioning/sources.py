@@ -3,21 +3,31 @@
 Nothing here grows with the number of images but what one folder's listing takes.
 """
 
+import json
 import os
 import sys
 import tarfile
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_with_notes, is_image_file
+from data_scripts.images import (
+    MAX_IMAGE_BYTES,
+    NOTED,
+    BadImage,
+    decode_with_notes,
+    is_image_file,
+    keep_noted_orientation,
+)
 from data_scripts.row_checks import valid_id
 from system.errors import UserError, printable
 
 NUM_NAMED = 5  # of the files of a folder that are passed over
 MAX_IMAGE_SECONDS = 60.0  # that one may take to come from the network
+MAX_NOTE_BYTES = 1 << 20  # of a sample's .json
 ROWS_AT_ONCE = 64  # of a parquet file
 PLUG_INS = {".heic": "'showtell[heif]'", ".heif": "'showtell[heif]'", ".jxl": "pillow-jxl-plugin"}
 
@@ -33,6 +43,7 @@ class ImageRef:
         offset, size: Where a tar holds it, in bytes; None for a whole file.
         content: Bytes of a parquet file's row.
         problem: Why it cannot be used, as far as the listing shows.
+        noted: Where its tar holds the .json of its sample, offset and size.
     """
 
     name: str
@@ -42,22 +53,36 @@ class ImageRef:
     size: int | None = None
     content: bytes | None = None
     problem: str = ""
+    noted: tuple[int, int] | None = None
 
     def read(self) -> bytes:
-        """The image's bytes; of one that is too large, as many as show it."""
+        """The image's bytes; of one that is too large, as many as show it. Photos of img2dataset get their orientation back."""
         if self.content is not None:
             return self.content
         if "://" in self.path:
             return _download(self.path)
-        with open(self.path, "rb") as file:
-            file.seek(self.offset or 0)
-            limit = MAX_IMAGE_BYTES + 1
-            return file.read(limit if self.size is None else min(self.size, limit))
+        content = _read_part(self.path, self.offset, self.size, MAX_IMAGE_BYTES + 1)
+        with suppress(OSError, ValueError, RecursionError):  # no .json, or none of img2dataset
+            return keep_noted_orientation(content, json.loads(self._note()))
+        return content
+
+    def _note(self) -> bytes:
+        """The .json of the image's sample: of the tar, or the file beside it."""
+        if self.offset is None:
+            return _read_part(os.path.splitext(self.path)[0] + ".json", None, None, MAX_NOTE_BYTES)
+        return _read_part(self.path, *self.noted, MAX_NOTE_BYTES) if self.noted else b""
 
     @property
     def is_file(self) -> bool:
         """Whether it is a file of its own on this machine."""
         return self.offset is None and self.content is None and "://" not in self.path
+
+
+def _read_part(path: str, offset: int | None, size: int | None, limit: int) -> bytes:
+    """So many bytes of a file from a place on, all of it where None, and no more than a limit."""
+    with open(path, "rb") as file:
+        file.seek(offset or 0)
+        return file.read(limit if size is None else min(size, limit))
 
 
 def _download(url: str) -> bytes:
@@ -169,11 +194,13 @@ class ImageSources:
         with pq.ParquetFile(path) as file:
             if missing := set(columns) - set(file.schema_arrow.names):
                 raise UserError(f"{printable(path)} has no column {missing.pop()}")
+            columns += [name for name in NOTED if name in file.schema_arrow.names and name not in columns]
             row = 0
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns):
                 for cells in batch.to_pylist():
                     cell = cells[column]
                     content = cell.get("bytes") if isinstance(cell, dict) else cell
+                    content = keep_noted_orientation(content, cells) if content else content
                     image_id = valid_id(cells[self.id_column]) if self.id_column else None
                     name = f"{path}#{row}" if image_id is None else image_id
                     problem = "" if content else "the row has no image bytes"
@@ -328,14 +355,22 @@ def tar_refs(path: str, relative: str = "") -> Iterator[ImageRef]:
     Raises:
         UserError: It is no tar that can be read without unpacking it.
     """
+    sample, refs, noted = None, [], None
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 archive.members = []  # else it keeps the header of every member
+                stem, suffix = os.path.splitext(member.name)
+                if stem != sample:
+                    yield from (replace(ref, noted=noted) for ref in refs)
+                    sample, refs, noted = stem, [], None
                 if member.isfile() and has_image_suffix(member.name):
                     name = f"{path}/{member.name}"
                     inside = os.path.join(relative, *safe_parts(member.name))
-                    yield ImageRef(name, path, inside, member.offset_data, member.size)
+                    refs.append(ImageRef(name, path, inside, member.offset_data, member.size))
+                elif member.isfile() and suffix == ".json":
+                    noted = member.offset_data, member.size
+            yield from (replace(ref, noted=noted) for ref in refs)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{printable(path)} cannot be read as an uncompressed tar: {error}") from error
 

@@ -17,6 +17,7 @@ from PIL import Image
 from small_captioners import COLORS, IMAGES, build
 
 import data_scripts.__main__ as data_scripts_command
+from captioning.sources import ImageSources
 from data_scripts import img2dataset, load_captions, load_for_training
 from data_scripts.images import decode_image
 from data_scripts.shards import read_shard
@@ -331,7 +332,7 @@ def test_what_img2dataset_wrote_is_streamed_too(tmp_path, captioner, make):
 
 
 def test_photos_that_img2dataset_laid_on_their_side_are_upright(tmp_path):
-    """In tars, files, Parquet and streamed: by its notes, unless the bytes are the download's or were changed since."""
+    """In tars, files, Parquet, streamed and captioned: by its notes, unless the bytes are the download's or were changed since."""
     upright = Image.new("RGB", (20, 40), "blue")
     upright.paste("red", (0, 0, 20, 20))
     exif = Image.Exif()
@@ -356,11 +357,14 @@ def test_photos_that_img2dataset_laid_on_their_side_are_upright(tmp_path):
     for folder in ("tars", "files", "table"):
         img2dataset.main([str(tmp_path / folder), "--output_dir", str(tmp_path / "out" / folder), *UNCUT])
         read += [row["image"] for row in load_captions(str(tmp_path / "out" / folder))["train"]]
+        captioned = [ref.read() for ref in ImageSources([str(tmp_path / folder)])]
+        assert captioned[1:] == images[1:]
+        read += map(decode_image, captioned)
     for shard in ("tars/0.tar", "table/0.parquet"):
         streamed = [sample.image for _, sample in read_shard(str(tmp_path / shard), 0, True)]
         assert streamed[1:] == images[1:]
         read += map(decode_image, streamed)
-    assert len(read) == 15
+    assert len(read) == 24
     for image in read:
         assert image.size == (20, 40) and image.getpixel((10, 5))[0] > 200 > 60 > image.getpixel((10, 35))[0]
 
