@@ -260,7 +260,7 @@ def test_the_server_captions_images_of_unlike_sizes_together(folders):
     contents = []
     for image in IMAGES:
         image.save(file := io.BytesIO(), "PNG")
-        contents.append(base64.b64encode(file.getvalue()))
+        contents.append(base64.b64encode(file.getvalue()).decode())
     answers = serve.caption_images(batching, [serve.from_base64(content) for content in contents])
     batching.close()
     expected = [documented("idefics3", folders["idefics3"], image) for image in IMAGES]
