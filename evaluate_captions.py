@@ -51,11 +51,11 @@ class EvaluationArguments:
             "needs": {"predictions": [None]},
         },
     )
-    dataset_name: str = field(
-        default="scenes",
+    dataset_name: str | None = field(
+        default=None,
         metadata={
             "help": "Folder made by a data_scripts command, dataset on the Hub, `scenes` or `rich_scenes`; for predictions without "
-            "references, where these are."
+            "references, where these are. For a model scenes if not given."
         },
     )
     split: str = field(default="test", metadata={"help": "Split of the dataset: train, validation or test."})
@@ -131,6 +131,8 @@ class EvaluationArguments:
     def __post_init__(self):
         if (self.predictions is None) == (self.model_name_or_path is None):
             raise UserError("give either --model_name_or_path or --predictions")
+        if self.dataset_name is None and self.model_name_or_path:
+            self.dataset_name = "scenes"
         if self.object_synonyms and not self.objects:
             raise UserError("--object_synonyms has no effect without --objects")
 
@@ -218,6 +220,9 @@ def matching_rows(records: list[dict], args: EvaluationArguments) -> "Dataset":
     Raises:
         UserError: An image is not in the split.
     """
+    if not args.dataset_name:
+        what = "images" if "references" in records[0] else "references"
+        raise UserError(f"{args.predictions} has no {what}: give the --dataset_name and --split that were captioned")
     rows = load_split(args)[1]
     places = {str(image_id): place for place, image_id in enumerate(rows["image_id"])}
     unknown = [record["image_id"] for record in records if record["image_id"] not in places]
@@ -279,12 +284,13 @@ def score_model(args: EvaluationArguments, generation_args: GenerationArguments)
     if optional:
         optional.objects_of(rows["image_id"])  # before captions are generated
     captioner.set_decoding(**generation_args.settings())
+    if accelerator.is_main_process:  # before captions are generated, too: a tokenizer may be missing
+        training_captions = CaptionTexts(dataset["train"]) if "train" in dataset else None
+        scorer = build_scorer(rows["captions"], args, training_captions)
     captions = caption_split(captioner, rows, accelerator, args)
 
     # ---- Scores -----------------------------------------------------------------------------------------------------
     if accelerator.is_main_process:
-        training_captions = CaptionTexts(dataset["train"]) if "train" in dataset else None
-        scorer = build_scorer(rows["captions"], args, training_captions)
         report_captions(
             args.output_dir,
             rows=rows,

@@ -33,6 +33,10 @@ def read_captions(path: str | os.PathLike, with_references: bool = True) -> list
         keys = ("image_id", "caption", "references")
         if not with_references and "references" not in (records[0] if records else record):
             keys = keys[:2]
+            if "references" in record:
+                raise UserError(
+                    f'{path}, {place}: "references" is there, which the first record lacks: give all or none'
+                )
         record = _checked(record, keys, f"{path}, {place}")
         earlier = place_of.setdefault(record["image_id"], place)
         if earlier != place:
@@ -66,8 +70,8 @@ def _checked(record: dict[str, Any], keys: Sequence[str], place: str) -> dict[st
             raise UserError(f'{place}: "{key}" must be a string, not {json.dumps(record[key])[:40]}')
     if "references" in keys:
         references = record["references"]
-        if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-            raise UserError(f'{place}: "references" must be a list of strings')
+        if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
+            raise UserError(f'{place}: "references" must be a list of strings, at least one')
         record = record | {"references": [unicodedata.normalize("NFC", text) for text in references]}
     record = record | {"caption": unicodedata.normalize("NFC", record["caption"])}
     return {key: record[key] for key in keys}

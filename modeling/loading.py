@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import transformers
 from transformers import AutoConfig, VisionEncoderDecoderConfig
@@ -44,6 +45,8 @@ def loading(name_or_path: str | os.PathLike) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0]
         if str(name_or_path).count("/") > 1 and not os.path.exists(name_or_path):  # no name on the Hub
             reason = "there is no such folder; `make demo` and the training scripts make them"
+        if any(Path(name_or_path).glob("step*.onnx")):
+            reason = "an exported captioner is for caption.py alone; give the one that it was exported from"
         raise UserError(f"model {name_or_path} cannot be loaded: {reason}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)

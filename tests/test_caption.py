@@ -262,6 +262,40 @@ def test_cocos_result_format_takes_the_datasets_references(small_scenes, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([{"image_id": "test_0", "caption": "a"}], "--dataset_name"),  # the ids of many data sets
+        ([{"image_id": "0", "caption": "a", "references": []}], "line 1"),
+        ([{"image_id": "0", "caption": "a"}, {"image_id": "1", "caption": "a", "references": ["a"]}], "line 2"),
+    ],
+)
+def test_predictions_are_scored_by_their_own_references_alone(records, said, tmp_path, capsys):
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(SystemExit) as refused:
+        evaluated(tmp_path, "--predictions", tmp_path / "captions.jsonl")
+    error = capsys.readouterr().err
+    assert refused.value.code == 2 and said in error and "captions.jsonl" in error
+
+
+def test_a_missing_tokenizer_costs_no_captioning(model, small_scenes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate_captions, "caption_split", lambda *_: 1 / 0)
+    monkeypatch.setitem(sys.modules, "sacrebleu.tokenizers.tokenizer_zh", None)
+    options = ["--dataset_name", small_scenes, "--metric_tokenizer", "zh"]
+    with pytest.raises(SystemExit) as refused:
+        evaluated(tmp_path, "--model_name_or_path", model, *options)
+    assert refused.value.code == 2 and "sacrebleu" in capsys.readouterr().err
+
+
+def test_an_exported_folder_is_named_where_it_cannot_be_loaded(small_scenes, tmp_path, capsys):
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "config.json").write_text("{}")
+    (tmp_path / "exported" / "step.onnx").touch()
+    with pytest.raises(SystemExit):
+        evaluated(tmp_path, "--model_name_or_path", tmp_path / "exported", "--dataset_name", small_scenes)
+    assert "caption.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "content", ["[]", '[{"caption": "a"}]', "[1]", '[{"image_id": true, "caption": "a"}]', "[{", ""]
 )
 def test_predictions_that_are_none_are_refused(content, tmp_path, capsys):
