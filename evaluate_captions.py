@@ -158,6 +158,9 @@ def score_predictions(args: EvaluationArguments) -> None:
 
     optional = optional_metrics(args)
     records = read_captions(args.predictions, with_references=False)
+    for record in records:
+        if record.get("references") == []:
+            raise UserError(f"{args.predictions}: image_id {record['image_id']!r} has no reference: give at least one")
     if not records:
         raise UserError(f"{args.predictions} has no captions")
     about, rows = {"dataset": Path(args.predictions).name}, None

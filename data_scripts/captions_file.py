@@ -70,8 +70,8 @@ def _checked(record: dict[str, Any], keys: Sequence[str], place: str) -> dict[st
             raise UserError(f'{place}: "{key}" must be a string, not {json.dumps(record[key])[:40]}')
     if "references" in keys:
         references = record["references"]
-        if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
-            raise UserError(f'{place}: "references" must be a list of strings, at least one')
+        if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+            raise UserError(f'{place}: "references" must be a list of strings')
         record = record | {"references": [unicodedata.normalize("NFC", text) for text in references]}
     record = record | {"caption": unicodedata.normalize("NFC", record["caption"])}
     return {key: record[key] for key in keys}

@@ -265,7 +265,7 @@ def test_cocos_result_format_takes_the_datasets_references(small_scenes, tmp_pat
     ("records", "said"),
     [
         ([{"image_id": "test_0", "caption": "a"}], "--dataset_name"),  # the ids of many data sets
-        ([{"image_id": "0", "caption": "a", "references": []}], "line 1"),
+        ([{"image_id": "7", "caption": "a", "references": []}], "'7'"),
         ([{"image_id": "0", "caption": "a"}, {"image_id": "1", "caption": "a", "references": ["a"]}], "line 2"),
     ],
 )
