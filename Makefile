@@ -1,5 +1,5 @@
 # make demo      draw images, train small captioners on them, score them, write the pages (a few minutes on two cores)
-# make test      run the tests (six minutes on two cores)
+# make test      run the tests (five minutes on two cores)
 # make test-fast run all tests but those of a third of a second and more (a minute)
 # make npm       install transformers.js into node_modules, with which the tests try the exports; they are skipped without
 # make test-floors  run the tests with the oldest releases of torch, transformers and the like, in .venv-floors (of 6 GB)
