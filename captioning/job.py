@@ -234,9 +234,8 @@ def begin_or_resume(
         path.unlink(missing_ok=True)
     elif path.exists():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            before.keys()
-        except (ValueError, AttributeError) as error:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise UserError(
                 f"{path} is damaged, which says how the output was begun: give another --output, or --resume false to begin it anew"
             ) from error

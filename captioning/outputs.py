@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from captioning.lines import LineFile, Names, image_id_of, json_line
-from captioning.sources import ImageRef, has_image_suffix, safe_parts
+from captioning.sources import ImageRef, safe_parts
+from data_scripts.images import has_image_suffix
 from system.errors import printable
 from system.files import write_file
 

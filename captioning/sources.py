@@ -19,6 +19,7 @@ from data_scripts.images import (
     NOTED,
     BadImage,
     decode_with_notes,
+    has_image_suffix,
     is_image_file,
     keep_noted_orientation,
 )
@@ -200,7 +201,7 @@ class ImageSources:
                 for cells in batch.to_pylist():
                     cell = cells[column]
                     content = cell.get("bytes") if isinstance(cell, dict) else cell
-                    content = keep_noted_orientation(content, cells) if content else content
+                    content = keep_noted_orientation(content, cells)
                     image_id = valid_id(cells[self.id_column]) if self.id_column else None
                     name = f"{path}#{row}" if image_id is None else image_id
                     problem = "" if content else "the row has no image bytes"
@@ -378,12 +379,3 @@ def tar_refs(path: str, relative: str = "") -> Iterator[ImageRef]:
 def safe_parts(name: str) -> list[str]:
     """The parts of a name that cannot lead out of the folder it is put into."""
     return [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-
-
-def has_image_suffix(name: str) -> bool:
-    """Whether a name ends as those of images do that can be read."""
-    from PIL import Image
-
-    from data_scripts.images import image_formats
-
-    return Image.registered_extensions().get(Path(name).suffix.lower()) in image_formats()

@@ -42,13 +42,17 @@ def image_formats() -> tuple[str, ...]:
     return tuple(name for name in IMAGE_FORMATS + MORE_FORMATS if name in Image.OPEN)
 
 
+def has_image_suffix(path: str | os.PathLike) -> bool:
+    """Whether a name ends as those of images do that can be read."""
+    return Image.registered_extensions().get(Path(path).suffix.lower()) in image_formats()
+
+
 def is_image_file(path: str | os.PathLike) -> bool:
     """Whether a file is an image that can be captioned, or would be if it were whole: by its suffix, else by its first bytes."""
-    formats = image_formats()
-    if Image.registered_extensions().get(Path(path).suffix.lower()) in formats:
+    if has_image_suffix(path):
         return True
     try:
-        with Image.open(path, formats=formats):
+        with Image.open(path, formats=image_formats()):
             return True
     except Exception:  # on other files Pillow's readers raise almost anything
         return False
@@ -166,16 +170,16 @@ ORIENTATIONS = {
 }
 
 
-def keep_noted_orientation(content: bytes, about: dict[str, Any]) -> bytes:
+def keep_noted_orientation(content: bytes | None, about: dict[str, Any]) -> bytes | None:
     """The bytes of a JPEG with the EXIF orientation that img2dataset dropped as it wrote the photo anew; all else as it is.
 
     Args:
-        content: The image file as img2dataset has it.
+        content: The image file as img2dataset has it; None where a row has none.
         about: What it notes of the sample: the cells of `NOTED`, of which `exif` is JSON text.
     """
     try:
         orientation = ORIENTATIONS.get(json.loads(about["exif"])["Image Orientation"])
-        if orientation is None or not content.startswith(b"\xff\xd8"):
+        if orientation is None or not content or not content.startswith(b"\xff\xd8"):
             return content
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
             if "exif" in image.info or image.size != (about.get("width"), about.get("height")):

@@ -327,7 +327,7 @@ def _parquet_sample(row: dict, number: int, columns: dict[str, str | None], feat
     sample = {
         "name": f"row {number}" if image_id is None else image_id,
         "image_id": image_id,
-        "image": keep_noted_orientation(content, row) if content else content,
+        "image": keep_noted_orientation(content, row),
         "captions": captions if isinstance(captions, list) else [captions],
     }
     if features:

@@ -23,15 +23,17 @@ def one_line_errors() -> Iterator[None]:
             _exit_with(error)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                _exit_with("no space left on the device that is written to: free some, and give the command again")
+                _exit_with(
+                    UserError("no space left on the device that is written to: free some, and give the command again")
+                )
             if error.filename is None:
                 raise
             _exit_with(error)
 
 
-def _exit_with(error: Exception | str) -> None:
+def _exit_with(error: Exception) -> None:
     print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2) from (error if isinstance(error, Exception) else None)
+    raise SystemExit(2) from error
 
 
 def printable(text: str) -> str:
