@@ -6,13 +6,14 @@ A recipe sets the options, the command line overrides it, `--help` lists them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from system.errors import UserError, one_line_errors
 from training.arguments import (
     CaptionDataArguments,
     CaptionTrainingArguments,
     NewDecodingArguments,
+    option,
     parse_recipe,
     refuse_what_it_brings,
 )
@@ -29,62 +30,33 @@ BROUGHT_BY_A_CAPTIONER = (
 class ModelArguments:
     """The model; the defaults are those of the course report that this project reimplements."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or Hub id of an LSTM captioner to fine-tune. Its encoder, sizes and tokenizer stay; of the options here "
-            "freeze_encoder, num_trainable_encoder_blocks, dropout and attention_dropout count."
-        },
+    model_name_or_path: str | None = option(
+        None,
+        "Folder or Hub id of an LSTM captioner to fine-tune. Its encoder, sizes and tokenizer stay; of the options here "
+        "freeze_encoder, num_trainable_encoder_blocks, dropout and attention_dropout count.",
     )
-    encoder: str = field(
-        default="inception_resnet_v2.tf_in1k", metadata={"help": "timm name, Hub id or local folder of the encoder."}
+    encoder: str = option("inception_resnet_v2.tf_in1k", "timm name, Hub id or local folder of the encoder.")
+    pretrained_encoder: bool = option(True, "Load the pretrained weights of the encoder.")
+    freeze_encoder: bool = option(True, "Freeze the encoder.")
+    num_trainable_encoder_blocks: int = option(0, "Last N encoder blocks to train although the rest is frozen.", min=0)
+    image_size: int | None = option(None, "Side of the encoder's input in pixels; its own if not given.", min=1)
+    center_crop: bool = option(True, "Center-crop; otherwise resize the whole image, ignoring its aspect ratio.")
+    output_stride: int | None = option(
+        None,
+        "Stride of the encoder's feature grid in pixels; 16 or 8 give a convolutional encoder a finer grid; its own, "
+        "mostly 32, if not given.",
+        min=1,
+        needs={"attention": [True]},
     )
-    pretrained_encoder: bool = field(default=True, metadata={"help": "Load the pretrained weights of the encoder."})
-    freeze_encoder: bool = field(default=True, metadata={"help": "Freeze the encoder."})
-    num_trainable_encoder_blocks: int = field(
-        default=0, metadata={"help": "Last N encoder blocks to train although the rest is frozen.", "min": 0}
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the encoder's input in pixels; its own if not given.", "min": 1}
-    )
-    center_crop: bool = field(
-        default=True, metadata={"help": "Center-crop; otherwise resize the whole image, ignoring its aspect ratio."}
-    )
-    output_stride: int | None = field(
-        default=None,
-        metadata={
-            "help": "Stride of the encoder's feature grid in pixels; 16 or 8 give a convolutional encoder a finer grid; its own, mostly "
-            "32, if not given.",
-            "min": 1,
-            "needs": {"attention": [True]},
-        },
-    )
-    image_embed_dim: int = field(
-        default=1024, metadata={"help": "Size of the image's and of each token's embedding.", "min": 1}
-    )
-    hidden_size: int = field(default=1024, metadata={"help": "Hidden size of each LSTM layer.", "min": 1})
-    num_hidden_layers: int = field(default=3, metadata={"help": "Number of LSTM layers.", "min": 1})
-    dropout: float = field(
-        default=0.0, metadata={"help": "Dropout of the LSTM's inputs and outputs.", "min": 0, "below": 1}
-    )
-    attention: bool = field(
-        default=False,
-        metadata={"help": "Attend to the encoder's feature grid at each token, not to its pooled features."},
-    )
-    num_attention_heads: int = field(
-        default=1, metadata={"help": "Number of attention heads.", "min": 1, "needs": {"attention": [True]}}
-    )
-    attention_dropout: float = field(
-        default=0.0,
-        metadata={"help": "Dropout of attention keys and values.", "min": 0, "below": 1},
-    )
-    vocab_size: int = field(
-        default=8000,
-        metadata={
-            "help": "Vocabulary size of the tokenizer that is trained.",
-            "min": 8,  # four special tokens and four others
-            "needs": {"tokenizer_name": [None]},
-        },
+    image_embed_dim: int = option(1024, "Size of the image's and of each token's embedding.", min=1)
+    hidden_size: int = option(1024, "Hidden size of each LSTM layer.", min=1)
+    num_hidden_layers: int = option(3, "Number of LSTM layers.", min=1)
+    dropout: float = option(0.0, "Dropout of the LSTM's inputs and outputs.", min=0, below=1)
+    attention: bool = option(False, "Attend to the encoder's feature grid at each token, not to its pooled features.")
+    num_attention_heads: int = option(1, "Number of attention heads.", min=1, needs={"attention": [True]})
+    attention_dropout: float = option(0.0, "Dropout of attention keys and values.", min=0, below=1)
+    vocab_size: int = option(  # four special tokens and four others at least
+        8000, "Vocabulary size of the tokenizer that is trained.", min=8, needs={"tokenizer_name": [None]}
     )
 
     def __post_init__(self):
@@ -98,7 +70,7 @@ class ModelArguments:
 class TrainingArguments(CaptionTrainingArguments):
     """The training loop."""
 
-    output_dir: str = field(default="outputs/lstm", metadata={"help": "Folder for model, results and checkpoints."})
+    output_dir: str = option("outputs/lstm", "Folder for model, results and checkpoints.")
 
 
 def main(argv: list[str] | None = None) -> None:

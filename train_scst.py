@@ -7,13 +7,13 @@ A recipe sets the options, the command line overrides it, `--help` lists them.
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from system.errors import UserError, one_line_errors
 from training import arguments
-from training.arguments import DataArguments, parse_recipe
+from training.arguments import DataArguments, option, parse_recipe
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
 
@@ -22,56 +22,34 @@ from training.arguments import DataArguments, parse_recipe
 class SCSTArguments:
     """The captioner to fine-tune, and its reward."""
 
-    model_name_or_path: str | None = field(  # needed, on the command line or in the recipe
-        default=None, metadata={"help": "Folder or Hub id of the captioner to fine-tune, of either kind."}
+    # Needed, on the command line or in the recipe.
+    model_name_or_path: str | None = option(None, "Folder or Hub id of the captioner to fine-tune, of either kind.")
+    num_samples: int = option(5, "Number of captions sampled per image and step.", min=1)
+    baseline: Literal["leave_one_out", "greedy"] = option(
+        "leave_one_out", "Baseline of a sample's reward: the mean of the image's other samples, or its greedy caption."
     )
-    num_samples: int = field(default=5, metadata={"help": "Number of captions sampled per image and step.", "min": 1})
-    baseline: Literal["leave_one_out", "greedy"] = field(
-        default="leave_one_out",
-        metadata={
-            "help": "Baseline of a sample's reward: the mean of the image's other samples, or its greedy caption."
-        },
+    bleu_weight: float = option(0.0, "Weight of BLEU-4 (0 to 1) in the reward, beside CIDEr-D (0 to 10).", min=0)
+    rouge_weight: float = option(0.0, "Weight of ROUGE-L (0 to 1) in the reward, beside CIDEr-D (0 to 10).", min=0)
+    kl_coef: float = option(
+        0.0, "KL coefficient: CIDEr-D that a nat of divergence from the starting model costs a caption.", min=0
     )
-    bleu_weight: float = field(
-        default=0.0, metadata={"help": "Weight of BLEU-4 (0 to 1) in the reward, beside CIDEr-D (0 to 10).", "min": 0}
+    init_weight_share: float = option(
+        0.0,
+        "Fraction of the starting weights in the model that is evaluated and saved (weight interpolation, WiSE-FT).",
+        min=0,
+        below=1,
     )
-    rouge_weight: float = field(
-        default=0.0, metadata={"help": "Weight of ROUGE-L (0 to 1) in the reward, beside CIDEr-D (0 to 10).", "min": 0}
+    xe_weight: float = option(0.0, "Weight of the cross entropy of a training caption in the loss.", min=0, below=1)
+    dropout: float = option(
+        0.0,
+        "Dropout of the decoder, attention included, where it is trained on its samples, which are drawn without.",
+        min=0,
+        below=1,
     )
-    kl_coef: float = field(
-        default=0.0,
-        metadata={
-            "help": "KL coefficient: CIDEr-D that a nat of divergence from the starting model costs a caption.",
-            "min": 0,
-        },
+    sample_no_repeat_ngram_size: int = option(
+        0, "Size of n-grams that occur at most once in a sample, by the policy; 0 disables.", min=0
     )
-    init_weight_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "Fraction of the starting weights in the model that is evaluated and saved (weight interpolation, WiSE-FT).",
-            "min": 0,
-            "below": 1,
-        },
-    )
-    xe_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the cross entropy of a training caption in the loss.", "min": 0, "below": 1},
-    )
-    dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Dropout of the decoder, attention included, where it is trained on its samples, which are drawn without.",
-            "min": 0,
-            "below": 1,
-        },
-    )
-    sample_no_repeat_ngram_size: int = field(
-        default=0,
-        metadata={"help": "Size of n-grams that occur at most once in a sample, by the policy; 0 disables.", "min": 0},
-    )
-    sample_min_length: int = field(
-        default=0, metadata={"help": "Min length of a sample in tokens, by the policy.", "min": 0}
-    )
+    sample_min_length: int = option(0, "Min length of a sample in tokens, by the policy.", min=0)
 
     def __post_init__(self):
         if self.model_name_or_path is None:
@@ -90,13 +68,11 @@ class SCSTArguments:
 class DecodingArguments(arguments.DecodingArguments):
     """How captions are generated in evaluation; what is not given stays as the captioner has it."""
 
-    logit_adjustment_tau: float | None = field(
-        default=None,
-        metadata={
-            "help": "Logit adjustment of rare tokens in evaluation: nats for each factor of e by which a token is rarer in the "
-            "training captions than 1 in 1,000; 0 disables.",
-            "min": 0,
-        },
+    logit_adjustment_tau: float | None = option(
+        None,
+        "Logit adjustment of rare tokens in evaluation: nats for each factor of e by which a token is rarer in the "
+        "training captions than 1 in 1,000; 0 disables.",
+        min=0,
     )
 
 
@@ -104,21 +80,16 @@ class DecodingArguments(arguments.DecodingArguments):
 class TrainingArguments(arguments.TrainingArguments):
     """The training loop."""
 
-    output_dir: str = field(default="outputs/scst", metadata={"help": "Folder for model, results and checkpoints."})
-    num_train_epochs: int = field(default=5, metadata={"help": "Number of epochs.", "min": 1})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Images per batch and device.", "min": 1})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW.", "min": 0})
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW.", "min": 0})
-    eval_on_start: bool = field(
-        default=True,
-        metadata={"help": "Evaluate before the first step, too; the starting captioner stays if it is the best."},
+    output_dir: str = option("outputs/scst", "Folder for model, results and checkpoints.")
+    num_train_epochs: int = option(5, "Number of epochs.", min=1)
+    per_device_train_batch_size: int = option(16, "Images per batch and device.", min=1)
+    learning_rate: float = option(5e-5, "Peak learning rate of AdamW.", min=0)
+    weight_decay: float = option(0.0, "Weight decay of AdamW.", min=0)
+    eval_on_start: bool = option(
+        True, "Evaluate before the first step, too; the starting captioner stays if it is the best."
     )
-    early_stopping_patience: int | None = field(
-        default=2,
-        metadata={
-            "help": "Number of evaluations without a better validation CIDEr after which training stops.",
-            "min": 1,
-        },
+    early_stopping_patience: int | None = option(
+        2, "Number of evaluations without a better validation CIDEr after which training stops.", min=1
     )
 
 

@@ -7,10 +7,16 @@ A recipe sets the options, the command line overrides it, `--help` lists them.
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from system.errors import UserError, one_line_errors
-from training.arguments import CaptionDataArguments, CaptionTrainingArguments, NewDecodingArguments, parse_recipe
+from training.arguments import (
+    CaptionDataArguments,
+    CaptionTrainingArguments,
+    NewDecodingArguments,
+    option,
+    parse_recipe,
+)
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
 
@@ -19,77 +25,51 @@ from training.arguments import CaptionDataArguments, CaptionTrainingArguments, N
 class ModelArguments:
     """The model; the defaults are those of the course report that this project reimplements."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a whole ViT-GPT2 captioner to fine-tune."}
+    model_name_or_path: str | None = option(None, "Folder or Hub id of a whole ViT-GPT2 captioner to fine-tune.")
+    encoder: str = option(
+        "google/vit-base-patch16-224-in21k", "Hub id or local folder of the encoder; also a timm name, ViT or CNN."
     )
-    encoder: str = field(
-        default="google/vit-base-patch16-224-in21k",
-        metadata={"help": "Hub id or local folder of the encoder; also a timm name, ViT or CNN."},
+    decoder: str = option(
+        "gpt2", "Hub id or local folder of the decoder, or of a ViT-GPT2 captioner whose decoder is taken."
     )
-    decoder: str = field(
-        default="gpt2",
-        metadata={"help": "Hub id or local folder of the decoder, or of a ViT-GPT2 captioner whose decoder is taken."},
+    pretrained_encoder: bool = option(
+        True, "Load `encoder`; otherwise create a ViT of the sizes below with random weights."
     )
-    pretrained_encoder: bool = field(
-        default=True,
-        metadata={"help": "Load `encoder`; otherwise create a ViT of the sizes below with random weights."},
+    pretrained_decoder: bool = option(
+        True, "Load `decoder`; otherwise create a GPT-2 of the sizes below with random weights."
     )
-    pretrained_decoder: bool = field(
-        default=True,
-        metadata={"help": "Load `decoder`; otherwise create a GPT-2 of the sizes below with random weights."},
+    freeze_encoder: bool = option(True, "Freeze the encoder.")
+    num_trainable_encoder_blocks: int = option(0, "Last N encoder blocks to train although the rest is frozen.", min=0)
+    prompt: str = option("Image Caption:", "Text every caption starts with; '' for none.")
+    loss_on_prompt: bool = option(False, "Include the prompt's tokens in the loss.")
+    dropout: float | None = option(None, "Dropout of the decoder; its own if not given.", min=0, below=1)
+    lora_rank: int | None = option(None, "Train LoRA adapters of this rank instead of the decoder; needs peft.", min=1)
+    trim_vocabulary: bool = option(
+        False, "Trim the vocabulary to the tokens of the training captions and single bytes."
     )
-    freeze_encoder: bool = field(default=True, metadata={"help": "Freeze the encoder."})
-    num_trainable_encoder_blocks: int = field(
-        default=0, metadata={"help": "Last N encoder blocks to train although the rest is frozen.", "min": 0}
+    image_size: int | None = option(
+        None, "Side of the encoder's input in pixels; its own, or 224 of a new ViT, if not given.", min=1
     )
-    prompt: str = field(default="Image Caption:", metadata={"help": "Text every caption starts with; '' for none."})
-    loss_on_prompt: bool = field(default=False, metadata={"help": "Include the prompt's tokens in the loss."})
-    dropout: float | None = field(
-        default=None, metadata={"help": "Dropout of the decoder; its own if not given.", "min": 0, "below": 1}
+    patch_size: int = option(16, "Side of a new ViT's patches in pixels.", min=1, needs={"pretrained_encoder": [False]})
+    convolutional_stem: bool = option(
+        False,
+        "Make a new ViT's patches with a small ResNet instead of one linear layer (hybrid ViT).",
+        needs={"pretrained_encoder": [False]},
     )
-    lora_rank: int | None = field(
-        default=None,
-        metadata={"help": "Train LoRA adapters of this rank instead of the decoder; needs peft.", "min": 1},
+    hidden_size: int = option(768, "Hidden size of a new ViT and a new GPT-2.", min=1)
+    num_hidden_layers: int = option(12, "Number of layers of each new part.", min=1)
+    num_encoder_layers: int | None = option(
+        None,
+        "Number of layers of a new ViT, where it differs from that of a new GPT-2.",
+        min=1,
+        needs={"pretrained_encoder": [False]},
     )
-    trim_vocabulary: bool = field(
-        default=False, metadata={"help": "Trim the vocabulary to the tokens of the training captions and single bytes."}
-    )
-    image_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Side of the encoder's input in pixels; its own, or 224 of a new ViT, if not given.",
-            "min": 1,
-        },
-    )
-    patch_size: int = field(
-        default=16,
-        metadata={"help": "Side of a new ViT's patches in pixels.", "min": 1, "needs": {"pretrained_encoder": [False]}},
-    )
-    convolutional_stem: bool = field(
-        default=False,
-        metadata={
-            "help": "Make a new ViT's patches with a small ResNet instead of one linear layer (hybrid ViT).",
-            "needs": {"pretrained_encoder": [False]},
-        },
-    )
-    hidden_size: int = field(default=768, metadata={"help": "Hidden size of a new ViT and a new GPT-2.", "min": 1})
-    num_hidden_layers: int = field(default=12, metadata={"help": "Number of layers of each new part.", "min": 1})
-    num_encoder_layers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of layers of a new ViT, where it differs from that of a new GPT-2.",
-            "min": 1,
-            "needs": {"pretrained_encoder": [False]},
-        },
-    )
-    num_attention_heads: int = field(default=12, metadata={"help": "Attention heads of each new part.", "min": 1})
-    vocab_size: int = field(
-        default=8000,
-        metadata={
-            "help": "Vocabulary size of the tokenizer that is trained for a new GPT-2.",
-            "min": 8,  # four special tokens, and four others
-            "needs": {"tokenizer_name": [None], "pretrained_decoder": [False]},
-        },
+    num_attention_heads: int = option(12, "Attention heads of each new part.", min=1)
+    vocab_size: int = option(
+        8000,
+        "Vocabulary size of the tokenizer that is trained for a new GPT-2.",
+        min=8,  # four special tokens and four others
+        needs={"tokenizer_name": [None], "pretrained_decoder": [False]},
     )
 
     def __post_init__(self):
@@ -124,10 +104,10 @@ class ModelArguments:
 class TrainingArguments(CaptionTrainingArguments):
     """The training loop."""
 
-    output_dir: str = field(default="outputs/vit_gpt2", metadata={"help": "Folder for model, results and checkpoints."})
-    num_train_epochs: int = field(default=30, metadata={"help": "Number of epochs.", "min": 1})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Captions per batch and device.", "min": 1})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate of AdamW.", "min": 0})
+    output_dir: str = option("outputs/vit_gpt2", "Folder for model, results and checkpoints.")
+    num_train_epochs: int = option(30, "Number of epochs.", min=1)
+    per_device_train_batch_size: int = option(8, "Captions per batch and device.", min=1)
+    learning_rate: float = option(3e-4, "Peak learning rate of AdamW.", min=0)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,13 +13,13 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from system.errors import UserError, one_line_errors
-from training.arguments import parse_recipe
+from training.arguments import option, parse_recipe
 
 if TYPE_CHECKING:
     from data_scripts.shards import Sample
@@ -36,54 +36,32 @@ ROWS_PER_GROUP = 256
 class EncodeArguments:
     """Shards, encoder and where the features go."""
 
-    shards: str = field(
-        metadata={
-            "help": "Folder, glob or address of the shards, or a dataset of shards on the Hub.",
-            "positional": None,
-        }
+    shards: str = option(
+        help="Folder, glob or address of the shards, or a dataset of shards on the Hub.", positional=None
     )
-    output_dir: str = field(default="features", metadata={"help": "Folder or address for the shards of features."})
-    split: str = field(default="train", metadata={"help": "Split to encode, where the shards have several."})
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of a captioner whose encoder encodes; no encoder is needed then."},
+    output_dir: str = option("features", "Folder or address for the shards of features.")
+    split: str = option("train", "Split to encode, where the shards have several.")
+    model_name_or_path: str | None = option(
+        None, "Folder or Hub id of a captioner whose encoder encodes; no encoder is needed then."
     )
-    captioner: Literal["lstm", "vit_gpt2"] = field(
-        default="lstm", metadata={"help": "Kind of captioner that the features are for."}
+    captioner: Literal["lstm", "vit_gpt2"] = option("lstm", "Kind of captioner that the features are for.")
+    encoder: str = option("inception_resnet_v2.tf_in1k", "timm name, Hub id or local folder of the encoder.")
+    image_size: int | None = option(None, "Side of the encoder's input in pixels; its own if not given.", min=1)
+    center_crop: bool = option(
+        True, "Center-crop, of lstm; otherwise resize the whole image, ignoring its aspect ratio."
     )
-    encoder: str = field(
-        default="inception_resnet_v2.tf_in1k",
-        metadata={"help": "timm name, Hub id or local folder of the encoder."},
+    output_stride: int | None = option(
+        None, "Stride of the encoder's feature grid in pixels, of lstm; its own if not given.", min=1
     )
-    image_size: int | None = field(
-        default=None,
-        metadata={"help": "Side of the encoder's input in pixels; its own if not given.", "min": 1},
+    attention: bool = option(False, "Keep the feature grid for attention, of lstm, not the pooled features.")
+    feature_dtype: Literal["float16", "int8"] = option(
+        "float16", "Type in which features are written; int8 takes half the disk, lossy."
     )
-    center_crop: bool = field(
-        default=True,
-        metadata={"help": "Center-crop, of lstm; otherwise resize the whole image, ignoring its aspect ratio."},
+    batch_size: int = option(32, "Images encoded together.", min=1)
+    num_workers: int | None = option(
+        None, "Number of threads that decode images; if not given up to 8 on a GPU, and 1 on a CPU.", min=1
     )
-    output_stride: int | None = field(
-        default=None,
-        metadata={"help": "Stride of the encoder's feature grid in pixels, of lstm; its own if not given.", "min": 1},
-    )
-    attention: bool = field(
-        default=False, metadata={"help": "Keep the feature grid for attention, of lstm, not the pooled features."}
-    )
-    feature_dtype: Literal["float16", "int8"] = field(
-        default="float16", metadata={"help": "Type in which features are written; int8 takes half the disk, lossy."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Images encoded together.", "min": 1})
-    num_workers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of threads that decode images; if not given up to 8 on a GPU, and 1 on a CPU.",
-            "min": 1,
-        },
-    )
-    strict: bool = field(
-        default=False, metadata={"help": "End at a shard or sample that cannot be used, in place of skipping it."}
-    )
+    strict: bool = option(False, "End at a shard or sample that cannot be used, in place of skipping it.")
 
 
 def main(argv: list[str] | None = None) -> None:

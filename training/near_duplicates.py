@@ -7,13 +7,13 @@ near_duplicates.json and, side by side, near_duplicates.html. Identical bytes ar
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from system.errors import UserError, one_line_errors
-from training.arguments import parse_recipe
+from training.arguments import option, parse_recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,44 +26,26 @@ ROWS_AT_ONCE = 256
 
 @dataclass
 class NearDuplicateArguments:
-    dataset_name: str = field(
-        metadata={
-            "positional": "?",
-            "help": "Folder made by a data_scripts command, dataset on the Hub, or `scenes`.",
-        },
-        default="scenes",
+    dataset_name: str = option(
+        "scenes", "Folder made by a data_scripts command, dataset on the Hub, or `scenes`.", positional="?"
     )
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or Hub id of a captioner whose encoder compares images; captions alone if not given."
-        },
+    model_name_or_path: str | None = option(
+        None, "Folder or Hub id of a captioner whose encoder compares images; captions alone if not given."
     )
-    image_threshold: float = field(
-        default=0.85,
-        metadata={
-            "help": "Min cosine similarity of a pair of images, of their features less the mean.",
-            "above": 0,
-            "max": 1,
-        },
+    image_threshold: float = option(
+        0.85, "Min cosine similarity of a pair of images, of their features less the mean.", above=0, max=1
     )
-    caption_threshold: float = field(
-        default=0.9,
-        metadata={
-            "help": "Min cosine similarity of a pair of captions, of their words weighted by TF-IDF.",
-            "above": 0,
-            "max": 1,
-        },
+    caption_threshold: float = option(
+        0.9, "Min cosine similarity of a pair of captions, of their words weighted by TF-IDF.", above=0, max=1
     )
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for near_duplicates.json and near_duplicates.html; printed only if not given."},
+    output_dir: str | None = option(
+        None, "Folder for near_duplicates.json and near_duplicates.html; printed only if not given."
     )
-    feature_cache: Literal["float16", "int8"] = field(
-        default="float16", metadata={"help": "Type in which features are cached, and those of training are read."}
+    feature_cache: Literal["float16", "int8"] = option(
+        "float16", "Type in which features are cached, and those of training are read."
     )
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Number of processes that decode images; 0 decodes in the main process.", "min": 0}
+    dataloader_num_workers: int = option(
+        0, "Number of processes that decode images; 0 decodes in the main process.", min=0
     )
 
     compile_encoder = False  # what `encode_splits` asks of a run
