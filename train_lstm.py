@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     from training.features import encode_splits
     from training.fine_tuning import check_lstm_start
     from training.optimizer import build_adamw
+    from training.pairs import pairs_of_split, sampler_of
     from training.run import TrainingRun
-    from training.shards import pairs_of_split, sampler_of
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     if model_args.model_name_or_path:

@@ -115,10 +115,10 @@ def main(argv: list[str] | None = None, loss_class: "type[SelfCriticalLoss] | No
     from training.features import encode_splits
     from training.launch import refuse_fsdp
     from training.optimizer import build_adamw
+    from training.pairs import pairs_of_split, refuse_shards
     from training.run import TrainingRun
     from training.sampling import set_sampling_mode, share_images_by
     from training.self_critical import SelfCriticalLoss, check_scst_start, load_start, set_decoding
-    from training.shards import pairs_of_split, refuse_shards
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     refuse_fsdp("train_scst.py")

@@ -128,8 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     from training.fine_tuning import check_vit_gpt2_start
     from training.lora import check_lora, merged
     from training.optimizer import build_adamw
+    from training.pairs import pairs_of_split, sampler_of
     from training.run import TrainingRun
-    from training.shards import pairs_of_split, sampler_of
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     if model_args.model_name_or_path:

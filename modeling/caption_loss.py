@@ -27,8 +27,8 @@ def computes_in_bfloat16(device: torch.device) -> bool:
         return False
     capabilities = getattr(
         torch.cpu, "get_capabilities", dict
-    )()  # an older torch cannot say, and float32 is right anywhere
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    )  # an older torch cannot say, and float32 is right anywhere
+    return any(capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def hidden_states_before_head(forward: nn.Module, model: nn.Module, **inputs) -> tuple[torch.Tensor, nn.Module]:
@@ -85,9 +85,8 @@ def can_read_weight(head: nn.Module) -> bool:
 
     Not where it is wrapped (LoRA), quantized, offloaded or has hooks of others; FSDP2's hooks only gather the weight.
     """
-    if type(head).forward is not nn.Linear.forward or "forward" in vars(
-        head
-    ):  # accelerate replaces an instance's forward
+    replaced = "forward" in vars(head)  # as accelerate does with an instance's
+    if replaced or type(head).forward is not nn.Linear.forward:
         return False
     is_fsdp_module = hasattr(head, "unshard")
     if is_fsdp_module:

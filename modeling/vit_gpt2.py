@@ -151,8 +151,8 @@ def encoder_config(
         "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": num_attention_heads,
         "intermediate_size": 4 * hidden_size,
-        "initializer_range": hidden_size
-        ** -0.5,  # transformers' 0.02 is for wide models: in narrow ones attention starts flat
+        # transformers' 0.02 is for wide models: in narrow ones attention starts flat
+        "initializer_range": hidden_size**-0.5,
     }
     if not convolutional_stem:
         return ViTConfig(**sizes)
@@ -345,9 +345,8 @@ def _build_decoder(
     if isinstance(decoder, str):
         return AutoModelForCausalLM.from_pretrained(decoder, config=config)
     model = AutoModelForCausalLM.from_config(config)
-    if (
-        config.model_type == "gpt2"
-    ):  # logits start as small as with transformers' initializer_range: the first loss is log(V)
+    if config.model_type == "gpt2":
+        # Logits start as small as with transformers' initializer_range: the first loss is log(vocabulary).
         nn.init.constant_(model.transformer.ln_f.weight, 0.02 * config.n_embd**0.5)
     return model
 

@@ -422,7 +422,7 @@ def test_the_disk_space_of_all_splits_and_views_is_told_before_the_first_is_made
         encode_splits(splits, encoder, processor.image_processor, DataArguments(), num_augmentations=3)
     number, size = 3 * len(rows) + 8, encoder.output_size
     assert [record.getMessage().split(" in ")[0] for record in caplog.records] == [
-        f"Encoding {number} images once: 1 x {size} features each, {number * size * 2 / 1e6:.0f} MB"
+        f"Encoding {number} images and augmentations once: 1 x {size} features each, {number * size * 2 / 1e6:.0f} MB"
     ]
 
 

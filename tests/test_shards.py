@@ -389,7 +389,7 @@ def test_training_reads_features_as_it_reads_images(encode, monkeypatch, starts,
     """Of the same images in the same order; and of another encoder they are refused."""
     from modeling.captioner import Captioner
     from training.batches import CaptionCollator
-    from training.shards import pairs_of_split
+    from training.pairs import pairs_of_split
 
     folder = encode("features", monkeypatch)
     captioner = Captioner.load(starts["lstm"])
