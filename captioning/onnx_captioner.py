@@ -88,7 +88,7 @@ class OnnxCaptioner:
             )
 
     def settings(self) -> dict:
-        """What captions depend on, of JSON's types: a digest of the files, and the decoding settings."""
+        """What captions depend on, of JSON's types: a digest of the files, and the generation config."""
         files = [*self.model.files, *sorted(self.folder.glob("*.onnx.data")), self.folder / "preprocess.onnx"]
         return {"weights": sha256_of(*files), "decoding": self.model.settings}
 

@@ -76,11 +76,9 @@ class Captioner:
         return self.generation_config
 
     def settings(self) -> dict:
-        """What captions depend on, of JSON's types: a digest of weights and image processor, and the decoding settings."""
-        decoding = self.decoding.to_diff_dict()
-        decoding.pop("transformers_version", None)
+        """What captions depend on, of JSON's types: a digest of weights and image processor, and the generation config."""
         weights = weights_digest(self.model, self.image_processor.to_json_string())
-        return {"weights": weights, "decoding": decoding}
+        return {"weights": weights, "decoding": self.decoding.to_diff_dict()}
 
     @property
     def device(self) -> torch.device:

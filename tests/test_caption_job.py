@@ -292,6 +292,21 @@ def test_a_refusal_names_what_of_the_decoding_differs(model, tmp_path, capsys):
     assert "decoding {'num_beams': 2}, and not {'num_beams': 3}" in capsys.readouterr().err
 
 
+def test_what_is_no_decoding_setting_does_not_stop_a_resumed_run(model, tmp_path, capsys, monkeypatch):
+    """As after an upgrade of transformers, and where the settings were saved by a version of ours that kept its notes."""
+    folder = make_images(tmp_path / "images", 2, 2)
+    run(model, folder, "--output", tmp_path / "c.jsonl")
+    monkeypatch.setattr("transformers.generation.configuration_utils.__version__", "6.0.0")
+    path = tmp_path / "c.jsonl.settings.json"
+    settings = json.loads(path.read_text())
+    notes = {"transformers_version": "5.9.0", "_from_model_config": False, "output_scores": True, "top_k": None}
+    for decoding in (settings["decoding"], settings["decoding"] | notes):
+        path.write_text(json.dumps(settings | {"decoding": decoding}))
+        capsys.readouterr()
+        run(model, folder, "--output", tmp_path / "c.jsonl")
+        assert "0 of 2 images captioned, 2 were captioned before" in capsys.readouterr().err
+
+
 def test_a_part_that_somebody_took_away_costs_no_other(model, tmp_path, monkeypatch):
     monkeypatch.setattr("captioning.outputs.ROWS_PER_PART", 2)
     output = tmp_path / "c.parquet"

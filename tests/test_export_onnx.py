@@ -306,6 +306,16 @@ def test_caption_py_gives_the_captions_of_the_model_and_resumes(both, options, t
     assert lines["exported"] == lines["model"] and lines["model"].count("\n") == 3
 
 
+@pytest.mark.parametrize("exported", ["lstm"], indirect=True)
+def test_a_job_resumes_with_what_another_transformers_has_exported(both, tmp_path, capsys):
+    arguments = ["--model_name_or_path", both["exported"], both["images"], "--output", str(tmp_path / "c.jsonl")]
+    caption.main(arguments)
+    path = Path(both["exported"], "generation_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_version": "6.0.0"}))
+    caption.main(arguments)
+    assert "0 of 3 images captioned, 3 were captioned before" in capsys.readouterr().err
+
+
 def test_an_export_captions_without_torch(both):
     arguments = ["--model_name_or_path", both["exported"], both["images"]]
     heavy = {"torch", "transformers", "torchvision", "timm", "datasets", "accelerate", "pyarrow", "onnx"}
