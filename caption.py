@@ -90,7 +90,7 @@ class CaptionArguments:
         default=False, metadata={"help": "Print what would be captioned and where it would be saved, and exit."}
     )
     existing: Literal["skip", "overwrite", "append", "prepend"] = field(
-        default="skip", metadata={"help": "Action for an image that has a sidecar already."}
+        default="skip", metadata={"help": "Action for an image that has a sidecar already; an empty one counts as none."}
     )
     prefix: str = field(default="", metadata={"help": "Text before the caption in a sidecar."})
     suffix: str = field(default="", metadata={"help": "Text after the caption in a sidecar."})
@@ -338,7 +338,8 @@ def caption_sources(
     decoder = ImageDecoder(captioner.min_image_side, args.output_format == "webdataset", args.window)
     collate = ImageCollator(captioner.preprocess, Page.image_size() if on_page else 0)
     job.run(load_batches(job.batches(refs, args.batch_size), decoder, collate, args.num_workers), total)
-    captioned, there, num_bad, num_doubtful = processes.total(*vars(job.counts).values())
+    num_empty = output.num_empty if isinstance(output, Sidecars) else 0
+    captioned, there, num_bad, num_doubtful, num_empty = processes.total(*vars(job.counts).values(), num_empty)
     if processes.is_first:
         output.finish()
         if doubtful:
@@ -346,10 +347,11 @@ def caption_sources(
         summary = f"{captioned:,} of {total:,} images captioned"
         summary += f", {there:,} were captioned before" if there else ""
         summary += f", {num_bad:,} cannot be" if num_bad else ""
+        summary += f"; {num_empty:,} had an empty sidecar" if num_empty else ""
         summary += (
             f"; {num_doubtful:,} captions are below --min_confidence: {doubtful.file.path}" if num_doubtful else ""
         )
-        if captioned < total or num_doubtful:
+        if captioned < total or num_doubtful or num_empty:
             print(summary, file=sys.stderr)
     return bool(captioned or there)
 
@@ -451,8 +453,9 @@ def dry_run(args: CaptionArguments, sources: ImageSources, total: int) -> None:
             continue
         num_new += 1
         num_with_sidecar += args.output_format == "sidecars" and output.path_of(ref).exists()
-    verb = {"overwrite": "overwritten", "append": "appended to", "prepend": "prepended to"}.get(args.existing)
-    sidecars = f", {num_with_sidecar:,} sidecars {verb}" if num_with_sidecar else ""
+    verb = {"skip": "filled", "overwrite": "overwritten", "append": "appended to", "prepend": "prepended to"}
+    kind = "empty sidecars" if args.existing == "skip" else "sidecars"
+    sidecars = f", {num_with_sidecar:,} {kind} {verb[args.existing]}" if num_with_sidecar else ""
     bad = f"; {num_bad:,} cannot be" if num_bad else ""
     print(f"{num_new:,} of {total:,} images would be captioned{sidecars}; {job.counts.there:,} are already{bad}")
 

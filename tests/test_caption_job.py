@@ -380,6 +380,27 @@ def test_sidecars_beside_images(existing, wanted, model, tmp_path, capsys):
         assert sidecars(folder) == {"000000.txt": wanted.format(f"sks {first}."), "000001.txt": f"sks {second}.\n"}
 
 
+def test_an_empty_sidecar_is_none_and_is_counted(model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 6, 6)
+    run(model, folder, "--output", tmp_path / "c.jsonl")
+    captions = {Path(name).with_suffix(".txt").name: text + "\n" for name, text in read_output(tmp_path / "c.jsonl")}
+    texts = [b"", b" \n\t", b"\xef\xbb\xbf\r\n", b".", b"\xff\xfe"]
+    for number, text in enumerate(texts):
+        (folder / "000" / f"{number:06d}.txt").write_bytes(text)
+    kept = {f"{number:06d}.txt": texts[number] for number in (3, 4)}
+    capsys.readouterr()
+    options = ["--output_format", "sidecars"]
+    run(model, folder, *options, "--dry_run")
+    assert "4 of 6 images would be captioned, 3 empty sidecars filled; 2 are already" in capsys.readouterr().out
+    summaries = ("4 of 6 images captioned, 2 were captioned before; 3 had an empty sidecar", "0 of 6 images captioned")
+    for summary in summaries:
+        run(model, folder, *options)
+        error = capsys.readouterr().err
+        assert summary in error and ("empty" in error) == (summary == summaries[0])
+        found = {path.name: path.read_bytes() for path in folder.rglob("*.txt")}
+        assert found == {name: text.encode() for name, text in captions.items()} | kept
+
+
 def test_sidecars_in_a_folder_of_their_own_and_images_of_one_stem(model, tmp_path, capsys):
     folder = make_images(tmp_path / "images", 2, 2)
     Image.new("RGB", (9, 9)).save(folder / "000" / "000000.bmp")
