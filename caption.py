@@ -90,7 +90,8 @@ class CaptionArguments:
         default=False, metadata={"help": "Print what would be captioned and where it would be saved, and exit."}
     )
     existing: Literal["skip", "overwrite", "append", "prepend"] = field(
-        default="skip", metadata={"help": "Action for an image that has a sidecar already; an empty one counts as none."}
+        default="skip",
+        metadata={"help": "Action for an image that has a sidecar already; an empty one counts as none."},
     )
     prefix: str = field(default="", metadata={"help": "Text before the caption in a sidecar."})
     suffix: str = field(default="", metadata={"help": "Text after the caption in a sidecar."})

@@ -487,6 +487,31 @@ def test_tars_and_parquet_files_give_the_captions_of_their_images(model, images,
     assert [name.rpartition("#")[2] for name, _ in read_output(tmp_path / "rows.jsonl")] == ["0", "1", "2", "3"]
 
 
+def test_samples_of_tars_without_an_image_are_counted(model, images, undisturbed, tmp_path, capsys):
+    path = Path(min(undisturbed))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        archive.add(path, "a.png")
+        for name in ("a.seg.cls", "b.cls", "c.json", "c.txt", "d.heif.1"):
+            archive.addfile(tarfile.TarInfo(name))
+        for kind, name in {tarfile.DIRTYPE: "more", tarfile.LNKTYPE: "more/a.png"}.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.png"
+            archive.addfile(member)
+    with tarfile.open(folder / "1.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("r.cls"))
+    for source, where, number in ((folder, "0.tar/", 5), (folder / "0.tar", "", 4)):
+        run(model, source, "--output", tmp_path / f"{number}.jsonl")
+        assert [text for _, text in read_output(tmp_path / f"{number}.jsonl")] == [undisturbed[str(path)]]
+        error = capsys.readouterr().err
+        named = ", ".join(where + name for name in ("b.cls", "c.json", "d.heif.1", "more/a.png"))
+        assert f"{number} of {number + 1} samples of tars have no image" in error and named in error
+    with pytest.raises(SystemExit) as refused:
+        run(model, folder / "1.tar")
+    assert refused.value.code == 2 and "1.tar has no images" in (error := capsys.readouterr().err) and "r.cls" in error
+
+
 @pytest.mark.slow
 def test_our_own_tars_are_images_again(model, images, undisturbed, tmp_path):
     run(model, images, "--output", tmp_path / "tars", "--output_format", "webdataset")
@@ -537,6 +562,19 @@ def test_a_tar_that_is_none_and_a_parquet_without_images_are_refused(model, tmp_
         with pytest.raises(SystemExit) as refused:
             run(model, tmp_path / name)
         assert refused.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
+def test_the_exit_code_is_2_exactly_where_no_image_has_a_caption(content, model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 1, 1)
+    bad = folder / "bad.png"
+    bad.write_bytes(content)
+    for _ in range(2):  # captioned by this run, or the one before
+        run(model, folder, "--output", tmp_path / "c.jsonl")
+        assert f"{bad}: " in (error := capsys.readouterr().err) and "1 cannot be" in error
+    with pytest.raises(SystemExit) as ended:
+        run(model, bad)
+    assert ended.value.code == 2 and "0 of 1 images captioned, 1 cannot be" in capsys.readouterr().err
 
 
 def test_an_image_that_is_named_twice_is_captioned_once(model, images, tmp_path, capsys):
