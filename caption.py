@@ -17,13 +17,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from captioning.descriptions import Descriptions, load_exiv2
 from captioning.job import ImageCollator, Job, begin_or_resume, load_batches
-from captioning.onnx_captioner import OnnxCaptioner, is_exported
+from captioning.onnx_captioner import OnnxCaptioner, is_exported, load_exported
 from captioning.outputs import Lines, Output, Page, Parquet, Screen, Sidecars, WebDataset
 from captioning.processes import Processes
 from captioning.sources import ImageDecoder, ImageRef, ImageSources, one_for_each_sidecar, without_repeats
@@ -40,11 +39,6 @@ FOLDERS = ("parquet", "sidecars", "webdataset", "xmp")
 BESIDE = ("sidecars", "xmp")  # may go to where the images are
 NUM_NAMED = 5  # images of a dry run
 SIDECAR_OPTIONS = ("existing", "prefix", "suffix", "separator", "sidecar_suffix")
-# What an exported captioner cannot do, and the values that ask for no more than it does.
-NOT_EXPORTED = {
-    **dict.fromkeys(("prompt", "confidence", "min_confidence", "encoder_engine", "top_p"), ()),
-    **{"device": ("cpu",), "dtype": ("float32",), "num_workers": (0,), "num_return_sequences": (1,)},
-}
 
 
 @dataclass
@@ -204,8 +198,10 @@ def main(argv: list[str] | None = None) -> None:
         total = sources.count(quiet=not processes.is_first)
         if args.dry_run:
             return dry_run(args, sources, total)
-        load = load_exported if is_exported(args.model_name_or_path) else load_captioner
-        captioner = load(args, generation_args, processes)
+        if is_exported(args.model_name_or_path):
+            captioner = load_exported(args.model_name_or_path, args, generation_args, **generation_args.settings())
+        else:
+            captioner = load_captioner(args, generation_args, processes)
         outcome = caption_sources(captioner, sources, total, args, processes)
         processes.end()
     if not outcome:
@@ -287,25 +283,6 @@ def load_captioner(args: CaptionArguments, generation_args: GenerationArguments,
         if not gc.get_freeze_count():  # once a process, or what earlier calls have left would stay
             gc.freeze()  # what is imported stays: going through it later took a quarter of the time of one image
         gc.enable()
-    captioner.set_decoding(**generation_args.settings())
-    return captioner
-
-
-def load_exported(args: CaptionArguments, generation_args: GenerationArguments, _: Processes) -> OnnxCaptioner:
-    """The captioner of a folder of export_onnx.py, with the decoding settings of the command line; torch is not imported.
-
-    Raises:
-        UserError: onnxruntime is not installed, an option asks for what is not exported, or the folder is damaged.
-    """
-    if find_spec("onnxruntime") is None:
-        raise UserError("an exported captioner needs onnxruntime: pip install --editable '.[onnx]'")
-    for options in (args, generation_args):
-        for name in NOT_EXPORTED:
-            if getattr(options, name, None) not in (getattr(type(options), name, None), *NOT_EXPORTED[name]):
-                raise UserError(
-                    f"--{name} does not go with {args.model_name_or_path}, an exported captioner: give the one that it was exported from"
-                )
-    captioner = OnnxCaptioner(args.model_name_or_path)
     captioner.set_decoding(**generation_args.settings())
     return captioner
 

@@ -222,8 +222,8 @@ def _known_format(content: bytes) -> str:
 
 
 # ---- Pixels ---------------------------------------------------------------------------------------------------------
-# What Pillow 12.3 and 13 make of more than 8 bits. `to_rgb` stands in modeling/captioning_pipeline.py, too, which travels with saved models and
-# can import nothing; a test holds them equal.
+# What Pillow 12.3 and 13 make of more than 8 bits. `to_rgb` stands in modeling/captioning_pipeline.py, too, which travels with saved
+# models and can import nothing; a test holds them equal.
 
 
 def has_deep_gray(image: Image.Image) -> bool:
