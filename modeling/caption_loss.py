@@ -61,6 +61,25 @@ def hidden_states_before_head(forward: nn.Module, model: nn.Module, **inputs) ->
     return captured.pop(), head
 
 
+def teacher_forcing_loss(
+    forward: nn.Module,
+    model: nn.Module,
+    batch: dict,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Cross entropy of a batch of captions for either captioner, in nats per token.
+
+    Args:
+        forward, model: See `hidden_states_before_head`.
+        batch: `labels`, int64 (batch, length), and the model's inputs.
+        num_items_in_batch, label_smoothing: See `caption_loss`.
+    """
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    hidden, head = hidden_states_before_head(forward, model, **inputs)
+    return caption_loss(hidden, batch["labels"], head, num_items_in_batch, label_smoothing)
+
+
 def can_read_weight(head: nn.Module) -> bool:
     """Whether a head is a linear layer and nothing more, so that a loss may use its weight without calling it.
 

@@ -38,7 +38,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from system.errors import UserError
 
-from .caption_loss import caption_loss, hidden_states_before_head
+from .caption_loss import teacher_forcing_loss
 
 logger = logging.getLogger(__name__)
 
@@ -248,25 +248,6 @@ def freeze(encoder: nn.Module) -> None:
     encoder.register_forward_pre_hook(_stay_in_eval)
 
 
-def vit_gpt2_loss(
-    forward: nn.Module,
-    model: VisionEncoderDecoderModel,
-    batch: dict,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Cross entropy of a batch of captions, in nats per token.
-
-    Args:
-        forward, model: See `hidden_states_before_head`.
-        batch: `labels`, int64 (batch, length), and the model's inputs.
-        num_items_in_batch, label_smoothing: See `caption_loss`.
-    """
-    inputs = {name: values for name, values in batch.items() if name != "labels"}
-    hidden, head = hidden_states_before_head(forward, model, **inputs)
-    return caption_loss(hidden, batch["labels"], head, num_items_in_batch, label_smoothing)
-
-
 class BeamCache(EncoderDecoderCache):
     """A cache whose cross attention is not reordered with the beams: all beams of an image attend to the same states.
 
@@ -402,7 +383,7 @@ def _try_decoder(model: VisionEncoderDecoderModel, decoder: str | PreTrainedConf
     start = torch.full((1, 2), model.config.decoder_start_token_id)
     states = BaseModelOutput(last_hidden_state=torch.zeros(1, 2, model.encoder.config.hidden_size))
     try:
-        vit_gpt2_loss(model, model, {"encoder_outputs": states, "decoder_input_ids": start, "labels": start})
+        teacher_forcing_loss(model, model, {"encoder_outputs": states, "decoder_input_ids": start, "labels": start})
         model.generate(encoder_outputs=states, decoder_input_ids=start[:, :1], max_new_tokens=2, num_beams=2)
     except Exception as error:  # each kind has its own
         name = f"decoder {decoder if isinstance(decoder, str) else ''}".strip()

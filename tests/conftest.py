@@ -1,11 +1,14 @@
 """Every test runs offline, on one thread of the CPU unless ACCELERATE_USE_CPU=false, with caches of its own."""
 
 import gc
+import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -51,7 +54,7 @@ def own_caches(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exporter(tmp_path_factory):
-    """Torch's exporter to ONNX, which exports the same weights once for all workers, as it takes seconds.
+    """Torch's exporter to ONNX, which exports the same weights, and the same image processor, once for all workers: it takes seconds.
 
     Tests that need it are skipped with a torch whose exporter cannot export a captioner.
     """
@@ -60,27 +63,40 @@ def exporter(tmp_path_factory):
     if Version(torch.__version__) < Version("2.7"):
         pytest.skip(f"export_onnx.py needs torch 2.7, and refuses {torch.__version__}")
     from benchmarks import onnx_step
-    from modeling import onnx_export
+    from modeling import onnx_export, onnx_pixels, transformers_js
     from modeling.fingerprint import weights_digest
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    export = onnx_export.export_encoder_and_step
 
-    def export_once(captioner, into):
-        kept = folder / f"exported-{weights_digest(captioner.model)}"
+    def once(name: str, export: Callable[[Path], Any]) -> Path:
+        kept = folder / f"exported-{name}"
         with FileLock(f"{kept}.lock"):
             if not kept.exists():
                 begun = kept.with_name(f"{kept.name}-begun")  # a failed export is none
                 begun.mkdir(exist_ok=True)
-                export(captioner, begun)
+                export(begun)
                 begun.rename(kept)
+        return kept
+
+    export, export_pixels = onnx_export.export_encoder_and_step, onnx_export.export_pixel_processor
+
+    def export_once(captioner, into):
+        kept = once(weights_digest(captioner.model), lambda place: export(captioner, place))
         shutil.copytree(kept, into, dirs_exist_ok=True)
+
+    def export_pixels_once(image_processor, path):
+        size = onnx_pixels.PixelProcessor(image_processor).output_size
+        name = hashlib.sha256(image_processor.to_json_string().encode()).hexdigest()
+        shutil.copy(once(name, lambda place: export_pixels(image_processor, place / "pixels")) / "pixels", path)
+        return size
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (onnx_export, onnx_step):
             patch.setattr(module, "export_encoder_and_step", export_once)
+        for module in (onnx_export, transformers_js):
+            patch.setattr(module, "export_pixel_processor", export_pixels_once)
         yield
 
 

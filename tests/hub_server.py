@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
+from serving import serving
 
 TOKENS = {"hf_me": "me", "hf_reader": "reader"}  # the second may read, and write nowhere
 MAX_REGULAR_BYTES = 10 * 2**20
@@ -268,6 +269,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request: fault or token first, then the route whose pattern matches."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 milliseconds for the receipt of its head
     hub: Hub
 
     def handle_request(self) -> None:
@@ -509,14 +511,5 @@ def running_hub() -> Iterator[Hub]:
     """A Hub that answers until the block ends; each has its own ports and nothing in it."""
     hub = Hub()
     handler = type("HandlerOfThisHub", (Handler,), {"hub": hub})
-    servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
-    hub.endpoint, hub.storage = (f"http://127.0.0.1:{server.server_port}" for server in servers)
-    for server in servers:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    try:
+    with serving(handler) as hub.endpoint, serving(handler) as hub.storage:
         yield hub
-    finally:
-        for server in servers:
-            server.shutdown()
-            server.server_close()

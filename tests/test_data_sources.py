@@ -7,11 +7,9 @@ import io
 import json
 import subprocess
 import sys
-import threading
 import tracemalloc
 import unicodedata
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -21,6 +19,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
+from serving import serving, serving_folder
 
 from data_scripts import (
     archives,
@@ -123,17 +122,9 @@ def flickr_files() -> tuple[dict[str, bytes], dict[str, bytes]]:
 def test_report_zip_folder_and_url_give_the_same_table(tmp_path: Path) -> None:
     files = report_files(REPORT_ROWS)
     folder, archive = write_folder(tmp_path / "folder", files), write_zip(tmp_path / "set.zip", files)
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    handler.func.log_message = lambda *_: None
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    sources = [str(folder), str(archive), f"http://127.0.0.1:{server.server_port}/set.zip"]
-    try:
-        for number, source in enumerate(sources):
+    with serving_folder(tmp_path) as address:
+        for number, source in enumerate([str(folder), str(archive), f"{address}/set.zip"]):
             paragraphs.main([source, "--output_dir", str(tmp_path / f"out{number}")])
-    finally:
-        server.shutdown()
-        server.server_close()
     tables = [contents(tmp_path / f"out{number}") for number in range(3)]
     assert tables[0] == tables[1] == tables[2]
     image_ids, captions, images = tables[0]["train"]
@@ -623,14 +614,8 @@ def test_download_stops_at_its_limit(tmp_path: Path) -> None:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        with pytest.raises(ValueError, match="larger than"):
-            download(f"http://127.0.0.1:{server.server_port}/", tmp_path / "x", max_bytes=3 * 2**20)
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Endless) as address, pytest.raises(ValueError, match="larger than"):
+        download(address, tmp_path / "x", max_bytes=3 * 2**20)
     assert (tmp_path / "x").stat().st_size < 8 * 2**20
 
 

@@ -280,7 +280,6 @@ def assert_trains(captioner, items: list[dict]) -> None:
     """One step on items changes the weights and lowers their loss."""
     model = captioner.model.train()
     batch = CaptionCollator(captioner.processor)(items)
-    batch.pop("index")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     before = model(**batch).loss
     before.backward()

@@ -5,7 +5,6 @@ import logging
 import re
 import socketserver
 import sys
-import threading
 import time
 from contextlib import contextmanager, suppress
 from html.parser import HTMLParser
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from datasets import load_from_disk
 from kill_points import SCRIPTS
+from serving import serving
 
 import train_lstm
 import train_vit_gpt2
@@ -37,11 +37,8 @@ def server(answer):
             with suppress(OSError):
                 answer(self.wfile)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as running:
-        running.daemon_threads = True
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_address[1]}/image"
-        running.shutdown()
+    with serving(Handler) as address:
+        yield f"{address}/image"
 
 
 def drip(file) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 from PIL import Image
+from serving import serving_folder
 from small_captioners import IMAGES, build
 
 import serve
@@ -208,13 +209,9 @@ def test_max_tokens_lowers_the_max_length_without_a_warning(decoding, address, c
 
 
 def test_urls_are_fetched_only_where_allowed(start, wanted, tmp_path):
-    from functools import partial
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
     IMAGES[1].save(tmp_path / "x.png")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as files:
-        threading.Thread(target=files.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{files.server_port}/x.png"
+    with serving_folder(tmp_path) as address:
+        url = f"{address}/x.png"
         body = {"messages": message(url)}
         assert requests.post(start() + "/v1/chat/completions", json=body).status_code == 400
         allowed = start(allow_urls=True)
@@ -222,4 +219,3 @@ def test_urls_are_fetched_only_where_allowed(start, wanted, tmp_path):
         assert answer["choices"][0]["message"]["content"] == wanted[1]
         for bad in ("file:///etc/passwd", url + ".none"):
             assert requests.post(allowed + "/v1/chat/completions", json={"messages": message(bad)}).status_code == 400
-        files.shutdown()

@@ -4,10 +4,7 @@ import json
 import math
 import os
 import re
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import timm
@@ -15,6 +12,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
+from serving import serving_folder
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import caption
@@ -366,16 +364,13 @@ def test_caption_goes_on_after_a_name_that_is_no_text_and_tells_what_a_page_leav
 
 def test_caption_reads_a_image_from_the_network(trained, small_scenes, tmp_path, capsys):
     load_captions(small_scenes)["test"][0]["image"].save(tmp_path / "image.png")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
-    Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
     caption.main(["--model_name_or_path", str(trained), str(tmp_path / "image.png")])
     from_file = capsys.readouterr().out.split("\t")[1]
-    caption.main(["--model_name_or_path", str(trained), f"{address}/image.png", f"{address}/nowhere.png"])
+    with serving_folder(tmp_path) as address:
+        caption.main(["--model_name_or_path", str(trained), f"{address}/image.png", f"{address}/nowhere.png"])
     told = capsys.readouterr()
     assert told.out == f"{address}/image.png\t{from_file}"
     assert f"{address}/nowhere.png" in told.err and "404" in told.err
-    server.shutdown()
 
 
 def test_the_average_is_that_of_torch_and_follows_statistics():

@@ -1,13 +1,11 @@
 """The static page captions in a browser as onnxruntime does in Python, and a token's text is what the tokenizer decodes."""
 
-import functools
-import http.server
-import threading
-from pathlib import Path
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 from PIL import Image
+from serving import serving_folder
 from small_captioners import build, word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -77,23 +75,8 @@ def test_the_page_is_pushed_as_a_static_space(starts, tmp_path, hub, monkeypatch
 @pytest.fixture
 def served():
     """Serve a folder on the loopback address for one test."""
-    servers = []
-
-    def serve(folder: Path) -> str:
-        class Quiet(http.server.SimpleHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-        servers.append(
-            http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-        )
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}/"
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with ExitStack() as servers:
+        yield lambda folder: servers.enter_context(serving_folder(folder)) + "/"
 
 
 @pytest.mark.usefixtures("exporter")
