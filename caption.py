@@ -17,13 +17,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from captioning.descriptions import Descriptions, load_exiv2
 from captioning.job import ImageCollator, Job, begin_or_resume, load_batches
-from captioning.onnx_captioner import OnnxCaptioner, is_exported
+from captioning.onnx_captioner import OnnxCaptioner, is_exported, load_exported
 from captioning.outputs import Lines, Output, Page, Parquet, Screen, Sidecars, WebDataset
 from captioning.processes import Processes
 from captioning.sources import ImageDecoder, ImageRef, ImageSources, one_for_each_sidecar, without_repeats
@@ -40,11 +39,6 @@ FOLDERS = ("parquet", "sidecars", "webdataset", "xmp")
 BESIDE = ("sidecars", "xmp")  # may go to where the images are
 NUM_NAMED = 5  # images of a dry run
 SIDECAR_OPTIONS = ("existing", "prefix", "suffix", "separator", "sidecar_suffix")
-# What an exported captioner cannot do, and the values that ask for no more than it does.
-NOT_EXPORTED = {
-    **dict.fromkeys(("prompt", "confidence", "min_confidence", "encoder_engine", "top_p"), ()),
-    **{"device": ("cpu",), "dtype": ("float32",), "num_workers": (0,), "num_return_sequences": (1,)},
-}
 
 
 @dataclass
@@ -90,7 +84,8 @@ class CaptionArguments:
         default=False, metadata={"help": "Print what would be captioned and where it would be saved, and exit."}
     )
     existing: Literal["skip", "overwrite", "append", "prepend"] = field(
-        default="skip", metadata={"help": "Action for an image that has a sidecar already."}
+        default="skip",
+        metadata={"help": "Action for an image that has a sidecar already; an empty one counts as none."},
     )
     prefix: str = field(default="", metadata={"help": "Text before the caption in a sidecar."})
     suffix: str = field(default="", metadata={"help": "Text after the caption in a sidecar."})
@@ -203,8 +198,10 @@ def main(argv: list[str] | None = None) -> None:
         total = sources.count(quiet=not processes.is_first)
         if args.dry_run:
             return dry_run(args, sources, total)
-        load = load_exported if is_exported(args.model_name_or_path) else load_captioner
-        captioner = load(args, generation_args, processes)
+        if is_exported(args.model_name_or_path):
+            captioner = load_exported(args.model_name_or_path, args, generation_args, **generation_args.settings())
+        else:
+            captioner = load_captioner(args, generation_args, processes)
         outcome = caption_sources(captioner, sources, total, args, processes)
         processes.end()
     if not outcome:
@@ -290,25 +287,6 @@ def load_captioner(args: CaptionArguments, generation_args: GenerationArguments,
     return captioner
 
 
-def load_exported(args: CaptionArguments, generation_args: GenerationArguments, _: Processes) -> OnnxCaptioner:
-    """The captioner of a folder of export_onnx.py, with the decoding settings of the command line; torch is not imported.
-
-    Raises:
-        UserError: onnxruntime is not installed, an option asks for what is not exported, or the folder is damaged.
-    """
-    if find_spec("onnxruntime") is None:
-        raise UserError("an exported captioner needs onnxruntime: pip install --editable '.[onnx]'")
-    for options in (args, generation_args):
-        for name in NOT_EXPORTED:
-            if getattr(options, name, None) not in (getattr(type(options), name, None), *NOT_EXPORTED[name]):
-                raise UserError(
-                    f"--{name} does not go with {args.model_name_or_path}, an exported captioner: give the one that it was exported from"
-                )
-    captioner = OnnxCaptioner(args.model_name_or_path)
-    captioner.set_decoding(**generation_args.settings())
-    return captioner
-
-
 def caption_sources(
     captioner: "Captioner | OnnxCaptioner",
     sources: ImageSources,
@@ -338,7 +316,8 @@ def caption_sources(
     decoder = ImageDecoder(captioner.min_image_side, args.output_format == "webdataset", args.window)
     collate = ImageCollator(captioner.preprocess, Page.image_size() if on_page else 0)
     job.run(load_batches(job.batches(refs, args.batch_size), decoder, collate, args.num_workers), total)
-    captioned, there, num_bad, num_doubtful = processes.total(*vars(job.counts).values())
+    num_empty = output.num_empty if isinstance(output, Sidecars) else 0
+    captioned, there, num_bad, num_doubtful, num_empty = processes.total(*vars(job.counts).values(), num_empty)
     if processes.is_first:
         output.finish()
         if doubtful:
@@ -346,10 +325,11 @@ def caption_sources(
         summary = f"{captioned:,} of {total:,} images captioned"
         summary += f", {there:,} were captioned before" if there else ""
         summary += f", {num_bad:,} cannot be" if num_bad else ""
+        summary += f"; {num_empty:,} had an empty sidecar" if num_empty else ""
         summary += (
             f"; {num_doubtful:,} captions are below --min_confidence: {doubtful.file.path}" if num_doubtful else ""
         )
-        if captioned < total or num_doubtful:
+        if captioned < total or num_doubtful or num_empty:
             print(summary, file=sys.stderr)
     return bool(captioned or there)
 
@@ -451,8 +431,9 @@ def dry_run(args: CaptionArguments, sources: ImageSources, total: int) -> None:
             continue
         num_new += 1
         num_with_sidecar += args.output_format == "sidecars" and output.path_of(ref).exists()
-    verb = {"overwrite": "overwritten", "append": "appended to", "prepend": "prepended to"}.get(args.existing)
-    sidecars = f", {num_with_sidecar:,} sidecars {verb}" if num_with_sidecar else ""
+    verb = {"skip": "filled", "overwrite": "overwritten", "append": "appended to", "prepend": "prepended to"}
+    kind = "empty sidecars" if args.existing == "skip" else "sidecars"
+    sidecars = f", {num_with_sidecar:,} {kind} {verb[args.existing]}" if num_with_sidecar else ""
     bad = f"; {num_bad:,} cannot be" if num_bad else ""
     print(f"{num_new:,} of {total:,} images would be captioned{sidecars}; {job.counts.there:,} are already{bad}")
 

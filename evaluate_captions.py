@@ -146,7 +146,23 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"--{given[0]} has no effect with --predictions, which are generated already")
             score_predictions(args)
         else:
+            refuse_exported(args.model_name_or_path)
             score_model(args, generation_args)
+
+
+def refuse_exported(name_or_path: str) -> None:
+    """Name the command that scores an exported captioner.
+
+    Raises:
+        UserError: It is one.
+    """
+    from captioning.onnx_captioner import is_exported
+
+    if is_exported(name_or_path):
+        raise UserError(
+            f"{name_or_path} is an exported captioner, which is scored as it is exported: "
+            "python export_onnx.py MODEL FOLDER --dataset_name NAME"
+        )
 
 
 def score_predictions(args: EvaluationArguments) -> None:

@@ -27,6 +27,7 @@ from training.arguments import GenerationArguments, parse_recipe
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from captioning.onnx_captioner import OnnxCaptioner
     from modeling.captioner import Captioner
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
@@ -41,7 +42,10 @@ SECONDS_TO_CAPTION = 600.0
 @dataclass
 class ServeArguments:
     model_name_or_path: str = field(
-        metadata={"help": "Folder or Hub id of a captioner, trained here or third-party.", "positional": None}
+        metadata={
+            "help": "Folder or Hub id of a captioner, trained here or third-party; or folder of export_onnx.py.",
+            "positional": None,
+        }
     )
     prompt: str | None = field(
         default=None,
@@ -77,22 +81,34 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"the server needs {' and '.join(missing)}: pip install --editable '.[serve]'")
         if generation_args.num_return_sequences not in (None, 1):
             raise UserError("--num_return_sequences: the server answers with one caption for each image")
-        import torch
-        import transformers
         import uvicorn
 
-        from modeling.image_text_to_text import load_captioner
+        from captioning.onnx_captioner import is_exported, load_exported
 
-        transformers.logging.disable_progress_bar()
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        captioner = load_captioner(args.model_name_or_path, args.prompt).to(device, "auto")
-        captioner.set_decoding(**generation_args.settings())
+        if is_exported(args.model_name_or_path):
+            captioner = load_exported(args.model_name_or_path, args, generation_args, **generation_args.settings())
+        else:
+            captioner = load_captioner(args, generation_args)
         app = build_server(captioner, args)
         print(f"OpenAI: http://{args.host}:{args.port}/v1  Ollama: http://{args.host}:{args.port}", flush=True)
         uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
 
 
-def build_server(captioner: "Captioner", args: ServeArguments) -> "FastAPI":
+def load_captioner(args: ServeArguments, generation_args: GenerationArguments) -> "Captioner":
+    """The captioner, on its device and with the decoding settings of the command line."""
+    import torch
+    import transformers
+
+    from modeling.image_text_to_text import load_captioner as load
+
+    transformers.logging.disable_progress_bar()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    captioner = load(args.model_name_or_path, args.prompt).to(device, "auto")
+    captioner.set_decoding(**generation_args.settings())
+    return captioner
+
+
+def build_server(captioner: "Captioner | OnnxCaptioner", args: ServeArguments) -> "FastAPI":
     """The server of one captioner."""
     from fastapi import FastAPI
     from fastapi.exceptions import RequestValidationError

@@ -240,6 +240,16 @@ def test_beams_can_be_taken_back(without_beams, tmp_path, monkeypatch):
     assert Captioner.load(tmp_path).model.generation_config.num_beams == 1
 
 
+def test_a_max_length_counts_where_a_checkpoint_from_elsewhere_has_max_new_tokens(captioner, pixels):
+    captioner.generation_config.update(max_new_tokens=7, min_new_tokens=6)
+    captioner.set_decoding(max_length=3, min_length=3)
+    assert captioner.model.generate(pixel_values=pixels).shape[1] - len(captioner.start_token_ids) == 3
+    made, shorter, as_it_is = (
+        captioner.generate({"pixel_values": pixels}, max_new_tokens=limit)[0]["caption"] for limit in (None, 1, 9)
+    )
+    assert made == as_it_is and made.startswith(shorter) and made != shorter
+
+
 @pytest.mark.slow
 def test_the_smallest_nucleus_is_greedy_and_the_largest_is_the_models_own_law(captioner, pixels):
     model = captioner.model
