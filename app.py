@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_image
 from system.errors import UserError, one_line_errors
 from system.request_rate import RequestRate
-from training.arguments import parse_recipe
+from training.arguments import option, parse_recipe
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -62,31 +62,19 @@ CSS = """
 
 @dataclass
 class AppArguments:
-    models: list[str] = field(
-        metadata={
-            "help": "Folders or Hub ids of captioners, trained here or third-party; or folders of export_onnx.py.",
-            "positional": "*",
-        }
+    models: list[str] = option(
+        help="Folders or Hub ids of captioners, trained here or third-party; or folders of export_onnx.py.",
+        positional="*",
     )
-    prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompt of third-party models: request of chat models, or text to continue; by their kinds if not given."
-        },
+    prompt: str | None = option(
+        None, "Prompt of third-party models: request of chat models, or text to continue; by their kinds if not given."
     )
-    port: int | None = field(
-        default=None, metadata={"help": "Port; the first free one from 7860 on if not given.", "min": 1, "max": 65535}
+    port: int | None = option(None, "Port; the first free one from 7860 on if not given.", min=1, max=65535)
+    host: str | None = option(
+        None, "Address to listen on; 127.0.0.1 if not given, 0.0.0.0 lets other machines connect."
     )
-    host: str | None = field(
-        default=None,
-        metadata={"help": "Address to listen on; 127.0.0.1 if not given, 0.0.0.0 lets other machines connect."},
-    )
-    share: bool | None = field(
-        default=None, metadata={"help": "Also open a public address through Gradio's servers; not if not given."}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "Device: cpu, cuda, mps; cuda if not given and available, else cpu."}
-    )
+    share: bool | None = option(None, "Also open a public address through Gradio's servers; not if not given.")
+    device: str | None = option(None, "Device: cpu, cuda, mps; cuda if not given and available, else cpu.")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,7 +27,7 @@ from captioning.outputs import Lines, Output, Page, Parquet, Screen, Sidecars, W
 from captioning.processes import Processes
 from captioning.sources import ImageDecoder, ImageRef, ImageSources, one_for_each_sidecar, without_repeats
 from system.errors import UserError, one_line_errors, printable
-from training.arguments import GenerationArguments, parse_recipe
+from training.arguments import GenerationArguments, option, parse_recipe
 
 if TYPE_CHECKING:
     from modeling.captioner import Captioner
@@ -43,111 +43,71 @@ SIDECAR_OPTIONS = ("existing", "prefix", "suffix", "separator", "sidecar_suffix"
 
 @dataclass
 class CaptionArguments:
-    images: list[str] = field(
-        metadata={
-            "help": "Image files, folders (with all below them), http(s) URLs, uncompressed tars (webdataset) and parquet files.",
-            "positional": "+",
-        }
+    images: list[str] = option(
+        help="Image files, folders (with all below them), http(s) URLs, uncompressed tars (webdataset) and parquet files.",
+        positional="+",
     )
-    model_name_or_path: str = field(
-        metadata={
-            "help": "Folder, training checkpoint or Hub id of a captioner, trained here or third-party; or folder of export_onnx.py."
-        }
+    model_name_or_path: str = option(
+        help="Folder, training checkpoint or Hub id of a captioner, trained here or third-party; or folder of export_onnx.py."
     )
-    prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given."
-        },
+    prompt: str | None = option(
+        None, "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given."
     )
-    output: str | None = field(
-        default=None,
-        metadata={
-            "help": "File to write, .txt, .jsonl or .html, or folder: NAME.parquet, or NAME for sidecars; text on the screen if not "
-            "given."
-        },
+    output: str | None = option(
+        None,
+        "File to write, .txt, .jsonl or .html, or folder: NAME.parquet, or NAME for sidecars; text on the screen if not given.",
     )
-    output_format: Literal["txt", "jsonl", "html", "parquet", "sidecars", "webdataset", "xmp"] | None = field(
-        default=None,
-        metadata={
-            "help": "Format of the output; by its suffix if not given. sidecars without --output stand beside the images; "
-            "xmp is the description in the images' own metadata."
-        },
+    output_format: Literal["txt", "jsonl", "html", "parquet", "sidecars", "webdataset", "xmp"] | None = option(
+        None,
+        "Format of the output; by its suffix if not given. sidecars without --output stand beside the images; xmp is "
+        "the description in the images' own metadata.",
     )
-    resume: bool = field(
-        default=True,
-        metadata={
-            "help": "Caption only what the output does not have yet, if it was begun with the same settings; false begins it anew."
-        },
+    resume: bool = option(
+        True,
+        "Caption only what the output does not have yet, if it was begun with the same settings; false begins it anew.",
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Print what would be captioned and where it would be saved, and exit."}
+    dry_run: bool = option(False, "Print what would be captioned and where it would be saved, and exit.")
+    existing: Literal["skip", "overwrite", "append", "prepend"] = option(
+        "skip", "Action for an image that has a sidecar already; an empty one counts as none."
     )
-    existing: Literal["skip", "overwrite", "append", "prepend"] = field(
-        default="skip",
-        metadata={"help": "Action for an image that has a sidecar already; an empty one counts as none."},
+    prefix: str = option("", "Text before the caption in a sidecar.")
+    suffix: str = option("", "Text after the caption in a sidecar.")
+    separator: str = option(", ", "Text between a caption and what was there, with existing append or prepend.")
+    sidecar_suffix: str = option(".txt", "Suffix of sidecars.")
+    confidence: bool = option(
+        False, "Add log_probability, confidence and the least sure word to each caption; for .jsonl, .parquet, tars."
     )
-    prefix: str = field(default="", metadata={"help": "Text before the caption in a sidecar."})
-    suffix: str = field(default="", metadata={"help": "Text after the caption in a sidecar."})
-    separator: str = field(
-        default=", ", metadata={"help": "Text between a caption and what was there, with existing append or prepend."}
+    min_confidence: float | None = option(
+        None,
+        "Confidence, the geometric mean of its tokens' probabilities, below which a caption goes to OUTPUT.doubtful.jsonl instead.",
+        min=0,
+        max=1,
     )
-    sidecar_suffix: str = field(default=".txt", metadata={"help": "Suffix of sidecars."})
-    confidence: bool = field(
-        default=False,
-        metadata={
-            "help": "Add log_probability, confidence and the least sure word to each caption; for .jsonl, .parquet, tars."
-        },
+    image_column: str | None = option(
+        None, "Column of the images in parquet files; the only one of bytes if not given."
     )
-    min_confidence: float | None = field(
-        default=None,
-        metadata={
-            "help": "Confidence, the geometric mean of its tokens' probabilities, below which a caption goes to OUTPUT.doubtful.jsonl "
-            "instead.",
-            "min": 0,
-            "max": 1,
-        },
+    id_column: str | None = option(None, "Column of unique names in parquet files; FILE.parquet#ROW if not given.")
+    window: list[float] | None = option(
+        None,
+        "Values that become black and white of gray images with more than 8 bits; each image's minimum and maximum if not given.",
+        metavar=("LOW", "HIGH"),
     )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column of the images in parquet files; the only one of bytes if not given."}
+    batch_size: int = option(32, "Images per batch.", min=1)
+    num_workers: int | None = option(
+        None, "Number of processes that decode images; if not given up to 8 on a GPU, and 0, a thread, on a CPU.", min=0
     )
-    id_column: str | None = field(
-        default=None, metadata={"help": "Column of unique names in parquet files; FILE.parquet#ROW if not given."}
+    device: str | None = option(None, "Device: cpu, cuda, mps; cuda if not given and available, else cpu.")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "Data type of weights and activations; auto is bfloat16, which changes a word now and then, where the device "
+        "has instructions for it.",
     )
-    window: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Values that become black and white of gray images with more than 8 bits; each image's minimum and maximum if not "
-            "given.",
-            "metavar": ("LOW", "HIGH"),
-        },
+    encoder_engine: Literal["auto", "torch"] = option(
+        "auto",
+        "Engine of the encoder on a CPU; auto is onnxruntime where it is installed and measured faster with equal "
+        "features, for 256 images or more.",
     )
-    batch_size: int = field(default=32, metadata={"help": "Images per batch.", "min": 1})
-    num_workers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of processes that decode images; if not given up to 8 on a GPU, and 0, a thread, on a CPU.",
-            "min": 0,
-        },
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "Device: cpu, cuda, mps; cuda if not given and available, else cpu."}
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto",
-        metadata={
-            "help": "Data type of weights and activations; auto is bfloat16, which changes a word now and then, where the device "
-            "has instructions for it."
-        },
-    )
-    encoder_engine: Literal["auto", "torch"] = field(
-        default="auto",
-        metadata={
-            "help": "Engine of the encoder on a CPU; auto is onnxruntime where it is installed and measured faster with equal "
-            "features, for 256 images or more."
-        },
-    )
-    seed: int = field(default=42, metadata={"help": "Seed of sampling.", "min": 0, "below": 2**32})
+    seed: int = option(42, "Seed of sampling.", min=0, below=2**32)
 
     def __post_init__(self):
         suffix = Path(self.output).suffix if self.output else None

@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from captioning.batching import BatchingCaptioner
 from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_image
 from system.errors import UserError, one_line_errors
 from system.request_rate import RequestRate
-from training.arguments import GenerationArguments, parse_recipe
+from training.arguments import GenerationArguments, option, parse_recipe
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -41,33 +41,21 @@ SECONDS_TO_CAPTION = 600.0
 
 @dataclass
 class ServeArguments:
-    model_name_or_path: str = field(
-        metadata={
-            "help": "Folder or Hub id of a captioner, trained here or third-party; or folder of export_onnx.py.",
-            "positional": None,
-        }
+    model_name_or_path: str = option(
+        help="Folder or Hub id of a captioner, trained here or third-party; or folder of export_onnx.py.",
+        positional=None,
     )
-    prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given."
-        },
+    prompt: str | None = option(
+        None, "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given."
     )
-    port: int = field(default=8000, metadata={"help": "Port.", "min": 1, "max": 65535})
-    host: str = field(
-        default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 lets other machines connect."}
+    port: int = option(8000, "Port.", min=1, max=65535)
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines connect.")
+    batch_size: int = option(16, "Images captioned together at most.", min=1)
+    allow_urls: bool = option(
+        False, "Fetch images from http(s) URLs, private addresses included: for callers you trust."
     )
-    batch_size: int = field(default=16, metadata={"help": "Images captioned together at most.", "min": 1})
-    allow_urls: bool = field(
-        default=False,
-        metadata={"help": "Fetch images from http(s) URLs, private addresses included: for callers you trust."},
-    )
-    requests_per_minute: int = field(
-        default=600, metadata={"help": "Max requests of each address per minute; more are refused.", "min": 1}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "Device: cpu, cuda, mps; cuda if not given and available, else cpu."}
-    )
+    requests_per_minute: int = option(600, "Max requests of each address per minute; more are refused.", min=1)
+    device: str | None = option(None, "Device: cpu, cuda, mps; cuda if not given and available, else cpu.")
 
 
 class BadRequest(ValueError):
