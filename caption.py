@@ -284,12 +284,13 @@ def caption_sources(
             doubtful.finish()
         summary = f"{captioned:,} of {total:,} images captioned"
         summary += f", {there:,} were captioned before" if there else ""
-        summary += f", {num_bad:,} cannot be" if num_bad else ""
+        summary += f", {num_bad:,} cannot be read or written" if num_bad else ""
         summary += f"; {num_empty:,} had an empty sidecar" if num_empty else ""
         summary += (
             f"; {num_doubtful:,} captions are below --min_confidence: {doubtful.file.path}" if num_doubtful else ""
         )
-        if captioned < total or num_doubtful or num_empty:
+        summary += f": {args.output}" if args.output else ""
+        if args.output or captioned < total or num_doubtful or num_empty:
             print(summary, file=sys.stderr)
     return bool(captioned or there)
 
@@ -394,8 +395,9 @@ def dry_run(args: CaptionArguments, sources: ImageSources, total: int) -> None:
     verb = {"skip": "filled", "overwrite": "overwritten", "append": "appended to", "prepend": "prepended to"}
     kind = "empty sidecars" if args.existing == "skip" else "sidecars"
     sidecars = f", {num_with_sidecar:,} {kind} {verb[args.existing]}" if num_with_sidecar else ""
-    bad = f"; {num_bad:,} cannot be" if num_bad else ""
-    print(f"{num_new:,} of {total:,} images would be captioned{sidecars}; {job.counts.there:,} are already{bad}")
+    there = f"; {job.counts.there:,} have a caption already" if job.counts.there else ""
+    bad = f"; {num_bad:,} cannot be captioned" if num_bad else ""
+    print(f"{num_new:,} of {total:,} images would be captioned{sidecars}{there}{bad}")
 
 
 def where(ref: ImageRef, output: Output, args: CaptionArguments) -> str:

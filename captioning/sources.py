@@ -25,6 +25,8 @@ from data_scripts.images import (
     keep_noted_orientation,
 )
 from data_scripts.row_checks import valid_id
+from data_scripts.sidecars import SIDECAR_SUFFIXES
+from data_scripts.text_files import IMAGE_SUFFIXES
 from system.errors import UserError, printable
 
 NUM_NAMED = 5  # of the files of a folder that are passed over
@@ -261,7 +263,8 @@ class ImageSources:
         if is_shard or (is_image_file(path) and not os.path.isdir(path)):
             files.num_used += 1
             return self._count(path, samples)
-        if Path(path).suffix.lower() not in self.ignored and not os.path.basename(path).startswith(".showtell"):
+        of_ours = Path(path).suffix.lower() in self.ignored or os.path.basename(path).startswith(".showtell")
+        if not of_ours and not has_image_beside(path):
             files.add(path)
         return 0
 
@@ -278,6 +281,12 @@ class ImageSources:
             ids = pq.read_table(path, columns=[self.id_column])[self.id_column]
             self.id_hashes.extend(hash(valid_id(value)) for chunk in ids.chunks for value in chunk.to_pylist())
         return pq.read_metadata(path).num_rows
+
+
+def has_image_beside(path: str) -> bool:
+    """Whether a file is the sidecar of an image in its folder, as `python -m data_scripts` reads it."""
+    stem, suffix = os.path.splitext(path)
+    return suffix.lower() in SIDECAR_SUFFIXES and any(os.path.exists(stem + image) for image in IMAGE_SUFFIXES)
 
 
 class PassedOver:

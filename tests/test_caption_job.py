@@ -391,7 +391,9 @@ def test_an_empty_sidecar_is_none_and_is_counted(model, tmp_path, capsys):
     capsys.readouterr()
     options = ["--output_format", "sidecars"]
     run(model, folder, *options, "--dry_run")
-    assert "4 of 6 images would be captioned, 3 empty sidecars filled; 2 are already" in capsys.readouterr().out
+    assert (
+        "4 of 6 images would be captioned, 3 empty sidecars filled; 2 have a caption already" in capsys.readouterr().out
+    )
     summaries = ("4 of 6 images captioned, 2 were captioned before; 3 had an empty sidecar", "0 of 6 images captioned")
     for summary in summaries:
         run(model, folder, *options)
@@ -399,6 +401,16 @@ def test_an_empty_sidecar_is_none_and_is_counted(model, tmp_path, capsys):
         assert summary in error and ("empty" in error) == (summary == summaries[0])
         found = {path.name: path.read_bytes() for path in folder.rglob("*.txt")}
         assert found == {name: text.encode() for name, text in captions.items()} | kept
+
+
+def test_captions_beside_images_are_not_told_of_and_the_output_is(model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 2, 2)
+    for name in ("000000.txt", "000001.caption", "alone.txt"):
+        (folder / "000" / name).write_text("a dog")
+    run(model, folder, "--output", tmp_path / "c.txt")
+    error = capsys.readouterr().err
+    assert "1 of 3 files" in error and "alone.txt" in error and "000000.txt" not in error
+    assert f"2 of 2 images captioned: {tmp_path / 'c.txt'}" in error
 
 
 def test_sidecars_in_a_folder_of_their_own_and_images_of_one_stem(model, tmp_path, capsys):
@@ -420,7 +432,7 @@ def test_what_a_sidecar_has_is_joined_whole_or_stays(model, tmp_path, capsys):
     (folder / "UPPER.TXT").write_text("old")
     options = ["--output_format", "sidecars", "--existing", "prepend"]
     run(model, folder, *options, "--dry_run")
-    assert "2 of 4 images would be captioned, 2 sidecars prepended to; 0 are already; 2 " in capsys.readouterr().out
+    assert "2 of 4 images would be captioned, 2 sidecars prepended to; 2 " in capsys.readouterr().out
     run(model, folder, *options)
     error = capsys.readouterr().err
     assert all(path.name in error for path in (latin, utf_16)) and "2 of 4 images captioned, 2 cannot be" in error
