@@ -12,7 +12,7 @@ import logging
 import sys
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from data_scripts.scene_grammar import DRAWN_DATASETS
@@ -20,7 +20,7 @@ from system.errors import UserError, one_line_errors
 from training.arguments import GenerationArguments, option, parse_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Sequence, Set
 
     from accelerate import Accelerator
     from datasets import Dataset
@@ -144,7 +144,7 @@ def score_predictions(args: EvaluationArguments) -> None:
     about, rows = {"dataset": Path(args.predictions).name}, None
     has_references = all("references" in record for record in records)
     if not has_references or args.clip_model:
-        rows = matching_rows(records, args)
+        records, rows = matching_rows(records, args)
     if not has_references:
         for record, captions in zip(records, rows["captions"], strict=True):
             record["references"] = captions
@@ -195,29 +195,54 @@ def build_scorer(
     return scorer
 
 
-def matching_rows(records: list[dict], args: EvaluationArguments) -> "Dataset":
-    """The rows of the dataset's split that captions are of, in their order.
+def matching_rows(records: list[dict], args: EvaluationArguments) -> "tuple[list[dict], Dataset]":
+    """The captions of the dataset's split, and its rows in their order. Captions of other splits are left out and counted.
+
+    The folders that all names of `caption.py` begin with are no part of a table's image IDs.
 
     Raises:
-        UserError: An image is not in the split.
+        UserError: An image is in no split, or none in this one.
     """
     if not args.dataset_name:
         what = "images" if "references" in records[0] else "references"
         raise UserError(f"{args.predictions} has no {what}: give the --dataset_name and --split that were captioned")
-    rows = load_split(args)[1]
+    dataset, rows = load_split(args)
     places = {str(image_id): place for place, image_id in enumerate(rows["image_id"])}
-    unknown = [record["image_id"] for record in records if record["image_id"] not in places]
-    if unknown:
+    elsewhere = {str(image_id) for split in dataset.values() for image_id in split["image_id"]} - places.keys()
+    records = without_folders(records, places.keys() | elsewhere)
+    unknown = [name for record in records if (name := record["image_id"]) not in places and name not in elsewhere]
+    here = [record for record in records if record["image_id"] in places]
+    if unknown or not here:
         lacks = "images are needed" if "references" in records[0] else "it has no references"
+        where = f"split of {args.dataset_name}" if unknown else f"{args.split} split of {args.dataset_name}"
+        example = (unknown or [records[0]["image_id"]])[0]
         raise UserError(
-            f"{args.predictions}: {lacks}, and {len(unknown):,} of its {len(records):,} images, such as {unknown[0]!r}, are not "
-            f"in the {args.split} split of {args.dataset_name}: give the --dataset_name and --split that were captioned"
+            f"{args.predictions}: {lacks}, and {len(unknown or records):,} of its {len(records):,} images, such as {example!r}, are in "
+            f"no {where}: give the --dataset_name and --split that were captioned"
         )
+    if len(here) < len(records):
+        print(
+            f"{args.predictions}: {len(records) - len(here):,} of {len(records):,} images are in other splits: left out"
+        )
+        records = here
     if len(records) < len(places):
         print(
             f"{args.predictions} has captions of {len(records):,} of the split's {len(places):,} images: scored on these"
         )
-    return rows.select([places[record["image_id"]] for record in records])
+    return records, rows.select([places[record["image_id"]] for record in records])
+
+
+def without_folders(records: list[dict], known: "Set[str]") -> list[dict]:
+    """The captions under their images' IDs, where these are known without the folders that all names begin with."""
+    if any(record["image_id"] in known for record in records):
+        return records
+    names = [PurePosixPath(record["image_id"]) for record in records]
+    while not any(str(name) in known for name in names):
+        folders = {name.parts[0] for name in names if len(name.parts) > 1}
+        if len(folders) != 1 or any(len(name.parts) < 2 for name in names):
+            return records
+        names = [PurePosixPath(*name.parts[1:]) for name in names]
+    return [record | {"image_id": str(name)} for record, name in zip(records, names, strict=True)]
 
 
 def load_split(args: EvaluationArguments) -> tuple:

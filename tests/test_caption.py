@@ -263,6 +263,22 @@ def test_cocos_result_format_takes_the_datasets_references(small_scenes, tmp_pat
     assert refused.value.code == 2 and repr(results[0]["image_id"]) in capsys.readouterr().err
 
 
+def test_captions_of_caption_py_meet_the_images_of_a_table(small_scenes, tmp_path, capsys):
+    """By the names that caption.py gives a folder's images; those of other splits are counted."""
+    dataset = load_captions(small_scenes)
+    names = [(split, row["image_id"], row["captions"][0]) for split in ("test", "train") for row in dataset[split]]
+    lines = [json.dumps({"image_id": f"images/deep/{name}", "caption": caption}) for _, name, caption in names]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    options = ["--predictions", tmp_path / "captions.jsonl", "--dataset_name", small_scenes]
+    results = evaluated(tmp_path, *options, "--split", "test")
+    assert results["metrics"]["bleu_4"] == pytest.approx(1) and results["num_images"] == len(dataset["test"])
+    assert f"{len(dataset['train'])} of {len(names)} images are in other splits" in capsys.readouterr().out
+    (tmp_path / "captions.jsonl").write_text("\n".join([*lines, json.dumps({"image_id": "else/x", "caption": "a"})]))
+    with pytest.raises(SystemExit) as refused:
+        evaluated(tmp_path, *options, "--split", "test")
+    assert refused.value.code == 2 and "images/deep" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("records", "said"),
     [
