@@ -36,7 +36,8 @@ def open_dataset(source: str, revision: str | None = None, config_name: str | No
         else:
             dataset = _load(source, config_name, revision)
     except Exception as error:  # datasets, Arrow and the Hub's client each have their own
-        raise UserError(f"dataset '{source}' cannot be opened: {error_summary(error, source)}") from error
+        nowhere = "" if Path(source).exists() else f"there is no folder '{source}' here, and on the Hub "
+        raise UserError(f"dataset '{source}' cannot be opened: {nowhere}{error_summary(error, source)}") from error
     return DatasetDict({"train": dataset}) if isinstance(dataset, Dataset) else dataset
 
 

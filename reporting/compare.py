@@ -44,7 +44,7 @@ def comparison_table(runs: Runs) -> str:
             *([_number((results.get("true_captions") or {}).get("all"))] if has_truth else []),
             *(_number(results["metrics"].get(metric)) for metric in columns),
             f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else "—",
-            _number((results.get("shuffled") or {}).get("cider")),
+            _number(results["shuffled"]["cider"]) if has_shuffled(results) else "—",
             _number(train.get("epochs"), "g"),
             _number(train.get("seconds"), ".0f"),
         ]
@@ -133,11 +133,10 @@ def _draw_final_scores(axis: "Axes", runs: Runs) -> None:
     for index, results in enumerate(runs.values()):
         color = COLORS[index % len(COLORS)]
         interval = (results.get("intervals") or {}).get("cider")
-        shuffled = (results.get("shuffled") or {}).get("cider")
         if interval:
             axis.plot(interval, [index, index], color=color, linewidth=6, alpha=0.3, solid_capstyle="round")
-        if shuffled is not None:
-            axis.plot(shuffled, index, "|", color="#777777", markersize=13, markeredgewidth=2)
+        if has_shuffled(results):
+            axis.plot(results["shuffled"]["cider"], index, "|", color="#777777", markersize=13, markeredgewidth=2)
         axis.plot(results["metrics"].get("cider", float("nan")), index, "o", color=color, markersize=7)
     finish_axis(axis, "CIDEr with 95% interval, and shuffled ( | )", "")
     rates = [(results.get("true_captions") or {}).get("all") for results in runs.values()]
@@ -147,6 +146,11 @@ def _draw_final_scores(axis: "Axes", runs: Runs) -> None:
         label.set_color(color)  # the legend of the other panels
     axis.set_ylim(len(runs) - 0.4, -0.6)  # the first run on top
     axis.set_xlim(left=0)
+
+
+def has_shuffled(results: dict) -> bool:
+    """Whether there is a shuffled baseline: one image has none."""
+    return "cider" in (results.get("shuffled") or {}) and results.get("num_images", 2) > 1
 
 
 def _number(value: float | None, form: str = ".3f") -> str:

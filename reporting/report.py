@@ -114,7 +114,8 @@ def print_results(output_dir: str | os.PathLike, results: dict) -> None:
     width = max(map(len, titles.values()), default=0) + 1
     for name, title in titles.items():
         low, high = results["intervals"][name]
-        shuffled = f"; shuffled {results['shuffled'][name]:.3f}" if name in results["shuffled"] else ""
+        has_shuffled = name in results["shuffled"] and results["num_images"] > 1
+        shuffled = f"; shuffled {results['shuffled'][name]:.3f}" if has_shuffled else ""
         print(f"{title:{width}} {results['metrics'][name]:.3f}  ({low:.3f} to {high:.3f}{shuffled})")
     if results.get("tokenizer"):
         print(f"Tokenizer: {results['tokenizer']}")
