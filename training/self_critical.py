@@ -189,6 +189,7 @@ class SelfCritic:
         self.start = None if start is None else Captioner(start, captioner.processor)
         self.token_ids = token_ids
         self.num_augmentations = num_augmentations
+        captioner.check_no_repeat("--sample_no_repeat_ngram_size", options.sample_no_repeat_ngram_size)
         self.constraints = SamplingConstraints(options.sample_no_repeat_ngram_size, options.sample_min_length)
 
     def loss(self, forward: nn.Module, batch: dict, epoch: int) -> tuple[torch.Tensor, dict[str, float]]:
