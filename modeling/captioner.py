@@ -236,8 +236,10 @@ class Captioner:
         Raises:
             UserError: `size` is 1, and captions start from EOS, as GPT-2's do (`findings/transformers_start_is_eos.sh`).
         """
+        if size != 1 or not self.model.config.is_encoder_decoder:  # a decoder alone continues its prompt
+            return
         ends = self.model.generation_config.eos_token_id
-        if size == 1 and set(self.start_token_ids) & set(ends if isinstance(ends, list) else [ends]):
+        if set(self.start_token_ids) & set(ends if isinstance(ends, list) else [ends]):
             raise UserError(
                 f"{option} 1: captions of this model start from its EOS token, which could not occur again, so that no caption "
                 f"would end; give {option} 2 or more"
