@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_image
 from system.errors import UserError, one_line_errors
 from system.request_rate import RequestRate
-from training.arguments import parse_recipe
+from training.arguments import option, parse_recipe
 
 if TYPE_CHECKING:
     import gradio as gr
 
+    from captioning.onnx_captioner import OnnxCaptioner
     from modeling.captioner import Captioner
     from reporting.model_card import TrainingData
 
@@ -61,28 +62,19 @@ CSS = """
 
 @dataclass
 class AppArguments:
-    models: list[str] = field(
-        metadata={"help": "Folders or Hub ids of captioners, trained here or third-party.", "positional": "*"}
+    models: list[str] = option(
+        help="Folders or Hub ids of captioners, trained here or third-party; or folders of export_onnx.py.",
+        positional="*",
     )
-    prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompt of third-party models: request of chat models, or text to continue; by their kinds if not given."
-        },
+    prompt: str | None = option(
+        None, "Prompt of third-party models: request of chat models, or text to continue; by their kinds if not given."
     )
-    port: int | None = field(
-        default=None, metadata={"help": "Port; the first free one from 7860 on if not given.", "min": 1, "max": 65535}
+    port: int | None = option(None, "Port; the first free one from 7860 on if not given.", min=1, max=65535)
+    host: str | None = option(
+        None, "Address to listen on; 127.0.0.1 if not given, 0.0.0.0 lets other machines connect."
     )
-    host: str | None = field(
-        default=None,
-        metadata={"help": "Address to listen on; 127.0.0.1 if not given, 0.0.0.0 lets other machines connect."},
-    )
-    share: bool | None = field(
-        default=None, metadata={"help": "Also open a public address through Gradio's servers; not if not given."}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "Device: cpu, cuda, mps; cuda if not given and available, else cpu."}
-    )
+    share: bool | None = option(None, "Also open a public address through Gradio's servers; not if not given.")
+    device: str | None = option(None, "Device: cpu, cuda, mps; cuda if not given and available, else cpu.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,14 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         check_environment()
         names = args.models or demo_models()
-        import torch
-        import transformers
-
         from reporting.model_card import training_data_of
 
-        transformers.logging.disable_progress_bar()
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        captioners = {name: captioner.to(device) for name, captioner in load_captioners(names, args.prompt).items()}
+        captioners = load_captioners(names, args.prompt, args.device)
         try:
             app = build_app(captioners, {name: training_data_of(name) for name in names})
             launch(app, server_name=args.host, server_port=args.port, share=args.share)
@@ -120,19 +107,46 @@ def check_environment() -> None:
         raise UserError(f"GRADIO_SERVER_PORT is {port!r} in the environment: it must be a number from 1 to 65535")
 
 
-def load_captioners(names: Collection[str], prompt: str | None) -> "dict[str, Captioner]":
-    """The captioners by their names; the prompt is that of those which take one.
+def load_captioners(
+    names: Collection[str], prompt: str | None, device: str | None = None
+) -> "dict[str, Captioner | OnnxCaptioner]":
+    """The captioners by their names, on their device; the prompt is that of those which take one. Exported ones need no torch.
 
     Raises:
         UserError: One cannot be loaded, or none takes a prompt.
     """
-    from modeling.image_text_to_text import load_captioner
+    from captioning.onnx_captioner import is_exported, load_exported
+
+    exported = {name for name in names if is_exported(name)}
+    third_party = third_party_models(set(names) - exported)
+    if prompt is not None and not third_party:
+        raise UserError("--prompt has no effect: these captioners take none but those that they were trained with")
+    return {
+        name: load_exported(name, AppArguments([], device=device))
+        if name in exported
+        else load_captioner(name, prompt if name in third_party else None, device)
+        for name in names
+    }
+
+
+def third_party_models(names: Collection[str]) -> set[str]:
+    """Those that were not trained here."""
+    if not names:
+        return set()
     from modeling.loading import is_trained_here
 
-    own = {name: is_trained_here(name) for name in names}
-    if prompt is not None and all(own.values()):
-        raise UserError("--prompt has no effect: these captioners take none but those that they were trained with")
-    return {name: load_captioner(name, None if own[name] else prompt) for name in names}
+    return {name for name in names if not is_trained_here(name)}
+
+
+def load_captioner(name: str, prompt: str | None, device: str | None) -> "Captioner":
+    """A captioner on its device."""
+    import torch
+    import transformers
+
+    from modeling.image_text_to_text import load_captioner as load
+
+    transformers.logging.disable_progress_bar()
+    return load(name, prompt).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def demo_models() -> list[str]:
@@ -153,7 +167,9 @@ def names_address(value) -> bool:
     return isinstance(value, list | tuple) and any(map(names_address, value))
 
 
-def build_app(captioners: "dict[str, Captioner]", training_data: "Mapping[str, TrainingData]") -> "gr.Blocks":
+def build_app(
+    captioners: "Mapping[str, Captioner | OnnxCaptioner]", training_data: "Mapping[str, TrainingData]"
+) -> "gr.Blocks":
     """The page: images in, captions of each captioner out.
 
     Args:
@@ -296,7 +312,7 @@ def read_image(path: str):
 
 
 def caption_files(
-    captioners: "dict[str, Captioner]",
+    captioners: "Mapping[str, Captioner | OnnxCaptioner]",
     paths: list[str],
     generation: dict,
     scene_models: Collection[str] = (),
@@ -329,10 +345,10 @@ def caption_files(
         for name, captioner in captioners.items():
             try:
                 inputs = captioner.on_device(captioner.preprocess([image]))
+                for captions[name] in captioner.stream(inputs, **generation):
+                    yield image_card(source, path, captions, "captions current", note), before, gr.skip()
             except UserError as error:
                 raise gr.Error(str(escape(f"{Path(path).name}, {name}: {error}"))) from error
-            for captions[name] in captioner.stream(inputs, **generation):
-                yield image_card(source, path, captions, "captions current", note), before, gr.skip()
             lines.append({"image_id": Path(path).name, "model": name, "caption": captions[name]})
         shown = image_card(source, path, captions, "captions", note)
     with tempfile.TemporaryDirectory() as folder:  # Gradio keeps a copy, and deletes it when it deletes the uploads

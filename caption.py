@@ -15,20 +15,19 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from captioning.descriptions import Descriptions, load_exiv2
 from captioning.job import ImageCollator, Job, begin_or_resume, load_batches
-from captioning.onnx_captioner import OnnxCaptioner, is_exported
+from captioning.onnx_captioner import OnnxCaptioner, is_exported, load_exported
 from captioning.outputs import Lines, Output, Page, Parquet, Screen, Sidecars, WebDataset
 from captioning.processes import Processes
 from captioning.sources import ImageDecoder, ImageRef, ImageSources, one_for_each_sidecar, without_repeats
 from system.errors import UserError, one_line_errors, printable
-from training.arguments import GenerationArguments, parse_recipe
+from training.arguments import GenerationArguments, option, parse_recipe
 
 if TYPE_CHECKING:
     from modeling.captioner import Captioner
@@ -40,119 +39,75 @@ FOLDERS = ("parquet", "sidecars", "webdataset", "xmp")
 BESIDE = ("sidecars", "xmp")  # may go to where the images are
 NUM_NAMED = 5  # images of a dry run
 SIDECAR_OPTIONS = ("existing", "prefix", "suffix", "separator", "sidecar_suffix")
-# What an exported captioner cannot do, and the values that ask for no more than it does.
-NOT_EXPORTED = {
-    **dict.fromkeys(("prompt", "confidence", "min_confidence", "encoder_engine", "top_p"), ()),
-    **{"device": ("cpu",), "dtype": ("float32",), "num_workers": (0,), "num_return_sequences": (1,)},
-}
 
 
 @dataclass
 class CaptionArguments:
-    images: list[str] = field(
-        metadata={
-            "help": "Image files, folders (with all below them), http(s) URLs, uncompressed tars (webdataset) and parquet files.",
-            "positional": "+",
-        }
+    images: list[str] = option(
+        help="Image files, folders (with all below them), http(s) URLs, uncompressed tars (webdataset) and parquet files.",
+        positional="+",
     )
-    model_name_or_path: str = field(
-        metadata={
-            "help": "Folder, training checkpoint or Hub id of a captioner, trained here or third-party; or folder of export_onnx.py."
-        }
+    model_name_or_path: str = option(
+        help="Folder, training checkpoint or Hub id of a captioner, trained here or third-party; or folder of export_onnx.py."
     )
-    prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given."
-        },
+    prompt: str | None = option(
+        None, "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given."
     )
-    output: str | None = field(
-        default=None,
-        metadata={
-            "help": "File to write, .txt, .jsonl or .html, or folder: NAME.parquet, or NAME for sidecars; text on the screen if not "
-            "given."
-        },
+    output: str | None = option(
+        None,
+        "File to write, .txt, .jsonl or .html, or folder: NAME.parquet, or NAME for sidecars; text on the screen if not given.",
     )
-    output_format: Literal["txt", "jsonl", "html", "parquet", "sidecars", "webdataset", "xmp"] | None = field(
-        default=None,
-        metadata={
-            "help": "Format of the output; by its suffix if not given. sidecars without --output stand beside the images; "
-            "xmp is the description in the images' own metadata."
-        },
+    output_format: Literal["txt", "jsonl", "html", "parquet", "sidecars", "webdataset", "xmp"] | None = option(
+        None,
+        "Format of the output; by its suffix if not given. sidecars without --output stand beside the images; xmp is "
+        "the description in the images' own metadata.",
     )
-    resume: bool = field(
-        default=True,
-        metadata={
-            "help": "Caption only what the output does not have yet, if it was begun with the same settings; false begins it anew."
-        },
+    resume: bool = option(
+        True,
+        "Caption only what the output does not have yet, if it was begun with the same settings; false begins it anew.",
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Print what would be captioned and where it would be saved, and exit."}
+    dry_run: bool = option(False, "Print what would be captioned and where it would be saved, and exit.")
+    existing: Literal["skip", "overwrite", "append", "prepend"] = option(
+        "skip", "Action for an image that has a sidecar already; an empty one counts as none."
     )
-    existing: Literal["skip", "overwrite", "append", "prepend"] = field(
-        default="skip", metadata={"help": "Action for an image that has a sidecar already."}
+    prefix: str = option("", "Text before the caption in a sidecar.")
+    suffix: str = option("", "Text after the caption in a sidecar.")
+    separator: str = option(", ", "Text between a caption and what was there, with existing append or prepend.")
+    sidecar_suffix: str = option(".txt", "Suffix of sidecars.")
+    confidence: bool = option(
+        False, "Add log_probability, confidence and the least sure word to each caption; for .jsonl, .parquet, tars."
     )
-    prefix: str = field(default="", metadata={"help": "Text before the caption in a sidecar."})
-    suffix: str = field(default="", metadata={"help": "Text after the caption in a sidecar."})
-    separator: str = field(
-        default=", ", metadata={"help": "Text between a caption and what was there, with existing append or prepend."}
+    min_confidence: float | None = option(
+        None,
+        "Confidence, the geometric mean of its tokens' probabilities, below which a caption goes to OUTPUT.doubtful.jsonl instead.",
+        min=0,
+        max=1,
     )
-    sidecar_suffix: str = field(default=".txt", metadata={"help": "Suffix of sidecars."})
-    confidence: bool = field(
-        default=False,
-        metadata={
-            "help": "Add log_probability, confidence and the least sure word to each caption; for .jsonl, .parquet, tars."
-        },
+    image_column: str | None = option(
+        None, "Column of the images in parquet files; the only one of bytes if not given."
     )
-    min_confidence: float | None = field(
-        default=None,
-        metadata={
-            "help": "Confidence, the geometric mean of its tokens' probabilities, below which a caption goes to OUTPUT.doubtful.jsonl "
-            "instead.",
-            "min": 0,
-            "max": 1,
-        },
+    id_column: str | None = option(None, "Column of unique names in parquet files; FILE.parquet#ROW if not given.")
+    window: list[float] | None = option(
+        None,
+        "Values that become black and white of gray images with more than 8 bits; each image's minimum and maximum if not given.",
+        metavar=("LOW", "HIGH"),
     )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column of the images in parquet files; the only one of bytes if not given."}
+    batch_size: int = option(32, "Images per batch.", min=1)
+    num_workers: int | None = option(
+        None, "Number of processes that decode images; if not given up to 8 on a GPU, and 0, a thread, on a CPU.", min=0
     )
-    id_column: str | None = field(
-        default=None, metadata={"help": "Column of unique names in parquet files; FILE.parquet#ROW if not given."}
+    device: str | None = option(None, "Device: cpu, cuda, mps; cuda if not given and available, else cpu.")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "Data type of weights and activations; auto is bfloat16, which changes a word now and then, where the device "
+        "has instructions for it.",
     )
-    window: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Values that become black and white of gray images with more than 8 bits; each image's minimum and maximum if not "
-            "given.",
-            "metavar": ("LOW", "HIGH"),
-        },
+    encoder_engine: Literal["auto", "torch"] = option(
+        "auto",
+        "Engine of the encoder on a CPU; auto is onnxruntime where it is installed and measured faster with equal "
+        "features, for 256 images or more.",
     )
-    batch_size: int = field(default=32, metadata={"help": "Images per batch.", "min": 1})
-    num_workers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of processes that decode images; if not given up to 8 on a GPU, and 0, a thread, on a CPU.",
-            "min": 0,
-        },
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "Device: cpu, cuda, mps; cuda if not given and available, else cpu."}
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto",
-        metadata={
-            "help": "Data type of weights and activations; auto is bfloat16, which changes a word now and then, where the device "
-            "has instructions for it."
-        },
-    )
-    encoder_engine: Literal["auto", "torch"] = field(
-        default="auto",
-        metadata={
-            "help": "Engine of the encoder on a CPU; auto is onnxruntime where it is installed and measured faster with equal "
-            "features, for 256 images or more."
-        },
-    )
-    seed: int = field(default=42, metadata={"help": "Seed of sampling.", "min": 0, "below": 2**32})
+    seed: int = option(42, "Seed of sampling.", min=0, below=2**32)
 
     def __post_init__(self):
         suffix = Path(self.output).suffix if self.output else None
@@ -203,8 +158,10 @@ def main(argv: list[str] | None = None) -> None:
         total = sources.count(quiet=not processes.is_first)
         if args.dry_run:
             return dry_run(args, sources, total)
-        load = load_exported if is_exported(args.model_name_or_path) else load_captioner
-        captioner = load(args, generation_args, processes)
+        if is_exported(args.model_name_or_path):
+            captioner = load_exported(args.model_name_or_path, args, generation_args, **generation_args.settings())
+        else:
+            captioner = load_captioner(args, generation_args, processes)
         outcome = caption_sources(captioner, sources, total, args, processes)
         processes.end()
     if not outcome:
@@ -290,25 +247,6 @@ def load_captioner(args: CaptionArguments, generation_args: GenerationArguments,
     return captioner
 
 
-def load_exported(args: CaptionArguments, generation_args: GenerationArguments, _: Processes) -> OnnxCaptioner:
-    """The captioner of a folder of export_onnx.py, with the decoding settings of the command line; torch is not imported.
-
-    Raises:
-        UserError: onnxruntime is not installed, an option asks for what is not exported, or the folder is damaged.
-    """
-    if find_spec("onnxruntime") is None:
-        raise UserError("an exported captioner needs onnxruntime: pip install --editable '.[onnx]'")
-    for options in (args, generation_args):
-        for name in NOT_EXPORTED:
-            if getattr(options, name, None) not in (getattr(type(options), name, None), *NOT_EXPORTED[name]):
-                raise UserError(
-                    f"--{name} does not go with {args.model_name_or_path}, an exported captioner: give the one that it was exported from"
-                )
-    captioner = OnnxCaptioner(args.model_name_or_path)
-    captioner.set_decoding(**generation_args.settings())
-    return captioner
-
-
 def caption_sources(
     captioner: "Captioner | OnnxCaptioner",
     sources: ImageSources,
@@ -338,18 +276,21 @@ def caption_sources(
     decoder = ImageDecoder(captioner.min_image_side, args.output_format == "webdataset", args.window)
     collate = ImageCollator(captioner.preprocess, Page.image_size() if on_page else 0)
     job.run(load_batches(job.batches(refs, args.batch_size), decoder, collate, args.num_workers), total)
-    captioned, there, num_bad, num_doubtful = processes.total(*vars(job.counts).values())
+    num_empty = output.num_empty if isinstance(output, Sidecars) else 0
+    captioned, there, num_bad, num_doubtful, num_empty = processes.total(*vars(job.counts).values(), num_empty)
     if processes.is_first:
         output.finish()
         if doubtful:
             doubtful.finish()
         summary = f"{captioned:,} of {total:,} images captioned"
         summary += f", {there:,} were captioned before" if there else ""
-        summary += f", {num_bad:,} cannot be" if num_bad else ""
+        summary += f", {num_bad:,} cannot be read or written" if num_bad else ""
+        summary += f"; {num_empty:,} had an empty sidecar" if num_empty else ""
         summary += (
             f"; {num_doubtful:,} captions are below --min_confidence: {doubtful.file.path}" if num_doubtful else ""
         )
-        if captioned < total or num_doubtful:
+        summary += f": {args.output}" if args.output else ""
+        if args.output or captioned < total or num_doubtful or num_empty:
             print(summary, file=sys.stderr)
     return bool(captioned or there)
 
@@ -451,10 +392,12 @@ def dry_run(args: CaptionArguments, sources: ImageSources, total: int) -> None:
             continue
         num_new += 1
         num_with_sidecar += args.output_format == "sidecars" and output.path_of(ref).exists()
-    verb = {"overwrite": "overwritten", "append": "appended to", "prepend": "prepended to"}.get(args.existing)
-    sidecars = f", {num_with_sidecar:,} sidecars {verb}" if num_with_sidecar else ""
-    bad = f"; {num_bad:,} cannot be" if num_bad else ""
-    print(f"{num_new:,} of {total:,} images would be captioned{sidecars}; {job.counts.there:,} are already{bad}")
+    verb = {"skip": "filled", "overwrite": "overwritten", "append": "appended to", "prepend": "prepended to"}
+    kind = "empty sidecars" if args.existing == "skip" else "sidecars"
+    sidecars = f", {num_with_sidecar:,} {kind} {verb[args.existing]}" if num_with_sidecar else ""
+    there = f"; {job.counts.there:,} have a caption already" if job.counts.there else ""
+    bad = f"; {num_bad:,} cannot be captioned" if num_bad else ""
+    print(f"{num_new:,} of {total:,} images would be captioned{sidecars}{there}{bad}")
 
 
 def where(ref: ImageRef, output: Output, args: CaptionArguments) -> str:

@@ -11,13 +11,13 @@ format, whose references are those of the dataset. results.json has the scores, 
 import logging
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data_scripts.scene_grammar import DRAWN_DATASETS
 from system.errors import UserError, one_line_errors
-from training.arguments import GenerationArguments, parse_recipe
+from training.arguments import GenerationArguments, option, parse_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,99 +34,61 @@ if TYPE_CHECKING:
 
 @dataclass
 class EvaluationArguments:
-    output_dir: str = field(
-        metadata={"help": "Folder for results.json and, with a model, captions.jsonl and captions.html."}
+    output_dir: str = option(help="Folder for results.json and, with a model, captions.jsonl and captions.html.")
+    predictions: str | None = option(None, "File of captions to score: .jsonl or .json.")
+    model_name_or_path: str | None = option(
+        None, "Folder, training checkpoint or Hub id of a captioner to score, trained here or third-party."
     )
-    predictions: str | None = field(default=None, metadata={"help": "File of captions to score: .jsonl or .json."})
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder, training checkpoint or Hub id of a captioner to score, trained here or third-party."
-        },
+    prompt: str | None = option(
+        None,
+        "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given.",
+        needs={"predictions": [None]},
     )
-    prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given.",
-            "needs": {"predictions": [None]},
-        },
+    dataset_name: str | None = option(
+        None,
+        "Folder made by a data_scripts command, dataset on the Hub, `scenes` or `rich_scenes`; for predictions without "
+        "references, where these are. For a model scenes if not given.",
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder made by a data_scripts command, dataset on the Hub, `scenes` or `rich_scenes`; for predictions without "
-            "references, where these are. For a model scenes if not given."
-        },
+    split: str = option("test", "Split of the dataset: train, validation or test.")
+    max_eval_samples: int | None = option(
+        None, "Number of images, evenly spread, as in training; all if not given.", min=1, needs={"predictions": [None]}
     )
-    split: str = field(default="test", metadata={"help": "Split of the dataset: train, validation or test."})
-    max_eval_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of images, evenly spread, as in training; all if not given.",
-            "min": 1,
-            "needs": {"predictions": [None]},
-        },
+    per_device_eval_batch_size: int = option(64, "Images per batch and device.", min=1)
+    feature_cache: Literal["float16", "int8", "none"] = option(
+        "float16", "Type in which the encoder's features are cached on disk, and those of training are read."
     )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per batch and device.", "min": 1})
-    feature_cache: Literal["float16", "int8", "none"] = field(
-        default="float16",
-        metadata={"help": "Type in which the encoder's features are cached on disk, and those of training are read."},
+    compile_encoder: bool = option(
+        False,
+        "Compile the encoder with torch.compile before it encodes the images.",
+        needs={"feature_cache": ["float16", "int8"]},
     )
-    compile_encoder: bool = field(
-        default=False,
-        metadata={
-            "help": "Compile the encoder with torch.compile before it encodes the images.",
-            "needs": {"feature_cache": ["float16", "int8"]},
-        },
+    dataloader_num_workers: int = option(
+        0, "Number of processes that decode images; 0 decodes in the main process.", min=0
     )
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Number of processes that decode images; 0 decodes in the main process.", "min": 0}
+    metric_tokenizer: Literal["auto", "ptb", "ptb_in_order", "intl", "char", "none", "13a", "zh", "ja-mecab"] = option(
+        "auto",
+        "Tokenizer of BLEU, ROUGE-L and CIDEr-D; auto chooses by the script of the references: ptb, coco-caption's, for European ones.",
     )
-    metric_tokenizer: Literal["auto", "ptb", "ptb_in_order", "intl", "char", "none", "13a", "zh", "ja-mecab"] = field(
-        default="auto",
-        metadata={
-            "help": "Tokenizer of BLEU, ROUGE-L and CIDEr-D; auto chooses by the script of the references: ptb, coco-caption's, for "
-            "European ones."
-        },
+    meteor: bool = option(False, "Score METEOR as well; needs Java and pycocoevalcap.")
+    spice: bool = option(False, "Score SPICE as well; needs Java and pycocoevalcap.")
+    clip_model: str | None = option(
+        None, "Folder or Hub id of a CLIP or SigLIP to score CLIPScore and RefCLIPScore with as well."
     )
-    meteor: bool = field(default=False, metadata={"help": "Score METEOR as well; needs Java and pycocoevalcap."})
-    spice: bool = field(default=False, metadata={"help": "Score SPICE as well; needs Java and pycocoevalcap."})
-    clip_model: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of a CLIP or SigLIP to score CLIPScore and RefCLIPScore with as well."},
+    objects: str | None = option(
+        None,
+        "COCO instances .json, or .json of {image_id: [objects]}, to score the rates of hallucinated objects (CHAIR) with as well.",
     )
-    objects: str | None = field(
-        default=None,
-        metadata={
-            "help": "COCO instances .json, or .json of {image_id: [objects]}, to score the rates of hallucinated objects (CHAIR) "
-            "with as well."
-        },
+    object_synonyms: str | None = option(
+        None, "File of other words for objects: .json {object: [words]}, or lines of object, word, word."
     )
-    object_synonyms: str | None = field(
-        default=None,
-        metadata={
-            "help": "File of other words for objects: .json {object: [words]}, or lines of object, word, word.",
-        },
+    publish_images: bool | None = option(
+        None, "Whether captions.html may be pushed with its images; only drawn scenes if not given."
     )
-    publish_images: bool | None = field(
-        default=None,
-        metadata={"help": "Whether captions.html may be pushed with its images; only drawn scenes if not given."},
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "float32",
+        "Data type of weights and activations; auto is bfloat16, which changes scores a little, where the device has instructions for it.",
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="float32",
-        metadata={
-            "help": "Data type of weights and activations; auto is bfloat16, which changes scores a little, where the device has "
-            "instructions for it."
-        },
-    )
-    seed: int = field(
-        default=42,
-        metadata={
-            "help": "Seed of sampling; samples depend on the number of processes, too.",
-            "min": 0,
-            "below": 2**32,
-        },
-    )
+    seed: int = option(42, "Seed of sampling; samples depend on the number of processes, too.", min=0, below=2**32)
 
     def __post_init__(self):
         if (self.predictions is None) == (self.model_name_or_path is None):
@@ -146,7 +108,23 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"--{given[0]} has no effect with --predictions, which are generated already")
             score_predictions(args)
         else:
+            refuse_exported(args.model_name_or_path)
             score_model(args, generation_args)
+
+
+def refuse_exported(name_or_path: str) -> None:
+    """Name the command that scores an exported captioner.
+
+    Raises:
+        UserError: It is one.
+    """
+    from captioning.onnx_captioner import is_exported
+
+    if is_exported(name_or_path):
+        raise UserError(
+            f"{name_or_path} is an exported captioner, which is scored as it is exported: "
+            "python export_onnx.py MODEL FOLDER --dataset_name NAME"
+        )
 
 
 def score_predictions(args: EvaluationArguments) -> None:

@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,7 @@ from packaging.version import Version
 from captioning.onnx_decoding import SUFFIXES, ExportedCaptioner, caption_images
 from system.errors import UserError, one_line_errors
 from system.files import atomic_folder
-from training.arguments import parse_recipe
+from training.arguments import option, parse_recipe
 
 if TYPE_CHECKING:
     from modeling.captioner import Captioner
@@ -54,60 +54,32 @@ WITHOUT_EFFECT = {
 
 @dataclass
 class ExportArguments:
-    model_name_or_path: str = field(
-        metadata={"help": "Folder, training checkpoint or Hub id of a captioner of either kind.", "positional": None}
+    model_name_or_path: str = option(
+        help="Folder, training checkpoint or Hub id of a captioner of either kind.", positional=None
     )
-    output_dir: str = field(
-        metadata={"help": "Folder for the exported model; must be new or empty.", "positional": None}
+    output_dir: str = option(help="Folder for the exported model; must be new or empty.", positional=None)
+    format: Literal["showtell", "transformers.js"] = option(
+        "showtell", "Files of the export: for caption_images here, or ViT-GPT2's for transformers.js 4."
     )
-    format: Literal["showtell", "transformers.js"] = field(
-        default="showtell",
-        metadata={"help": "Files of the export: for caption_images here, or ViT-GPT2's for transformers.js 4."},
+    dtype: str = option(
+        "fp32",
+        "Data types of the weights, a set of files each, comma-separated: fp32, fp16, q8 (8 bits), q4 (4 bits, ViT-GPT2).",
     )
-    dtype: str = field(
-        default="fp32",
-        metadata={
-            "help": "Data types of the weights, a set of files each, comma-separated: fp32, fp16, q8 (8 bits), q4 (4 bits, ViT-GPT2)."
-        },
+    dataset_name: str | None = option(
+        None,
+        "Folder made by a data_scripts command, dataset on the Hub, or `scenes`, to score each data type on; not scored if not given.",
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder made by a data_scripts command, dataset on the Hub, or `scenes`, to score each data type on; not scored "
-            "if not given."
-        },
+    split: str = option("validation", "Split of the dataset: train, validation or test.")
+    max_eval_samples: int | None = option(None, "Number of images to score, evenly spread; all if not given.", min=1)
+    web: bool = option(
+        False, "Add a static page that captions in the browser, ready for any host.", needs={"format": ["showtell"]}
     )
-    split: str = field(default="validation", metadata={"help": "Split of the dataset: train, validation or test."})
-    max_eval_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of images to score, evenly spread; all if not given.",
-            "min": 1,
-        },
+    onnxruntime_web: str | None = option(
+        None, "Folder of the npm package onnxruntime-web; installed by npm if not given.", needs={"web": [True]}
     )
-    web: bool = field(
-        default=False,
-        metadata={
-            "help": "Add a static page that captions in the browser, ready for any host.",
-            "needs": {"format": ["showtell"]},
-        },
-    )
-    onnxruntime_web: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of the npm package onnxruntime-web; installed by npm if not given.",
-            "needs": {"web": [True]},
-        },
-    )
-    push_to_hub: bool = field(
-        default=False, metadata={"help": "Push the page to the Hub as a static Space.", "needs": {"web": [True]}}
-    )
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Space to push to; the name of output_dir if not given."}
-    )
-    hub_private_repo: bool | None = field(
-        default=None, metadata={"help": "Create the Space as a private one.", "needs": {"push_to_hub": [True]}}
-    )
+    push_to_hub: bool = option(False, "Push the page to the Hub as a static Space.", needs={"web": [True]})
+    hub_model_id: str | None = option(None, "Space to push to; the name of output_dir if not given.")
+    hub_private_repo: bool | None = option(None, "Create the Space as a private one.", needs={"push_to_hub": [True]})
 
     def __post_init__(self):
         unknown = [dtype for dtype in self.dtypes if dtype not in SUFFIXES]

@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,12 @@ from captioning.batching import BatchingCaptioner
 from data_scripts.images import MAX_IMAGE_BYTES, BadImage, decode_image
 from system.errors import UserError, one_line_errors
 from system.request_rate import RequestRate
-from training.arguments import GenerationArguments, parse_recipe
+from training.arguments import GenerationArguments, option, parse_recipe
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from captioning.onnx_captioner import OnnxCaptioner
     from modeling.captioner import Captioner
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
@@ -40,30 +41,21 @@ SECONDS_TO_CAPTION = 600.0
 
 @dataclass
 class ServeArguments:
-    model_name_or_path: str = field(
-        metadata={"help": "Folder or Hub id of a captioner, trained here or third-party.", "positional": None}
+    model_name_or_path: str = option(
+        help="Folder or Hub id of a captioner, trained here or third-party; or folder of export_onnx.py.",
+        positional=None,
     )
-    prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given."
-        },
+    prompt: str | None = option(
+        None, "Prompt of a third-party model: request of a chat model, or text to continue; by its kind if not given."
     )
-    port: int = field(default=8000, metadata={"help": "Port.", "min": 1, "max": 65535})
-    host: str = field(
-        default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0 lets other machines connect."}
+    port: int = option(8000, "Port.", min=1, max=65535)
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 lets other machines connect.")
+    batch_size: int = option(16, "Images captioned together at most.", min=1)
+    allow_urls: bool = option(
+        False, "Fetch images from http(s) URLs, private addresses included: for callers you trust."
     )
-    batch_size: int = field(default=16, metadata={"help": "Images captioned together at most.", "min": 1})
-    allow_urls: bool = field(
-        default=False,
-        metadata={"help": "Fetch images from http(s) URLs, private addresses included: for callers you trust."},
-    )
-    requests_per_minute: int = field(
-        default=600, metadata={"help": "Max requests of each address per minute; more are refused.", "min": 1}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "Device: cpu, cuda, mps; cuda if not given and available, else cpu."}
-    )
+    requests_per_minute: int = option(600, "Max requests of each address per minute; more are refused.", min=1)
+    device: str | None = option(None, "Device: cpu, cuda, mps; cuda if not given and available, else cpu.")
 
 
 class BadRequest(ValueError):
@@ -77,22 +69,34 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"the server needs {' and '.join(missing)}: pip install --editable '.[serve]'")
         if generation_args.num_return_sequences not in (None, 1):
             raise UserError("--num_return_sequences: the server answers with one caption for each image")
-        import torch
-        import transformers
         import uvicorn
 
-        from modeling.image_text_to_text import load_captioner
+        from captioning.onnx_captioner import is_exported, load_exported
 
-        transformers.logging.disable_progress_bar()
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        captioner = load_captioner(args.model_name_or_path, args.prompt).to(device, "auto")
-        captioner.set_decoding(**generation_args.settings())
+        if is_exported(args.model_name_or_path):
+            captioner = load_exported(args.model_name_or_path, args, generation_args, **generation_args.settings())
+        else:
+            captioner = load_captioner(args, generation_args)
         app = build_server(captioner, args)
         print(f"OpenAI: http://{args.host}:{args.port}/v1  Ollama: http://{args.host}:{args.port}", flush=True)
         uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
 
 
-def build_server(captioner: "Captioner", args: ServeArguments) -> "FastAPI":
+def load_captioner(args: ServeArguments, generation_args: GenerationArguments) -> "Captioner":
+    """The captioner, on its device and with the decoding settings of the command line."""
+    import torch
+    import transformers
+
+    from modeling.image_text_to_text import load_captioner as load
+
+    transformers.logging.disable_progress_bar()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    captioner = load(args.model_name_or_path, args.prompt).to(device, "auto")
+    captioner.set_decoding(**generation_args.settings())
+    return captioner
+
+
+def build_server(captioner: "Captioner | OnnxCaptioner", args: ServeArguments) -> "FastAPI":
     """The server of one captioner."""
     from fastapi import FastAPI
     from fastapi.exceptions import RequestValidationError

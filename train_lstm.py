@@ -73,29 +73,21 @@ class TrainingArguments(CaptionTrainingArguments):
     output_dir: str = option("outputs/lstm", "Folder for model, results and checkpoints.")
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     kinds = (CaptionDataArguments, ModelArguments, NewDecodingArguments, TrainingArguments)
     data_args, model_args, decoding_args, args = parse_recipe(kinds, argv, __doc__)
     options = {**vars(data_args), **vars(model_args), **vars(decoding_args), **vars(args)}
-    with one_line_errors():
-        train(data_args, model_args, decoding_args, args, options)
 
-
-def train(
-    data_args: CaptionDataArguments,
-    model_args: ModelArguments,
-    decoding_args: NewDecodingArguments,
-    args: TrainingArguments,
-    options: dict,
-) -> None:
     from data_scripts import load_for_training
-    from training.batches import CaptionCollator, ImageDataset, subsample_evenly
+    from modeling.encoders import hub_name
+    from training.batches import CaptionCollator
     from training.evaluation import Evaluator, count_labels
     from training.features import encode_splits
     from training.fine_tuning import check_lstm_start
     from training.optimizer import build_adamw
+    from training.pairs import pairs_of_split, sampler_of
     from training.run import TrainingRun
-    from training.shards import pairs_of_split, sampler_of
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     if model_args.model_name_or_path:
@@ -110,6 +102,7 @@ def train(
         captioner = build_captioner(model_args, args, data_args.tokenizer_name, training_captions, run.accelerator)
         model, processor = captioner.model.to(run.accelerator.device), captioner.processor
         num_augmentations = data_args.num_augmentations
+        optimizer = build_adamw(model, args)
         features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_augmentations)
         train_pairs, val_pairs = (
             pairs_of_split(dataset[split], captioner, data_args.max_caption_length, features[split])
@@ -120,40 +113,30 @@ def train(
         # ---- Optimizer ----------------------------------------------------------------------------------------------
         sampler = sampler_of(train_pairs, run, data_args)
         collator = CaptionCollator(processor, share_images="index")
-        model = run.prepare(
-            captioner, build_adamw(model, args), train_pairs, sampler, collator, data_args.dataloader_num_workers
-        )
+        model = run.prepare(captioner, optimizer, train_pairs, sampler, collator, data_args.dataloader_num_workers)
 
         # ---- Training -----------------------------------------------------------------------------------------------
-        val_rows, val_features = subsample_evenly(
-            data_args.max_eval_samples, dataset["validation"], *features["validation"]
-        )
+        val_rows, max_images = dataset["validation"], data_args.max_eval_samples
         evaluate = Evaluator(
-            run.accelerator,
-            captions=run.eval_loader(val_pairs.by_length()),
-            images=run.eval_loader(ImageDataset(val_rows, val_features)),
-            rows=val_rows,
-            training_captions=training_captions,
-            loss_of=forward,
+            run, val_pairs, val_rows, features["validation"], max_images, training_captions, loss_of=summed_loss
         )
         for batches in run.steps(evaluate, summarize=lambda sums: {"train_loss": sums["loss"] / sums["tokens"]}):
             num_tokens = run.total(count_labels(batches))
             for batch in run.micro_batches(batches):
-                loss = forward(model, batch, args.label_smoothing_factor)
+                loss = summed_loss(model, batch, args.label_smoothing_factor)
                 run.backward(loss / num_tokens, loss=loss.detach(), tokens=count_labels([batch]))
             run.optimizer_step()
 
         # ---- Evaluation and saving ----------------------------------------------------------------------------------
-        started_from = start_names(model_args)
-        run.finish(
-            dataset, features, training_captions, data_args=data_args, kind="inception-lstm", started_from=started_from
-        )
+        started_from = [hub_name(model_args.encoder)] if model_args.pretrained_encoder else []
+        if model_args.model_name_or_path:
+            started_from = [model_args.model_name_or_path]
+        run.finish(dataset, features, training_captions, data_args=data_args, started_from=started_from)
 
 
-def forward(model, batch: dict, label_smoothing: float = 0.0):
+def summed_loss(model, batch: dict, label_smoothing: float = 0.0):
     """Cross entropy of a batch of captions, in nats, summed over its tokens."""
-    inputs = {name: value for name, value in batch.items() if name != "index"}
-    return model(**inputs, num_items_in_batch=1, label_smoothing=label_smoothing, skip_logits=True).loss
+    return model(**batch, num_items_in_batch=1, label_smoothing=label_smoothing, skip_logits=True).loss
 
 
 def build_captioner(
@@ -183,15 +166,6 @@ def build_captioner(
     if args.activation_checkpointing:
         checkpoint_blocks(captioner.encoder)
     return captioner
-
-
-def start_names(args: ModelArguments) -> list[str]:
-    """Folder or Hub id of the pretrained weights it starts from, for the model card; none for random weights."""
-    from modeling.encoders import hub_name
-
-    if args.model_name_or_path:
-        return [args.model_name_or_path]
-    return [hub_name(args.encoder)] if args.pretrained_encoder else []
 
 
 if __name__ == "__main__":

@@ -9,11 +9,14 @@ import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from system.errors import UserError, one_line_errors
 from training import arguments
 from training.arguments import DataArguments, option, parse_recipe
+
+if TYPE_CHECKING:
+    from training.self_critical import SelfCriticalLoss
 
 # What takes seconds to import is imported where it is used, so that `--help` and a wrong option answer at once.
 
@@ -93,41 +96,29 @@ class TrainingArguments(arguments.TrainingArguments):
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+@one_line_errors()
+def main(argv: list[str] | None = None, loss_class: "type[SelfCriticalLoss] | None" = None) -> None:
+    """Train as the options say; a subclass of `SelfCriticalLoss` may reward captions in another way, see docs/scst.md."""
     kinds = (DataArguments, SCSTArguments, DecodingArguments, TrainingArguments)
     data_args, scst_args, decoding_args, args = parse_recipe(kinds, argv, __doc__)
     options = {**vars(data_args), **vars(scst_args), **vars(decoding_args), **vars(args)}
-    with one_line_errors():
-        train(data_args, scst_args, decoding_args, args, options)
 
-
-def train(
-    data_args: DataArguments,
-    scst_args: SCSTArguments,
-    decoding_args: DecodingArguments,
-    args: TrainingArguments,
-    options: dict,
-) -> None:
     import numpy as np
 
     from data_scripts import load_for_training
     from metrics import CiderD
+    from modeling.caption_loss import teacher_forcing_loss
+    from modeling.fingerprint import weights_digest
     from training.averaging import mixed_with
-    from training.batches import (
-        AugmentedImages,
-        CaptionCollator,
-        CaptionSampler,
-        ImageDataset,
-        subsample_evenly,
-    )
+    from training.batches import AugmentedImages, CaptionCollator, CaptionSampler
     from training.evaluation import Evaluator
-    from training.features import encode_splits, weights_digest
+    from training.features import encode_splits
     from training.launch import refuse_fsdp
     from training.optimizer import build_adamw
+    from training.pairs import pairs_of_split, refuse_shards
     from training.run import TrainingRun
     from training.sampling import set_sampling_mode, share_images_by
-    from training.self_critical import SelfCritic, check_scst_start, load_start, set_decoding, summed_cross_entropy
-    from training.shards import pairs_of_split, refuse_shards
+    from training.self_critical import SelfCriticalLoss, check_scst_start, load_start, set_decoding
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     refuse_fsdp("train_scst.py")
@@ -140,7 +131,7 @@ def train(
         refuse_shards(dataset["train"])
 
         # ---- Model --------------------------------------------------------------------------------------------------
-        captioner, kind = load_start(scst_args.model_name_or_path)
+        captioner = load_start(scst_args.model_name_or_path)
         start_digest = weights_digest(captioner.model)
         model, processor = captioner.model.to(run.accelerator.device), captioner.processor
         num_augmentations = data_args.num_augmentations
@@ -151,12 +142,12 @@ def train(
         )
         set_decoding(captioner, decoding_args, train_pairs, scst_args.sample_min_length)
         start = copy.deepcopy(model) if scst_args.kl_coef or scst_args.init_weight_share else None
-        critic = SelfCritic(
+        criterion = (loss_class or SelfCriticalLoss)(
             captioner,
             CiderD(dataset["train"]["captions"], count_end=True),
             scst_args,
             args.seed,
-            start=start if scst_args.kl_coef else None,
+            ref_model=start if scst_args.kl_coef else None,
             token_ids=(train_pairs.token_ids, train_pairs.mirrored_ids),
             num_augmentations=num_augmentations,
         )
@@ -177,7 +168,7 @@ def train(
             build_adamw(model, args),
             train_images,
             sampler,
-            CaptionCollator(processor),
+            CaptionCollator(processor, share_images_by(model)),
             data_args.dataloader_num_workers,
             start_digest=start_digest,
             export=partial(mixed_with, start=start, weight=scst_args.init_weight_share) if mixes else nullcontext,
@@ -185,23 +176,21 @@ def train(
         )
 
         # ---- Training -----------------------------------------------------------------------------------------------
-        val_rows, val_features = subsample_evenly(
-            data_args.max_eval_samples, dataset["validation"], *features["validation"]
-        )
-        shared = CaptionCollator(processor, share_images_by(model))
+        val_rows, max_images = dataset["validation"], data_args.max_eval_samples
         evaluate = Evaluator(
-            run.accelerator,
-            captions=run.eval_loader(val_pairs.by_length(), shared),
-            images=run.eval_loader(ImageDataset(val_rows, val_features)),
-            rows=val_rows,
-            training_captions=training_captions,
-            loss_of=summed_cross_entropy,
+            run,
+            val_pairs,
+            val_rows,
+            features["validation"],
+            max_images,
+            training_captions,
+            loss_of=lambda model, batch: teacher_forcing_loss(model, model, batch, num_items_in_batch=1),
         )
-        for batches in run.steps(evaluate, critic.summarize):
+        for batches in run.steps(evaluate, criterion.summarize):
             num_images = run.total(sum(len(batch["index"]) for batch in batches))
             for batch in run.micro_batches(batches):
                 with run.accelerator.autocast():
-                    loss, sums = critic.loss(wrapped, batch, run.state.epoch)
+                    loss, sums = criterion.loss(wrapped, batch, run.state.epoch)
                 run.backward(loss / num_images, loss=loss.detach(), **sums)
             run.optimizer_step()
 
@@ -211,7 +200,6 @@ def train(
             features,
             training_captions,
             data_args=data_args,
-            kind=kind,
             started_from=[scst_args.model_name_or_path],
             self_critical=True,
         )

@@ -8,6 +8,7 @@ A recipe sets the options, the command line overrides it, `--help` lists them.
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from system.errors import UserError, one_line_errors
 from training.arguments import (
@@ -110,32 +111,25 @@ class TrainingArguments(CaptionTrainingArguments):
     learning_rate: float = option(3e-4, "Peak learning rate of AdamW.", min=0)
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     kinds = (CaptionDataArguments, ModelArguments, NewDecodingArguments, TrainingArguments)
     data_args, model_args, decoding_args, args = parse_recipe(kinds, argv, __doc__)
     options = {**vars(data_args), **vars(model_args), **vars(decoding_args), **vars(args)}
-    with one_line_errors():
-        train(data_args, model_args, decoding_args, args, options)
 
-
-def train(
-    data_args: CaptionDataArguments,
-    model_args: ModelArguments,
-    decoding_args: NewDecodingArguments,
-    args: TrainingArguments,
-    options: dict,
-) -> None:
     from data_scripts import load_for_training
+    from modeling.caption_loss import teacher_forcing_loss
     from modeling.encoders import hub_name
+    from modeling.fingerprint import weights_digest
     from modeling.vit_gpt2 import check_parts
-    from training.batches import CaptionCollator, ImageDataset, subsample_evenly
+    from training.batches import CaptionCollator
     from training.evaluation import Evaluator, count_labels
-    from training.features import encode_splits, weights_digest
+    from training.features import encode_splits
     from training.fine_tuning import check_vit_gpt2_start
     from training.lora import check_lora, merged
     from training.optimizer import build_adamw
+    from training.pairs import pairs_of_split, sampler_of
     from training.run import TrainingRun
-    from training.shards import pairs_of_split, sampler_of
 
     # ---- Accelerator and seed ---------------------------------------------------------------------------------------
     if model_args.model_name_or_path:
@@ -154,6 +148,7 @@ def train(
         model, processor = captioner.model.to(run.accelerator.device), captioner.processor
         if args.activation_checkpointing:
             model.gradient_checkpointing_enable()
+        optimizer = build_adamw(model, args, decay_vectors=False)
         num_augmentations = data_args.num_augmentations
         features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_augmentations)
         start_digest = weights_digest(model) if model_args.lora_rank else ""
@@ -168,7 +163,7 @@ def train(
         sampler = sampler_of(train_pairs, run, data_args)
         wrapped = run.prepare(
             captioner,
-            build_adamw(model, args, decay_vectors=False),
+            optimizer,
             train_pairs,
             sampler,
             CaptionCollator(processor, share_images="pack"),
@@ -178,38 +173,28 @@ def train(
         )
 
         # ---- Training -----------------------------------------------------------------------------------------------
-        val_rows, val_features = subsample_evenly(
-            data_args.max_eval_samples, dataset["validation"], *features["validation"]
-        )
+        summed_loss = partial(teacher_forcing_loss, num_items_in_batch=1)
+        val_rows, max_images = dataset["validation"], data_args.max_eval_samples
         evaluate = Evaluator(
-            run.accelerator,
-            captions=run.eval_loader(val_pairs.by_length()),
-            images=run.eval_loader(ImageDataset(val_rows, val_features)),
-            rows=val_rows,
-            training_captions=training_captions,
-            loss_of=lambda model, batch: forward(model, model, batch),
+            run,
+            val_pairs,
+            val_rows,
+            features["validation"],
+            max_images,
+            training_captions,
+            loss_of=lambda model, batch: summed_loss(model, model, batch),
         )
         for batches in run.steps(evaluate, summarize=lambda sums: {"train_loss": sums["loss"] / sums["tokens"]}):
             num_tokens = run.total(count_labels(batches))
             for batch in run.micro_batches(batches):
-                loss = forward(wrapped, model, batch, args.label_smoothing_factor)
+                loss = summed_loss(wrapped, model, batch, label_smoothing=args.label_smoothing_factor)
                 run.backward(loss / num_tokens, loss=loss.detach(), tokens=count_labels([batch]))
             run.optimizer_step()
 
         # ---- Evaluation and saving ----------------------------------------------------------------------------------
         start = model_args.model_name_or_path
         started_from = [start] if start else [*map(hub_name, model_args.pretrained_parts.values())]
-        run.finish(
-            dataset, features, training_captions, data_args=data_args, kind="vit-gpt2", started_from=started_from
-        )
-
-
-def forward(wrapped, model, batch: dict, label_smoothing: float = 0.0):
-    """Cross entropy of a batch of captions, in nats, summed over its tokens; `wrapped` is what Accelerate has made of the model."""
-    from modeling.vit_gpt2 import vit_gpt2_loss
-
-    inputs = {name: value for name, value in batch.items() if name != "index"}
-    return vit_gpt2_loss(wrapped, model, inputs, num_items_in_batch=1, label_smoothing=label_smoothing)
+        run.finish(dataset, features, training_captions, data_args=data_args, started_from=started_from)
 
 
 def build_captioner(model_args: ModelArguments, data_args, training_captions: Iterable[str], accelerator):

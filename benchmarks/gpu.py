@@ -29,11 +29,12 @@ from transformers.modeling_outputs import BaseModelOutput
 from benchmarks import full_size, generate, reference
 from benchmarks.machine import benchmark_parser, describe_machine, synchronize, write_result
 from modeling import caption_loss as loss_module
+from modeling.caption_loss import teacher_forcing_loss
 from modeling.captioner import Captioner
 from modeling.inception_lstm import build_inception_lstm
 from modeling.modeling_inception_lstm import TimmEncoder
 from modeling.processing import build_processor
-from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_gpt2_loss, vit_image_processor
+from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, vit_image_processor
 from system.errors import UserError, one_line_errors
 from training.compiling import compile_blocks
 from training.features import PixelCollator
@@ -212,7 +213,7 @@ def step_loss(captioner: Captioner, batch: dict) -> torch.Tensor:
     model = captioner.model
     if hasattr(model, "decoder"):
         inputs = {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"])}
-        return vit_gpt2_loss(model, model, batch | inputs)
+        return teacher_forcing_loss(model, model, batch | inputs)
     return model(**batch).loss
 
 

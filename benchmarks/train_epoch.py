@@ -169,7 +169,6 @@ def losses_agree(captioner: Captioner, rows: datasets.Dataset, device: str) -> f
     batch = next(iter(DataLoader(dataset, len(rows))))
     plain = reference.caption_loss(model.eval(), **{name: value.to(device) for name, value in batch.items()}).item()
     cached = CaptionCollator(processor)(pairs.__getitems__(range(len(rows))))
-    del cached["index"]
     states = type(cached["encoder_outputs"])(cached.pop("encoder_outputs").last_hidden_state.to(device))
     cached = {name: value.to(device) for name, value in cached.items()}
     loss = model(encoder_outputs=states, **cached).loss.item()  # in eval, too: no dropout

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from system.errors import UserError
 
 if TYPE_CHECKING:
+    from captioning.onnx_captioner import OnnxCaptioner
     from modeling.captioner import Captioner
 
 SECONDS_TO_GATHER = 0.01  # that the first image of a batch waits for others
@@ -21,7 +22,7 @@ class BatchingCaptioner:
         batch_size: Images captioned together.
     """
 
-    def __init__(self, captioner: "Captioner", batch_size: int):
+    def __init__(self, captioner: "Captioner | OnnxCaptioner", batch_size: int):
         self.captioner, self.batch_size = captioner, batch_size
         self._waiting: deque[tuple[Any, int | None, Future]] = deque()
         self._changed = threading.Condition()

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 BATCHES_AHEAD = 2  # decoded while the model generates
 SECONDS_BEFORE_PROGRESS = 5
 SECONDS_BETWEEN_LINES = 60  # of progress, where there is no terminal
+# Of a generation config: no caption depends on them.
+NOT_DECODING = ("transformers_version", "return_dict_in_generate", "use_cache")
 
 
 @dataclass
@@ -218,7 +220,7 @@ def begin_or_resume(
 
     Args:
         path: File of the settings, beside the output.
-        settings: What captions depend on, of JSON's types.
+        settings: What captions depend on, of JSON's types, see `Captioner.settings`.
         resume: Whether to resume what is there; otherwise it is removed.
         is_there: Whether there is something where the output goes.
         in_folder: Whether the output is a folder, of which nothing is removed unless the settings say that it is ours.
@@ -226,6 +228,7 @@ def begin_or_resume(
     Raises:
         UserError: It was begun with other settings.
     """
+    settings = what_captions_depend_on(settings)
     if is_there and not path.exists() and (resume or in_folder):
         anew = "" if in_folder else ", or --resume false to begin it anew"
         raise UserError(f"{path} is missing, which says how the output was begun: give another --output{anew}")
@@ -234,8 +237,8 @@ def begin_or_resume(
         path.unlink(missing_ok=True)
     elif path.exists():
         try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            before = what_captions_depend_on(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path} is damaged, which says how the output was begun: give another --output, or --resume false to begin it anew"
             ) from error
@@ -252,3 +255,13 @@ def begin_or_resume(
             )
     write_file(path, json_line(settings).encode("utf-8", "backslashreplace"))
     output.recover()
+
+
+def what_captions_depend_on(settings: dict) -> dict:
+    """The same without what is no setting in its "decoding": versions, private notes, what `generate()` returns beside captions."""
+    decoding = {
+        name: value
+        for name, value in settings.get("decoding", {}).items()
+        if value is not None and name not in NOT_DECODING and not name.startswith(("_", "output_"))
+    }
+    return settings | {"decoding": decoding}

@@ -1,6 +1,7 @@
 """An exported captioner in place of one of torch: it starts in a fraction of the time that importing torch takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+# What an exported captioner cannot do, and the values that ask for no more than it does.
+NOT_EXPORTED = {
+    **dict.fromkeys(("prompt", "confidence", "min_confidence", "encoder_engine", "top_p"), ()),
+    **{"device": ("cpu",), "dtype": ("float32",), "num_workers": (0,), "num_return_sequences": (1,)},
+}
+
+
 def is_exported(name_or_path: str) -> bool:
     """Whether a model is a folder that export_onnx.py has written in its own format."""
     return exported_dtype(name_or_path) is not None
@@ -24,8 +32,31 @@ def exported_dtype(folder: str) -> str | None:
     return next((dtype for dtype, suffix in SUFFIXES.items() if (Path(folder) / f"step{suffix}.onnx").is_file()), None)
 
 
+def load_exported(folder: str, *options: object, **decoding) -> "OnnxCaptioner":
+    """The captioner of a folder of export_onnx.py; torch is not imported.
+
+    Args:
+        options: Dataclasses of the command's options, of which some ask for what is not exported.
+        decoding: What `set_decoding` takes.
+
+    Raises:
+        UserError: onnxruntime is not installed, an option asks for what is not exported, or the folder is damaged.
+    """
+    if find_spec("onnxruntime") is None:
+        raise UserError("an exported captioner needs onnxruntime: pip install --editable '.[onnx]'")
+    for given in options:
+        for name in NOT_EXPORTED:
+            if getattr(given, name, None) not in (getattr(type(given), name, None), *NOT_EXPORTED[name]):
+                raise UserError(
+                    f"--{name} does not go with {folder}, an exported captioner: give the one that it was exported from"
+                )
+    captioner = OnnxCaptioner(folder)
+    captioner.set_decoding(**decoding)
+    return captioner
+
+
 class OnnxCaptioner:
-    """Images in, captions out, by onnxruntime, tokenizers and numpy; the part of `modeling.captioner.Captioner` that a job needs.
+    """Images in, captions out, by onnxruntime, tokenizers and numpy; what of `modeling.captioner.Captioner` job, server and app need.
 
     Args:
         folder: Written by export_onnx.py in its own format.
@@ -61,6 +92,14 @@ class OnnxCaptioner:
             "pixel_values": np.concatenate([self.model.preprocess(np.asarray(image)) for image in images])
         }
 
+    def prepare(self, image: "Image") -> np.ndarray:
+        """What `collate` needs of one RGB image."""
+        return self.preprocess([image])["pixel_values"][0]
+
+    def collate(self, prepared: list[np.ndarray]) -> dict:
+        """Images, each from `prepare`, as one batch that `generate` takes."""
+        return {"pixel_values": np.stack(prepared)}
+
     def on_device(self, inputs: dict) -> dict:
         return inputs
 
@@ -88,26 +127,47 @@ class OnnxCaptioner:
             )
 
     def settings(self) -> dict:
-        """What captions depend on, of JSON's types: a digest of the files, and the decoding settings."""
+        """What captions depend on, of JSON's types: a digest of the files, and the generation config."""
         files = [*self.model.files, *sorted(self.folder.glob("*.onnx.data")), self.folder / "preprocess.onnx"]
         return {"weights": sha256_of(*files), "decoding": self.model.settings}
 
-    def generate(self, inputs: dict, inspect: bool = False, **_) -> list[dict]:
+    def generate(
+        self,
+        inputs: dict,
+        inspect: bool = False,
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+        do_sample: bool = False,
+        **_,
+    ) -> list[dict]:
         """Caption one batch of images.
 
         Args:
             inputs: `pixel_values`, float32 (batch, 3, height, width).
+            max_new_tokens: Of a caption; the folder's own max length is not exceeded.
+            num_beams: 1 for greedy decoding; the folder's own where None.
 
         Returns:
             For each image {"caption": text, "ended": whether EOS ended it before the maximum length did}.
+
+        Raises:
+            UserError: Captions are to be sampled.
         """
-        token_ids = self.model.generate(inputs["pixel_values"])
-        eos = set(Rules.of(self.model.settings, None).eos.tolist())
+        if do_sample:
+            raise UserError(f"{self.folder} does not sample: give the captioner that it was exported from")
+        rules = Rules.of(self.model.settings, None)
+        longest = min(rules.max_length, len(rules.start) + max_new_tokens) if max_new_tokens else rules.max_length
+        token_ids = self.model.generate(inputs["pixel_values"], longest, num_beams)
+        eos = set(rules.eos.tolist())
         texts = self.tokenizer.decode_batch(token_ids, skip_special_tokens=True)
         return [
             {"caption": text.strip(), "ended": not eos.isdisjoint(ids)}
             for text, ids in zip(texts, token_ids, strict=True)
         ]
+
+    def stream(self, inputs: dict, **generation) -> Iterator[str]:
+        """Caption one image, yielding the caption at the end. Args as of `generate`."""
+        yield self.generate(inputs, **generation)[0]["caption"]
 
 
 def load_tokenizer(folder: Path):

@@ -4,6 +4,7 @@ Every output but the screen keeps its promise at a SIGKILL: what `write` was giv
 was being given, each image is there whole or not at all after the next run's `recover`.
 """
 
+import codecs
 import io
 import json
 import os
@@ -210,7 +211,8 @@ class Sidecars:
     Args:
         folder: Of all sidecars, in the folders of the images; None puts each beside its image.
         journal: Hidden file that says what was done.
-        existing: "skip", "overwrite", "append" or "prepend" where there is a sidecar.
+        existing: "skip", "overwrite", "append" or "prepend" where there is a sidecar; none is skipped that is empty, as some
+            trainers leave them and others refuse them.
         suffix: Of the files.
         texts: What stands before a caption, behind it, and between a caption and what was there.
     """
@@ -227,6 +229,7 @@ class Sidecars:
         self.folder, self.existing, self.suffix, self.texts = folder, existing, suffix, texts
         self.journal = LineFile(journal, lambda line: json.loads(line).get("image_id", line), process=process)
         self.there = Names()
+        self.num_empty = 0  # sidecars that were asked for and have no text
 
     def path_of(self, ref: ImageRef) -> Path:
         """The sidecar of an image; beside it, the one that is there in upper case, as X.TXT beside X.JPG."""
@@ -269,7 +272,12 @@ class Sidecars:
         self.there = Names(entry["image_id"] for entry in map(json.loads, self.journal) if "image_id" in entry)
 
     def has(self, ref: ImageRef) -> bool:
-        return self.path_of(ref).exists() if self.existing == "skip" else ref.name in self.there
+        if self.existing != "skip":
+            return ref.name in self.there
+        path = self.path_of(ref)
+        is_empty = is_blank(path)
+        self.num_empty += is_empty
+        return path.exists() and not is_empty
 
     def write(self, items: list[dict]) -> None:
         entries = []
@@ -307,6 +315,14 @@ class Sidecars:
     def remove(self) -> None:
         """Forget what was done; the sidecars stay, as `existing` says."""
         self.journal.remove()
+
+
+def is_blank(path: Path) -> bool:
+    """Whether a text file is there and has white space at most."""
+    try:
+        return not path.read_bytes().removeprefix(codecs.BOM_UTF8).strip()
+    except OSError:  # there is none, or it is not for us to read
+        return False
 
 
 class WebDataset:

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 from data_scripts.images import (
@@ -24,6 +25,8 @@ from data_scripts.images import (
     keep_noted_orientation,
 )
 from data_scripts.row_checks import valid_id
+from data_scripts.sidecars import SIDECAR_SUFFIXES
+from data_scripts.text_files import IMAGE_SUFFIXES
 from system.errors import UserError, printable
 
 NUM_NAMED = 5  # of the files of a folder that are passed over
@@ -209,16 +212,14 @@ class ImageSources:
                     row += 1
 
     def count(self, quiet: bool = False) -> int:
-        """The number of images, read or not; files of a folder that are none are counted and named on stderr.
+        """The number of images, read or not; files of a folder and samples of tars that have none are counted and named on stderr.
 
         Raises:
-            UserError: A folder has no images, a tar or parquet file cannot be read, or an ID is not unique.
+            UserError: A source has no images, a tar or parquet file cannot be read, or an ID is not unique.
         """
         self.id_hashes = array("q")
         self.num_parquet = 0
-        number = sum(
-            self._count_folder(source, quiet) if os.path.isdir(source) else self._count(source) for source in self.names
-        )
+        number = sum(self._count_source(source, quiet) for source in self.names)
         for option in ("image_column", "id_column"):
             if getattr(self, option) and not self.num_parquet:
                 raise UserError(f"--{option} has no effect: there is no parquet file with images")
@@ -243,59 +244,79 @@ class ImageSources:
                 "file or another: leave it out, and rows are named FILE.parquet#ROW"
             )
 
-    def _count(self, path: str) -> int:
-        if path.endswith(".parquet"):
-            import pyarrow.parquet as pq
+    def _count_source(self, source: str, quiet: bool) -> int:
+        files = PassedOver(source, "files are no images that can be read here")
+        samples = PassedOver(source, "samples of tars have no image that can be read here")
+        if os.path.isdir(source):
+            number = sum(self._count_in_folder(path, files, samples) for path in walk(source))
+        else:
+            number = self._count(source, samples)
+        for passed_over in (files, samples):
+            if passed_over.number and not quiet:
+                print(passed_over.summary(), file=sys.stderr)
+        if not number:
+            raise UserError(f"{printable(source)} has no images")
+        return number
 
-            self.num_parquet += 1
-            self._column(path)
-            if self.id_column and self.id_column in pq.read_schema(path).names:
-                ids = pq.read_table(path, columns=[self.id_column])[self.id_column]
-                self.id_hashes.extend(hash(valid_id(value)) for chunk in ids.chunks for value in chunk.to_pylist())
-            return pq.read_metadata(path).num_rows
-        return sum(1 for _ in tar_refs(path)) if path.endswith(".tar") else 1
+    def _count_in_folder(self, path: str, files: "PassedOver", samples: "PassedOver") -> int:
+        is_shard = path.endswith(".tar") or (path.endswith(".parquet") and self._column(path, required=False))
+        if is_shard or (is_image_file(path) and not os.path.isdir(path)):
+            files.num_used += 1
+            return self._count(path, samples)
+        of_ours = Path(path).suffix.lower() in self.ignored or os.path.basename(path).startswith(".showtell")
+        if not of_ours and not has_image_beside(path):
+            files.add(path)
+        return 0
 
-    def _count_folder(self, folder: str, quiet: bool) -> int:
-        num_images, listing = 0, Listing(folder)
-        for path in walk(folder):
-            if path.endswith(".tar") or (path.endswith(".parquet") and self._column(path, required=False)):
-                num_images += self._count(path)
-                listing.num_used += 1
-            elif is_image_file(path) and not os.path.isdir(path):
-                num_images += 1
-                listing.num_used += 1
-            elif Path(path).suffix.lower() not in self.ignored and not os.path.basename(path).startswith(".showtell"):
-                listing.pass_over(path)
-        if listing.num_others and not quiet:
-            print(listing.summary(), file=sys.stderr)
-        if not num_images:
-            raise UserError(f"{printable(folder)} has no images")
-        return num_images
+    def _count(self, path: str, samples: "PassedOver") -> int:
+        if path.endswith(".tar"):
+            return sum(1 for _ in tar_refs(path, samples=samples))
+        if not path.endswith(".parquet"):
+            return 1
+        import pyarrow.parquet as pq
+
+        self.num_parquet += 1
+        self._column(path)
+        if self.id_column and self.id_column in pq.read_schema(path).names:
+            ids = pq.read_table(path, columns=[self.id_column])[self.id_column]
+            self.id_hashes.extend(hash(valid_id(value)) for chunk in ids.chunks for value in chunk.to_pylist())
+        return pq.read_metadata(path).num_rows
 
 
-class Listing:
-    """The files of a folder that are passed over, for one line about them."""
+def has_image_beside(path: str) -> bool:
+    """Whether a file is the sidecar of an image in its folder, as `python -m data_scripts` reads it."""
+    stem, suffix = os.path.splitext(path)
+    return suffix.lower() in SIDECAR_SUFFIXES and any(os.path.exists(stem + image) for image in IMAGE_SUFFIXES)
 
-    def __init__(self, folder: str):
-        self.folder = folder
-        self.num_used = self.num_others = 0
+
+class PassedOver:
+    """What of a source is not used, for one line about it.
+
+    Args:
+        source: As the user named it.
+        what: Noun and reason, in the plural.
+    """
+
+    def __init__(self, source: str, what: str):
+        self.source, self.what = source, what
+        self.num_used = self.number = 0
         self.named: list[str] = []
         self.plug_ins: set[str] = set()
 
-    def pass_over(self, path: str) -> None:
-        self.num_others += 1
+    def add(self, path: str) -> None:
+        self.number += 1
         if len(self.named) < NUM_NAMED:
             link = " (a link to a folder, not followed)" if os.path.isdir(path) else ""
-            self.named.append(printable(os.path.relpath(path, self.folder)) + link)
+            self.named.append(printable(os.path.relpath(path, self.source)) + link)
         if (suffix := Path(path).suffix.lower()) in PLUG_INS:
             self.plug_ins.add(f"{suffix} needs `pip install {PLUG_INS[suffix]}`")
 
     def summary(self) -> str:
-        more = f" and {self.num_others - NUM_NAMED:,} more" if self.num_others > NUM_NAMED else ""
+        more = f" and {self.number - NUM_NAMED:,} more" if self.number > NUM_NAMED else ""
         install = f" ({'; '.join(sorted(self.plug_ins))})" if self.plug_ins else ""
         return (
-            f"{printable(self.folder)}: {self.num_others:,} of {self.num_used + self.num_others:,} files are no images that "
-            f"can be read here: {', '.join(self.named)}{more}{install}"
+            f"{printable(self.source)}: {self.number:,} of {self.num_used + self.number:,} {self.what}: "
+            f"{', '.join(self.named)}{more}{install}"
         )
 
 
@@ -350,28 +371,53 @@ def walk(folder: str) -> Iterator[str]:
             yield path
 
 
-def tar_refs(path: str, relative: str = "") -> Iterator[ImageRef]:
+def tar_refs(path: str, relative: str = "", samples: PassedOver | None = None) -> Iterator[ImageRef]:
     """The images of a tar as webdataset has them, by the suffix of their names.
+
+    Args:
+        relative: What stands before the names below the user's folder.
+        samples: Counts the samples, and those without an image.
 
     Raises:
         UserError: It is no tar that can be read without unpacking it.
     """
-    sample, refs, noted = None, [], None
+    for _, sample in groupby(tar_members(path), sample_key):
+        first = ""
+        has_image = False
+        for stem, group in groupby(sample, lambda member: os.path.splitext(member.name)[0]):
+            members = list(group)
+            first = first or members[0].name
+            files = [member for member in members if member.isfile()]
+            noted = next(((file.offset_data, file.size) for file in files if file.name == stem + ".json"), None)
+            for file in files:
+                if has_image_suffix(file.name):
+                    has_image = True
+                    inside = os.path.join(relative, *safe_parts(file.name))
+                    yield ImageRef(f"{path}/{file.name}", path, inside, file.offset_data, file.size, noted=noted)
+        if samples and has_image:
+            samples.num_used += 1
+        elif samples:
+            samples.add(f"{path}/{first}")
+
+
+def sample_key(member: tarfile.TarInfo) -> tuple[str, str]:
+    """What the members of a webdataset sample have in common: folder, and name up to its first dot."""
+    folder, base = os.path.split(member.name)
+    return folder, base.partition(".")[0]
+
+
+def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar but its folders.
+
+    Raises:
+        UserError: It is no tar that can be read without unpacking it.
+    """
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 archive.members = []  # else it keeps the header of every member
-                stem, suffix = os.path.splitext(member.name)
-                if stem != sample:
-                    yield from (replace(ref, noted=noted) for ref in refs)
-                    sample, refs, noted = stem, [], None
-                if member.isfile() and has_image_suffix(member.name):
-                    name = f"{path}/{member.name}"
-                    inside = os.path.join(relative, *safe_parts(member.name))
-                    refs.append(ImageRef(name, path, inside, member.offset_data, member.size))
-                elif member.isfile() and suffix == ".json":
-                    noted = member.offset_data, member.size
-            yield from (replace(ref, noted=noted) for ref in refs)
+                if not member.isdir():
+                    yield member
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{printable(path)} cannot be read as an uncompressed tar: {error}") from error
 

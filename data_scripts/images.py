@@ -67,6 +67,7 @@ class DecodedImage:
         format: Of its file.
         is_gray: Whether it is gray of more than 8 bits.
         is_scaled: Whether its values are not those that Pillow makes of the file.
+        is_ycbcr: Whether it is a TIFF that Pillow before 13 misreads.
         notes: What a user should know of it.
     """
 
@@ -74,6 +75,7 @@ class DecodedImage:
     format: str
     is_gray: bool
     is_scaled: bool
+    is_ycbcr: bool
     notes: list[str]
 
 
@@ -111,12 +113,12 @@ def decode_with_notes(
             if is_misread(image):
                 raise BadImage("uncompressed TIFF of a kind that Pillow misreads: save it anew, as PNG")
             is_gray, is_color_scaled = has_deep_gray(image), bool(window) and has_deep_color(image)
-            notes = _notes(image, is_color_scaled)
+            notes, is_ycbcr = _notes(image, is_color_scaled), image.format == "TIFF" and image.mode == "YCbCr"
             if min_side:
                 image.draft(None, (min_side, min_side))
             image.load()
             rgb = color_in_window(image, content, window) if is_color_scaled else to_rgb(image, window)
-            return DecodedImage(rgb, image.format, is_gray, is_gray or is_color_scaled, notes)
+            return DecodedImage(rgb, image.format, is_gray, is_gray or is_color_scaled, is_ycbcr, notes)
     except Image.DecompressionBombError as error:
         raise BadImage(f"image of more than {MAX_PIXELS:,} pixels") from error
     except BadImage:
@@ -145,7 +147,7 @@ def table_image(content: bytes, window: tuple[float, float] | None = None) -> tu
         BadImage: It cannot be used.
     """
     decoded = decode_with_notes(content, window=window)
-    if decoded.format in (*IMAGE_FORMATS, "MPO") and not decoded.is_scaled:
+    if decoded.format in (*IMAGE_FORMATS, "MPO") and not decoded.is_scaled and not decoded.is_ycbcr:
         return content, decoded.notes
     buffer = io.BytesIO()
     if decoded.format in LOSSY_FORMATS:
@@ -220,8 +222,8 @@ def _known_format(content: bytes) -> str:
 
 
 # ---- Pixels ---------------------------------------------------------------------------------------------------------
-# What Pillow 12.3 makes of more than 8 bits. `to_rgb` stands in modeling/captioning_pipeline.py, too, which travels with saved models and
-# can import nothing; a test holds them equal.
+# What Pillow 12.3 and 13 make of more than 8 bits. `to_rgb` stands in modeling/captioning_pipeline.py, too, which travels with saved
+# models and can import nothing; a test holds them equal.
 
 
 def has_deep_gray(image: Image.Image) -> bool:
@@ -235,10 +237,14 @@ def has_deep_color(image: Image.Image) -> bool:
 
 
 def is_misread(image: Image.Image) -> bool:
-    """Whether a TIFF is of the uncompressed kinds that Pillow takes for others: 16 bits a channel in separate planes, and YCbCr."""
+    """Whether a TIFF is of the uncompressed kinds that Pillow takes for others: 16 bits a channel in separate planes, and YCbCr.
+
+    Pillow 13 knows YCbCr where no pixels share a chroma value; by TIFF 6.0 (section 21) four do unless the file says otherwise.
+    """
     tags = getattr(image, "tag_v2", {})
     is_planar_and_deep = tags.get(284) == 2 and max(tags.get(258, (8,))) > 8
-    return tags.get(259) == 1 and (is_planar_and_deep or tags.get(262) == 6)
+    is_known = image.mode == "YCbCr" and set(tags.get(530, (2, 2))) == {1}
+    return tags.get(259) == 1 and (is_planar_and_deep or (tags.get(262) == 6 and not is_known))
 
 
 OTHER_BYTES = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}

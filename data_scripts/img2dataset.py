@@ -126,12 +126,15 @@ def tar_rows(path: Path, name: str) -> Iterator[SourceRow]:
                 archive.members = []  # else it keeps them all
                 folder, base = os.path.split(member.name)
                 stem, dot, suffix = base.partition(".")
-                if not member.isreg() or not stem:
+                if member.isdir() or not stem:
                     continue
                 if os.path.join(folder, stem) != key:
-                    if image or texts:
+                    if key is not None:
                         yield row()
                     key, texts, image = os.path.join(folder, stem), {}, None
+                if not member.isreg():
+                    yield note_row(f"{name}, {member.name}", "link in a tar, not followed: pack the file itself")
+                    continue
                 suffix = dot + suffix.lower()
                 if suffix in IMAGE_SUFFIXES and image is None:
                     image = member.offset_data, member.size
@@ -143,7 +146,7 @@ def tar_rows(path: Path, name: str) -> Iterator[SourceRow]:
                     texts[suffix] = archive.extractfile(member).read()
     except (tarfile.TarError, EOFError) as error:
         yield problem_row(name, f"tar is compressed or damaged ({error})")
-    if image or texts:
+    if key is not None:
         yield row()
 
 

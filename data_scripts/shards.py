@@ -230,15 +230,15 @@ def _read_tar(file: io.IOBase, start: int) -> Iterator[dict[str, Any]]:
             archive.members = []  # else it keeps them all
             folder, base = os.path.split(member.name)
             stem, _, suffix = base.partition(".")
-            if not member.isreg() or not stem:
+            if member.isdir() or not stem:
                 continue
             key = os.path.join(folder, stem)
             if key != current:
                 if members:
                     yield _tar_sample(current, members)
                 current, members, number = key, {}, number + 1
-            if number >= start:
-                members[suffix.lower()] = archive.extractfile(member).read()
+            if number >= start:  # of a link, whose file a stream has passed or not reached, nothing
+                members[suffix.lower()] = archive.extractfile(member).read() if member.isreg() else b""
     if members:
         yield _tar_sample(current, members)
 

@@ -27,8 +27,8 @@ def computes_in_bfloat16(device: torch.device) -> bool:
         return False
     capabilities = getattr(
         torch.cpu, "get_capabilities", dict
-    )()  # an older torch cannot say, and float32 is right anywhere
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    )  # an older torch cannot say, and float32 is right anywhere
+    return any(capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def hidden_states_before_head(forward: nn.Module, model: nn.Module, **inputs) -> tuple[torch.Tensor, nn.Module]:
@@ -61,14 +61,32 @@ def hidden_states_before_head(forward: nn.Module, model: nn.Module, **inputs) ->
     return captured.pop(), head
 
 
+def teacher_forcing_loss(
+    forward: nn.Module,
+    model: nn.Module,
+    batch: dict,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Cross entropy of a batch of captions for either captioner, in nats per token.
+
+    Args:
+        forward, model: See `hidden_states_before_head`.
+        batch: `labels`, int64 (batch, length), and the model's inputs.
+        num_items_in_batch, label_smoothing: See `caption_loss`.
+    """
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    hidden, head = hidden_states_before_head(forward, model, **inputs)
+    return caption_loss(hidden, batch["labels"], head, num_items_in_batch, label_smoothing)
+
+
 def can_read_weight(head: nn.Module) -> bool:
     """Whether a head is a linear layer and nothing more, so that a loss may use its weight without calling it.
 
     Not where it is wrapped (LoRA), quantized, offloaded or has hooks of others; FSDP2's hooks only gather the weight.
     """
-    if type(head).forward is not nn.Linear.forward or "forward" in vars(
-        head
-    ):  # accelerate replaces an instance's forward
+    replaced = "forward" in vars(head)  # as accelerate does with an instance's
+    if replaced or type(head).forward is not nn.Linear.forward:
         return False
     is_fsdp_module = hasattr(head, "unshard")
     if is_fsdp_module:

@@ -37,6 +37,8 @@ from .processing import ImagesToPixels, center_crop, load_processor, resized_sid
 from .transformers_versions import CACHE, set_attn_implementation
 from .vit_gpt2 import BeamCache
 
+DEFAULT_NEW_TOKENS = 20  # of transformers' `generate()`, where the generation config has no limit
+
 
 class Captioner:
     """A model and its processor.
@@ -76,11 +78,9 @@ class Captioner:
         return self.generation_config
 
     def settings(self) -> dict:
-        """What captions depend on, of JSON's types: a digest of weights and image processor, and the decoding settings."""
-        decoding = self.decoding.to_diff_dict()
-        decoding.pop("transformers_version", None)
+        """What captions depend on, of JSON's types: a digest of weights and image processor, and the generation config."""
         weights = weights_digest(self.model, self.image_processor.to_json_string())
-        return {"weights": weights, "decoding": decoding}
+        return {"weights": weights, "decoding": self.decoding.to_diff_dict()}
 
     @property
     def device(self) -> torch.device:
@@ -220,6 +220,9 @@ class Captioner:
                 "give a higher --num_beams, or sample with --top_p"
             )
         decoding.update(**settings)
+        for kind in ("max", "min"):  # of a checkpoint made elsewhere: it would take precedence, with a warning
+            if f"{kind}_length" in settings:
+                decoding.update(**{f"{kind}_new_tokens": None})
         if decoding.max_length is not None and (decoding.min_length or 0) > decoding.max_length:
             raise UserError(
                 f"min_length {decoding.min_length - num_start} exceeds max_length {decoding.max_length - num_start}: "
@@ -265,14 +268,22 @@ class Captioner:
         return self.model.config.decoder.max_position_embeddings - len(self.start_token_ids) + 1
 
     @torch.inference_mode()
-    def generate(self, inputs: dict, inspect: bool = False, confidence: bool = False, **generation) -> list[dict]:
+    def generate(
+        self,
+        inputs: dict,
+        inspect: bool = False,
+        confidence: bool = False,
+        max_new_tokens: int | None = None,
+        **generation,
+    ) -> list[dict]:
         """Caption one batch of images; the model must be in eval.
 
         Args:
             inputs: `pixel_values` (batch, 3, height, width), or `encoder_outputs` with states (batch, positions, size).
             inspect: Whether to return probability and attention of each token, too.
             confidence: Whether to return how probable each caption is, too, see `caption_confidences`.
-            generation: What `generate()` takes, over the generation config.
+            max_new_tokens: Of a caption, see `lower_max_length`.
+            generation: What else `generate()` takes, over the generation config.
 
         Returns:
             For each image {"caption": text, "ended": whether EOS ended it before the maximum length did}, where
@@ -287,6 +298,7 @@ class Captioner:
             given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
         if isinstance(getattr(self.model, "decoder", None), GPT2LMHeadModel):
             given[CACHE] = BeamCache()
+        generation |= self.lower_max_length(max_new_tokens, len(self.start_token_ids))
         sequences = self.model.generate(**given, **generation)  # (batch x returned, start tokens and caption)
         token_ids = sequences[:, len(self.start_token_ids) :]
         returned = self._num_returned(generation)
@@ -302,6 +314,26 @@ class Captioner:
             )
             captions = [caption | more for caption, more in zip(captions, found, strict=True)]
         return captions
+
+    def lower_max_length(self, max_new_tokens: int | None, num_start: int) -> dict:
+        """Options of `generate()` for shorter captions than the generation config allows; the config's own max length is not exceeded.
+
+        Args:
+            max_new_tokens: Of a caption; None for the config's own.
+            num_start: Tokens that the config's `max_length` and `min_length` count besides.
+        """
+        decoding = self.generation_config
+        own = decoding.max_new_tokens
+        if own is None and decoding.max_length is not None:
+            own = decoding.max_length - num_start
+        if max_new_tokens is None or max_new_tokens >= (DEFAULT_NEW_TOKENS if own is None else own):
+            return {}
+        # One limit alone, and a minimum within it: transformers warns otherwise.
+        options = {"max_new_tokens": max_new_tokens, "max_length": None}
+        for name, limit in {"min_new_tokens": max_new_tokens, "min_length": max_new_tokens + num_start}.items():
+            if (getattr(decoding, name) or 0) > limit:
+                options[name] = limit
+        return options
 
     def _num_returned(self, generation: dict) -> int:
         """Number of captions of each image."""

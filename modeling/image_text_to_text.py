@@ -212,7 +212,14 @@ class ImageTextToTextCaptioner(Captioner):
             )
 
     @torch.inference_mode()
-    def generate(self, inputs: dict, inspect: bool = False, confidence: bool = False, **generation) -> list[dict]:
+    def generate(
+        self,
+        inputs: dict,
+        inspect: bool = False,
+        confidence: bool = False,
+        max_new_tokens: int | None = None,
+        **generation,
+    ) -> list[dict]:
         """Caption one batch of images: what `preprocess` returns; see `Captioner.generate`.
 
         Raises:
@@ -221,6 +228,7 @@ class ImageTextToTextCaptioner(Captioner):
         if inspect or confidence:
             raise UserError(f"the probabilities of a model of the kind {self.model.config.model_type} are not computed")
         start = StartLength()
+        generation |= self.lower_max_length(max_new_tokens, num_start=0)
         sequences = self.model.generate(
             **self._cast(inputs), **generation, logits_processor=LogitsProcessorList([start])
         )  # (batch x returned, start tokens and caption)

@@ -46,7 +46,9 @@ def loading(name_or_path: str | os.PathLike) -> Iterator[None]:
         if str(name_or_path).count("/") > 1 and not os.path.exists(name_or_path):  # no name on the Hub
             reason = "there is no such folder; `make demo` and the training scripts make them"
         if any(Path(name_or_path).glob("step*.onnx")):
-            reason = "an exported captioner is for caption.py alone; give the one that it was exported from"
+            reason = (
+                "an exported captioner is for caption.py, serve.py and app.py; give the one that it was exported from"
+            )
         raise UserError(f"model {name_or_path} cannot be loaded: {reason}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)

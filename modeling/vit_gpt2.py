@@ -38,7 +38,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from system.errors import UserError
 
-from .caption_loss import caption_loss, hidden_states_before_head
+from .caption_loss import teacher_forcing_loss
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +151,8 @@ def encoder_config(
         "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": num_attention_heads,
         "intermediate_size": 4 * hidden_size,
-        "initializer_range": hidden_size
-        ** -0.5,  # transformers' 0.02 is for wide models: in narrow ones attention starts flat
+        # transformers' 0.02 is for wide models: in narrow ones attention starts flat
+        "initializer_range": hidden_size**-0.5,
     }
     if not convolutional_stem:
         return ViTConfig(**sizes)
@@ -246,25 +246,6 @@ def freeze(encoder: nn.Module) -> None:
     """Freeze an encoder: no gradients, and in eval mode whenever it runs, although training puts the model in train mode."""
     encoder.requires_grad_(False)
     encoder.register_forward_pre_hook(_stay_in_eval)
-
-
-def vit_gpt2_loss(
-    forward: nn.Module,
-    model: VisionEncoderDecoderModel,
-    batch: dict,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """Cross entropy of a batch of captions, in nats per token.
-
-    Args:
-        forward, model: See `hidden_states_before_head`.
-        batch: `labels`, int64 (batch, length), and the model's inputs.
-        num_items_in_batch, label_smoothing: See `caption_loss`.
-    """
-    inputs = {name: values for name, values in batch.items() if name != "labels"}
-    hidden, head = hidden_states_before_head(forward, model, **inputs)
-    return caption_loss(hidden, batch["labels"], head, num_items_in_batch, label_smoothing)
 
 
 class BeamCache(EncoderDecoderCache):
@@ -364,9 +345,8 @@ def _build_decoder(
     if isinstance(decoder, str):
         return AutoModelForCausalLM.from_pretrained(decoder, config=config)
     model = AutoModelForCausalLM.from_config(config)
-    if (
-        config.model_type == "gpt2"
-    ):  # logits start as small as with transformers' initializer_range: the first loss is log(V)
+    if config.model_type == "gpt2":
+        # Logits start as small as with transformers' initializer_range: the first loss is log(vocabulary).
         nn.init.constant_(model.transformer.ln_f.weight, 0.02 * config.n_embd**0.5)
     return model
 
@@ -402,7 +382,7 @@ def _try_decoder(model: VisionEncoderDecoderModel, decoder: str | PreTrainedConf
     start = torch.full((1, 2), model.config.decoder_start_token_id)
     states = BaseModelOutput(last_hidden_state=torch.zeros(1, 2, model.encoder.config.hidden_size))
     try:
-        vit_gpt2_loss(model, model, {"encoder_outputs": states, "decoder_input_ids": start, "labels": start})
+        teacher_forcing_loss(model, model, {"encoder_outputs": states, "decoder_input_ids": start, "labels": start})
         model.generate(encoder_outputs=states, decoder_input_ids=start[:, :1], max_new_tokens=2, num_beams=2)
     except Exception as error:  # each kind has its own
         name = f"decoder {decoder if isinstance(decoder, str) else ''}".strip()

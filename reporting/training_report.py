@@ -28,7 +28,6 @@ def report_training(
     started_from: Sequence[str],
     pushing: CheckpointPush | None,
     self_critical: bool = False,
-    token: str | None = None,
     truth: list[dict] | None = None,
 ) -> None:
     """Score the captions of a split, write results, page and card, and push them. For the main process only.
@@ -39,7 +38,6 @@ def report_training(
         scorer, decoding, train, truth: As in `report_captions`.
         kind, options, started_from, self_critical: As in `write_model_card`.
         pushing: The run's pushes of checkpoints; None if nothing is pushed.
-        token: Access token of the Hub.
     """
     results = report_captions(
         args.output_dir,
@@ -66,7 +64,7 @@ def report_training(
     )
     if pushing:
         pushing.finish()
-        push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_revision, token=token)
+        push_to_hub(args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_revision, token=args.hub_token)
 
 
 def training_size(rows: Dataset | Shards, num_captions: int) -> dict[str, int]:

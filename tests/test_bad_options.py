@@ -32,7 +32,14 @@ from data_scripts import load_captions
 from data_scripts.train_tokenizer import train_tokenizer
 from modeling.captioner import Captioner
 from system.errors import UserError
-from training.arguments import CaptionDataArguments, DecodingArguments, TrainingArguments, parse_recipe
+from training import features
+from training.arguments import (
+    CaptionDataArguments,
+    CaptionTrainingArguments,
+    DecodingArguments,
+    TrainingArguments,
+    parse_recipe,
+)
 from training.checkpoints import checkpoint_problem, checkpoints, new_checkpoint
 from training.launch import start_accelerator
 
@@ -180,6 +187,26 @@ WITHOUT_EFFECT = [
 @pytest.mark.parametrize(("script", "options", "named"), WITHOUT_EFFECT)
 def test_an_option_without_effect_is_refused(arguments, tmp_path, capsys, script, options, named):
     assert named in refused(capsys, MAINS[script], arguments(script, *options))
+
+
+@pytest.mark.parametrize("script", ["train_lstm", "train_vit_gpt2"])
+def test_a_rate_of_a_frozen_encoder_is_refused_before_it_encodes(arguments, capsys, monkeypatch, script):
+    monkeypatch.setattr(features, "encode_splits", lambda *_: pytest.fail("images were encoded"))
+    assert "--encoder_learning_rate" in refused(
+        capsys, MAINS[script], arguments(script, "--encoder_learning_rate", "1e-4")
+    )
+
+
+def test_a_number_of_a_recipe_can_be_taken_back(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("encoder_learning_rate: 1e-4\nmax_train_samples: 5\n")
+    kinds = (CaptionDataArguments, CaptionTrainingArguments)
+    data_args, args = parse_recipe(kinds, [str(tmp_path / "recipe.yaml"), "--encoder_learning_rate", "None"])
+    assert (args.encoder_learning_rate, data_args.max_train_samples) == (None, 5)
+    for option, kind in (("--max_train_samples", "int"), ("--encoder_learning_rate", "float"), ("--max_steps", "int")):
+        with pytest.raises(SystemExit):
+            parse_recipe(kinds, [option, "none" if option == "--max_steps" else "few"])
+        told = capsys.readouterr().err
+        assert f"{option}: invalid {kind} value" in told and told.count("\n") == 2 and "recipe.yaml" in told
 
 
 def test_the_sizes_of_new_parts_have_no_effect_where_both_are_loaded(capsys):

@@ -19,7 +19,9 @@ import export_onnx
 import serve
 from data_scripts import images, load_captions
 from data_scripts.row_checks import valid_id
+from modeling.captioner import Captioner
 from modeling.captioning_pipeline import to_rgb
+from system.errors import UserError
 
 REPOSITORY = Path(caption.__file__).parent
 
@@ -290,9 +292,11 @@ def test_an_exported_folder_is_named_where_it_cannot_be_loaded(small_scenes, tmp
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "config.json").write_text("{}")
     (tmp_path / "exported" / "step.onnx").touch()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as refused:
         evaluated(tmp_path, "--model_name_or_path", tmp_path / "exported", "--dataset_name", small_scenes)
-    assert "caption.py" in capsys.readouterr().err
+    assert refused.value.code == 2 and "export_onnx.py MODEL FOLDER --dataset_name" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"caption\.py, serve\.py and app\.py"):
+        Captioner.load(tmp_path / "exported")
 
 
 @pytest.mark.parametrize(

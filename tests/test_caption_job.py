@@ -292,6 +292,21 @@ def test_a_refusal_names_what_of_the_decoding_differs(model, tmp_path, capsys):
     assert "decoding {'num_beams': 2}, and not {'num_beams': 3}" in capsys.readouterr().err
 
 
+def test_what_is_no_decoding_setting_does_not_stop_a_resumed_run(model, tmp_path, capsys, monkeypatch):
+    """As after an upgrade of transformers, and where the settings were saved by a version of ours that kept its notes."""
+    folder = make_images(tmp_path / "images", 2, 2)
+    run(model, folder, "--output", tmp_path / "c.jsonl")
+    monkeypatch.setattr("transformers.generation.configuration_utils.__version__", "6.0.0")
+    path = tmp_path / "c.jsonl.settings.json"
+    settings = json.loads(path.read_text())
+    notes = {"transformers_version": "5.9.0", "_from_model_config": False, "output_scores": True, "top_k": None}
+    for decoding in (settings["decoding"], settings["decoding"] | notes):
+        path.write_text(json.dumps(settings | {"decoding": decoding}))
+        capsys.readouterr()
+        run(model, folder, "--output", tmp_path / "c.jsonl")
+        assert "0 of 2 images captioned, 2 were captioned before" in capsys.readouterr().err
+
+
 def test_a_part_that_somebody_took_away_costs_no_other(model, tmp_path, monkeypatch):
     monkeypatch.setattr("captioning.outputs.ROWS_PER_PART", 2)
     output = tmp_path / "c.parquet"
@@ -365,6 +380,39 @@ def test_sidecars_beside_images(existing, wanted, model, tmp_path, capsys):
         assert sidecars(folder) == {"000000.txt": wanted.format(f"sks {first}."), "000001.txt": f"sks {second}.\n"}
 
 
+def test_an_empty_sidecar_is_none_and_is_counted(model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 6, 6)
+    run(model, folder, "--output", tmp_path / "c.jsonl")
+    captions = {Path(name).with_suffix(".txt").name: text + "\n" for name, text in read_output(tmp_path / "c.jsonl")}
+    texts = [b"", b" \n\t", b"\xef\xbb\xbf\r\n", b".", b"\xff\xfe"]
+    for number, text in enumerate(texts):
+        (folder / "000" / f"{number:06d}.txt").write_bytes(text)
+    kept = {f"{number:06d}.txt": texts[number] for number in (3, 4)}
+    capsys.readouterr()
+    options = ["--output_format", "sidecars"]
+    run(model, folder, *options, "--dry_run")
+    assert (
+        "4 of 6 images would be captioned, 3 empty sidecars filled; 2 have a caption already" in capsys.readouterr().out
+    )
+    summaries = ("4 of 6 images captioned, 2 were captioned before; 3 had an empty sidecar", "0 of 6 images captioned")
+    for summary in summaries:
+        run(model, folder, *options)
+        error = capsys.readouterr().err
+        assert summary in error and ("empty" in error) == (summary == summaries[0])
+        found = {path.name: path.read_bytes() for path in folder.rglob("*.txt")}
+        assert found == {name: text.encode() for name, text in captions.items()} | kept
+
+
+def test_captions_beside_images_are_not_told_of_and_the_output_is(model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 2, 2)
+    for name in ("000000.txt", "000001.caption", "alone.txt"):
+        (folder / "000" / name).write_text("a dog")
+    run(model, folder, "--output", tmp_path / "c.txt")
+    error = capsys.readouterr().err
+    assert "1 of 3 files" in error and "alone.txt" in error and "000000.txt" not in error
+    assert f"2 of 2 images captioned: {tmp_path / 'c.txt'}" in error
+
+
 def test_sidecars_in_a_folder_of_their_own_and_images_of_one_stem(model, tmp_path, capsys):
     folder = make_images(tmp_path / "images", 2, 2)
     Image.new("RGB", (9, 9)).save(folder / "000" / "000000.bmp")
@@ -384,7 +432,7 @@ def test_what_a_sidecar_has_is_joined_whole_or_stays(model, tmp_path, capsys):
     (folder / "UPPER.TXT").write_text("old")
     options = ["--output_format", "sidecars", "--existing", "prepend"]
     run(model, folder, *options, "--dry_run")
-    assert "2 of 4 images would be captioned, 2 sidecars prepended to; 0 are already; 2 " in capsys.readouterr().out
+    assert "2 of 4 images would be captioned, 2 sidecars prepended to; 2 " in capsys.readouterr().out
     run(model, folder, *options)
     error = capsys.readouterr().err
     assert all(path.name in error for path in (latin, utf_16)) and "2 of 4 images captioned, 2 cannot be" in error
@@ -451,6 +499,31 @@ def test_tars_and_parquet_files_give_the_captions_of_their_images(model, images,
     assert [name.rpartition("#")[2] for name, _ in read_output(tmp_path / "rows.jsonl")] == ["0", "1", "2", "3"]
 
 
+def test_samples_of_tars_without_an_image_are_counted(model, images, undisturbed, tmp_path, capsys):
+    path = Path(min(undisturbed))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        archive.add(path, "a.png")
+        for name in ("a.seg.cls", "b.cls", "c.json", "c.txt", "d.heif.1"):
+            archive.addfile(tarfile.TarInfo(name))
+        for kind, name in {tarfile.DIRTYPE: "more", tarfile.LNKTYPE: "more/a.png"}.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.png"
+            archive.addfile(member)
+    with tarfile.open(folder / "1.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("r.cls"))
+    for source, where, number in ((folder, "0.tar/", 5), (folder / "0.tar", "", 4)):
+        run(model, source, "--output", tmp_path / f"{number}.jsonl")
+        assert [text for _, text in read_output(tmp_path / f"{number}.jsonl")] == [undisturbed[str(path)]]
+        error = capsys.readouterr().err
+        named = ", ".join(where + name for name in ("b.cls", "c.json", "d.heif.1", "more/a.png"))
+        assert f"{number} of {number + 1} samples of tars have no image" in error and named in error
+    with pytest.raises(SystemExit) as refused:
+        run(model, folder / "1.tar")
+    assert refused.value.code == 2 and "1.tar has no images" in (error := capsys.readouterr().err) and "r.cls" in error
+
+
 @pytest.mark.slow
 def test_our_own_tars_are_images_again(model, images, undisturbed, tmp_path):
     run(model, images, "--output", tmp_path / "tars", "--output_format", "webdataset")
@@ -501,6 +574,19 @@ def test_a_tar_that_is_none_and_a_parquet_without_images_are_refused(model, tmp_
         with pytest.raises(SystemExit) as refused:
             run(model, tmp_path / name)
         assert refused.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n"])
+def test_the_exit_code_is_2_exactly_where_no_image_has_a_caption(content, model, tmp_path, capsys):
+    folder = make_images(tmp_path / "images", 1, 1)
+    bad = folder / "bad.png"
+    bad.write_bytes(content)
+    for _ in range(2):  # captioned by this run, or the one before
+        run(model, folder, "--output", tmp_path / "c.jsonl")
+        assert f"{bad}: " in (error := capsys.readouterr().err) and "1 cannot be" in error
+    with pytest.raises(SystemExit) as ended:
+        run(model, bad)
+    assert ended.value.code == 2 and "0 of 1 images captioned, 1 cannot be" in capsys.readouterr().err
 
 
 def test_an_image_that_is_named_twice_is_captioned_once(model, images, tmp_path, capsys):

@@ -254,6 +254,16 @@ def test_a_size_of_n_grams_that_lets_no_caption_end_is_refused():
     assert config.no_repeat_ngram_size == 1
 
 
+def test_a_max_length_counts_where_a_checkpoint_from_elsewhere_has_max_new_tokens(captioner, pixels):
+    captioner.generation_config.update(max_new_tokens=7, min_new_tokens=6)
+    captioner.set_decoding(max_length=3, min_length=3)
+    assert captioner.model.generate(pixel_values=pixels).shape[1] - len(captioner.start_token_ids) == 3
+    made, shorter, as_it_is = (
+        captioner.generate({"pixel_values": pixels}, max_new_tokens=limit)[0]["caption"] for limit in (None, 1, 9)
+    )
+    assert made == as_it_is and made.startswith(shorter) and made != shorter
+
+
 @pytest.mark.slow
 def test_the_smallest_nucleus_is_greedy_and_the_largest_is_the_models_own_law(captioner, pixels):
     model = captioner.model

@@ -28,9 +28,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from modeling.caption_loss import teacher_forcing_loss
 from modeling.captioner import Captioner
 from modeling.processing import build_processor
-from modeling.vit_gpt2 import build_vit_gpt2, check_parts, decoder_config, freeze, load_encoder, vit_gpt2_loss
+from modeling.vit_gpt2 import build_vit_gpt2, check_parts, decoder_config, freeze, load_encoder
 from system.errors import UserError
 from training.encoder_training import freeze_unused, unfreeze_last_blocks
 
@@ -113,7 +114,7 @@ def pixels_of(captioner: Captioner) -> torch.Tensor:
 def loss_of(captioner: Captioner) -> torch.Tensor:
     ids = torch.tensor([[1, 5, 9, 13]])
     batch = {"pixel_values": pixels_of(captioner), "decoder_input_ids": ids, "labels": ids}
-    return vit_gpt2_loss(captioner.model, captioner.model, batch)
+    return teacher_forcing_loss(captioner.model, captioner.model, batch)
 
 
 @pytest.mark.slow

@@ -36,9 +36,10 @@ from transformers import (
 )
 
 import train_vit_gpt2
+from modeling.caption_loss import teacher_forcing_loss
 from modeling.captioner import Captioner
 from modeling.processing import build_processor
-from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, load_encoder, vit_gpt2_loss
+from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config, load_encoder
 from system.errors import UserError
 from training.encoder_training import freeze_unused
 
@@ -181,7 +182,7 @@ def test_a_decoder_trains_saves_loads_and_captions(tmp_path, kind):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
         optimizer.zero_grad()
-        vit_gpt2_loss(model, model, batch).backward()
+        teacher_forcing_loss(model, model, batch).backward()
         optimizer.step()
     captioner.set_decoding(max_length=12)
     captioner.save(tmp_path)
@@ -254,7 +255,7 @@ def test_berts_head_trains():
     model = build_vit_gpt2(encoder_config(32, 16, **SIZES), BertConfig(**COMMON), word_tokenizer())
     ids = torch.randint(4, len(WORDS), (2, 5))
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "decoder_input_ids": ids, "labels": ids}
-    vit_gpt2_loss(model, model, batch).backward()
+    teacher_forcing_loss(model, model, batch).backward()
     trained = {name for name, parameter in model.decoder.named_parameters() if parameter.grad is not None}
     assert {name.split(".")[0] for name in trained} == {"bert", "cls"}
     assert "cls.predictions.transform.dense.weight" in trained

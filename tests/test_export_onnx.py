@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,16 @@ import onnxruntime
 import pytest
 import torch
 from packaging.version import Version
+from PIL import Image
 from small_captioners import IMAGES, build
 from transformers import GenerationConfig
 
+import app
 import caption
 import export_onnx
+import serve
+from captioning.batching import BatchingCaptioner
+from captioning.onnx_captioner import load_exported
 from captioning.onnx_decoding import SUFFIXES, ExportedCaptioner
 from modeling import onnx_files
 from modeling.captioner import Captioner
@@ -306,6 +312,16 @@ def test_caption_py_gives_the_captions_of_the_model_and_resumes(both, options, t
     assert lines["exported"] == lines["model"] and lines["model"].count("\n") == 3
 
 
+@pytest.mark.parametrize("exported", ["lstm"], indirect=True)
+def test_a_job_resumes_with_what_another_transformers_has_exported(both, tmp_path, capsys):
+    arguments = ["--model_name_or_path", both["exported"], both["images"], "--output", str(tmp_path / "c.jsonl")]
+    caption.main(arguments)
+    path = Path(both["exported"], "generation_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_version": "6.0.0"}))
+    caption.main(arguments)
+    assert "0 of 3 images captioned, 3 were captioned before" in capsys.readouterr().err
+
+
 def test_an_export_captions_without_torch(both):
     arguments = ["--model_name_or_path", both["exported"], both["images"]]
     heavy = {"torch", "transformers", "torchvision", "timm", "datasets", "accelerate", "pyarrow", "onnx"}
@@ -314,6 +330,66 @@ def test_an_export_captions_without_torch(both):
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     allowed = ["onnx"] if Version(onnxruntime.__version__) < Version("1.32") else []  # which checks paths of weights
     assert len(done.stdout.splitlines()) == 4 and done.stdout.splitlines()[-1] == str(allowed)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "min_length": 5, "length_penalty": 2.0}], ids=len)
+def test_server_and_app_answer_with_an_export_as_with_the_model(both, options):
+    loaded = {"model": Captioner.load(both["model"]), "exported": load_exported(both["exported"])}
+    paths = sorted(map(str, Path(both["images"]).iterdir()))
+    contents, answers = [Path(path).read_bytes() for path in paths], {}
+    for name, captioner in loaded.items():
+        captioner.set_decoding(**options)
+        batching = BatchingCaptioner(captioner, 2)
+        answers[name] = [serve.caption_images(batching, contents, limit) for limit in (None, 2, 11, 10**9)]
+        batching.close()
+    assert answers["exported"] == answers["model"] and answers["model"][1] != answers["model"][0]
+    assert len({made["caption"] for made in answers["model"][0]}) > 1
+    assert not any(made["ended"] for made in answers["model"][1])
+    pytest.importorskip("gradio", reason="needs Gradio (pip install 'gradio>=6')")
+    for decoding in ({}, app.decoding("greedy", 4, 1.0), app.decoding("beam search", 4, 1.0)):
+        *_, (card, _, _), (_, done, download) = app.caption_files(loaded, paths, decoding)
+        pairs = [re.findall("<dd>(.*?)</dd>", text) for text in (card, done)]
+        assert all(found and found[::2] == found[1::2] for found in pairs) and download["visible"]
+    with pytest.raises(Exception, match="does not sample"):
+        list(app.caption_files(loaded, paths, app.decoding("sampling", 4, 1.0)))
+
+
+@pytest.mark.parametrize("exported", ["lstm"], indirect=True)
+def test_server_and_app_of_an_export_need_no_torch(both):
+    pytest.importorskip("gradio", reason="needs Gradio (pip install 'gradio>=6')")
+    pytest.importorskip("fastapi", reason="needs FastAPI (pip install fastapi uvicorn)")
+    code = f"""
+import base64, sys, app, serve, uvicorn
+image = {both["images"]!r} + "/0.png"
+def ask(server, **_):
+    (route,) = [route for route in server.routes if route.path == "/api/generate"]
+    content = base64.b64encode(open(image, "rb").read()).decode()
+    print(route.endpoint({{"images": [content], "stream": False}})["response"])
+uvicorn.run = ask
+serve.main([{both["exported"]!r}])
+print(sorted({{"torch", "transformers", "datasets"}} & sys.modules.keys()))
+loaded = app.load_captioners([{both["exported"]!r}], None)
+app.build_app(loaded, dict.fromkeys(loaded, __import__("reporting.model_card").model_card.TrainingData()))
+print([len(shown) for shown in app.caption_files(loaded, [image], {{}})])
+print(sorted({{"torch", "transformers"}} & sys.modules.keys()))
+"""
+    root = Path(caption.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    _, answer, of_server, shown, of_app = done.stdout.splitlines()
+    inputs = Captioner.load(both["model"]).preprocess([Image.open(f"{both['images']}/0.png")])
+    assert answer == Captioner.load(both["model"]).generate(inputs)[0]["caption"]
+    assert of_server == of_app == "[]" and shown == "[3, 3]"
+
+
+@pytest.mark.parametrize("option", ["--top_p 0.9", "--device cuda", "--prompt describe"])
+@pytest.mark.parametrize("exported", ["lstm"], indirect=True)
+def test_what_an_export_cannot_take_is_refused_by_server_and_app(both, option, capsys, monkeypatch):
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    monkeypatch.setattr(app, "launch", lambda *_, **__: None)
+    for script in (serve, app) if "top_p" not in option else (serve,):
+        with pytest.raises(SystemExit) as ended:
+            script.main([both["exported"], *option.split()])
+        assert ended.value.code == 2 and option.split()[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from small_captioners import COLORS, IMAGES, build
 
 import train_lstm
-from modeling.vit_gpt2 import vit_gpt2_loss
+from modeling.caption_loss import teacher_forcing_loss
 
 DEVICE = "cuda"
 KINDS = pytest.mark.parametrize("kind", ["lstm", "vit_gpt2"])
@@ -37,7 +37,7 @@ def loss_on(captioner, device: str, dtype: torch.dtype = torch.float32) -> float
         if not hasattr(model, "decoder"):
             return model(**batch).loss.item()
         ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-        return vit_gpt2_loss(model, model, batch | {"decoder_input_ids": ids}).item()
+        return teacher_forcing_loss(model, model, batch | {"decoder_input_ids": ids}).item()
 
 
 @KINDS
@@ -67,7 +67,7 @@ def test_gradients_are_the_cpus(kind, smoothing):
         with torch.autocast(device, dtype, enabled=dtype is not None):
             if kind == "vit_gpt2":
                 ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
-                loss = vit_gpt2_loss(model, model, batch | {"decoder_input_ids": ids}, label_smoothing=smoothing)
+                loss = teacher_forcing_loss(model, model, batch | {"decoder_input_ids": ids}, label_smoothing=smoothing)
             else:
                 loss = model(**batch, label_smoothing=smoothing).loss
         (loss * 1e-6).backward()

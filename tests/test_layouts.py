@@ -280,7 +280,6 @@ def assert_trains(captioner, items: list[dict]) -> None:
     """One step on items changes the weights and lowers their loss."""
     model = captioner.model.train()
     batch = CaptionCollator(captioner.processor)(items)
-    batch.pop("index")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     before = model(**batch).loss
     before.backward()
@@ -451,8 +450,13 @@ def test_what_of_a_tar_is_not_used_is_named(tmp_path, capsys):
         "d.1": {"png": content(3), "txt": b"a white dog"},
         "d.2": {"png": content(3), "txt": b"a white cat"},
         "e": {"png": content(4)},
+        "f": {"cls": b"3"},
     }
     write_tar(tmp_path / "val-0.tar", samples)
+    with tarfile.open(tmp_path / "val-0.tar", "a") as archive:
+        link = tarfile.TarInfo("g.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        archive.addfile(link)
     (tmp_path / "val-1.tar").write_bytes((tmp_path / "val-0.tar").read_bytes()[:4000])
     output = tmp_path / "out"
     data_scripts_command.main([str(tmp_path / "val-*.tar"), "--output_dir", str(output)])
@@ -460,7 +464,16 @@ def test_what_of_a_tar_is_not_used_is_named(tmp_path, capsys):
     captions = dict(zip(table["image_id"], table["captions"], strict=True))
     assert captions["c"] == ["a blue dog", "the blue dog"] and captions["a"] == ["a red dog"]
     printed = capsys.readouterr().out
-    for place in ("val-0.tar, b", "d.1.png", "d.2.png", "val-0.tar, e", "val-1.tar"):
+    assert "sample without an image: 5\n" in printed
+    for place in (
+        "val-0.tar, b",
+        "d.1.png",
+        "d.2.png",
+        "val-0.tar, e",
+        "val-0.tar, f",
+        "val-0.tar, g.jpg",
+        "val-1.tar",
+    ):
         assert place in printed, place
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 import evaluate_captions
 from data_scripts import flickr8k, image_folder, karpathy, paragraphs, recaption, scenes
-from training import self_critical
+from training.self_critical import SelfCriticalLoss
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -247,7 +247,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def is_script(lines: str) -> bool:
-    return lines.endswith("main()\n")
+    return "train_scst.main(" in lines
 
 
 def test_the_script_with_another_reward_trains(workshop, tmp_path, monkeypatch):
@@ -257,22 +257,17 @@ def test_the_script_with_another_reward_trains(workshop, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(scenes, "NUM_SCENES", {"train": 9, "validation": 2, "test": 2})
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    monkeypatch.setattr(
-        self_critical, "SelfCritic", self_critical.SelfCritic
-    )  # which the script replaces, for this test
     output = ["--output_dir", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["reward.py", "recipes/scst_demo.yaml", *output, *FASTER["train_scst"]])
     names = runpy.run_path(str(tmp_path / "reward.py"))
     assert (tmp_path / "out" / "results.json").is_file()
 
-    critic = names["TruthCritic"].__new__(names["TruthCritic"])
+    criterion = names["TruthLoss"].__new__(names["TruthLoss"])
     captions = [row.captions[0] for row in scenes.scene_rows() if row.split == "train"]
     processor = SimpleNamespace(batch_decode=lambda captions, **_: captions)
-    critic.captioner = SimpleNamespace(processor=processor)
-    monkeypatch.setattr(
-        self_critical.SelfCritic.__mro__[1], "rewards", lambda self, captions, *_: torch.zeros(len(captions))
-    )
-    assert critic.rewards([captions[1], captions[1]], [1, 2], [0, 0]).tolist() == [5, 0]
+    criterion.captioner = SimpleNamespace(processor=processor)
+    monkeypatch.setattr(SelfCriticalLoss, "rewards", lambda self, captions, *_: torch.zeros(len(captions)))
+    assert criterion.rewards([captions[1], captions[1]], [1, 2], [0, 0]).tolist() == [5, 0]
 
 
 @pytest.mark.slow

@@ -92,6 +92,7 @@ def test_sigterm_saves_and_exits_as_the_shell_expects(runs, tmp_path):
     assert "checkpoint-7" in log_of(script, tmp_path / "cache").read_text()
     assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-7"
     assert run_script(run.context, script, [*arguments, "--resume_from_checkpoint", "last"], tmp_path / "cache") == 0
+    assert "checkpoint-7: step 7 of 15" in log_of(script, tmp_path / "cache").read_text()
     left, expected = what_is_left(tmp_path / "run"), dict(run.expected)
     # Which checkpoints are there may differ; how it ends may not.
     for name in ("weights", "history", "captions", "curve"):

@@ -47,7 +47,7 @@ from training.sampling import (
     sampling_numbers,
     set_sampling_mode,
 )
-from training.self_critical import SelfCritic, advantages, logit_adjustments
+from training.self_critical import SelfCriticalLoss, advantages, logit_adjustments
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("lstm", "vit_gpt2")
@@ -160,19 +160,19 @@ def test_the_mean_gradient_over_all_samples_is_that_of_the_expected_reward(kind,
     exact = share * cross_entropy - (1 - share) * expected
     gradients = torch.autograd.grad(exact, list(learning.values()), allow_unused=True)
 
-    critic = SelfCritic(
+    criterion = SelfCriticalLoss(
         captioner,
         None,
         options(rules, baseline=baseline, kl_coef=kl_coef, xe_weight=share),
         seed=0,
-        start=start.model if kl_coef else None,
+        ref_model=start.model if kl_coef else None,
     )
     greedy = torch.tensor([rewards[0]]) if baseline == "greedy" else None
     references = [reference] if share else []
     probabilities = log_probs.exp().detach()
     for first, second in itertools.combinations_with_replacement(range(len(possible)), 2):
         captions = [ALL_CAPTIONS[possible[first]], ALL_CAPTIONS[possible[second]]]
-        loss, _ = critic.loss_of(model, states, captions, rewards[[first, second]][None], greedy, references)
+        loss, _ = criterion.loss_of(model, states, captions, rewards[[first, second]][None], greedy, references)
         weight = probabilities[first] * probabilities[second] * (1 if first == second else 2)
         (weight * loss).backward()
     largest = max(gradient.abs().max() for gradient in gradients if gradient is not None)
@@ -199,10 +199,10 @@ def test_dropout_is_on_where_it_learns_and_nowhere_else(kind):
     samples, rewards = [[2, 3], [3, EOS]], torch.tensor([[1.0, 0.0]])
 
     def gradients(share: float) -> list[torch.Tensor]:
-        critic = SelfCritic(captioner, None, options(dropout=share), seed=0)
+        criterion = SelfCriticalLoss(captioner, None, options(dropout=share), seed=0)
         return [
             torch.autograd.grad(
-                critic.loss_of(model, states, samples, rewards)[0], model.get_output_embeddings().weight
+                criterion.loss_of(model, states, samples, rewards)[0], model.get_output_embeddings().weight
             )[0]
             for _ in range(2)
         ]
@@ -221,10 +221,10 @@ def test_a_reward_adds_bleu_and_rouge_by_their_weights():
     captions, images = [[2, EOS], [3, EOS]], [0, 1]
 
     def rewards(**weights) -> torch.Tensor:
-        critic = SelfCritic(
+        criterion = SelfCriticalLoss(
             Captioner(smallest("lstm")[0].model, processor), CiderD(references), options(**weights), seed=0
         )
-        return critic.rewards(captions, images, [0, 0]).double()
+        return criterion.rewards(captions, images, [0, 0]).double()
 
     scores = [CaptionScorer([references[image]]).score([texts[image + 2]]) for image in images]
     added = rewards(bleu_weight=3.0, rouge_weight=5.0) - rewards()
@@ -241,12 +241,14 @@ def test_what_is_left_in_a_mirror_image_is_right_in_the_references(monkeypatch):
     of_rows = [[[[2, EOS]], [[3, 3]]], [[[3, EOS]], [[3, 3]]]]  # of the images, of their mirror images
     token_ids = [SimpleNamespace(of_row=captions.__getitem__) for captions in of_rows]
     captioner = Captioner(captioner.model, processor)
-    critic = SelfCritic(captioner, cider, options(xe_weight=0.5), seed=0, token_ids=token_ids, num_augmentations=2)
+    criterion = SelfCriticalLoss(
+        captioner, cider, options(xe_weight=0.5), seed=0, token_ids=token_ids, num_augmentations=2
+    )
     given = []
-    monkeypatch.setattr(critic, "loss_of", lambda *values: (given.append(values), (torch.tensor(0.0), 0.0))[1])
+    monkeypatch.setattr(criterion, "loss_of", lambda *values: (given.append(values), (torch.tensor(0.0), 0.0))[1])
     batch = {"index": torch.tensor([0]), "encoder_outputs": BaseModelOutput(last_hidden_state=states)}
     for epoch in (0, 1):
-        critic.loss(captioner.model, batch, epoch)
+        criterion.loss(captioner.model, batch, epoch)
     (_, _, _, rewards, _, references), (_, _, _, mirrored_rewards, _, mirrored_references) = given
     assert rewards[0, 0] > 9.9 and rewards[0, 1] < 9
     assert torch.equal(mirrored_rewards, rewards.flip(1))
@@ -358,11 +360,11 @@ def test_a_sample_ends_with_eos_or_at_the_longest(kind, prompt, rules):
             scores = under_rules(rows, scores, rules, len(start), eos)
             cumulative = scores.double().softmax(-1).cumsum(-1)
             rows = torch.cat([rows, torch.searchsorted(cumulative, numbers[:, [place]], right=True)], dim=1)
-    critic = SelfCritic(captioner, None, options(), seed=0)
+    criterion = SelfCriticalLoss(captioner, None, options(), seed=0)
     for sample, row in zip(samples, rows[:, len(start) :].tolist(), strict=True):
         length = row.index(eos) + 1 if eos in row else longest
-        assert sample == row[:length] and critic.has_ended(sample) == (eos in row)
-    kinds = {(critic.has_ended(sample), len(sample) == longest) for sample in samples}
+        assert sample == row[:length] and criterion.has_ended(sample) == (eos in row)
+    kinds = {(criterion.has_ended(sample), len(sample) == longest) for sample in samples}
     assert kinds >= {(True, False), (False, True)}  # both came up
 
 
@@ -393,14 +395,14 @@ def test_the_best_caption_is_found(kind):
     everybodys = processor.tokenizer(BEST).input_ids * 5
     learn(lambda _: -caption_log_probs(model, captioner, states, everybodys, np.repeat(range(5), 5)).mean(), 60, 1e-2)
     cider = CiderD([[best] for best in BEST], count_end=True)
-    critic = SelfCritic(captioner, cider, options(num_samples=20), seed=0)
+    criterion = SelfCriticalLoss(captioner, cider, options(num_samples=20), seed=0)
     batch = {"index": torch.arange(5), "encoder_outputs": BaseModelOutput(last_hidden_state=states)}
-    sums = critic.loss(model, batch, 0)[1]
+    sums = criterion.loss(model, batch, 0)[1]
     reward, num_samples = sums["reward"], sums["samples"]
     assert (
         num_samples == 100 and reward / num_samples < 3
     )  # one in five is its own, and worth 10, or 7.5 with three words
-    learn(lambda step: critic.loss(model, batch, step)[0] / 5, 30, 5e-3)
+    learn(lambda step: criterion.loss(model, batch, step)[0] / 5, 30, 5e-3)
     captions = sample_captions(captioner, states, None)
     assert processor.batch_decode(captions, skip_special_tokens=True) == BEST
     assert all(caption[-1] == 2 for caption in captions)

@@ -1,8 +1,10 @@
 """Laws of serve.py: OpenAI's own client and Ollama's requests get the model's captions; what is refused, and in whose words."""
 
 import base64
+import copy
 import io
 import json
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -174,6 +176,36 @@ def test_limits(start, monkeypatch):
         assert requests.post(address + "/api/generate", json={}).status_code == 429
     codes = [requests.post(address + "/api/generate", json={}).status_code for _ in range(5)]
     assert codes[0] == 400 and codes[-1] == 429
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [{}, {"num_beams": 3, "length_penalty": 1.5}, {"top_p": 0.9}, {"max_length": 8, "min_length": 5}],
+    ids=str,
+)
+def test_max_tokens_lowers_the_max_length_without_a_warning(decoding, address, captioner, monkeypatch, recwarn):
+    config = copy.deepcopy(captioner.model.generation_config)
+    monkeypatch.setattr(captioner.model, "generation_config", config)
+    captioner.set_decoding(**decoding)
+    own = config.max_length - len(captioner.start_token_ids)
+    logged = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+
+    def ask(limit: int | None) -> tuple[str, str]:
+        body = {"messages": message(f"data:image/png;base64,{png(IMAGES[2])}"), "max_tokens": limit}
+        choice = requests.post(address + "/v1/chat/completions", json=body).json()["choices"][0]
+        return choice["message"]["content"], choice["finish_reason"]
+
+    answers = {limit: ask(limit) for limit in (None, 2, own, own + 1, 10**9)}
+    logger.removeHandler(handler)
+    assert not [text for text in logged if "length" in text or "tokens" in text]
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+    assert len(answers[2][0].split()) <= 2 and all(len(text.split()) <= own for text, _ in answers.values())
+    if "top_p" not in decoding:
+        assert answers[None] == answers[own] == answers[own + 1] == answers[10**9]
 
 
 def test_urls_are_fetched_only_where_allowed(start, wanted, tmp_path):

@@ -161,8 +161,13 @@ def test_what_cannot_be_used_is_counted_or_an_error(tars, tmp_path, images):
             ("c.txt", b"no image"),
             ("d.png", images[1]),
             ("d.txt", b"a cat"),
+            ("e.cls", b"3"),
         ],
     )
+    with tarfile.open(odd, "a") as archive:
+        link = tarfile.TarInfo("f.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        archive.addfile(link)
     skipped = Skipped()
     read = [
         sample.captions
@@ -170,7 +175,7 @@ def test_what_cannot_be_used_is_counted_or_an_error(tars, tmp_path, images):
         for _, sample in read_shard(str(path), 0, False, skipped)
     ]
     assert read[-2:] == [["a dog"], ["a cat"]] and 0 < len(read) - 2 < SIZES[0]
-    assert set(skipped.shards) == {str(damaged), str(tmp_path / "absent.tar")} and skipped.samples.total() == 2
+    assert set(skipped.shards) == {str(damaged), str(tmp_path / "absent.tar")} and skipped.samples.total() == 4
     for path in (damaged, tmp_path / "absent.tar", odd):
         with pytest.raises(UserError, match=path.name):
             list(read_shard(str(path), 0, True))
@@ -389,7 +394,7 @@ def test_training_reads_features_as_it_reads_images(encode, monkeypatch, starts,
     """Of the same images in the same order; and of another encoder they are refused."""
     from modeling.captioner import Captioner
     from training.batches import CaptionCollator
-    from training.shards import pairs_of_split
+    from training.pairs import pairs_of_split
 
     folder = encode("features", monkeypatch)
     captioner = Captioner.load(starts["lstm"])

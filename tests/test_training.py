@@ -1,6 +1,7 @@
 """Laws of the training loop that all three scripts share, each tried in the script where it can go wrong."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,11 @@ def test_resumed_inside_an_epoch_it_ends_on_the_same_bits(runs, train, name):
         for run in (folder, resumed)
     ]
     assert drop[0] == drop[1]
+
+
+def test_few_validation_images_are_warned_of_and_libraries_log_once(train, caplog):
+    train("SCST", "--max_steps", "1")
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "training.evaluation"]
+    assert warning.startswith("5 validation images")
+    for name in ("datasets", "huggingface_hub"):
+        assert logging.getLogger(name).handlers and not logging.getLogger(name).propagate

@@ -27,13 +27,13 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from modeling.caption_loss import teacher_forcing_loss
 from modeling.captioner import Captioner
 from modeling.processing import build_processor
 from modeling.vit_gpt2 import (
     build_vit_gpt2,
     decoder_config,
     encoder_config,
-    vit_gpt2_loss,
     vit_image_processor,
 )
 from system.errors import UserError
@@ -93,7 +93,6 @@ def rows():
 def batch_of(rows, processor, model, picked=(0, 1, 2), **options) -> dict:
     pairs = CaptionPairs(rows, processor.tokenizer, start_ids=Captioner(model, processor).start_token_ids, **options)
     batch = CaptionCollator(processor)(pairs.__getitems__(list(picked)))
-    batch.pop("index")
     return batch
 
 
@@ -219,10 +218,9 @@ def test_captions_packed_into_one_row_have_the_loss_and_gradients_of_captions_ap
     results = []
     for share_images in ("pack", None):
         batch = CaptionCollator(processor, share_images=share_images)(items)
-        batch.pop("index")
         assert len(batch["labels"]) == len(batch["pixel_values"]) == (3 if share_images else 6)
         model.zero_grad()
-        loss = vit_gpt2_loss(model, model, batch)
+        loss = teacher_forcing_loss(model, model, batch)
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
     for packed, apart in zip(*results, strict=True):
@@ -350,7 +348,7 @@ def test_any_decoder_has_the_loss_of_its_logits_and_is_the_same_after_saving(tok
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "decoder_input_ids": ids[:, :-1], "labels": ids[:, 1:]}
     logits = model(**{name: batch[name] for name in ("pixel_values", "decoder_input_ids")}).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
-    torch.testing.assert_close(vit_gpt2_loss(model, model, batch), expected)
+    torch.testing.assert_close(teacher_forcing_loss(model, model, batch), expected)
     model.save_pretrained(tmp_path)
     loaded = VisionEncoderDecoderModel.from_pretrained(tmp_path).eval()
     again = loaded(**{name: batch[name] for name in ("pixel_values", "decoder_input_ids")}).logits

@@ -1,14 +1,13 @@
 """Options of the scripts: dataclasses, a recipe (YAML) over their defaults, the command line over the recipe.
 
 Only light imports: `--help` and a wrong option answer before torch or transformers is loaded, by argparse alone.
-
 """
 
 import argparse
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
@@ -293,7 +292,12 @@ def _options(kinds: Sequence[type]) -> dict[str, Field]:
 
 def _build_parser(kinds: Sequence[type], description: str | None) -> argparse.ArgumentParser:
     """A parser of all options; `--flag` alone is `--flag true`, as with transformers' HfArgumentParser."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given = [f"{name.upper()} [...]" for name, declared in _options(kinds).items() if "positional" in declared.metadata]
+    parser = argparse.ArgumentParser(
+        usage=" ".join(["%(prog)s [recipe.yaml]", *given, "[--option value ...]"]),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for kind in kinds:
         types = get_type_hints(kind)
         for declared in fields(kind):
@@ -304,7 +308,8 @@ def _build_parser(kinds: Sequence[type], description: str | None) -> argparse.Ar
 
 def _settings(declared: Field, kind: Any) -> dict[str, Any]:
     """What argparse is told of an option of type `kind`: bool, int, float, str, Literal, a list of them, or None as well."""
-    kind = next((part for part in get_args(kind) if part is not NoneType), kind) if NoneType in get_args(kind) else kind
+    optional = NoneType in get_args(kind)
+    kind = next(part for part in get_args(kind) if part is not NoneType) if optional else kind
     help_text = declared.metadata["help"].replace("%", "%%")
     if declared.default not in (None, "", MISSING):
         help_text += f" (default: {str(declared.default).lower() if kind is bool else declared.default})"
@@ -321,7 +326,19 @@ def _settings(declared: Field, kind: Any) -> dict[str, Any]:
     if get_origin(kind) is Literal:
         del settings["metavar"]
         return settings | {"choices": get_args(kind)}
+    if optional and kind in (int, float):
+        return settings | {"type": _number_or_none(kind)}
     return settings | {"type": get_args(kind)[0] if get_origin(kind) is list else kind}
+
+
+def _number_or_none(kind: type) -> Callable[[str], Any]:
+    """What reads a number, and takes back one of a recipe where it reads `none`."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it: "invalid int value"
+    return read
 
 
 def _boolean(text: str) -> bool:

@@ -148,9 +148,6 @@ class CaptionPairs(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[dict]:
         pairs = [index if isinstance(index, tuple) else (index, 0) for index in indices]
-        for pair, _ in pairs:
-            if not 0 <= pair < len(self):
-                raise IndexError(f"there is no pair {pair} among {len(self)}")
         images = self.images.__getitems__([(self.row_of_pair[pair], augmentation) for pair, augmentation in pairs])
         return [image | self.tokens(*pair) for image, pair in zip(images, pairs, strict=True)]
 
@@ -247,7 +244,7 @@ class CaptionCollator:
 
     Returns, called with items {"index", "image" or the columns of `Features`, and "decoder_input_ids" and "labels" where there are
     captions}:
-        index: int64 (batch,), the rows of the images
+        index: int64 (batch,), the rows of the images, where there are no captions
         pixel_values: float32 (batch, 3, height, width), normalized
         or encoder_outputs: last_hidden_state float32 (batch, positions, size)
         image_index: int64 (batch,), the image of each caption among those of the batch, where images are shared by index
@@ -261,15 +258,16 @@ class CaptionCollator:
         self.share_images = share_images
 
     def __call__(self, items: list[dict]) -> dict:
-        batch, images = {"index": torch.tensor([item["index"] for item in items])}, items
-        if self.share_images:
+        with_captions = "labels" in items[0]
+        batch, images = {} if with_captions else {"index": torch.tensor([item["index"] for item in items])}, items
+        if self.share_images and with_captions:
             images = list({item["index"]: item for item in items}.values())
             position = {item["index"]: position for position, item in enumerate(images)}
             image_index = [position[item["index"]] for item in items]
             if self.share_images == "index":
                 batch["image_index"] = torch.tensor(image_index)
         batch |= self.images(images)
-        if "labels" in items[0]:
+        if with_captions:
             rows = [{name: list(item[name]) for name in ("decoder_input_ids", "labels")} for item in items]
             if self.share_images == "pack" and len(images) < len(items):
                 rows = self.pack(rows, image_index)

@@ -129,7 +129,7 @@ def captioner_with_encoder(args: EncodeArguments) -> "Captioner":
     from training.self_critical import load_start
 
     if args.model_name_or_path:
-        return load_start(args.model_name_or_path)[0]
+        return load_start(args.model_name_or_path)
     tokenizer = train_tokenizer(["a"], 16)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     if args.captioner == "lstm":

@@ -1,7 +1,9 @@
 """Validation of a captioner: loss of the references, and scores of the captions that it generates."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -14,32 +16,50 @@ from tqdm.auto import tqdm
 from metrics import CaptionScorer
 from modeling.captioner import Captioner
 from reporting.live import log_scores
+from training.batches import CaptionPairs, ImageDataset, subsample_evenly
+from training.features import Features
+
+if TYPE_CHECKING:
+    from training.run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+FEW_IMAGES = 10  # below it, a validation split says little
 
 
 class Evaluator:
     """What a `TrainingRun` calls when an evaluation is due.
 
     Args:
-        accelerator: The run's.
-        captions: Batches of the validation captions, as the loss takes them.
-        images: Batches of the validation images, `index` among their columns.
-        rows: `image_id` and `captions` of these images.
+        run: The `TrainingRun`.
+        pairs: The validation pairs, all of which have a loss.
+        rows: `image`, `image_id` and `captions` of the validation images.
+        features: Their features, see `encode_splits`.
+        max_images: Number of images that are captioned, see `subsample_evenly`.
         training_captions: All of them, for the scorer's best constant caption.
         loss_of: Model and batch to the summed loss of its labels, in nats.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        captions: DataLoader,
-        images: DataLoader,
+        run: "TrainingRun",
+        pairs: CaptionPairs,
         rows: Dataset,
+        features: Sequence[Features | None],
+        max_images: int | None,
         training_captions: Iterable[str],
         loss_of: Callable[[nn.Module, dict], torch.Tensor],
     ):
-        self.accelerator, self.captions, self.images, self.rows = accelerator, captions, images, rows
-        self.scorer = CaptionScorer(rows["captions"], training_captions)
-        self.loss_of = loss_of
+        self.accelerator, self.loss_of = run.accelerator, loss_of
+        self.rows, features = subsample_evenly(max_images, rows, *features)
+        self.captions = run.eval_loader(pairs.by_length())
+        self.images = run.eval_loader(ImageDataset(self.rows, features))
+        self.scorer = CaptionScorer(self.rows["captions"], training_captions)
+        if len(self.rows) < FEW_IMAGES:
+            logger.warning(
+                f"{len(self.rows):,} validation images are too few to tell a better model from a luckier one: "
+                "the model that is kept is chosen by them."
+            )
 
     def __call__(self, captioner: Captioner) -> dict:
         """The row of the history: "eval_loss" (nats a token), scores of the captions and of their shuffled baseline, seconds."""

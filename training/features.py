@@ -9,6 +9,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -290,7 +291,10 @@ def cache_features(
             return quantize_features(encoder(to_pixels.finish(pixels)), int8)
 
     to_pixels, batch_size = PixelCollator(image_processor, device), batch_size or batch_size_on(device)
-    shapes = _feature_shapes(features_folder(fingerprint, int8), lambda: encode(to_pixels([_first_image(dataset)])))
+    first = next(iter(dataset.values()))[0]
+    shapes = _feature_shapes(
+        features_folder(fingerprint, int8), lambda: encode(to_pixels([first["image"].convert("RGB")]))
+    )
     size = sum(shape.num_bytes for shape in shapes.values())
     per_file = max(MAX_FILE_BYTES // size // IMAGES_PER_PART, 1) * IMAGES_PER_PART
     by_split = feature_files(dataset, fingerprint, int8, num_augmentations or {}, per_file)
@@ -367,10 +371,6 @@ def _feature_shapes(folder: Path, encode_one: Callable[[], dict[str, np.ndarray]
     return {name: ArrayShape(tuple(shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
-def _first_image(dataset: DatasetDict) -> Image.Image:
-    return next(iter(dataset.values()))[0]["image"].convert("RGB")
-
-
 class PixelCollator:
     """Images to the pixels of an image processor, (batch, 3, height, width); an object, so that it can be sent to workers.
 
@@ -411,6 +411,11 @@ class ImagesOfParts(torch.utils.data.Dataset):
         image = part.file.rows[part.start + index - int(self.starts[number])]["image"]
         return augment_image(image.convert("RGB"), part.file.augmentation)
 
+    def batches(self, size: int) -> list[range]:
+        """Indices of the images in batches, none of which reaches into two parts."""
+        bounds = pairwise(self.starts.tolist())
+        return [range(start, min(start + size, end)) for first, end in bounds for start in range(first, end, size)]
+
 
 def quantize_features(states: torch.Tensor, int8: bool = False) -> dict[str, np.ndarray]:
     """States (batch, positions, size) as they are cached: `encoder_features`, float16 or, with their `feature_scale`, int8.
@@ -425,16 +430,6 @@ def quantize_features(states: torch.Tensor, int8: bool = False) -> dict[str, np.
     return {"encoder_features": relative.round().to(torch.int8).numpy(), "feature_scale": scale.numpy()}
 
 
-def batches_of_parts(sizes: Sequence[int], batch_size: int) -> list[range]:
-    """Indices of the images of parts that follow each other, in batches none of which reaches into two parts."""
-    batches, first = [], 0
-    for size in sizes:
-        end = first + size
-        batches += [range(start, min(start + batch_size, end)) for start in range(first, end, batch_size)]
-        first = end
-    return batches
-
-
 def _encode_parts(
     parts: Sequence[Part],
     encode: Callable[[torch.Tensor], dict[str, np.ndarray]],
@@ -446,17 +441,17 @@ def _encode_parts(
     """Encode the images of parts, and write the parts."""
     if not parts:
         return
-    sizes = [len(part) for part in parts]
+    images = ImagesOfParts(parts)
     loader = DataLoader(
-        ImagesOfParts(parts),
-        batch_sampler=batches_of_parts(sizes, batch_size),
+        images,
+        batch_sampler=images.batches(batch_size),
         num_workers=num_workers,
         collate_fn=to_pixels,
         pin_memory=to_pixels.device.type == "cuda",
         generator=torch.Generator(),  # else it draws a number, and a run that finds the features has others after it
     )
     silent = not PartialState().is_main_process
-    with tqdm(total=sum(sizes), unit="image", desc="encoding", disable=silent) as bar:
+    with tqdm(total=len(images), unit="image", desc="encoding", disable=silent) as bar:
         _write_parts(parts, map(encode, loader), shapes, bar)
 
 
@@ -515,7 +510,7 @@ def _check_room(num_images: int, image_bytes: int, shape: ArrayShape) -> None:
     megabytes = num_images * image_bytes / 1e6
     positions, size = shape.shape
     logger.info(
-        f"Encoding {num_images:,} images once: {positions} x {size} features each, {megabytes:,.0f} MB in {root}"
+        f"Encoding {num_images:,} images and augmentations once: {positions} x {size} features each, {megabytes:,.0f} MB in {root}"
     )
     os.makedirs(root, exist_ok=True)
     free = shutil.disk_usage(root).free / 1e6

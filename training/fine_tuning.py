@@ -15,6 +15,7 @@ from training.checkpoints import check_not_overwriting_start
 
 # Model types of the captioners that training starts from.
 LSTM, VIT_GPT2 = InceptionLSTMConfig.model_type, VisionEncoderDecoderConfig.model_type
+KINDS = {LSTM: "inception-lstm", VIT_GPT2: "vit-gpt2"}  # as the card has them
 OWN = (  # what a ViT-GPT2 brings along
     *("encoder", "decoder", "pretrained_encoder", "pretrained_decoder", "prompt", "trim_vocabulary"),
     *("image_size", "patch_size", "convolutional_stem", "num_encoder_layers"),

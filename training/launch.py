@@ -66,6 +66,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
     if in_float32:
         logger.info("bf16: this device has no instructions for bfloat16; training in float32.")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
+    for name in ("datasets", "huggingface_hub"):  # they have handlers of their own, and would say all twice
+        logging.getLogger(name).propagate = False
     transformers.logging.disable_progress_bar()  # loading and saving take a second
     set_seed(args.seed)
     return accelerator

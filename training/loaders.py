@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -18,28 +17,26 @@ from training.shards import StreamSampler
 logger = logging.getLogger(__name__)
 
 
-class StepLoader(Protocol):
-    """What a run trains on.
+class StepLoader:
+    """What a run trains on; see `TableLoader` and `ShardLoader`."""
 
-    `num_items` and `steps_per_epoch` are those of an epoch, over all processes; None where they are not known before it ends. `ends`
-    says whether the step that was given last is the epoch's last.
-    """
-
-    num_items: int | None
-    steps_per_epoch: int | None
-    ends: bool
+    num_items: int | None = None  # of an epoch, over all processes; None where it is not known before the epoch ends
+    steps_per_epoch: int | None = None
+    ends = False  # whether the step that was given last is the epoch's last
 
     def steps(self, epoch: int, done: int) -> Iterator[list[dict]]:
         """The batches of each optimizer step of an epoch, without those of its first `done` steps."""
+        raise NotImplementedError
 
     def positions(self, epoch_steps: int) -> list[list[dict]]:
         """What a checkpoint after so many steps of the epoch has to hold of each process beside their number; for JSON."""
+        return []
 
     def resume(self, positions: list[list[dict]], step: int) -> None:
         """Begin where a checkpoint was taken, after so many steps of the run."""
 
 
-class TableLoader:
+class TableLoader(StepLoader):
     """The batches of a table: every process knows them all, and skips those that are done.
 
     Args:
@@ -53,7 +50,6 @@ class TableLoader:
         self.num_items = len(loader.dataset)
         self.loader = accelerator.prepare(loader)
         self.steps_per_epoch = math.ceil(len(self.loader) / num_batches)
-        self.ends = False
 
     def steps(self, epoch: int, done: int) -> Iterator[list[dict]]:
         loader = self.loader
@@ -71,13 +67,8 @@ class TableLoader:
             yield group
             group = list(islice(batches, self.num_batches))
 
-    def positions(self, epoch_steps: int) -> list[list[dict]]:
-        return []
 
-    def resume(self, positions: list[list[dict]], step: int) -> None: ...
-
-
-class ShardLoader:
+class ShardLoader(StepLoader):
     """The batches of an epoch's steps, as many steps in every process: one that has read its shards repeats its last batch without labels.
 
     Args:
@@ -86,8 +77,6 @@ class ShardLoader:
         num_batches: Batches in one optimizer step.
         collator, batch_size, num_workers: As of a `DataLoader`; workers decode what their process reads.
     """
-
-    num_items = steps_per_epoch = None
 
     def __init__(
         self,
@@ -103,7 +92,6 @@ class ShardLoader:
             sampler.stream, batch_size, sampler=sampler, collate_fn=collator, num_workers=num_workers
         )
         self.step_captions = batch_size * num_batches
-        self.ends = False  # whether the step that was given last is the epoch's last
         self.steps_before = 0  # of the epoch, when the run was resumed
 
     def steps(self, epoch: int, done: int) -> Iterator[list[dict]]:

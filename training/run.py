@@ -51,6 +51,7 @@ from training.checkpoints import (
 )
 from training.compiling import compile_blocks, launcher_backend, uncompiled
 from training.evaluation import caption_images
+from training.fine_tuning import KINDS
 from training.launch import refuse_fsdp, start_accelerator
 from training.loaders import ShardLoader, TableLoader
 from training.sharding import FullModel
@@ -75,9 +76,7 @@ class TrainerState:
     step: int = 0
     epoch_steps: int = 0  # steps done in the current epoch
     positions: list[list[dict]] = field(default_factory=list)  # of each process in the current epoch; see `StepLoader`
-    running_sums: dict[str, float] = field(
-        default_factory=dict
-    )  # since the last row of the history, over all processes
+    running_sums: dict[str, float] = field(default_factory=dict)  # over all processes, since the history's last row
     train_seconds: float = 0.0
     best_cider: float = -1.0
     best_loss: float = math.inf  # validation loss at the best CIDEr
@@ -206,11 +205,11 @@ class TrainingRun:
         self.state = TrainerState(**saved)
         self.loader.resume(self.state.positions, self.state.step)
         copy_best_model(self.resume_from, self.args.output_dir)
+        logger.info(f"Resumed from {self.resume_from}: step {self.state.step:,} of {self.num_steps:,}.")
 
-    def eval_loader(self, items: torch.utils.data.Dataset, collator: Callable | None = None) -> DataLoader:
+    def eval_loader(self, items: torch.utils.data.Dataset) -> DataLoader:
         """Batches of items in their order, split across the processes, each item once."""
-        loading = self.loading if collator is None else self.loading | {"collate_fn": collator}
-        loader = DataLoader(items, self.args.per_device_eval_batch_size, **loading)
+        loader = DataLoader(items, self.args.per_device_eval_batch_size, **self.loading)
         return prepare_data_loader(loader, self.accelerator.device, put_on_device=True, even_batches=False)
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
@@ -230,7 +229,7 @@ class TrainingRun:
             if args.eval_on_start and not state.log_history:
                 self._log({"epoch": 0, "step": 0} | self._evaluate(evaluate))
             while not self._is_finished():
-                self._set_train_mode()
+                self.train_mode(self.model)
                 started = time.perf_counter()
                 with self._epoch_bar() as bar:
                     for batches in self.loader.steps(state.epoch, state.epoch_steps):
@@ -382,12 +381,9 @@ class TrainingRun:
                 state.best_step, state.evaluations_since_best = state.step, 0
                 if self.args.load_best_model_at_end and self.accelerator.is_main_process:
                     captioner.save(self.args.output_dir)
-        self._set_train_mode()
+        self.train_mode(self.model)
         self.accelerator.wait_for_everyone()
         return row
-
-    def _set_train_mode(self) -> None:
-        self.train_mode(self.model)
 
     def _start_trackers(self) -> None:
         """Start the trackers; those of a resumed run begin with all rows of the history.
@@ -426,7 +422,7 @@ class TrainingRun:
         self._end_if_not_finite(state.running_sums)
         with new_checkpoint(args.output_dir, state.step) as folder:
             save_training_state(self, folder, asdict(state))
-        self._set_train_mode()
+        self.train_mode(self.model)
         if self.accelerator.is_main_process:
             remove_old(args.output_dir, args.save_total_limit, state.step, keep_steps={state.best_step})
         self.accelerator.wait_for_everyone()
@@ -439,9 +435,7 @@ class TrainingRun:
         training_captions: CaptionTexts | list[str],
         *,
         data_args,
-        kind: str,
         started_from: Sequence[str],
-        collator: Callable | None = None,
         self_critical: bool = False,
     ) -> None:
         """Caption the test split, or the validation split where there is none, with the saved model; report and push.
@@ -449,7 +443,7 @@ class TrainingRun:
         Args:
             dataset, features: Splits, and their features as `encode_splits` gives them.
             training_captions: All of them, for the scorer's best constant caption.
-            kind, started_from, self_critical: See `write_model_card`.
+            started_from, self_critical: See `write_model_card`.
         """
         args, accelerator = self.args, self.accelerator
         split = "test" if "test" in dataset else "validation"
@@ -459,7 +453,7 @@ class TrainingRun:
                     captioner.save(args.output_dir)
             accelerator.wait_for_everyone()
         captioner = Captioner.load(args.output_dir).to(accelerator.device)
-        images = self.eval_loader(ImageDataset(dataset[split], *features[split]), collator)
+        images = self.eval_loader(ImageDataset(dataset[split], *features[split]))
         with accelerator.autocast():
             captions = caption_images(captioner, images, accelerator, NUM_IMAGES)
         if accelerator.is_main_process:
@@ -474,12 +468,11 @@ class TrainingRun:
                 scorer=CaptionScorer(dataset[split]["captions"], training_captions),
                 decoding=captioner.model.generation_config,
                 train=self._training_figures(),
-                kind=kind,
+                kind=KINDS[captioner.model.config.model_type],
                 options=self.options,
                 started_from=started_from,
                 pushing=self.pushing if args.push_to_hub else None,
                 self_critical=self_critical,
-                token=args.hub_token,
                 truth=scene_truths([made["caption"] for made in captions], dataset[split]["captions"]),
             )
         accelerator.end_training()

@@ -5,7 +5,6 @@ Rennie et al., 2017 (https://arxiv.org/abs/1612.00563), with the baseline of Luo
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from data_scripts.augmentations import augment_caption, augmentation_in_epoch
-from modeling.caption_loss import caption_loss, hidden_states_before_head
 from modeling.captioner import Captioner
 from system.errors import UserError
 from training.batches import CaptionPairs
@@ -29,7 +27,6 @@ from training.sampling import (
 )
 
 RARE = 1 / 1000  # of all tokens: below it, a token is rare
-KINDS = {LSTM: "inception-lstm", VIT_GPT2: "vit-gpt2"}  # by model type, as the card has them
 
 
 # ---- The captioner to start from ------------------------------------------------------------------------------------
@@ -41,7 +38,7 @@ def check_scst_start(name: str, output_dir: str | os.PathLike) -> None:
     Raises:
         UserError: As `check_start`, or its decoder is no GPT-2.
     """
-    decoder = getattr(check_start(name, output_dir, tuple(KINDS)), "decoder", None)
+    decoder = getattr(check_start(name, output_dir, (LSTM, VIT_GPT2)), "decoder", None)
     if decoder is not None and decoder.model_type != "gpt2":
         raise UserError(
             f"--model_name_or_path {name} has a decoder of the kind {decoder.model_type}: give an LSTM captioner, or a ViT-GPT2 with "
@@ -49,15 +46,15 @@ def check_scst_start(name: str, output_dir: str | os.PathLike) -> None:
         )
 
 
-def load_start(name: str) -> tuple[Captioner, str]:
-    """The captioner to fine-tune, its encoder frozen, and its kind.
+def load_start(name: str) -> Captioner:
+    """The captioner to fine-tune, its encoder frozen.
 
     Raises:
         UserError: It cannot be loaded.
     """
     captioner = Captioner.load(name)
     captioner.encoder.requires_grad_(False)
-    return captioner, KINDS[captioner.model.config.model_type]
+    return captioner
 
 
 def set_decoding(captioner: Captioner, args, captions: CaptionPairs, sample_min_length: int = 0) -> None:
@@ -96,32 +93,19 @@ def logit_adjustments(token_ids: np.ndarray, tau: float, special_ids: Sequence[i
     Returns:
         `sequence_bias` of a generation config: [[token], nats] of each that gains something.
     """
-    counts = Counter()
+    counts = np.zeros(0, dtype=np.int64)
     for start in range(0, len(token_ids), 2**20):
-        counts.update(
-            dict(
-                zip(
-                    *map(np.ndarray.tolist, np.unique(token_ids[start : start + 2**20], return_counts=True)),
-                    strict=True,
-                )
-            )
-        )
-    rare = RARE * counts.total()
+        here = np.bincount(token_ids[start : start + 2**20], minlength=len(counts))
+        counts = here + np.pad(counts, (0, len(here) - len(counts)))
+    rare = RARE * counts.sum()
     return [
-        [[token], round(tau * math.log(rare / count), 3)]
-        for token, count in sorted(counts.items())
-        if tau and count < rare and token not in special_ids
+        [[token], round(tau * math.log(rare / counts[token]), 3)]
+        for token in np.flatnonzero((counts > 0) & (counts < rare)).tolist()
+        if tau and token not in special_ids
     ]
 
 
 # ---- Loss -----------------------------------------------------------------------------------------------------------
-
-
-def summed_cross_entropy(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Cross entropy of a batch of captions, in nats, summed over its tokens."""
-    inputs = {name: value for name, value in batch.items() if name not in ("index", "labels")}
-    hidden, head = hidden_states_before_head(model, model, **inputs)
-    return caption_loss(hidden, batch["labels"], head, num_items_in_batch=1)
 
 
 def advantages(rewards: torch.Tensor, greedy: torch.Tensor | None = None) -> torch.Tensor:
@@ -142,24 +126,23 @@ def advantages(rewards: torch.Tensor, greedy: torch.Tensor | None = None) -> tor
 @contextmanager
 def dropout(model: PreTrainedModel, rate: float) -> Iterator[None]:
     """Dropout in the decoder's layers, and in its attention under SDPA, which reads its rate; 0 leaves the model as it is."""
-    layers = [module for module in model.modules() if rate and isinstance(module, nn.Dropout)]
     # SDPA takes the rate of `attn_dropout` only where its attention module is in train mode.
-    attention = [module for module in model.modules() if rate and hasattr(module, "attn_dropout")]
-    saved = [(layer.p, layer.training) for layer in layers], [module.training for module in attention]
-    for layer in layers:
-        layer.p, layer.training = rate, True
-    for module in attention:
+    kinds = (module for module in model.modules() if isinstance(module, nn.Dropout) or hasattr(module, "attn_dropout"))
+    saved = [(module, module.training, getattr(module, "p", None)) for module in kinds if rate]
+    for module, _, own_rate in saved:
         module.training = True
+        if own_rate is not None:
+            module.p = rate
     try:
         yield
     finally:
-        for layer, (layer_rate, training) in zip(layers, saved[0], strict=True):
-            layer.p, layer.training = layer_rate, training
-        for module, training in zip(attention, saved[1], strict=True):
+        for module, training, own_rate in saved:
             module.training = training
+            if own_rate is not None:
+                module.p = own_rate
 
 
-class SelfCritic:
+class SelfCriticalLoss:
     """Samples captions of a batch of images, rewards them, and gives the loss whose gradient makes the better ones more likely.
 
     The mean of its gradient over the samples is the gradient of `xe_weight` * cross entropy - (1 - `xe_weight`) * (expected reward -
@@ -173,20 +156,27 @@ class SelfCritic:
         options: `num_samples`, `baseline`, `bleu_weight`, `rouge_weight`, `kl_coef`, `xe_weight`, `dropout`,
             `sample_no_repeat_ngram_size`, `sample_min_length`.
         seed: Of the samples.
-        start: The starting model, where there is a KL penalty.
+        ref_model: The starting model, where there is a KL penalty.
         token_ids: `TokenStore` of the training captions, and of those of the mirror images where there are augmentations, for the cross
             entropy; an epoch takes one of each image.
         num_augmentations: Of the images, see `data_scripts.augmentations`.
     """
 
     def __init__(
-        self, captioner: Captioner, cider, options, seed: int, start=None, token_ids=None, num_augmentations: int = 1
+        self,
+        captioner: Captioner,
+        cider,
+        options,
+        seed: int,
+        ref_model=None,
+        token_ids=None,
+        num_augmentations: int = 1,
     ):
         self.captioner = captioner
         self.cider = cider
         self.options = options
         self.seed = seed
-        self.start = None if start is None else Captioner(start, captioner.processor)
+        self.ref = None if ref_model is None else Captioner(ref_model, captioner.processor)
         self.token_ids = token_ids
         self.num_augmentations = num_augmentations
         captioner.check_no_repeat("--sample_no_repeat_ngram_size", options.sample_no_repeat_ngram_size)
@@ -234,7 +224,7 @@ class SelfCritic:
     def summarize(self, sums: dict[str, float]) -> dict[str, float]:
         """Means over the samples, for the history."""
         row = {"reward": "reward", "sample_length": "tokens", "sample_ended": "ended"}
-        if self.start is not None:
+        if self.ref is not None:
             row["kl"] = "kl"
         return {name: sums[total] / sums["samples"] for name, total in row.items()}
 
@@ -268,11 +258,11 @@ class SelfCritic:
             )
         of_samples = log_probs[: len(samples)].view_as(rewards)
         divergence = torch.zeros_like(rewards)
-        if self.start is not None:
+        if self.ref is not None:
             with torch.no_grad():
-                before = caption_log_probs(self.start.model, self.start, states, samples, image_index, constraints)
+                ref_log_probs = caption_log_probs(self.ref.model, self.ref, states, samples, image_index, constraints)
             # Its mean is the KL divergence; as a part of the reward, its effect on later tokens has a gradient, too.
-            divergence = of_samples.detach() - before.view_as(rewards)
+            divergence = of_samples.detach() - ref_log_probs.view_as(rewards)
         gain = advantages(rewards - options.kl_coef * divergence, greedy)
         loss = -(gain * of_samples).sum() / rewards.shape[1]
         if references:
