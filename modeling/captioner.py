@@ -194,8 +194,9 @@ class Captioner:
             settings: Others of `GenerationConfig`.
 
         Raises:
-            UserError: The minimum length exceeds the maximum length, or there are fewer beams than captions.
+            UserError: The minimum length exceeds the maximum length, there are fewer beams than captions, or no caption could end.
         """
+        self.check_no_repeat("--no_repeat_ngram_size", settings.get("no_repeat_ngram_size"))
         num_start = len(self.start_token_ids)
         if top_p is not None:
             settings |= {"do_sample": True, "top_p": top_p, "top_k": 0, "num_beams": 1}
@@ -226,6 +227,25 @@ class Captioner:
             raise UserError(
                 f"min_length {decoding.min_length - num_start} exceeds max_length {decoding.max_length - num_start}: "
                 "give a lower --min_length or a higher --max_length"
+            )
+
+    def check_no_repeat(self, option: str, size: int | None) -> None:
+        """Refuse a size of n-grams with which no caption could end: transformers counts the start token, which may be EOS.
+
+        Args:
+            option: Name of the option that gives `size`.
+            size: Size of n-grams that occur at most once.
+
+        Raises:
+            UserError: `size` is 1, and captions start from EOS, as GPT-2's do (`findings/transformers_start_is_eos.sh`).
+        """
+        if size != 1 or not self.model.config.is_encoder_decoder:  # a decoder alone continues its prompt
+            return
+        ends = self.model.generation_config.eos_token_id
+        if set(self.start_token_ids) & set(ends if isinstance(ends, list) else [ends]):
+            raise UserError(
+                f"{option} 1: captions of this model start from its EOS token, which could not occur again, so that no caption "
+                f"would end; give {option} 2 or more"
             )
 
     @property

@@ -240,6 +240,20 @@ def test_beams_can_be_taken_back(without_beams, tmp_path, monkeypatch):
     assert Captioner.load(tmp_path).model.generation_config.num_beams == 1
 
 
+def test_a_size_of_n_grams_that_lets_no_caption_end_is_refused():
+    captioner = build("vit_gpt2")
+    config = captioner.model.generation_config
+    start, end = captioner.start_token_ids[0], config.eos_token_id
+    for eos in (start, [start, end]):
+        config.eos_token_id = eos
+        with pytest.raises(UserError, match="no_repeat_ngram_size 1"):
+            captioner.set_decoding(no_repeat_ngram_size=1)
+        captioner.set_decoding(no_repeat_ngram_size=2)
+    config.eos_token_id = start + 1
+    captioner.set_decoding(no_repeat_ngram_size=1)
+    assert config.no_repeat_ngram_size == 1
+
+
 def test_a_max_length_counts_where_a_checkpoint_from_elsewhere_has_max_new_tokens(captioner, pixels):
     captioner.generation_config.update(max_new_tokens=7, min_new_tokens=6)
     captioner.set_decoding(max_length=3, min_length=3)

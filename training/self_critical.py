@@ -179,6 +179,7 @@ class SelfCriticalLoss:
         self.ref = None if ref_model is None else Captioner(ref_model, captioner.processor)
         self.token_ids = token_ids
         self.num_augmentations = num_augmentations
+        captioner.check_no_repeat("--sample_no_repeat_ngram_size", options.sample_no_repeat_ngram_size)
         self.constraints = SamplingConstraints(options.sample_no_repeat_ngram_size, options.sample_min_length)
 
     def loss(self, forward: nn.Module, batch: dict, epoch: int) -> tuple[torch.Tensor, dict[str, float]]:
