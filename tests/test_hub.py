@@ -3,13 +3,12 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from fresh import run_fresh
 from huggingface_hub import HfApi, ModelCard, parse_eval_result_entries
 from PIL import Image
 from safetensors.torch import load_file
@@ -59,11 +58,16 @@ def runs(small_scenes, tmp_path_factory) -> dict[str, Path]:
 
 
 CARD_LINES = """
-import io, json, re, sys
+import io, json, os, re, sys
 from contextlib import redirect_stdout
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
+# What HF_ENDPOINT and the like set in a process that starts with them, as the notebook's does.
+endpoint, constants.HF_HUB_CACHE = sys.argv[1:3]
+constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = endpoint, False, True
+constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+os.environ["HF_TOKEN"] = "hf_me"
 printed_lines = {}
-for repository in sys.argv[1:]:
+for repository in sys.argv[3:]:
     printed_lines[repository] = []
     for lines in re.findall(r"```python\\n(.*?)```", ModelCard.load(repository).text, flags=re.DOTALL):
         with redirect_stdout(io.StringIO()) as printed:
@@ -90,10 +94,9 @@ def test_pushed_models_caption_the_same_in_a_fresh_process(runs, hub, small_scen
         assert files["model.safetensors"].content == (runs[kind] / "model.safetensors").read_bytes()
 
     load_captions(small_scenes)["test"][0]["image"].save(tmp_path / "image.jpg")
-    command = [sys.executable, "-c", CARD_LINES, *(f"me/{kind}" for kind in runs)]
-    ran = subprocess.run(command, cwd=tmp_path, env=hub.environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    printed = json.loads(ran.stdout)
+    names = [f"me/{kind}" for kind in runs]
+    printed = json.loads(run_fresh(CARD_LINES, hub.endpoint, tmp_path / "cache", *names, folder=tmp_path))
+    assert any("/me/lstm/resolve/" in path for _, path, _ in hub.requests)
     for kind, folder in runs.items():
         captioner = Captioner.load(folder)
         pixels = captioner.processor(images=Image.open(tmp_path / "image.jpg"), return_tensors="pt")
