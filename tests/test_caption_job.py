@@ -224,14 +224,22 @@ def kill_and_resume(model: str, folder: Path, output: Path, kills: int, options=
     assert process.exitcode == 0
 
 
+@pytest.fixture(scope="module")
+def many(model, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A folder of 300 images, and their captions."""
+    folder = tmp_path_factory.mktemp("many")
+    images = make_images(folder / "images", 300)
+    run(model, images, "--output", folder / "whole.jsonl")
+    return images, dict(read_output(folder / "whole.jsonl"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
-def test_kills_cost_nothing(name, model, tmp_path):
-    folder = make_images(tmp_path / "images", 300)
-    run(model, folder, "--output", tmp_path / "whole.jsonl")
-    kill_and_resume(model, folder, tmp_path / name, 5, FORMATS[name])
+def test_kills_cost_nothing(name, model, many, tmp_path):
+    images, captions = many
+    kill_and_resume(model, images, tmp_path / name, 5, FORMATS[name])
     found = read_output(tmp_path / name)
-    assert len(found) == 300 and dict(found) == dict(read_output(tmp_path / "whole.jsonl"))
+    assert len(found) == 300 and dict(found) == captions
 
 
 @pytest.mark.slow
