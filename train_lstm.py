@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         captioner = build_captioner(model_args, args, data_args.tokenizer_name, training_captions, run.accelerator)
         model, processor = captioner.model.to(run.accelerator.device), captioner.processor
         num_augmentations = data_args.num_augmentations
-        optimizer = build_adamw(model, args)
+        optimizer = build_adamw(model, args)  # a rate that has no effect is refused before images are encoded
         features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_augmentations)
         train_pairs, val_pairs = (
             pairs_of_split(dataset[split], captioner, data_args.max_caption_length, features[split])

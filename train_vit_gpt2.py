@@ -148,7 +148,9 @@ def main(argv: list[str] | None = None) -> None:
         model, processor = captioner.model.to(run.accelerator.device), captioner.processor
         if args.activation_checkpointing:
             model.gradient_checkpointing_enable()
-        optimizer = build_adamw(model, args, decay_vectors=False)
+        optimizer = build_adamw(
+            model, args, decay_vectors=False
+        )  # a rate that has no effect is refused before images are encoded
         num_augmentations = data_args.num_augmentations
         features = encode_splits(dataset, model.encoder, processor.image_processor, data_args, num_augmentations)
         start_digest = weights_digest(model) if model_args.lora_rank else ""
