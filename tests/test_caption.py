@@ -21,6 +21,7 @@ from data_scripts import images, load_captions
 from data_scripts.row_checks import valid_id
 from modeling.captioner import Captioner
 from modeling.captioning_pipeline import to_rgb
+from reporting.compare import comparison_table
 from system.errors import UserError
 
 REPOSITORY = Path(caption.__file__).parent
@@ -261,6 +262,18 @@ def test_cocos_result_format_takes_the_datasets_references(small_scenes, tmp_pat
     with pytest.raises(SystemExit) as refused:
         evaluated(tmp_path, *options, "--split", "validation")
     assert refused.value.code == 2 and repr(results[0]["image_id"]) in capsys.readouterr().err
+
+
+def test_one_image_has_no_shuffled_score(tmp_path, capsys):
+    for number in (1, 2):
+        records = [{"image_id": str(n), "caption": "a dog", "references": ["a dog runs"]} for n in range(number)]
+        (tmp_path / "captions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        evaluated(tmp_path, "--predictions", tmp_path / "captions.jsonl")
+        scores = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("BLEU", "ROUGE", "CIDEr"))]
+        assert len(scores) == 6 and all(("shuffled" in line) == (number == 2) for line in scores)
+    results = json.loads((tmp_path / "scores" / "results.json").read_text())
+    rows = comparison_table({"two": results, "one": results | {"num_images": 1}}).splitlines()[2:4]
+    assert [row.count("—") for row in rows] == [2, 3]
 
 
 def test_captions_of_caption_py_meet_the_images_of_a_table(small_scenes, tmp_path, capsys):

@@ -513,7 +513,8 @@ def test_other_bad_sources_end_in_one_sentence(tmp_path: Path, capsys) -> None:
     assert "not an http" in fails(capsys, paragraphs.main, ["ftp://example.org/x.zip", *out])
     assert "no Flickr8k.token.txt" in fails(capsys, flickr8k.main, [good, *out])
     assert "no metadata.csv" in fails(capsys, image_folder.main, [good, *out])
-    assert "cannot be opened" in fails(capsys, hub.main, [tmp_path / "nowhere", *out])
+    sentence = fails(capsys, hub.main, [tmp_path / "nowhere", *out])
+    assert "cannot be opened" in sentence and f"no folder '{tmp_path / 'nowhere'}'" in sentence
     ragged = write_folder(tmp_path / "ragged", {"train.csv": b"image,text\na,b\nc,d,e\n"})
     # The reason, which datasets wraps into a sentence that tells only that there was an error.
     assert "Expected 2 fields in line 3" in fails(capsys, hub.main, [ragged, *out])

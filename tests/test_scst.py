@@ -35,6 +35,7 @@ from metrics import CaptionScorer, CiderD
 from modeling import InceptionLSTMConfig, InceptionLSTMForConditionalGeneration
 from modeling.captioner import Captioner
 from modeling.vit_gpt2 import build_vit_gpt2, decoder_config, encoder_config
+from system.errors import UserError
 from training import checkpoints, self_critical
 from training.arguments import DataArguments, parse_recipe
 from training.sampling import (
@@ -747,3 +748,11 @@ def test_a_checkpoint_that_went_on_from_another_captioner_is_refused(whole, star
 def test_the_recipes_name_only_options_there_are(recipe):
     kinds = (DataArguments, train_scst.SCSTArguments, train_scst.DecodingArguments, train_scst.TrainingArguments)
     assert len(parse_recipe(kinds, [str(recipe), "--model_name_or_path", "any"])) == 4
+
+
+def test_n_grams_of_one_token_are_refused_where_samples_could_not_end():
+    captioner, constraints = build("vit_gpt2"), SamplingConstraints(no_repeat_ngram_size=1)
+    SelfCriticalLoss(captioner, None, options(constraints), seed=0)  # captions start from another token than EOS
+    captioner.model.generation_config.eos_token_id = captioner.start_token_ids[0]  # as GPT-2 has them
+    with pytest.raises(UserError, match="--sample_no_repeat_ngram_size 1"):
+        SelfCriticalLoss(captioner, None, options(constraints), seed=0)
