@@ -25,9 +25,8 @@ def computes_in_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    capabilities = getattr(
-        torch.cpu, "get_capabilities", dict
-    )  # an older torch cannot say, and float32 is right anywhere
+    # An older torch cannot say, and float32 is right anywhere.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)
     return any(capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 

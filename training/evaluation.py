@@ -58,7 +58,7 @@ class Evaluator:
         if len(self.rows) < FEW_IMAGES:
             logger.warning(
                 f"{len(self.rows):,} validation images are too few to tell a better model from a luckier one: "
-                "the model that is kept is chosen by them."
+                "give more, as by --validation_share of `python -m data_scripts`."
             )
 
     def __call__(self, captioner: Captioner) -> dict:

@@ -291,9 +291,9 @@ def cache_features(
             return quantize_features(encoder(to_pixels.finish(pixels)), int8)
 
     to_pixels, batch_size = PixelCollator(image_processor, device), batch_size or batch_size_on(device)
-    first = next(iter(dataset.values()))[0]
+    rows = next(iter(dataset.values()))
     shapes = _feature_shapes(
-        features_folder(fingerprint, int8), lambda: encode(to_pixels([first["image"].convert("RGB")]))
+        features_folder(fingerprint, int8), lambda: encode(to_pixels([rows[0]["image"].convert("RGB")]))
     )
     size = sum(shape.num_bytes for shape in shapes.values())
     per_file = max(MAX_FILE_BYTES // size // IMAGES_PER_PART, 1) * IMAGES_PER_PART

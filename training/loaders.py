@@ -18,15 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 class StepLoader:
-    """What a run trains on; see `TableLoader` and `ShardLoader`."""
+    """What a run trains on, `TableLoader` or `ShardLoader`.
+
+    `steps(epoch, done)` gives the batches of each optimizer step of an epoch, without those of its first `done` steps.
+    """
 
     num_items: int | None = None  # of an epoch, over all processes; None where it is not known before the epoch ends
     steps_per_epoch: int | None = None
     ends = False  # whether the step that was given last is the epoch's last
-
-    def steps(self, epoch: int, done: int) -> Iterator[list[dict]]:
-        """The batches of each optimizer step of an epoch, without those of its first `done` steps."""
-        raise NotImplementedError
 
     def positions(self, epoch_steps: int) -> list[list[dict]]:
         """What a checkpoint after so many steps of the epoch has to hold of each process beside their number; for JSON."""
